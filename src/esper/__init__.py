@@ -1,0 +1,29 @@
+"""Grow neural networks while they train: slots, seeds, gates, policies."""
+
+from esper.lifecycle import SeedStage
+from esper.policies import HeuristicConfig, HeuristicPolicy, RandomPolicy, SchedulePolicy
+from esper.seeds import Seed, blueprints
+from esper.slots import SeedSlot, SlotConfig, SlotSet, attach, detach
+from esper.training import Growth, HeldOut, Policy, Trainer, TrainerConfig
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Growth",
+    "HeldOut",
+    "HeuristicConfig",
+    "HeuristicPolicy",
+    "Policy",
+    "RandomPolicy",
+    "SchedulePolicy",
+    "Seed",
+    "SeedSlot",
+    "SeedStage",
+    "SlotConfig",
+    "SlotSet",
+    "Trainer",
+    "TrainerConfig",
+    "attach",
+    "blueprints",
+    "detach",
+]

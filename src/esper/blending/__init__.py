@@ -1,0 +1,24 @@
+"""Alpha schedules, blend operators and the straight-through function (design name: Kasmina).
+
+Pure functions of tensors and numbers; slots wire them to modules.
+"""
+
+from esper.blending.operators import SampleGate, blend, operator_increment
+from esper.blending.schedule import AlphaController, AlphaState, curve_value
+from esper.blending.straight_through import (
+    DEFAULT_TRUST_FRACTION,
+    proximal_gradient,
+    straight_through,
+)
+
+__all__ = [
+    "DEFAULT_TRUST_FRACTION",
+    "AlphaController",
+    "AlphaState",
+    "SampleGate",
+    "blend",
+    "curve_value",
+    "operator_increment",
+    "proximal_gradient",
+    "straight_through",
+]

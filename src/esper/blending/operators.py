@@ -1,0 +1,65 @@
+"""Operators: how a seed's increment `f` becomes the term `u` that alpha scales.
+
+Legend: h host features, f the seed's increment, u the operator's, a alpha; output h + a * u.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from esper.lifecycle.alpha import BlendOperator
+
+
+class SampleGate(nn.Module):
+    """A learned gate in [0, 1] per sample, half open at birth.
+
+    gate = sigmoid(linear(mean of the features over all but batch and channels)), with the linear
+    map zero at birth. Consumes no random numbers that outlive its construction.
+    """
+
+    def __init__(self, dim: int, *, channels_first: bool) -> None:
+        super().__init__()
+        self.channels_first = channels_first
+        self.linear = nn.Linear(dim, 1)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return the gate, shape `B 1 … 1` with as many dimensions as `features`."""
+        dims = range(2, features.ndim) if self.channels_first else range(1, features.ndim - 1)
+        pooled = features.mean(dim=tuple(dims)) if len(dims) else features
+        gate = torch.sigmoid(self.linear(pooled))
+        return gate.reshape(-1, *(1 for _ in range(features.ndim - 1)))
+
+
+def operator_increment(
+    operator: BlendOperator, features: Tensor, seed_increment: Tensor, gate: Tensor | None
+) -> Tensor:
+    """Return `u` for the host features h and the seed's increment f.
+
+    ADD: f. MULTIPLY: h * tanh(f). GATE: gate * f.
+
+    Args:
+        gate: Per sample, broadcastable to `features`; needed by GATE only.
+
+    Returns:
+        Shape and dtype of `features`, whatever the seed computed in.
+    """
+    if operator is BlendOperator.MULTIPLY:
+        return features * torch.tanh(seed_increment).to(features.dtype)
+    if operator is BlendOperator.GATE:
+        assert gate is not None
+        return (gate * seed_increment).to(features.dtype)
+    return seed_increment.to(features.dtype)
+
+
+def blend(features: Tensor, increment: Tensor, alpha: Tensor) -> Tensor:
+    """Return `features + alpha * increment`; at alpha 0 this is `features` exactly.
+
+    The gradient to `features` through the first term is 1 at every alpha, unlike a lerp's
+    `1 - alpha`.
+
+    Args:
+        increment: Same shape as `features`.
+        alpha: 0-dim, or per sample and broadcastable; no tensor is made of it.
+    """
+    return torch.addcmul(features, increment, alpha)

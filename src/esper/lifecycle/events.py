@@ -1,0 +1,330 @@
+"""One event type for each thing that can happen, with a priority that follows from it."""
+
+from enum import StrEnum
+from typing import Annotated, Literal
+
+from pydantic import Field, JsonValue, TypeAdapter, ValidationError
+
+from esper.lifecycle.actions import Action
+from esper.lifecycle.alpha import AlphaCurve, BlendOperator
+from esper.lifecycle.gates import GateResult
+from esper.lifecycle.learning import Isolation, SeedObjective
+from esper.lifecycle.record import Record
+from esper.lifecycle.stages import SeedStage
+
+SCHEMA_VERSION = 1
+"""Version of the event records on disk and on the wire."""
+
+
+class Priority(StrEnum):
+    """How urgently an event must reach a person."""
+
+    CRITICAL = "critical"
+    WARNING = "warning"
+    NORMAL = "normal"
+
+
+class _Event(Record):
+    """What every event shares: a priority derived from its type and content."""
+
+    @property
+    def priority(self) -> Priority:
+        return Priority.NORMAL
+
+
+class RunStarted(_Event):
+    """A run began."""
+
+    type: Literal["run_started"] = "run_started"
+    run_id: str
+    slots: tuple[str, ...]
+    host_param_count: int
+
+
+class RunFinished(_Event):
+    """A run came to its end."""
+
+    type: Literal["run_finished"] = "run_finished"
+    metrics: dict[str, float]
+    param_count: int
+
+
+class StageChanged(_Event):
+    """A slot's seed moved to another stage."""
+
+    type: Literal["stage_changed"] = "stage_changed"
+    slot: str
+    blueprint: str | None
+    from_stage: SeedStage
+    to_stage: SeedStage
+
+
+class GateEvaluated(_Event):
+    """A gate judged a seed."""
+
+    type: Literal["gate_evaluated"] = "gate_evaluated"
+    slot: str
+    blueprint: str
+    to_stage: SeedStage
+    result: GateResult
+
+
+class SeedGerminated(_Event):
+    """A seed was built in a slot."""
+
+    type: Literal["seed_germinated"] = "seed_germinated"
+    slot: str
+    blueprint: str
+    options: dict[str, JsonValue]
+    param_count: int
+    blend_operator: BlendOperator
+    isolation: Isolation
+    objective: SeedObjective
+    prewarm_ms: float
+
+
+class GerminationFailed(_Event):
+    """A seed could not be built; the slot is as it was."""
+
+    type: Literal["germination_failed"] = "germination_failed"
+    slot: str
+    blueprint: str
+    error: str
+
+    @property
+    def priority(self) -> Priority:
+        return Priority.WARNING
+
+
+class AlphaTargetSet(_Event):
+    """An alpha ramp began."""
+
+    type: Literal["alpha_target_set"] = "alpha_target_set"
+    slot: str
+    from_alpha: float
+    target: float
+    steps: int
+    curve: AlphaCurve
+
+
+class AlphaTargetReached(_Event):
+    """An alpha ramp arrived at its target."""
+
+    type: Literal["alpha_target_reached"] = "alpha_target_reached"
+    slot: str
+    alpha: float
+
+
+class AmplitudeSearched(_Event):
+    """Several amplitudes of a TRAINING seed were tried on held-out data."""
+
+    type: Literal["amplitude_searched"] = "amplitude_searched"
+    slot: str
+    amplitudes: tuple[float, ...]
+    losses: tuple[float, ...]
+    host_loss: float
+    best_amplitude: float
+    gain_fraction: float
+    """Saving at the best amplitude relative to `host_loss`, one standard error below its mean."""
+
+
+class SeedRescaled(_Event):
+    """A seed's output layer was scaled so that alpha 1 is its best amplitude."""
+
+    type: Literal["seed_rescaled"] = "seed_rescaled"
+    slot: str
+    factor: float
+
+
+class ContributionMeasured(_Event):
+    """Held-out loss with and without a seed was measured."""
+
+    type: Literal["contribution_measured"] = "contribution_measured"
+    slot: str
+    stage: SeedStage
+    loss_with: float
+    loss_without: float
+    contribution_fraction: float
+    """Saving relative to `loss_without`, mean over samples."""
+    standard_error_fraction: float | None
+    """Of that mean; None where losses per sample are not known."""
+
+
+class GradientHealthMeasured(_Event):
+    """Mean gradient norms of host and seed over the last epoch."""
+
+    type: Literal["gradient_health_measured"] = "gradient_health_measured"
+    slot: str
+    host_norm: float
+    seed_norm: float
+    ratio: float | None
+    nonfinite_gradients: int
+    vanishing: bool
+    exploding: bool
+
+    @property
+    def priority(self) -> Priority:
+        unhealthy = self.exploding or self.nonfinite_gradients > 0
+        return Priority.WARNING if unhealthy else Priority.NORMAL
+
+
+class SeedCommitted(_Event):
+    """A seed passed to the host for good."""
+
+    type: Literal["seed_committed"] = "seed_committed"
+    slot: str
+    blueprint: str
+    param_count: int
+    contribution_fraction: float | None
+
+
+class SeedPruned(_Event):
+    """A seed was removed."""
+
+    type: Literal["seed_pruned"] = "seed_pruned"
+    slot: str
+    blueprint: str
+    from_stage: SeedStage
+    reason: str
+
+
+class SeedFailed(_Event):
+    """A seed's forward raised; the host went on without it."""
+
+    type: Literal["seed_failed"] = "seed_failed"
+    slot: str
+    blueprint: str
+    error: str
+
+    @property
+    def priority(self) -> Priority:
+        return Priority.CRITICAL
+
+
+class SlotReset(_Event):
+    """What was still found of a removed seed; empty when nothing was."""
+
+    type: Literal["slot_reset"] = "slot_reset"
+    slot: str
+    leftovers: tuple[str, ...]
+
+    @property
+    def priority(self) -> Priority:
+        return Priority.CRITICAL if self.leftovers else Priority.NORMAL
+
+
+class BreakerChanged(_Event):
+    """A circuit breaker opened, half-opened or closed."""
+
+    type: Literal["breaker_changed"] = "breaker_changed"
+    breaker: str
+    from_state: str
+    to_state: str
+    failures: int
+
+    @property
+    def priority(self) -> Priority:
+        return Priority.WARNING if self.to_state == "open" else Priority.NORMAL
+
+
+class StepSkipped(_Event):
+    """The governor kept a bad step from the optimizer."""
+
+    type: Literal["step_skipped"] = "step_skipped"
+    reason: str
+    value: float
+
+    @property
+    def priority(self) -> Priority:
+        return Priority.CRITICAL
+
+
+class ActionApplied(_Event):
+    """An action of the policy was carried out; a gate may still have refused the stage."""
+
+    type: Literal["action_applied"] = "action_applied"
+    action: Action
+
+
+class ActionRefused(_Event):
+    """An action of the policy was not legal and had no effect."""
+
+    type: Literal["action_refused"] = "action_refused"
+    action: Action
+    reason: str
+
+    @property
+    def priority(self) -> Priority:
+        return Priority.WARNING
+
+
+class CachesSwept(_Event):
+    """Expired entries were dropped from the bounded caches."""
+
+    type: Literal["caches_swept"] = "caches_swept"
+    sizes: dict[str, int]
+    hits: dict[str, int]
+    misses: dict[str, int]
+
+
+Event = Annotated[
+    RunStarted
+    | RunFinished
+    | StageChanged
+    | GateEvaluated
+    | SeedGerminated
+    | GerminationFailed
+    | AlphaTargetSet
+    | AlphaTargetReached
+    | AmplitudeSearched
+    | SeedRescaled
+    | ContributionMeasured
+    | GradientHealthMeasured
+    | SeedCommitted
+    | SeedPruned
+    | SeedFailed
+    | SlotReset
+    | BreakerChanged
+    | StepSkipped
+    | ActionApplied
+    | ActionRefused
+    | CachesSwept,
+    Field(discriminator="type"),
+]
+
+
+class EventRecord(Record):
+    """An event with when it happened, as stored and sent."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    time_seconds: float
+    """Seconds since the Unix epoch."""
+    epoch: int
+    step: int
+    event: Event
+
+
+class EventSchemaError(ValueError):
+    """A stored or received event that this version cannot read."""
+
+
+_RECORD: TypeAdapter[EventRecord] = TypeAdapter(EventRecord)
+
+
+def parse_event_record(document: str | bytes) -> EventRecord:
+    """Read an event record from JSON.
+
+    Raises:
+        EventSchemaError: The schema version is another one, or a field or type is unknown; the
+            message names it.
+    """
+    try:
+        return _RECORD.validate_json(document)
+    except ValidationError as error:
+        details = "; ".join(
+            f"{'.'.join(str(part) for part in issue['loc']) or 'document'}: {issue['msg']}"
+            for issue in error.errors()
+        )
+        raise EventSchemaError(
+            f"not an event record of schema version {SCHEMA_VERSION}: {details}"
+        ) from error

@@ -1,0 +1,116 @@
+"""The default policy: grow where the loss has stopped falling, one seed at a time."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Annotated
+
+from pydantic import Field, FiniteFloat
+
+from esper.lifecycle.actions import (
+    Action,
+    Germinate,
+    GrowthState,
+    Operation,
+    SlotState,
+    legal_operations,
+)
+from esper.lifecycle.record import Record
+from esper.lifecycle.stages import LIVING_STAGES
+from esper.policies.tending import tend
+
+Count = Annotated[int, Field(ge=0)]
+Fraction = Annotated[FiniteFloat, Field(ge=0.0, le=1.0)]
+
+
+class HeuristicConfig(Record):
+    """Settings of the heuristic."""
+
+    blueprints: tuple[str, ...] | None = None
+    """Candidates in the order they are tried; None takes all that fit, cheapest first, but those
+    without parameters."""
+    warmup_epochs: Count = 5
+    """Epochs before the first germination."""
+    plateau_epochs: Annotated[int, Field(ge=1)] = 3
+    """Window over which the held-out loss must have stopped falling."""
+    plateau_fraction: FiniteFloat = 0.10
+    """The loss counts as falling if its best in the window is this much below its best before."""
+    max_living: Annotated[int, Field(ge=1)] = 1
+    """Seeds that may grow at the same time."""
+    patience_epochs: Annotated[int, Field(ge=1)] = 6
+    """Epochs in one stage after which a seed that its gate refuses is pruned."""
+    fade_steps: Count = 20
+    """Steps over which a seed in the forward path is faded out."""
+    last_germination_fraction: Fraction = 0.7
+    """Of `max_epochs`; later seeds would not have the time to commit."""
+
+
+class HeuristicPolicy:
+    """Germinates when the held-out loss stops falling, and tends what grows.
+
+    Slots and blueprints are tried evenly: the pair tried least goes first, and what has been
+    committed anywhere is preferred to what has not.
+    """
+
+    name = "heuristic"
+
+    def __init__(self, config: HeuristicConfig | None = None) -> None:
+        self.config = config or HeuristicConfig()
+        self._tried: Counter[tuple[str, str]] = Counter()
+        self._committed: Counter[str] = Counter()
+        self._last_committed: dict[str, int] = {}
+        self._living: dict[str, str] = {}
+
+    def decide(self, state: GrowthState) -> Sequence[Action]:
+        """Return advances, prunes and commits for what lives, then at most one germination."""
+        self._note_commits(state)
+        config = self.config
+        actions: list[Action] = []
+        for slot in state.slots:
+            actions += tend(
+                slot, patience_epochs=config.patience_epochs, fade_steps=config.fade_steps
+            )
+        living = sum(slot.stage in LIVING_STAGES for slot in state.slots)
+        if living < config.max_living and self._may_germinate(state):
+            germination = self._germination(state)
+            if germination is not None:
+                actions.append(germination)
+        return actions
+
+    def _may_germinate(self, state: GrowthState) -> bool:
+        config = self.config
+        if state.epoch < max(config.warmup_epochs, config.plateau_epochs + 1):
+            return False
+        if state.max_epochs is not None:
+            if state.epoch > config.last_germination_fraction * state.max_epochs:
+                return False
+        before = min(state.losses[: -config.plateau_epochs])
+        recent = min(state.losses[-config.plateau_epochs :])
+        return recent > before * (1.0 - config.plateau_fraction)
+
+    def _germination(self, state: GrowthState) -> Germinate | None:
+        pairs = [
+            (slot.path, blueprint)
+            for slot in state.slots
+            if Operation.GERMINATE in legal_operations(slot)
+            for blueprint in self._candidates(slot)
+        ]
+        if not pairs:
+            return None
+        slot, blueprint = min(
+            pairs, key=lambda pair: (self._tried[pair], -self._committed[pair[1]])
+        )
+        self._tried[slot, blueprint] += 1
+        self._living[slot] = blueprint
+        return Germinate(slot=slot, blueprint=blueprint)
+
+    def _candidates(self, slot: SlotState) -> list[str]:
+        fitting = [choice.name for choice in slot.choices if choice.param_count > 0]
+        if self.config.blueprints is None:
+            return fitting
+        return [name for name in self.config.blueprints if name in fitting]
+
+    def _note_commits(self, state: GrowthState) -> None:
+        for slot in state.slots:
+            if slot.committed > self._last_committed.get(slot.path, 0):
+                self._committed[self._living.get(slot.path, "")] += 1
+            self._last_committed[slot.path] = slot.committed

@@ -1,0 +1,31 @@
+"""Policies by the name they have on the command line and in a config file."""
+
+import difflib
+from collections.abc import Callable, Mapping
+
+from esper.policies.heuristic import HeuristicPolicy
+from esper.policies.random import RandomPolicy
+from esper.policies.schedule import SchedulePolicy
+from esper.training.policy import Policy
+
+_MAKERS: Mapping[str, Callable[[int], Policy]] = {
+    "heuristic": lambda _: HeuristicPolicy(),
+    "random": RandomPolicy,
+    "none": lambda _: SchedulePolicy({}),
+}
+POLICY_NAMES: tuple[str, ...] = tuple(_MAKERS)
+"""Names of the policies that need no further arguments; "none" never grows anything."""
+
+
+def named_policy(name: str, *, random_seed: int) -> Policy:
+    """Return a policy by name.
+
+    Raises:
+        ValueError: There is no such policy; the nearest names are listed.
+    """
+    maker = _MAKERS.get(name)
+    if maker is None:
+        nearest = difflib.get_close_matches(name, POLICY_NAMES, n=1)
+        hint = f" did you mean {nearest[0]!r}?" if nearest else ""
+        raise ValueError(f"no policy {name!r};{hint} policies: {', '.join(POLICY_NAMES)}")
+    return maker(random_seed)

@@ -1,0 +1,138 @@
+"""Blueprints for channels-first maps, `B C H W`.
+
+Legend: B batch, C channels (`dim`), H height, W width.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from esper.seeds.identity import zero_initialise_
+from esper.seeds.normalization import group_count, group_norm
+from esper.seeds.registry import Family, blueprints
+from esper.seeds.seed import Seed
+from esper.seeds.noop import NoopSeed
+
+
+def _hidden(dim: int, reduction: int, blueprint: str) -> int:
+    if reduction < 1:
+        raise ValueError(f"{blueprint}: reduction must be at least 1, got {reduction}")
+    return max(1, dim // reduction)
+
+
+class NormSeed(Seed):
+    """Adds a GroupNorm of the features with learned scale and shift, both zero at birth."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.norm = zero_initialise_(nn.GroupNorm(group_count(dim), dim))
+
+    @property
+    def output_layer(self) -> nn.Module:
+        return self.norm
+
+    def increment(self, features: Tensor) -> Tensor:
+        return self.norm(features)
+
+
+class SqueezeExcitationSeed(Seed):
+    """Rescales channels by `1 + tanh(z)`, where z comes from the pooled features.
+
+    Source: squeeze-and-excitation (Hu et al. 2018, arXiv 1709.01507), reparameterised so that the
+    scale is exactly 1 at birth; the original's sigmoid never is.
+    """
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.squeeze = nn.Linear(dim, hidden)
+        self.excite = zero_initialise_(nn.Linear(hidden, dim))
+
+    @property
+    def output_layer(self) -> nn.Module:
+        return self.excite
+
+    def increment(self, features: Tensor) -> Tensor:
+        pooled = features.mean(dim=(2, 3))
+        scale = torch.tanh(self.excite(F.relu(self.squeeze(pooled))))
+        return features * scale[:, :, None, None]
+
+
+class ConvSeed(Seed):
+    """A stack of convolutions with GroupNorm and ReLU between, the last one zero at birth."""
+
+    def __init__(self, layers: list[nn.Conv2d]) -> None:
+        super().__init__()
+        self.convolutions = nn.ModuleList(layers)
+        self.norms = nn.ModuleList(group_norm(layer.out_channels) for layer in layers[:-1])
+        zero_initialise_(layers[-1])
+
+    @property
+    def output_layer(self) -> nn.Module:
+        return self.convolutions[len(self.convolutions) - 1]
+
+    def increment(self, features: Tensor) -> Tensor:
+        hidden = features
+        for convolution, norm in zip(self.convolutions, self.norms, strict=False):
+            hidden = F.relu(norm(convolution(hidden)))
+        output: Tensor = self.output_layer(hidden)
+        return output
+
+
+def _conv(inputs: int, outputs: int, kernel_size: int, *, groups: int = 1) -> nn.Conv2d:
+    if kernel_size < 1 or kernel_size % 2 == 0:
+        raise ValueError(
+            f"kernel_size must be odd and positive to keep the map's size, got {kernel_size}"
+        )
+    return nn.Conv2d(inputs, outputs, kernel_size, padding=kernel_size // 2, groups=groups)
+
+
+@blueprints.register("noop", family=Family.CNN)
+def _noop(dim: int) -> Seed:
+    """Nothing: a control that a gate must refuse."""
+    return NoopSeed()
+
+
+@blueprints.register("norm", family=Family.CNN)
+def _norm(dim: int) -> Seed:
+    """GroupNorm with learned scale and shift."""
+    return NormSeed(dim)
+
+
+@blueprints.register("attention", family=Family.CNN)
+def _attention(dim: int, *, reduction: int = 4) -> Seed:
+    """Channel attention (squeeze-and-excitation)."""
+    return SqueezeExcitationSeed(dim, _hidden(dim, reduction, "attention"))
+
+
+@blueprints.register("depthwise", family=Family.CNN)
+def _depthwise(dim: int, *, kernel_size: int = 3) -> Seed:
+    """Depthwise convolution, then a pointwise one."""
+    return ConvSeed([_conv(dim, dim, kernel_size, groups=dim), _conv(dim, dim, 1)])
+
+
+@blueprints.register("bottleneck", family=Family.CNN)
+def _bottleneck(dim: int, *, reduction: int = 4, kernel_size: int = 3) -> Seed:
+    """Pointwise reduction, convolution, pointwise expansion."""
+    hidden = _hidden(dim, reduction, "bottleneck")
+    return ConvSeed(
+        [_conv(dim, hidden, 1), _conv(hidden, hidden, kernel_size), _conv(hidden, dim, 1)]
+    )
+
+
+@blueprints.register("conv_small", family=Family.CNN)
+def _conv_small(dim: int, *, kernel_size: int = 3) -> Seed:
+    """Convolution to half the channels, then a pointwise one."""
+    hidden = _hidden(dim, 2, "conv_small")
+    return ConvSeed([_conv(dim, hidden, kernel_size), _conv(hidden, dim, 1)])
+
+
+@blueprints.register("conv_light", family=Family.CNN)
+def _conv_light(dim: int, *, kernel_size: int = 3) -> Seed:
+    """Convolution, then a pointwise one."""
+    return ConvSeed([_conv(dim, dim, kernel_size), _conv(dim, dim, 1)])
+
+
+@blueprints.register("conv_heavy", family=Family.CNN)
+def _conv_heavy(dim: int, *, kernel_size: int = 3) -> Seed:
+    """Two full convolutions."""
+    return ConvSeed([_conv(dim, dim, kernel_size), _conv(dim, dim, kernel_size)])

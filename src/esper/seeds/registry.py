@@ -1,0 +1,247 @@
+"""The registry of blueprints: what can grow, by family and name."""
+
+import difflib
+import inspect
+import warnings
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import StrEnum
+from importlib.metadata import entry_points
+from typing import TypeVar
+
+import torch
+from cachetools import LRUCache
+
+from esper.seeds.seed import Seed
+
+ENTRY_POINT_GROUP = "esper.blueprints"
+"""Third-party packages name here a module, or a callable, that registers blueprints."""
+
+_COST_DIM = 64
+_MAX_CACHED_COUNTS = 512
+
+FactoryT = TypeVar("FactoryT", bound=Callable[..., Seed])
+
+
+class Family(StrEnum):
+    """How features are laid out."""
+
+    CNN = "cnn"
+    """`B C H W`."""
+    TRANSFORMER = "transformer"
+    """Features in the last dimension: `B D` or `B T D`."""
+
+
+class BlueprintError(ValueError):
+    """An unknown blueprint or option, or a registration that contradicts another."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blueprint:
+    """A way to build a seed."""
+
+    name: str
+    family: Family
+    factory: Callable[..., Seed]
+    """Takes the width `dim` and keyword options."""
+    supports_checkpointing: bool = False
+    """Offers activation checkpointing as an option."""
+    needs_heads: bool = False
+    """Needs a width that its head count divides."""
+
+    @property
+    def summary(self) -> str:
+        """First line of the factory's docstring."""
+        return (inspect.getdoc(self.factory) or "").partition("\n")[0]
+
+    @property
+    def options(self) -> dict[str, object]:
+        """Option names with their defaults, in the factory's order."""
+        parameters = list(inspect.signature(self.factory).parameters.values())[1:]
+        return {parameter.name: parameter.default for parameter in parameters}
+
+
+class BlueprintRegistry:
+    """Blueprints by family and name; the pair is unique."""
+
+    def __init__(self, *, entry_point_group: str | None = None) -> None:
+        self._blueprints: dict[tuple[Family, str], Blueprint] = {}
+        self._counts: LRUCache[Hashable, int] = LRUCache(_MAX_CACHED_COUNTS)
+        self._pending_group = entry_point_group
+        self._version = 0
+
+    @property
+    def version(self) -> int:
+        """Changes with every registration, so that derived action spaces can refresh."""
+        return self._version
+
+    def register(
+        self,
+        name: str,
+        *,
+        family: Family | str,
+        supports_checkpointing: bool = False,
+        needs_heads: bool = False,
+    ) -> Callable[[FactoryT], FactoryT]:
+        """Return a decorator that registers a factory `(dim, **options) -> Seed`.
+
+        Raises:
+            BlueprintError: The family is unknown, the pair is taken, or the factory's first
+                parameter is not `dim`.
+        """
+        known_family = _family(family)
+
+        def decorate(factory: FactoryT) -> FactoryT:
+            key = (known_family, name)
+            if key in self._blueprints:
+                raise BlueprintError(
+                    f"blueprint {name!r} of family {known_family} is already registered; "
+                    "choose another name"
+                )
+            parameters = list(inspect.signature(factory).parameters)
+            if not parameters or parameters[0] != "dim":
+                raise BlueprintError(
+                    f"the factory of blueprint {name!r} must take dim as its first parameter, "
+                    f"got ({', '.join(parameters)})"
+                )
+            self._blueprints[key] = Blueprint(
+                name=name,
+                family=known_family,
+                factory=factory,
+                supports_checkpointing=supports_checkpointing,
+                needs_heads=needs_heads,
+            )
+            self._changed()
+            return factory
+
+        return decorate
+
+    def get(self, family: Family | str, name: str) -> Blueprint:
+        """Return one blueprint.
+
+        Raises:
+            BlueprintError: The family or the name is unknown; the nearest names are listed.
+        """
+        self._load_plugins()
+        known_family = _family(family)
+        found = self._blueprints.get((known_family, name))
+        if found is None:
+            names = [other for kind, other in self._blueprints if kind is known_family]
+            nearest = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
+            hint = f"did you mean {' or '.join(map(repr, nearest))}? " if nearest else ""
+            raise BlueprintError(
+                f"no blueprint {name!r} in family {known_family}: {hint}"
+                f"registered: {', '.join(sorted(names)) or 'none'}"
+            )
+        return found
+
+    def names(self, family: Family | str) -> tuple[str, ...]:
+        """Return the names of one family, cheapest first (parameters at width 64)."""
+        self._load_plugins()
+        known_family = _family(family)
+        names = [name for kind, name in self._blueprints if kind is known_family]
+        costs = {name: self.param_count(known_family, name, _COST_DIM) for name in names}
+        return tuple(sorted(names, key=lambda name: (costs[name], name)))
+
+    def create(self, family: Family | str, name: str, dim: int, **options: object) -> Seed:
+        """Build a fresh seed of width `dim`.
+
+        Effects: consumes the default random stream; slots wrap this in a forked one.
+
+        Raises:
+            BlueprintError: Family, name or an option is unknown, or the factory returned
+                something that is not a Seed.
+            ValueError: `dim` is below 1, or the factory refuses an option's value.
+        """
+        blueprint = self.get(family, name)
+        if dim < 1:
+            raise ValueError(f"dim must be at least 1, got {dim}")
+        self._check_options(blueprint, options)
+        seed = blueprint.factory(dim, **options)
+        if not isinstance(seed, Seed):
+            raise BlueprintError(
+                f"the factory of blueprint {name!r} must return an esper.seeds.Seed, "
+                f"got {type(seed).__name__}"
+            )
+        return seed
+
+    def param_count(self, family: Family | str, name: str, dim: int, **options: object) -> int:
+        """Return the number of parameters, built on the meta device: no memory is allocated.
+
+        Raises:
+            BlueprintError: As `create`.
+        """
+        key = (_family(family), name, dim, repr(sorted(options.items())))
+        cached = self._counts.get(key)
+        if cached is None:
+            with torch.random.fork_rng(devices=()), torch.device("meta"):
+                seed = self.create(family, name, dim, **options)
+            cached = sum(parameter.numel() for parameter in seed.parameters())
+            self._counts[key] = cached
+        return cached
+
+    @contextmanager
+    def temporarily(self) -> Iterator["BlueprintRegistry"]:
+        """Undo every registration and removal made inside the block."""
+        self._load_plugins()
+        before = dict(self._blueprints)
+        try:
+            yield self
+        finally:
+            self._blueprints = before
+            self._changed()
+
+    def unregister(self, family: Family | str, name: str) -> None:
+        """Remove a blueprint.
+
+        Raises:
+            BlueprintError: It is not registered.
+        """
+        del self._blueprints[(self.get(family, name).family, name)]
+        self._changed()
+
+    def _changed(self) -> None:
+        self._version += 1
+        self._counts.clear()
+
+    def _load_plugins(self) -> None:
+        group, self._pending_group = self._pending_group, None
+        if group is None:
+            return
+        for entry_point in entry_points(group=group):
+            try:
+                loaded = entry_point.load()
+                if callable(loaded):
+                    loaded()
+            except Exception as error:  # a broken plug-in must not take the library with it
+                warnings.warn(
+                    f"blueprint plug-in {entry_point.name!r} ({entry_point.value}) was not loaded: "
+                    f"{type(error).__name__}: {error}",
+                    RuntimeWarning,
+                    stacklevel=3,
+                )
+
+    @staticmethod
+    def _check_options(blueprint: Blueprint, options: dict[str, object]) -> None:
+        for option in options:
+            if option not in blueprint.options:
+                known = ", ".join(blueprint.options) or "none"
+                nearest = difflib.get_close_matches(option, blueprint.options, n=1)
+                hint = f" did you mean {nearest[0]!r}?" if nearest else ""
+                raise BlueprintError(
+                    f"blueprint {blueprint.name!r} of family {blueprint.family} has no option "
+                    f"{option!r};{hint} options: {known}"
+                )
+
+
+def _family(family: Family | str) -> Family:
+    try:
+        return Family(family)
+    except ValueError:
+        known = ", ".join(member.value for member in Family)
+        raise BlueprintError(f"unknown family {family!r}; families: {known}") from None
+
+
+blueprints = BlueprintRegistry(entry_point_group=ENTRY_POINT_GROUP)
+"""The registry that slots, the command line and policies use."""

@@ -1,0 +1,291 @@
+"""Putting slots behind named modules of a host, and taking them away without a trace."""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from esper.lifecycle.stages import LIVING_STAGES
+from esper.seeds.registry import Family
+from esper.slots.config import SlotConfig
+from esper.slots.probe import feature_layout, observe_features
+from esper.slots.slot import SeedSlot
+from esper.slots.slot_set import SlotSet
+
+SLOT_NAME = "esper_slot"
+"""Name under which a slot is registered in the module it stands behind."""
+
+_CONTAINERS_WITHOUT_FORWARD = (nn.ModuleList, nn.ModuleDict)
+
+
+def attach(
+    model: nn.Module,
+    targets: str | Sequence[str],
+    *,
+    example: Any,
+    config: SlotConfig | Mapping[str, SlotConfig] | None = None,
+    family: Family | str | None = None,
+) -> SlotSet:
+    """Put a slot behind each target module, without touching the host's code or keys.
+
+    Args:
+        model: Any module, before `torch.compile`, DDP or FSDP.
+        targets: Module paths or patterns, matched part by part (`"layer[23]"`, `"blocks.*"`).
+        example: One batch as the model takes it: a tensor, a tuple of positional arguments, a dict
+            of keyword arguments, or a batch whose first element is the input. Run once in eval
+            mode without gradient; random streams are left as they were.
+        config: For all slots, or by path; None is the default `SlotConfig`.
+        family: None reads it off the features: `B C H W` is CNN, `B T D` and `B D` TRANSFORMER.
+
+    Returns:
+        The slots by target path.
+
+    Raises:
+        ValueError: A target matches nothing, the model already has slots or cannot run on the
+            example, a target was not run or ran several times, or its features have a layout that
+            slots do not take.
+        TypeError: A target's output is no floating-point tensor, or the target has no forward.
+        RuntimeError: The model is compiled, wrapped or scripted.
+        In each case the model is as it was.
+
+    Example:
+        >>> import torch, esper
+        >>> host = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU())
+        >>> slots = esper.attach(host, ["0"], example=torch.zeros(2, 4))
+        >>> slots["0"].stage.name
+        'DORMANT'
+    """
+    _refuse_wrapped(model, "attach")
+    _refuse_attached(model)
+    patterns = [targets] if isinstance(targets, str) else list(targets)
+    paths = _resolve(model, patterns)
+    locations = {path: _location(model, path) for path in paths}
+    _refuse_shared(model, locations)
+    features = observe_features(model, locations, example)
+    configs = _configs(paths, config)
+    known_family = None if family is None else Family(family)
+    layouts = {}
+    for path, calls in features.items():
+        _refuse_unless_once(path, len(calls))
+        layouts[path] = feature_layout(path, calls[0], known_family)
+    slots = SlotSet(model)
+    try:
+        for path, location in locations.items():
+            slot = SeedSlot(
+                path,
+                layouts[path],
+                configs[path],
+                device=features[path][0].tensor.device,
+                dtype=features[path][0].tensor.dtype,
+                owner=slots,
+            )
+            slot.train(location.training)
+            location.add_module(SLOT_NAME, slot)
+            slot.hook_handle = location.register_forward_hook(_through_slot)
+            slots.add(slot)
+        _refuse_chained(model, slots, example)
+    except BaseException:
+        _remove_slots(model)
+        raise
+    return slots
+
+
+def detach(model: nn.Module) -> None:
+    """Take every slot away; the model is bitwise what it would be without.
+
+    Living seeds are pruned. Empty parameter groups stay in a bound optimizer, since schedulers
+    count them; a later `bind` uses them again.
+
+    Raises:
+        ValueError: The model has no slots, or a slot has committed seeds, which are the host's and
+            must not vanish: `esper.bake` keeps them.
+        RuntimeError: The model is compiled or wrapped.
+    """
+    _refuse_wrapped(model, "detach")
+    slots = find_slots(model)
+    if not slots:
+        raise ValueError(f"{type(model).__name__} has no slots to detach")
+    grown = [slot.path for slot in slots if slot.committed]
+    if grown:
+        raise ValueError(
+            f"slots {', '.join(map(repr, grown))} hold committed seeds, which belong to the host; "
+            "detaching would lose them: esper.bake(model) makes a plain module that keeps them"
+        )
+    for slot in slots:
+        if slot.owner is not None and slot.stage in LIVING_STAGES:
+            slot.prune(reason="detached")
+        if isinstance(slot.owner, SlotSet):
+            slot.owner.unbind()
+    _remove_slots(model)
+
+
+def find_slots(model: nn.Module) -> list[SeedSlot]:
+    """Return the slots of a model in module order."""
+    return [module for module in model.modules() if isinstance(module, SeedSlot)]
+
+
+def _through_slot(module: nn.Module, args: Any, output: Any) -> Any:
+    """Forward hook: pass the features through the module's slot.
+
+    Looks the slot up by name, so that a copy of the module runs its own copy of the slot.
+    """
+    slot = module.esper_slot
+    if not slot.active:
+        return None
+    if isinstance(output, Tensor):
+        return slot(output)
+    features = slot(output[0])
+    rest = output[1:]
+    if hasattr(output, "_fields"):
+        return type(output)(features, *rest)
+    return type(output)((features, *rest))
+
+
+def _refuse_wrapped(model: nn.Module, verb: str) -> None:
+    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    for name, module in model.named_modules():
+        where = f"module {name!r} of the model" if name else "the model"
+        if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
+            problem = "compiled, and a compiled graph silently ignores hooks that come later"
+        elif isinstance(module, wrappers):
+            problem = f"wrapped in {type(module).__name__}, which would not see the seeds"
+        elif any("FSDP" in base.__name__ or "FullySharded" in base.__name__
+                 for base in type(module).__mro__):
+            problem = "sharded by FSDP, which would not see the seeds"
+        elif isinstance(module, torch.jit.ScriptModule):
+            problem = "a ScriptModule, whose forward cannot be hooked"
+        else:
+            continue
+        raise RuntimeError(
+            f"cannot {verb}: {where} is {problem}. Right order: esper.attach(model, …), "
+            "slots.bind(optimizer), then torch.compile, DDP or FSDP; detach on the plain model"
+        )
+
+
+def _refuse_attached(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if hasattr(module, SLOT_NAME):
+            raise ValueError(
+                f"module {name!r} already has a slot; give all targets in one call, or "
+                "esper.detach(model) first"
+            )
+
+
+def _resolve(model: nn.Module, patterns: Sequence[str]) -> list[str]:
+    if not patterns:
+        raise ValueError("attach needs at least one target path")
+    names = [name for name, _ in model.named_modules() if name]
+    matched: set[str] = set()
+    for pattern in patterns:
+        hits = [name for name in names if _matches(name, pattern)]
+        if not hits:
+            nearest = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3)
+            hint = f"did you mean {' or '.join(map(repr, nearest))}?" if nearest else (
+                f"its modules: {', '.join(names[:12])}"
+            )
+            raise ValueError(f"{type(model).__name__} has no module {pattern!r}; {hint}")
+        matched.update(hits)
+    return [name for name in names if name in matched]
+
+
+def _matches(name: str, pattern: str) -> bool:
+    parts, wanted = name.split("."), pattern.split(".")
+    return len(parts) == len(wanted) and all(map(fnmatchcase, parts, wanted))
+
+
+def _location(model: nn.Module, path: str) -> nn.Module:
+    """Return the module to hook: the target, or a chain's last child, whose output is the same."""
+    module = model.get_submodule(path)
+    if isinstance(module, _CONTAINERS_WITHOUT_FORWARD):
+        raise TypeError(
+            f"module {path!r} is a {type(module).__name__}, which has no forward; name the modules "
+            f"in it ({path + '.*'!r})"
+        )
+    while type(module).forward is nn.Sequential.forward:
+        children = list(module.children())
+        if not children:
+            raise TypeError(f"module {path!r} is an empty Sequential; there is nothing to stand on")
+        module = children[-1]
+    return module
+
+
+def _refuse_shared(model: nn.Module, locations: Mapping[str, nn.Module]) -> None:
+    for path, location in locations.items():
+        same = [other for other, module in locations.items() if module is location]
+        if len(same) > 1:
+            raise ValueError(
+                f"targets {' and '.join(map(repr, same))} are one module or end in the same one; "
+                "name only one of them"
+            )
+        names = [
+            name
+            for name, module in model.named_modules(remove_duplicate=False)
+            if module is location
+        ]
+        if len(names) > 1:
+            raise ValueError(
+                f"module {path!r} stands at several places ({', '.join(names)}); one seed behind "
+                "all of them would be ambiguous, name a module that is used once"
+            )
+
+
+def _refuse_unless_once(path: str, calls: int) -> None:
+    if calls == 0:
+        raise ValueError(
+            f"module {path!r} did not run on the example; a slot there would never grow"
+        )
+    if calls > 1:
+        raise ValueError(
+            f"module {path!r} ran {calls} times in one forward; a seed needs one place in the "
+            "network, name a module that is called once"
+        )
+
+
+def _refuse_chained(model: nn.Module, slots: SlotSet, example: Any) -> None:
+    """Refuse a target that runs its children in a loop: the slot would run as one of them."""
+    calls = dict.fromkeys(slots, 0)
+
+    def count(path: str) -> Any:
+        def hook(module: nn.Module, args: Any) -> None:
+            calls[path] += 1
+
+        return hook
+
+    handles = [slot.register_forward_pre_hook(count(path)) for path, slot in slots.items()]
+    try:
+        observe_features(model, {}, example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for path, number in calls.items():
+        if number:
+            raise ValueError(
+                f"module {path!r} runs all its children itself, and would run the slot as one of "
+                "them; name its last child instead"
+            )
+
+
+def _configs(
+    paths: Sequence[str], config: SlotConfig | Mapping[str, SlotConfig] | None
+) -> dict[str, SlotConfig]:
+    if config is None or isinstance(config, SlotConfig):
+        return dict.fromkeys(paths, config or SlotConfig())
+    unknown = [path for path in config if path not in paths]
+    if unknown:
+        raise ValueError(
+            f"config names {', '.join(map(repr, unknown))}, which are no slots; slots: "
+            f"{', '.join(map(repr, paths))}"
+        )
+    return {path: config.get(path, SlotConfig()) for path in paths}
+
+
+def _remove_slots(model: nn.Module) -> None:
+    for module in list(model.modules()):
+        slot = getattr(module, SLOT_NAME, None)
+        if isinstance(slot, SeedSlot):
+            if slot.hook_handle is not None:
+                slot.hook_handle.remove()
+            delattr(module, SLOT_NAME)

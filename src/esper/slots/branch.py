@@ -1,0 +1,57 @@
+"""A seed with its operator: the residual branch that a slot adds to the host's features."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from esper.blending.operators import SampleGate, operator_increment
+from esper.lifecycle.alpha import BlendOperator
+from esper.seeds.registry import Family
+from esper.seeds.seed import Seed
+
+
+class SeedBranch(nn.Module):
+    """Computes the operator's increment `u` from the host's features and the seed.
+
+    The gate of the GATE operator is part of the branch: in the state dict, in the optimizer, and
+    gone with the seed.
+    """
+
+    def __init__(
+        self,
+        seed: Seed,
+        *,
+        blueprint: str,
+        options: Mapping[str, Any],
+        blend_operator: BlendOperator,
+        family: Family,
+        dim: int,
+    ) -> None:
+        super().__init__()
+        self.blueprint = blueprint
+        self.options = dict(options)
+        self.blend_operator = blend_operator
+        self.seed = seed
+        self.gate = (
+            SampleGate(dim, channels_first=family is Family.CNN)
+            if blend_operator is BlendOperator.GATE
+            else None
+        )
+
+    @property
+    def param_count(self) -> int:
+        """Parameters of the seed and its gate."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def forward(self, features: Tensor, seed_input: Tensor) -> Tensor:
+        """Return `u`, shape and dtype of `features`.
+
+        Args:
+            features: h, what the increment is added to.
+            seed_input: What the seed reads: `features`, or the same detached while isolated.
+        """
+        gate = None if self.gate is None else self.gate(seed_input)
+        return operator_increment(
+            self.blend_operator, features, self.seed.increment(seed_input), gate
+        )

@@ -1,0 +1,79 @@
+"""A circuit breaker around work that may keep failing."""
+
+import time
+from collections.abc import Callable
+from enum import StrEnum
+
+from esper.lifecycle.events import BreakerChanged, Event
+
+
+class BreakerState(StrEnum):
+    """Whether work may be tried."""
+
+    CLOSED = "closed"
+    OPEN = "open"
+    HALF_OPEN = "half_open"
+
+
+class CircuitBreaker:
+    """Opens after repeated failures, and lets one attempt through after a cool-down.
+
+    Args:
+        name: What it guards, for events.
+        max_failures: Failures in a row that open it.
+        cooldown_seconds: How long it stays open before one attempt is let through.
+        clock: Monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        max_failures: int = 3,
+        cooldown_seconds: float = 60.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.name = name
+        self.max_failures = max_failures
+        self.cooldown_seconds = cooldown_seconds
+        self._clock = clock
+        self._failures = 0
+        self._opened_at = 0.0
+        self._state = BreakerState.CLOSED
+
+    @property
+    def state(self) -> BreakerState:
+        """The state now; OPEN turns HALF_OPEN when the cool-down has passed."""
+        waited = self._clock() - self._opened_at
+        if self._state is BreakerState.OPEN and waited >= self.cooldown_seconds:
+            return BreakerState.HALF_OPEN
+        return self._state
+
+    @property
+    def allows(self) -> bool:
+        """Whether work may be tried now."""
+        return self.state is not BreakerState.OPEN
+
+    def succeeded(self) -> list[Event]:
+        """Note a success, which closes the breaker."""
+        before, self._failures = self.state, 0
+        return self._become(before, BreakerState.CLOSED)
+
+    def failed(self) -> list[Event]:
+        """Note a failure; the one too many, or one while HALF_OPEN, opens the breaker."""
+        before = self.state
+        self._failures += 1
+        if before is BreakerState.HALF_OPEN or self._failures >= self.max_failures:
+            self._opened_at = self._clock()
+            return self._become(before, BreakerState.OPEN)
+        return []
+
+    def _become(self, before: BreakerState, after: BreakerState) -> list[Event]:
+        self._state = after
+        if before is after:
+            return []
+        return [
+            BreakerChanged(
+                breaker=self.name, from_state=before, to_state=after, failures=self._failures
+            )
+        ]

@@ -1,0 +1,39 @@
+"""What can be set for each slot."""
+
+from typing import Annotated
+
+from pydantic import Field, FiniteFloat
+
+from esper.blending.straight_through import DEFAULT_TRUST_FRACTION
+from esper.lifecycle.alpha import AlphaCurve, BlendOperator
+from esper.lifecycle.gates import GateThresholds
+from esper.lifecycle.learning import Isolation, SeedObjective
+from esper.lifecycle.record import Record
+
+Positive = Annotated[FiniteFloat, Field(gt=0.0)]
+Count = Annotated[int, Field(ge=0)]
+
+
+class SlotConfig(Record):
+    """Settings of a slot; every seed that grows in it uses them."""
+
+    blend_operator: BlendOperator = BlendOperator.ADD
+    isolation: Isolation | None = None
+    """None: SHADOWING for `B C H W` and `B D` features, NONE (live insertion) for `B T D`."""
+    objective: SeedObjective = SeedObjective.PROXIMAL
+    trust_fraction: Positive = DEFAULT_TRUST_FRACTION
+    """c of the proximal objective: the increment's size relative to the features."""
+    learning_rate_multiplier: Positive = 1.0
+    """The seed's learning rate over that of the host's first parameter group."""
+    warmup_steps: Count = 0
+    """Optimizer steps over which a new seed's learning rate rises linearly from 0."""
+    ramp_steps: Count = 50
+    """Steps of the default ramp to alpha 1."""
+    ramp_curve: AlphaCurve = AlphaCurve.COSINE
+    embargo_epochs: Count = 2
+    """Epochs a slot rests after a prune."""
+    max_committed: Annotated[int, Field(ge=1)] = 4
+    """Seeds that may be committed here before the slot is TERMINATED."""
+    random_seed: int = 0
+    """With the slot's path and the number of its seeds so far, fixes a seed's initial weights."""
+    thresholds: GateThresholds = GateThresholds()

@@ -1,0 +1,190 @@
+"""Building a seed and proving, before it is registered, that it is what it must be."""
+
+import time
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from esper.lifecycle.alpha import BlendOperator
+from esper.lifecycle.events import Event
+from esper.seeds.registry import BlueprintError, Family, blueprints
+from esper.slots.branch import SeedBranch
+from esper.slots.measurements import SeedMeasurements
+from esper.slots.modes import forked_random_state
+
+_PROBE_BATCH = 2
+
+
+class GerminationError(RuntimeError):
+    """A seed could not be built or did not pass G0; the slot is as it was.
+
+    Attributes:
+        events: What happened up to the failure.
+    """
+
+    def __init__(self, message: str, events: list[Event]) -> None:
+        super().__init__(message)
+        self.events = events
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureLayout:
+    """What a slot saw of its features at attach.
+
+    Attributes:
+        family: `B C H W` is CNN; features in the last dimension are TRANSFORMER.
+        shape: With the example's batch size first.
+        dim: The feature width: C, or D.
+        overwritten: The host changes the features in place later on, as an in-place ReLU does.
+    """
+
+    family: Family
+    shape: tuple[int, ...]
+    dim: int
+    overwritten: bool = False
+
+    def random_features(self, *, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """Return standard normal features of this layout, at most two samples."""
+        shape = (min(self.shape[0], _PROBE_BATCH), *self.shape[1:])
+        return torch.randn(shape, device=device, dtype=dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeedOrder:
+    """What is to be built: a blueprint with its options for one slot."""
+
+    blueprint: str
+    options: Mapping[str, Any]
+    blend_operator: BlendOperator
+    layout: FeatureLayout
+    device: torch.device
+    dtype: torch.dtype
+
+
+def derive_random_seed(base: int, path: str, life: int) -> int:
+    """Return a random seed that depends on its arguments only, in [0, 2**32)."""
+    return zlib.crc32(f"{base}:{path}:{life}".encode())
+
+
+def build_branch(order: SeedOrder) -> SeedBranch:
+    """Build the seed and its operator on the slot's device and dtype.
+
+    Effects: consumes the default random stream; wrap in `forked_random_state`.
+
+    Raises:
+        BlueprintError: Unknown blueprint or option.
+        ValueError: An option's value or the width is refused by the blueprint.
+    """
+    layout = order.layout
+    seed = blueprints.create(layout.family, order.blueprint, layout.dim, **order.options)
+    branch = SeedBranch(
+        seed,
+        blueprint=order.blueprint,
+        options=order.options,
+        blend_operator=order.blend_operator,
+        family=layout.family,
+        dim=layout.dim,
+    )
+    return branch.to(device=order.device, dtype=order.dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sprout:
+    """A built branch that is not in a slot yet, with what was measured of it."""
+
+    branch: SeedBranch
+    measurements: SeedMeasurements
+    draws_random_numbers: bool
+    """Its forward in training mode consumes the random stream (dropout)."""
+
+
+def sprout(
+    order: SeedOrder, *, random_seed: int, check_unshared: Callable[[nn.Module], None]
+) -> Sprout:
+    """Build a branch, run it forward and backward once, and measure what G0 and G1 ask for.
+
+    Args:
+        check_unshared: Raises if a module shares a parameter with another owner.
+
+    Effects: the random streams of CPU and device are left as they were; on a GPU the host waits
+    for the device once.
+    """
+    with forked_random_state(order.device):
+        torch.manual_seed(random_seed)
+        branch = build_branch(order)
+        check_unshared(branch)
+        features = order.layout.random_features(device=order.device, dtype=order.dtype)
+        before = _random_state(order.device)
+        started = time.perf_counter()
+        branch.train()
+        increment = branch(features, features)
+        if increment.requires_grad:
+            increment.float().square().sum().backward()
+        if order.device.type == "cuda":
+            torch.cuda.synchronize(order.device)
+        prewarm_ms = 1e3 * (time.perf_counter() - started)
+        draws = not torch.equal(before, _random_state(order.device))
+    branch.zero_grad(set_to_none=True)
+    return Sprout(
+        branch=branch,
+        measurements=_measure(branch, features, increment.detach(), prewarm_ms),
+        draws_random_numbers=draws,
+    )
+
+
+def _measure(
+    branch: SeedBranch, features: Tensor, increment: Tensor, prewarm_ms: float
+) -> SeedMeasurements:
+    matches = increment.shape == features.shape and increment.dtype == features.dtype
+    return SeedMeasurements(
+        identity_error=float(increment.abs().max()) if matches else None,
+        shape_matches=matches,
+        parameters_finite=parameters_finite(branch),
+        parameters_unshared=True,
+        prewarmed=True,
+        prewarm_ms=prewarm_ms,
+        isolation_leaks=count_leaks(branch, features),
+    )
+
+
+def parameters_finite(module: nn.Module) -> bool:
+    """Return whether every parameter is finite. Waits for the device."""
+    return all(bool(torch.isfinite(parameter).all()) for parameter in module.parameters())
+
+
+def count_leaks(branch: SeedBranch, features: Tensor) -> int:
+    """Return on how many paths a gradient of the isolated branch reaches its host features.
+
+    The branch reads detached features, so anything but 0 means that it kept a graph of its own.
+    MULTIPLY is probed through its seed: its factor h is the host's own path.
+    """
+    host = features.detach().clone().requires_grad_()
+    with torch.enable_grad():
+        increment = branch.seed.increment(host.detach())
+    if not increment.requires_grad:
+        return 0
+    (leak,) = torch.autograd.grad(increment.sum(), host, allow_unused=True)
+    return int(leak is not None)
+
+
+def fits(order: SeedOrder) -> int | None:
+    """Return the parameters of a blueprint in this layout, or None if it does not fit.
+
+    Built and run on the meta device: no memory is allocated and nothing is computed.
+    """
+    try:
+        with torch.random.fork_rng(devices=()), torch.device("meta"):
+            branch = build_branch(order)
+            features = order.layout.random_features(device=torch.device("meta"), dtype=order.dtype)
+            increment = branch(features, features)
+    except (BlueprintError, ValueError, RuntimeError):
+        return None
+    return branch.param_count if increment.shape == features.shape else None
+
+
+def _random_state(device: torch.device) -> Tensor:
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()

@@ -1,0 +1,49 @@
+"""What keeps a living seed's gradients from harming anyone."""
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+
+class GradientGuard:
+    """Hooks on a seed's parameters that run as their gradients arrive in `.grad`.
+
+    - `frozen`: the gradient is dropped, so every optimizer skips the parameter: no momentum, no
+      weight decay. `requires_grad` stays as it is, and with it the compiled graph.
+    - `sanitising`: a gradient with an inf or NaN becomes zero before GradScaler or clipping can
+      see it, so that an isolated seed cannot make the host skip a step. Counted on the device.
+
+    Never waits for the device.
+
+    Args:
+        module: The living seed's branch.
+        count: 0-dim integer tensor on the branch's device; counts zeroed gradients.
+    """
+
+    def __init__(self, module: nn.Module, count: Tensor) -> None:
+        self.frozen = False
+        self.sanitising = True
+        self._count = count
+        self._handles: list[RemovableHandle] = [
+            parameter.register_post_accumulate_grad_hook(self._arrived)
+            for parameter in module.parameters()
+            if parameter.requires_grad
+        ]
+
+    def remove(self) -> None:
+        """Remove the hooks; gradients arrive unguarded from then on."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _arrived(self, parameter: Tensor) -> None:
+        gradient = parameter.grad
+        if gradient is None:
+            return
+        if self.frozen:
+            parameter.grad = None
+        elif self.sanitising:
+            largest = torch.linalg.vector_norm(gradient, ord=torch.inf)
+            broken = torch.isfinite(largest).logical_not_()
+            gradient.masked_fill_(broken, 0.0)
+            self._count.add_(broken)

@@ -1,0 +1,121 @@
+"""Gradient norms of host and seeds, measured without waiting for the device."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+VANISHING_RATIO = 1e-4
+EXPLODING_RATIO = 1e3
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradientReading:
+    """Means over the sampled steps since the last reading."""
+
+    host_norm: float
+    seed_norm: float
+    ratio: float | None
+    """(seed norm / host norm) * sqrt(host params / seed params); 0 for a seed without parameters,
+    None where the host's norm is 0 or a norm is not finite."""
+
+    @property
+    def vanishing(self) -> bool:
+        """Whether the ratio lies below `VANISHING_RATIO`."""
+        return self.ratio is not None and self.ratio < VANISHING_RATIO
+
+    @property
+    def exploding(self) -> bool:
+        """Whether the ratio lies above `EXPLODING_RATIO`, or a norm is not finite."""
+        finite = math.isfinite(self.seed_norm) and math.isfinite(self.host_norm)
+        return not finite or (self.ratio is not None and self.ratio > EXPLODING_RATIO)
+
+
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """Return the 2-norm of all gradients together, 0-dim on their device, in O(1) launches."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    return torch.nn.utils.get_total_norm(gradients)
+
+
+class GradientHealth:
+    """Collects norms on the device at every `interval_steps`-th step and reads them on demand.
+
+    Args:
+        interval_steps: 1 measures every step.
+
+    Raises:
+        ValueError: `interval_steps` is below 1.
+    """
+
+    def __init__(self, interval_steps: int = 10) -> None:
+        if interval_steps < 1:
+            raise ValueError(f"interval_steps must be at least 1, got {interval_steps}")
+        self.interval_steps = interval_steps
+        self._steps = 0
+        self._seed_norms: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        self._clipped: dict[str, Tensor] = {}
+
+    def note_before_clipping(self, norms: Mapping[str, Tensor]) -> None:
+        """Take over norms that clipping has computed for this step, by owner."""
+        self._clipped = dict(norms)
+
+    def before_step(
+        self, host: Sequence[nn.Parameter], seeds: Mapping[str, Sequence[nn.Parameter]], key: str
+    ) -> None:
+        """Measure this optimizer step if it is due. No host–device synchronisation.
+
+        Args:
+            seeds: Parameters of the seeds that are learning, by owner.
+            key: The owner name of the host.
+        """
+        clipped, self._clipped = self._clipped, {}
+        due = self._steps % self.interval_steps == 0
+        self._steps += 1
+        if not due or not seeds:
+            return
+        host_norm = clipped.get(key)
+        if host_norm is None:
+            host_norm = gradient_norm(host)
+        for owner, parameters in seeds.items():
+            seed_norm = clipped.get(owner)
+            if seed_norm is None:
+                seed_norm = gradient_norm(parameters)
+            self._seed_norms.setdefault(owner, []).append((host_norm, seed_norm))
+
+    def read(self, owner: str, *, host_params: int, seed_params: int) -> GradientReading | None:
+        """Return the means for one owner and forget them; None if nothing was sampled.
+
+        Effects: waits for the device.
+        """
+        pairs = self._seed_norms.pop(owner, None)
+        if not pairs:
+            return None
+        hosts = torch.stack([host for host, _ in pairs]).float()
+        seeds = torch.stack([seed.to(hosts.device) for _, seed in pairs]).float()
+        host_norm, seed_norm = torch.stack([hosts.mean(), seeds.mean()]).tolist()
+        return GradientReading(
+            host_norm=host_norm,
+            seed_norm=seed_norm,
+            ratio=_ratio(host_norm, seed_norm, host_params, seed_params),
+        )
+
+    def forget(self, owner: str) -> None:
+        """Drop what was collected of a removed seed."""
+        self._seed_norms.pop(owner, None)
+        self._clipped.pop(owner, None)
+
+    def holds(self, owner: str) -> bool:
+        """Whether anything of this owner is kept."""
+        return owner in self._seed_norms or owner in self._clipped
+
+
+def _ratio(
+    host_norm: float, seed_norm: float, host_params: int, seed_params: int
+) -> float | None:
+    if seed_params == 0:
+        return 0.0
+    if host_norm == 0.0 or not (math.isfinite(host_norm) and math.isfinite(seed_norm)):
+        return None
+    return seed_norm / host_norm * math.sqrt(host_params / seed_params)

@@ -1,0 +1,56 @@
+"""Running a model for a measurement and leaving it as it was."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Put every module in eval mode and restore each one's own flag afterwards."""
+    flags = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in flags:
+            module.training = training
+
+
+@contextmanager
+def forked_random_state(device: torch.device) -> Iterator[None]:
+    """Keep the random streams of the CPU and of `device` from what happens inside."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        yield
+
+
+class SeparateRandomStream:
+    """A random stream of a seed's own, so that its dropout takes nothing from the host's.
+
+    Args:
+        random_seed: Where the stream starts.
+    """
+
+    def __init__(self, random_seed: int) -> None:
+        generator = torch.Generator().manual_seed(random_seed)
+        self._cpu_state = generator.get_state()
+        self._cuda_seed = random_seed
+        self._cuda_state: torch.Tensor | None = None
+
+    @contextmanager
+    def active(self, device: torch.device) -> Iterator[None]:
+        """Draw from this stream inside the block. No host–device synchronisation."""
+        with forked_random_state(device):
+            torch.set_rng_state(self._cpu_state)
+            if device.type == "cuda":
+                if self._cuda_state is None:
+                    torch.cuda.manual_seed(self._cuda_seed)
+                else:
+                    torch.cuda.set_rng_state(self._cuda_state, device)
+            yield
+            self._cpu_state = torch.get_rng_state()
+            if device.type == "cuda":
+                self._cuda_state = torch.cuda.get_rng_state(device)

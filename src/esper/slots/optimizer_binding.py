@@ -1,0 +1,181 @@
+"""One parameter group per slot, made once, so that the number of groups never changes."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from esper.slots.branch import SeedBranch
+from esper.slots.slot import SeedSlot
+
+GROUP_KEY = "slot"
+"""Key under which a parameter group carries the path of its slot."""
+
+_PER_GROUP_ATTRIBUTES = ("base_lrs", "lr_lambdas", "max_lrs", "min_lrs", "_last_lr")
+
+
+class OptimizerBinding:
+    """Keeps the slots' parameter groups filled with what lives in the slots.
+
+    A slot's group starts with the hyperparameters of the optimizer's first group. A seed's
+    learning-rate multiplier and warm-up act around each step only, so no scheduler sees them.
+
+    Args:
+        before_step: Called before each optimizer step.
+
+    Raises:
+        ValueError: The optimizer holds no parameter of the host, or a scheduler exists that was
+            not passed.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        slots: Mapping[str, SeedSlot],
+        host_parameters: list[nn.Parameter],
+        *,
+        scheduler: Any | None,
+        before_step: Callable[[], None],
+    ) -> None:
+        held = {p for group in optimizer.param_groups for p in group["params"]}
+        if held.isdisjoint(host_parameters):
+            raise ValueError(
+                f"the {type(optimizer).__name__} holds none of the host's parameters; build it "
+                "from the parameters of the model that was attached to"
+            )
+        self.optimizer = optimizer
+        self._groups = {
+            group[GROUP_KEY]: group for group in optimizer.param_groups if GROUP_KEY in group
+        }
+        missing = [path for path in slots if path not in self._groups]
+        if missing and scheduler is None and "initial_lr" in optimizer.param_groups[0]:
+            raise ValueError(
+                "the optimizer already has a learning-rate scheduler, which counts its groups; "
+                "pass it: bind(optimizer, scheduler=…), or make the scheduler after binding"
+            )
+        self._slots = slots
+        self._before_step = before_step
+        self._steps = dict.fromkeys(slots, 0)
+        self._restore: list[tuple[dict[str, Any], Any]] = []
+        before = len(optimizer.param_groups)
+        for path in missing:
+            self._groups[path] = self._add_group(path)
+        if scheduler is not None:
+            _adopt_groups(scheduler, before, len(optimizer.param_groups))
+        for slot in slots.values():
+            if slot.living is not None:
+                self._take(slot.living, held)
+                self.add(slot, slot.living)
+        self._handles: list[RemovableHandle] = [
+            optimizer.register_step_pre_hook(self._step_begins),
+            optimizer.register_step_post_hook(self._step_ends),
+        ]
+
+    def add(self, slot: SeedSlot, branch: SeedBranch) -> None:
+        """Fill the slot's group with a new seed; its optimizer state starts fresh."""
+        group = self._groups[slot.path]
+        group["params"].extend(branch.parameters())
+        if "param_names" in group:
+            prefix = f"{slot.path}.{branch.blueprint}"
+            group["param_names"].extend(f"{prefix}.{n}" for n, _ in branch.named_parameters())
+        self._steps[slot.path] = 0
+
+    def remove(self, slot: SeedSlot, branch: SeedBranch) -> None:
+        """Empty the slot's group and drop the seed's optimizer state."""
+        self._empty(self._groups[slot.path])
+        for parameter in branch.parameters():
+            self.optimizer.state.pop(parameter, None)
+            parameter.grad = None
+
+    def commit(self, slot: SeedSlot, branch: SeedBranch) -> None:
+        """Move a committed seed to the host's first group; its optimizer state goes with it."""
+        group, host = self._groups[slot.path], self.optimizer.param_groups[0]
+        host["params"].extend(group["params"])
+        if "param_names" in host:
+            host["param_names"].extend(group["param_names"])
+        self._empty(group)
+
+    def holds(self, parameter: Tensor) -> bool:
+        """Whether a group or the optimizer's state still has this parameter."""
+        in_group = any(
+            parameter is held for group in self.optimizer.param_groups for held in group["params"]
+        )
+        return in_group or parameter in self.optimizer.state
+
+    def release(self) -> None:
+        """Take the hooks off the optimizer; empty groups stay, since schedulers count them."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _add_group(self, path: str) -> dict[str, Any]:
+        template = self.optimizer.param_groups[0]
+        group = {
+            key: value.clone() if isinstance(value, Tensor) else value
+            for key, value in template.items()
+            if key not in ("params", "param_names")
+        }
+        if "param_names" in template:
+            group["param_names"] = []
+        self.optimizer.add_param_group({**group, "params": [], GROUP_KEY: path})
+        added: dict[str, Any] = self.optimizer.param_groups[-1]
+        return added
+
+    def _take(self, branch: SeedBranch, held: set[nn.Parameter]) -> None:
+        """Take a living seed out of the groups that the optimizer was built with."""
+        seed = set(branch.parameters())
+        if held.isdisjoint(seed):
+            return
+        for group in self.optimizer.param_groups:
+            keep = [index for index, p in enumerate(group["params"]) if p not in seed]
+            for key in ("params", "param_names"):
+                if key in group:
+                    group[key] = [group[key][index] for index in keep]
+
+    @staticmethod
+    def _empty(group: dict[str, Any]) -> None:
+        group["params"] = []
+        if "param_names" in group:
+            group["param_names"] = []
+
+    def _step_begins(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self._step_ends(optimizer, args, kwargs, count=False)
+        self._before_step()
+        for path, group in self._groups.items():
+            slot = self._slots.get(path)
+            if slot is None or not group["params"]:
+                continue
+            config = slot.config
+            factor = config.learning_rate_multiplier
+            if self._steps[path] < config.warmup_steps:
+                factor *= (self._steps[path] + 1) / config.warmup_steps
+            if factor != 1.0:
+                self._restore.append((group, group["lr"]))
+                group["lr"] = group["lr"] * factor
+
+    def _step_ends(
+        self, optimizer: Optimizer, args: Any, kwargs: Any, *, count: bool = True
+    ) -> None:
+        for group, learning_rate in self._restore:
+            group["lr"] = learning_rate
+        self._restore = []
+        if count:
+            for path in self._steps:
+                self._steps[path] += 1
+
+
+def _adopt_groups(scheduler: Any, before: int, after: int) -> None:
+    """Give a scheduler that exists its per-group values for new groups, those of the first."""
+    for name in _PER_GROUP_ATTRIBUTES:
+        values = getattr(scheduler, name, None)
+        if isinstance(values, list) and len(values) == before:
+            first = values[0]
+            values.extend(
+                first.clone() if isinstance(first, torch.Tensor) else first
+                for _ in range(after - before)
+            )
+    for child in getattr(scheduler, "_schedulers", ()):
+        _adopt_groups(child, before, after)

@@ -1,0 +1,182 @@
+"""One forward on an example, to learn what features each target has."""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from esper.seeds.registry import Family
+from esper.slots.germination import FeatureLayout
+from esper.slots.modes import evaluation_mode, forked_random_state
+
+
+class _NoFeatures(TypeError):
+    """A module's output holds no features; not the example's fault."""
+
+
+def example_arguments(model: nn.Module, example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the positional and keyword arguments that `example` stands for.
+
+    A tensor is the only argument. A mapping holds keyword arguments; of a batch with more keys,
+    those that `forward` accepts. A tuple or list holds positional arguments if `forward` takes that
+    many, and is a batch whose first element is the input otherwise.
+
+    Raises:
+        TypeError: The example is none of these, or no key of the mapping is a parameter.
+    """
+    if isinstance(example, Tensor):
+        return (example,), {}
+    parameters = inspect.signature(model.forward).parameters
+    if isinstance(example, Mapping):
+        keywords = {str(key): value for key, value in example.items()}
+        if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+            return (), keywords
+        accepted = {key: value for key, value in keywords.items() if key in parameters}
+        if not accepted:
+            raise TypeError(
+                f"no key of the example ({', '.join(keywords)}) is a parameter of "
+                f"{type(model).__name__}.forward ({', '.join(parameters)})"
+            )
+        return (), accepted
+    if isinstance(example, Sequence) and not isinstance(example, str) and len(example) > 0:
+        positional = [
+            parameter
+            for parameter in parameters.values()
+            if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+        ]
+        variadic = any(p.kind is p.VAR_POSITIONAL for p in parameters.values())
+        if variadic or len(example) <= len(positional):
+            return tuple(example), {}
+        return example_arguments(model, example[0])
+    raise TypeError(
+        "example must be a tensor, a tuple of positional arguments, a dict of keyword arguments, "
+        f"or a batch that has one of these; got {type(example).__name__}"
+    )
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """Return the value with every tensor in it on `device`."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, Mapping):
+        return {key: to_device(item, device) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [to_device(item, device) for item in value]
+    return value
+
+
+def first_tensor(output: Any, path: str) -> Tensor:
+    """Return the features in a module's output: the tensor, or the first element of a tuple.
+
+    Raises:
+        TypeError: There is none, or it does not hold floating-point numbers.
+    """
+    features = output[0] if isinstance(output, (tuple, list)) and output else output
+    if not isinstance(features, Tensor) or not features.is_floating_point():
+        what = f"a tensor of {features.dtype}" if isinstance(features, Tensor) else type(features)
+        raise _NoFeatures(
+            f"module {path!r} returned {what}; a slot needs a floating-point tensor, or a tuple "
+            "that begins with one: choose a module inside it"
+        )
+    return features
+
+
+def run_on_example(model: nn.Module, example: Any) -> None:
+    """Run the model once in eval mode, without gradient, leaving random streams and modes alone.
+
+    Raises:
+        ValueError: The forward raised; model and example shapes are named.
+    """
+    first = next(model.parameters(), None)
+    device = torch.device("cpu") if first is None else first.device
+    args, kwargs = example_arguments(model, example)
+    args, kwargs = to_device(args, device), to_device(kwargs, device)
+    try:
+        with evaluation_mode(model), forked_random_state(device), torch.no_grad():
+            model(*args, **kwargs)
+    except _NoFeatures:
+        raise
+    except Exception as error:
+        shapes = ", ".join(
+            f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else repr(value)
+            for value in (*args, *kwargs.values())
+        )
+        raise ValueError(
+            f"{type(model).__name__} cannot run on the example ({shapes}): "
+            f"{type(error).__name__}: {error}. Give attach(…, example=…) one batch as the model "
+            "takes it"
+        ) from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class Features:
+    """What came out of a module in one call."""
+
+    tensor: Tensor
+    overwritten: bool
+    """A later operation of the host changed the tensor in place."""
+
+
+def observe_features(
+    model: nn.Module, locations: Mapping[str, nn.Module], example: Any
+) -> dict[str, list[Features]]:
+    """Return the features that came out of each location in one run, one entry per call.
+
+    Raises:
+        TypeError: A location's output is no tensor.
+        ValueError: The model cannot run on the example.
+    """
+    seen: dict[str, list[tuple[Tensor, int]]] = {path: [] for path in locations}
+
+    def recorder(path: str) -> Callable[[nn.Module, Any, Any], None]:
+        def record(module: nn.Module, args: Any, output: Any) -> None:
+            features = first_tensor(output, path)
+            seen[path].append((features, features._version))
+
+        return record
+
+    handles = [
+        module.register_forward_hook(recorder(path)) for path, module in locations.items()
+    ]
+    try:
+        run_on_example(model, example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {
+        path: [
+            Features(tensor=tensor, overwritten=tensor._version != version)
+            for tensor, version in calls
+        ]
+        for path, calls in seen.items()
+    }
+
+
+def feature_layout(path: str, observed: Features, family: Family | None) -> FeatureLayout:
+    """Return family and width: 4 dimensions are `B C H W`, 2 or 3 are `B D` or `B T D`.
+
+    Args:
+        family: Overrides the rule, for maps with features in the last dimension.
+
+    Raises:
+        ValueError: The number of dimensions is another one.
+    """
+    features = observed.tensor
+    ndim = features.ndim
+    if family is None:
+        if ndim not in (2, 3, 4):
+            raise ValueError(
+                f"module {path!r} returned features of shape {tuple(features.shape)}; slots take "
+                "B C H W, B T D or B D (pass family= if features are in the last dimension)"
+            )
+        family = Family.CNN if ndim == 4 else Family.TRANSFORMER
+    dim = features.shape[1] if family is Family.CNN else features.shape[-1]
+    return FeatureLayout(
+        family=family,
+        shape=tuple(features.shape),
+        dim=dim,
+        overwritten=observed.overwritten,
+    )

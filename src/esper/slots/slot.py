@@ -1,0 +1,734 @@
+"""The slot: what a host's forward meets, and where one seed after another lives."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from esper.blending.operators import blend
+from esper.blending.schedule import DEFAULT_STEEPNESS, AlphaController, AlphaState
+from esper.blending.straight_through import straight_through
+from esper.lifecycle.actions import BlueprintChoice, SlotState
+from esper.lifecycle.alpha import AlphaCurve, BlendOperator
+from esper.lifecycle.events import (
+    AlphaTargetReached,
+    AlphaTargetSet,
+    Event,
+    SeedCommitted,
+    SeedFailed,
+    SeedGerminated,
+    SeedPruned,
+    SeedRescaled,
+    SlotReset,
+)
+from esper.lifecycle.learning import Isolation
+from esper.lifecycle.stages import (
+    LIVING_STAGES,
+    RECOVERY_PATH,
+    IllegalTransition,
+    SeedStage,
+    check_transition,
+    next_stage,
+)
+from esper.seeds.identity import scale_output_
+from esper.seeds.registry import Family
+from esper.seeds.seed import Seed
+from esper.slots.branch import SeedBranch
+from esper.slots.breaker import CircuitBreaker
+from esper.slots.config import SlotConfig
+from esper.slots.germination import (
+    FeatureLayout,
+    GerminationError,
+    SeedOrder,
+    derive_random_seed,
+    parameters_finite,
+    sprout,
+)
+from esper.slots.gradient_guard import GradientGuard
+from esper.slots.life import SeedLife
+from esper.slots.measurements import SeedMeasurements
+from esper.slots.modes import SeparateRandomStream
+
+_FORCEABLE = LIVING_STAGES - {SeedStage.GERMINATED}
+
+
+class ForwardMode(Enum):
+    """What a compiled graph sees of a living seed; a change costs one new graph at most."""
+
+    PASS_THROUGH = 0
+    STRAIGHT_THROUGH = 1
+    BLENDED = 2
+    INLINED = 3
+    """`h + u`, just as committed seeds run, so that a commit changes no graph."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommittedSeed:
+    """What the host took over from a slot."""
+
+    blueprint: str
+    param_count: int
+    contribution_fraction: float | None
+    """As last measured before the commit."""
+
+
+class SlotOwner(Protocol):
+    """What a slot asks of the set it belongs to."""
+
+    def breaker(self, blueprint: str) -> CircuitBreaker:
+        """Return the breaker around building this blueprint."""
+
+    def choices(self, slot: "SeedSlot") -> tuple[BlueprintChoice, ...]:
+        """Return the blueprints that fit, cheapest first."""
+
+    def check_unshared(self, slot: "SeedSlot", seed: nn.Module) -> None:
+        """Raise if the seed shares a parameter with another owner."""
+
+    def seed_added(self, slot: "SeedSlot", branch: SeedBranch) -> None:
+        """Take note that a seed was registered."""
+
+    def seed_removed(self, slot: "SeedSlot", branch: SeedBranch) -> None:
+        """Take note that a seed was removed."""
+
+    def seed_committed(self, slot: "SeedSlot", branch: SeedBranch) -> None:
+        """Take note that a seed passed to the host."""
+
+    def leftovers(self, slot: "SeedSlot") -> tuple[str, ...]:
+        """Return what is still found of the last removed seed."""
+
+
+class SeedSlot(nn.Module):
+    """A place behind a host module where seeds grow, one living at a time.
+
+    Made by `esper.attach`. The forward is the identity while no seed is in the path. Methods that
+    change something return the events that happened, in order; the caller publishes them.
+
+    A dormant slot adds no key to the state dict. Structure changes belong between an optimizer
+    step and the next backward.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        layout: FeatureLayout,
+        config: SlotConfig,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        owner: SlotOwner,
+    ) -> None:
+        super().__init__()
+        self.path = path
+        self.layout = layout
+        self.config = config
+        self.hook_handle: RemovableHandle | None = None
+        self.branches = nn.ModuleList()
+        self.committed: list[CommittedSeed] = []
+        self.mode = ForwardMode.PASS_THROUGH
+        self.isolated = True
+        self.active = False
+        """Whether the forward does anything; the hook looks at nothing else."""
+        self.num_committed = 0
+        self.num_inlined = 0
+        """Branches, from the first, that run as `h + u`: the committed and one on probation."""
+        self.forced_alpha: Tensor | None = None
+        self.register_buffer("blend_alpha", torch.zeros((), device=device, dtype=dtype), False)
+        self.register_buffer(
+            "nonfinite_gradients", torch.zeros((), device=device, dtype=torch.int32), False
+        )
+        self.blend_alpha: Tensor
+        self.nonfinite_gradients: Tensor
+        self._owner: SlotOwner | None = owner
+        self._guard: GradientGuard | None = None
+        self._stream: SeparateRandomStream | None = None
+        self._failure: str | None = None
+        self._life = self._new_life(0)
+
+    # What the slot is
+
+    @property
+    def stage(self) -> SeedStage:
+        """Where the current seed stands."""
+        return self._life.stage
+
+    @property
+    def alpha(self) -> float:
+        """Weight of the living seed's increment in the host's output, in [0, 1]."""
+        return self._life.alpha.alpha
+
+    @property
+    def alpha_state(self) -> AlphaState:
+        """The alpha controller's state."""
+        return self._life.alpha.state
+
+    @property
+    def seed(self) -> Seed | None:
+        """The living seed; None when the slot holds none."""
+        branch = self.living
+        return None if branch is None else branch.seed
+
+    @property
+    def living(self) -> SeedBranch | None:
+        """The living seed with its operator; None when the slot holds none."""
+        if len(self.branches) == self.num_committed:
+            return None
+        branch = self.branches[self.num_committed]
+        assert isinstance(branch, SeedBranch)
+        return branch
+
+    @property
+    def family(self) -> Family:
+        """How the features are laid out."""
+        return self.layout.family
+
+    @property
+    def dim(self) -> int:
+        """The feature width."""
+        return self.layout.dim
+
+    @property
+    def isolation(self) -> Isolation:
+        """Up to which stage seeds here are isolated."""
+        if self.config.isolation is not None:
+            return self.config.isolation
+        has_tokens = self.family is Family.TRANSFORMER and len(self.layout.shape) > 2
+        return Isolation.NONE if has_tokens else Isolation.SHADOWING
+
+    @property
+    def measurements(self) -> SeedMeasurements:
+        """What has been measured of the current seed; the growth engine writes into it."""
+        return self._life.measurements
+
+    @property
+    def fading(self) -> bool:
+        """Whether a fade-out is under way."""
+        return self._life.fading_because is not None
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the living seed's parameters are kept from moving."""
+        return self.stage is SeedStage.SHADOWING or self.fading
+
+    @property
+    def guarded(self) -> bool:
+        """Whether hooks stand on a seed's gradients."""
+        return self._guard is not None
+
+    def state(self) -> SlotState:
+        """Return what a policy sees."""
+        life, measured = self._life, self._life.measurements
+        return SlotState(
+            path=self.path,
+            family=self.family,
+            dim=self.dim,
+            stage=life.stage,
+            blueprint=life.blueprint,
+            alpha=life.alpha.alpha,
+            alpha_mode=life.alpha.mode,
+            live=life.live,
+            fading=self.fading,
+            epochs_in_stage=life.epochs_in_stage,
+            steps_in_stage=life.steps_in_stage,
+            refusals_in_stage=life.refusals_in_stage,
+            committed=len(self.committed),
+            max_committed=self.config.max_committed,
+            gradient_ratio=measured.gradient_ratio,
+            line_search_gain_fraction=measured.line_search_gain_fraction,
+            contribution_fraction=measured.contribution_fraction,
+            choices=self._attached().choices(self),
+        )
+
+    # The forward
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return the features with committed seeds applied and the living one mixed in by stage."""
+        forced = self.forced_alpha
+        for index, branch in enumerate(self.branches):
+            if index < self.num_inlined and (forced is None or index < self.num_committed):
+                increment = self._try(branch, features, features)
+                if increment is not None:
+                    features = features + increment
+            elif forced is not None:
+                increment = self._try(branch, features, features)
+                if increment is not None:
+                    alpha = forced.to(features.dtype).reshape(-1, *(1,) * (features.ndim - 1))
+                    features = blend(features, increment, alpha)
+            elif self.mode is ForwardMode.BLENDED:
+                source = features.detach() if self.isolated else features
+                increment = self._try(branch, features, source)
+                if increment is not None:
+                    features = blend(features, increment, self.blend_alpha)
+            elif self.mode is ForwardMode.STRAIGHT_THROUGH and self.training:
+                features = self._learn_behind(branch, features)
+        return features
+
+    def _learn_behind(self, branch: SeedBranch, features: Tensor) -> Tensor:
+        detached = features.detach()
+        if self._stream is None or torch.compiler.is_compiling():
+            increment = self._try(branch, detached, detached)
+        else:
+            with self._stream.active(features.device):
+                increment = self._try(branch, detached, detached)
+        if increment is None:
+            return features
+        return straight_through(
+            features,
+            increment,
+            objective=self.config.objective,
+            trust_fraction=self.config.trust_fraction,
+            overwritten=self.layout.overwritten,
+        )
+
+    def _try(self, branch: SeedBranch, features: Tensor, seed_input: Tensor) -> Tensor | None:
+        """Run a seed; if a living one raises, the host goes on without it and `tick` prunes it."""
+        if torch.compiler.is_compiling():
+            increment: Tensor = branch(features, seed_input)
+            return increment
+        try:
+            increment = branch(features, seed_input)
+        except Exception as error:  # whatever a living seed raises, the host must go on
+            if branch is not self.living:
+                raise
+            self._failure = f"{type(error).__name__}: {error}"
+            self.mode = ForwardMode.PASS_THROUGH
+            self.num_inlined = self.num_committed
+            return None
+        return increment
+
+    # Growing
+
+    def germinate(
+        self, blueprint: str, *, blend_operator: BlendOperator | str | None = None, **options: Any
+    ) -> list[Event]:
+        """Build a seed, prove that it is the identity (G0), and register it.
+
+        Args:
+            blueprint: A name in the registry for this slot's family.
+            blend_operator: None takes the slot's configured one.
+            options: Passed to the blueprint.
+
+        Raises:
+            IllegalTransition: The slot holds a living seed, is cooling down or TERMINATED.
+            BlueprintError: Unknown blueprint or option.
+            ValueError: The blueprint refuses an option's value or the slot's width.
+            OwnershipError: The seed shares a parameter with another owner.
+            GerminationError: Building raised, the breaker is open, or G0 refused.
+            In each case the model is as it was.
+
+        Effects: random streams are left as they were. The compiled graph does not change yet.
+        """
+        owner = self._attached()
+        life = self._life_for_next_seed()
+        operator = BlendOperator(blend_operator or self.config.blend_operator)
+        order = SeedOrder(
+            blueprint=blueprint,
+            options=options,
+            blend_operator=operator,
+            layout=self.layout,
+            device=self.blend_alpha.device,
+            dtype=self.blend_alpha.dtype,
+        )
+        random_seed = derive_random_seed(self.config.random_seed, self.path, life.number)
+        breaker = owner.breaker(blueprint)
+        if not breaker.allows:
+            raise GerminationError(
+                f"{life.subject}: building {blueprint!r} failed {breaker.max_failures} times in a "
+                f"row; it will be tried again {breaker.cooldown_seconds:g} s after the last time",
+                [],
+            )
+        try:
+            new = sprout(
+                order,
+                random_seed=random_seed,
+                check_unshared=lambda seed: owner.check_unshared(self, seed),
+            )
+        except ValueError:
+            raise
+        except Exception as error:
+            raise GerminationError(
+                f"{life.subject}: building blueprint {blueprint!r} with options {options} raised "
+                f"{type(error).__name__}: {error}",
+                breaker.failed(),
+            ) from error
+        events = breaker.succeeded()
+        life.blueprint, life.measurements = blueprint, new.measurements
+        gate = life.judge(SeedStage.GERMINATED, force=False, breaker_closed=breaker.allows)
+        events.append(gate)
+        if not gate.result.passed:
+            raise GerminationError(f"{life.subject}: {gate.result}", events)
+        events.append(self._register(life, new.branch))
+        if new.draws_random_numbers:
+            self._stream = SeparateRandomStream(random_seed)
+        events.append(
+            SeedGerminated(
+                slot=self.path,
+                blueprint=blueprint,
+                options=options,
+                param_count=new.branch.param_count,
+                blend_operator=operator,
+                isolation=self.isolation,
+                objective=self.config.objective,
+                prewarm_ms=new.measurements.prewarm_ms,
+            )
+        )
+        return events
+
+    def _register(self, life: SeedLife, branch: SeedBranch) -> Event:
+        branch.train(self.training)
+        committed = list(self.branches)
+        self.branches = nn.ModuleList([*committed, branch])
+        try:
+            self._attached().seed_added(self, branch)
+        except BaseException:
+            self.branches = nn.ModuleList(committed)
+            raise
+        self._life = life
+        self.nonfinite_gradients.zero_()
+        self._guard = GradientGuard(branch, self.nonfinite_gradients)
+        return life.enter(SeedStage.GERMINATED)
+
+    def advance(self, force: bool = False) -> list[Event]:
+        """Take the next stage through its gate.
+
+        A refusal changes nothing and is told by the returned GateEvaluated event. After a prune,
+        each call takes one step of the way back to DORMANT.
+
+        Args:
+            force: Skip the gate's verdict, not its bookkeeping. A forced entry into SHADOWING sets
+                alpha to 1, since the stages from there on are defined at full alpha.
+
+        Raises:
+            IllegalTransition: No stage follows, the embargo is not over, or the seed is fading out.
+        """
+        life = self._life
+        if self.fading:
+            raise IllegalTransition(
+                life.stage, SeedStage.PRUNED, subject=f"{life.subject}, fading out,"
+            )
+        if life.stage is SeedStage.DORMANT:
+            raise IllegalTransition(
+                life.stage,
+                SeedStage.GERMINATED,
+                subject=f"{life.subject} needs germinate(blueprint), not advance(); it",
+            )
+        if life.stage in RECOVERY_PATH:
+            return self._recover(force=force)
+        stage = next_stage(life.stage, subject=life.subject)
+        owner, blueprint = self._attached(), life.blueprint
+        assert blueprint is not None
+        life.measurements.parameters_finite = parameters_finite(self._living_branch())
+        gate = life.judge(stage, force=force, breaker_closed=owner.breaker(blueprint).allows)
+        if not (gate.result.passed or force):
+            return [gate]
+        return [gate, *self._enter_growth_stage(stage)]
+
+    def _enter_growth_stage(self, stage: SeedStage) -> list[Event]:
+        life, events = self._life, []
+        if stage is SeedStage.BLENDING:
+            events += self._rescale()
+        elif stage is SeedStage.SHADOWING and life.alpha.alpha != 1.0:
+            life.alpha = AlphaController(AlphaState(alpha=1.0, start=1.0, target=1.0))
+            self.blend_alpha.fill_(1.0)
+            events.append(AlphaTargetReached(slot=self.path, alpha=1.0))
+        elif stage is SeedStage.FOSSILIZED:
+            events.append(self._hand_over())
+        events.append(life.enter(stage))
+        self._follow_stage()
+        return events
+
+    def _rescale(self) -> list[Event]:
+        layer = self._living_branch().seed.output_layer
+        amplitude = self._life.measurements.best_amplitude
+        if amplitude in (None, 0.0, 1.0) or layer is None:
+            return []
+        assert amplitude is not None
+        scale_output_(layer, amplitude)
+        return [SeedRescaled(slot=self.path, factor=amplitude)]
+
+    def set_alpha_target(
+        self,
+        target: float,
+        steps: int,
+        *,
+        curve: AlphaCurve | str = AlphaCurve.COSINE,
+        steepness: float = DEFAULT_STEEPNESS,
+    ) -> list[Event]:
+        """Start an alpha ramp; `tick` moves it, `steps` 0 arrives at once.
+
+        Raises:
+            IllegalTransition: The seed is not BLENDING.
+            ValueError: A ramp is under way, or an argument is out of its range.
+
+        Effects: alpha's buffer is written in place; no compiled graph changes.
+        """
+        life = self._life
+        if life.stage is not SeedStage.BLENDING or self.fading:
+            raise IllegalTransition(
+                life.stage,
+                SeedStage.BLENDING,
+                subject=f"{life.subject}: alpha can be set only in BLENDING; it",
+            )
+        return self._start_ramp(target, steps, curve=AlphaCurve(curve), steepness=steepness)
+
+    def _start_ramp(
+        self,
+        target: float,
+        steps: int,
+        *,
+        curve: AlphaCurve = AlphaCurve.COSINE,
+        steepness: float = DEFAULT_STEEPNESS,
+    ) -> list[Event]:
+        controller, before = self._life.alpha, self.alpha
+        controller.retarget(target, steps, curve=curve, steepness=steepness)
+        self.blend_alpha.fill_(controller.alpha)
+        started: list[Event] = [
+            AlphaTargetSet(
+                slot=self.path, from_alpha=before, target=target, steps=steps, curve=curve
+            )
+        ]
+        arrived = [AlphaTargetReached(slot=self.path, alpha=target)] if steps == 0 else []
+        return started + arrived
+
+    def commit(self) -> list[Event]:
+        """Hand the seed on trial to the host, now.
+
+        The caller decides: gate G5 is judged and recorded, but does not stop it. `advance` is the
+        commit that G5 can refuse.
+
+        Raises:
+            IllegalTransition: The seed is not PROBATIONARY.
+
+        Effects: neither the forward nor the compiled graph changes; the parameters become the
+        host's and keep their optimizer state.
+        """
+        check_transition(self.stage, SeedStage.FOSSILIZED, subject=self._life.subject)
+        return self.advance(force=True)
+
+    def _hand_over(self) -> Event:
+        branch = self._living_branch()
+        self._attached().seed_committed(self, branch)
+        self._drop_guard()
+        record = CommittedSeed(
+            blueprint=branch.blueprint,
+            param_count=branch.param_count,
+            contribution_fraction=self.measurements.contribution_fraction,
+        )
+        self.committed.append(record)
+        self.num_committed += 1
+        return SeedCommitted(
+            slot=self.path,
+            blueprint=record.blueprint,
+            param_count=record.param_count,
+            contribution_fraction=record.contribution_fraction,
+        )
+
+    # Removing
+
+    def prune(self, over_steps: int = 0, *, reason: str = "asked") -> list[Event]:
+        """Remove the living seed, now or after fading it out.
+
+        Args:
+            over_steps: Steps in which alpha goes to 0 with the seed's parameters frozen; a seed
+                that is not in the forward path has nothing to fade and goes at once.
+            reason: For the event.
+
+        Raises:
+            IllegalTransition: There is no living seed.
+            ValueError: `over_steps` is negative.
+        """
+        life = self._life
+        check_transition(life.stage, SeedStage.PRUNED, subject=life.subject)
+        if over_steps < 0:
+            raise ValueError(f"over_steps must not be negative, got {over_steps}")
+        if over_steps == 0 or life.alpha.alpha == 0.0:
+            return self._remove(reason)
+        events: list[Event] = []
+        if life.stage is SeedStage.PROBATIONARY:
+            events.append(life.enter(SeedStage.BLENDING))
+        life.alpha.hold()
+        events += self._start_ramp(0.0, over_steps)
+        life.fading_because = reason
+        self._follow_stage()
+        return events
+
+    def _remove(self, reason: str) -> list[Event]:
+        life, branch = self._life, self._living_branch()
+        self._drop_guard()
+        self._stream = self._failure = None
+        self.branches = nn.ModuleList(list(self.branches)[: self.num_committed])
+        self._attached().seed_removed(self, branch)
+        pruned = SeedPruned(
+            slot=self.path, blueprint=branch.blueprint, from_stage=life.stage, reason=reason
+        )
+        changed = life.enter(SeedStage.PRUNED)
+        life.alpha = AlphaController()
+        life.measurements = SeedMeasurements()
+        life.blueprint = life.fading_because = None
+        self.blend_alpha.zero_()
+        self.nonfinite_gradients.zero_()
+        self._follow_stage()
+        return [pruned, changed]
+
+    def _recover(self, *, force: bool) -> list[Event]:
+        life = self._life
+        if life.stage is SeedStage.EMBARGOED:
+            left = self.config.embargo_epochs - life.epochs_in_stage
+            if left > 0 and not force:
+                raise IllegalTransition(
+                    life.stage,
+                    SeedStage.RESETTING,
+                    subject=f"{life.subject}: {left} epochs of its embargo are left; it",
+                )
+        if life.stage is not SeedStage.RESETTING:
+            return [life.enter(next_stage(life.stage))]
+        leftovers = self._attached().leftovers(self)
+        reset = SlotReset(slot=self.path, leftovers=leftovers)
+        if leftovers:
+            return [reset]
+        changed = life.enter(SeedStage.DORMANT)
+        self._life = self._new_life(life.number + 1)
+        return [reset, changed]
+
+    # Time
+
+    def tick(self) -> list[Event]:
+        """Let one batch pass: count it, move alpha, finish a fade-out, prune a failed seed."""
+        life = self._life
+        if life.stage not in LIVING_STAGES:
+            return []
+        if self._failure is not None:
+            error = self._failure
+            assert life.blueprint is not None
+            failed = SeedFailed(slot=self.path, blueprint=life.blueprint, error=error)
+            return [failed, *self._remove(f"its forward raised {error}")]
+        life.steps_in_stage += 1
+        if life.stage is SeedStage.TRAINING:
+            life.measurements.training_steps += 1
+        if self.mode is not ForwardMode.BLENDED:
+            return []
+        before = life.alpha.alpha
+        arrived = life.alpha.tick()
+        if life.alpha.alpha != before:
+            self.blend_alpha.fill_(life.alpha.alpha)
+        if not arrived:
+            return []
+        reached = AlphaTargetReached(slot=self.path, alpha=life.alpha.alpha)
+        if life.fading_because is not None:
+            return [reached, *self._remove(life.fading_because)]
+        return [reached]
+
+    def end_epoch(self) -> list[Event]:
+        """Let one epoch pass: count it, and move on from stages that only wait."""
+        life = self._life
+        if life.stage is SeedStage.PRUNED:
+            return [life.enter(SeedStage.EMBARGOED)]
+        life.epochs_in_stage += 1
+        if life.stage is SeedStage.FOSSILIZED and len(self.committed) >= self.config.max_committed:
+            return [life.enter(SeedStage.TERMINATED)]
+        if life.stage is SeedStage.EMBARGOED:
+            if life.epochs_in_stage < self.config.embargo_epochs:
+                return []
+            return [*self._recover(force=False), *self._recover(force=False)]
+        if life.stage is SeedStage.RESETTING:
+            return self._recover(force=False)
+        return []
+
+    # Measuring
+
+    @contextmanager
+    def force_alpha(self, alpha: float | Tensor) -> Iterator[None]:
+        """Run the living seed at another alpha inside the block, also one still TRAINING.
+
+        Args:
+            alpha: One value, or one per sample of the batch that will be run, shape `B`.
+
+        Raises:
+            RuntimeError: The slot is in train mode.
+            ValueError: There is no seed that has begun to train.
+        """
+        if self.training:
+            raise RuntimeError(
+                f"slot {self.path!r} is in train mode; forcing alpha is for measuring, call "
+                "model.eval() first"
+            )
+        if self.stage not in _FORCEABLE:
+            raise ValueError(
+                f"slot {self.path!r} is {self.stage.name}; there is no trained seed to weigh"
+            )
+        before, was_active = self.forced_alpha, self.active
+        self.forced_alpha = torch.as_tensor(alpha, device=self.blend_alpha.device)
+        self.active = True
+        try:
+            yield
+        finally:
+            self.forced_alpha, self.active = before, was_active
+
+    # Inside
+
+    @property
+    def owner(self) -> SlotOwner | None:
+        """The set this slot belongs to; None in a copy of the model."""
+        return self._owner
+
+    def _new_life(self, number: int) -> SeedLife:
+        return SeedLife(
+            self.path,
+            number=number,
+            thresholds=self.config.thresholds,
+            live=self.isolation is Isolation.NONE,
+        )
+
+    def _life_for_next_seed(self) -> SeedLife:
+        current = self._life
+        if current.stage is SeedStage.FOSSILIZED and len(self.committed) < self.config.max_committed:
+            return self._new_life(current.number + 1)
+        check_transition(current.stage, SeedStage.GERMINATED, subject=current.subject)
+        return self._new_life(current.number)
+
+    def _follow_stage(self) -> None:
+        stage = self.stage
+        if stage is SeedStage.TRAINING:
+            self.mode = ForwardMode.STRAIGHT_THROUGH
+        elif stage in (SeedStage.BLENDING, SeedStage.SHADOWING):
+            self.mode = ForwardMode.BLENDED
+        elif stage is SeedStage.PROBATIONARY:
+            self.mode = ForwardMode.INLINED
+        else:
+            self.mode = ForwardMode.PASS_THROUGH
+        self.num_inlined = self.num_committed + (self.mode is ForwardMode.INLINED)
+        in_blend = stage in (SeedStage.BLENDING, SeedStage.SHADOWING)
+        self.isolated = not in_blend or self.isolation is Isolation.SHADOWING
+        self.active = self.num_inlined > 0 or self.mode is not ForwardMode.PASS_THROUGH
+        if self._guard is not None:
+            self._guard.frozen = self.frozen
+            self._guard.sanitising = self.isolated and stage is not SeedStage.PROBATIONARY
+
+    def _drop_guard(self) -> None:
+        if self._guard is not None:
+            self._guard.remove()
+            self._guard = None
+
+    def _living_branch(self) -> SeedBranch:
+        branch = self.living
+        assert branch is not None
+        return branch
+
+    def _attached(self) -> SlotOwner:
+        if self._owner is None:
+            raise RuntimeError(
+                f"slot {self.path!r} belongs to a copy of the model, which can run but not grow; "
+                "grow the original, or detach the copy and attach to it anew"
+            )
+        return self._owner
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the slot set behind: a copied or pickled model runs, but does not grow."""
+        return {**self.__dict__, "_owner": None, "_guard": None}
+
+    def extra_repr(self) -> str:
+        return f"{self.path!r}, {self.stage.name}, alpha={self.alpha:g}"

@@ -1,0 +1,240 @@
+"""All slots of one model, and what they share: ownership, the optimizer, caches."""
+
+import weakref
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from esper.lifecycle.actions import BlueprintChoice
+from esper.lifecycle.events import CachesSwept, Event
+from esper.lifecycle.stages import SeedStage
+from esper.seeds.registry import blueprints
+from esper.slots.branch import SeedBranch
+from esper.slots.breaker import CircuitBreaker
+from esper.slots.caches import BoundedCache
+from esper.slots.germination import SeedOrder, fits
+from esper.slots.gradient_health import GradientHealth, GradientReading
+from esper.slots.optimizer_binding import OptimizerBinding
+from esper.slots.ownership import HOST, OwnershipLedger
+from esper.slots.slot import SeedSlot
+
+_LEARNING_STAGES = frozenset({SeedStage.TRAINING, SeedStage.BLENDING, SeedStage.PROBATIONARY})
+
+
+class SlotSet(Mapping[str, SeedSlot]):
+    """The slots by target path, in module order.
+
+    Made by `esper.attach`. Methods that change something return the events that happened.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.ledger = OwnershipLedger(model, self._living_seeds)
+        self.gradient_health = GradientHealth()
+        self.binding: OptimizerBinding | None = None
+        self._slots: dict[str, SeedSlot] = {}
+        self._breakers: dict[str, CircuitBreaker] = {}
+        self._shape_probes: BoundedCache[int | None] = BoundedCache(
+            max_entries=512, max_age_seconds=3600.0
+        )
+        self._removed: dict[str, list[weakref.ref[nn.Parameter]]] = {}
+        self._host_parameters: list[nn.Parameter] | None = None
+
+    def __getitem__(self, path: str) -> SeedSlot:
+        try:
+            return self._slots[path]
+        except KeyError:
+            known = ", ".join(map(repr, self._slots))
+            raise KeyError(f"no slot at {path!r}; slots: {known}") from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._slots)
+
+    def __len__(self) -> int:
+        return len(self._slots)
+
+    def __repr__(self) -> str:
+        slots = ", ".join(f"{path!r}: {slot.stage.name}" for path, slot in self._slots.items())
+        return f"SlotSet({{{slots}}})"
+
+    def add(self, slot: SeedSlot) -> None:
+        """Take in a slot; `attach` does this."""
+        self._slots[slot.path] = slot
+
+    # Training
+
+    def bind(self, optimizer: Optimizer, scheduler: Any | None = None) -> None:
+        """Make the optimizer train what grows: one parameter group per slot, for good.
+
+        Args:
+            scheduler: A learning-rate scheduler that was made before; one made afterwards needs
+                nothing.
+
+        Raises:
+            ValueError: The optimizer holds none of the host's parameters, another optimizer is
+                bound, or a scheduler exists that was not passed.
+            OwnershipError: The optimizer would train a teacher.
+        """
+        if self.binding is not None:
+            raise ValueError(
+                f"the slots are bound to a {type(self.binding.optimizer).__name__} already; "
+                "call unbind() first"
+            )
+        self.ledger.check_optimizer(optimizer)
+        self.binding = OptimizerBinding(
+            optimizer,
+            self._slots,
+            self.ledger.host_parameters(),
+            scheduler=scheduler,
+            before_step=self._before_step,
+        )
+
+    def unbind(self) -> None:
+        """Let go of the optimizer; its empty groups stay."""
+        if self.binding is not None:
+            self.binding.release()
+            self.binding = None
+
+    def tick(self) -> list[Event]:
+        """Let one batch pass in every slot; call after each optimizer step."""
+        return [event for slot in self._slots.values() for event in slot.tick()]
+
+    def end_epoch(self) -> list[Event]:
+        """Let one epoch pass in every slot and sweep the caches."""
+        events = [event for slot in self._slots.values() for event in slot.end_epoch()]
+        self._shape_probes.sweep()
+        cache = self._shape_probes
+        swept = CachesSwept(
+            sizes={"shape_probes": len(cache)},
+            hits={"shape_probes": cache.hits},
+            misses={"shape_probes": cache.misses},
+        )
+        return [*events, swept]
+
+    def clip_grad_norm_(self, max_norm: float) -> Tensor:
+        """Clip gradients to `max_norm` per owner: the host alone, and each living seed alone.
+
+        With one norm over everything a seed's gradients would change the host's step.
+
+        Returns:
+            The host's norm before clipping, 0-dim, on its device.
+
+        Raises:
+            ValueError: `max_norm` is not above 0.
+        """
+        if not max_norm > 0.0:
+            raise ValueError(f"max_norm must be above 0, got {max_norm}")
+        norms = {HOST: torch.nn.utils.clip_grad_norm_(self.host_parameters(), max_norm)}
+        for owner, seed in self._living_seeds().items():
+            norms[owner] = torch.nn.utils.clip_grad_norm_(seed.parameters(), max_norm)
+        self.gradient_health.note_before_clipping(norms)
+        return norms[HOST]
+
+    def host_parameters(self) -> list[nn.Parameter]:
+        """Return the host's parameters in the model's order, committed seeds included."""
+        if self._host_parameters is None:
+            self._host_parameters = self.ledger.host_parameters()
+        return self._host_parameters
+
+    def read_gradient_health(self, slot: SeedSlot) -> GradientReading | None:
+        """Return the slot's gradient norms since the last reading. Waits for the device."""
+        branch = slot.living
+        if branch is None:
+            return None
+        host_params = sum(parameter.numel() for parameter in self.host_parameters())
+        return self.gradient_health.read(
+            _owner_name(slot), host_params=host_params, seed_params=branch.param_count
+        )
+
+    def _before_step(self) -> None:
+        learning = {
+            _owner_name(slot): list(slot.living.parameters())
+            for slot in self._slots.values()
+            if slot.stage in _LEARNING_STAGES and slot.living is not None
+        }
+        self.gradient_health.before_step(self.host_parameters(), learning, HOST)
+
+    # What slots ask for
+
+    def breaker(self, blueprint: str) -> CircuitBreaker:
+        """Return the breaker around building one blueprint."""
+        return self._breakers.setdefault(blueprint, CircuitBreaker(f"build {blueprint}"))
+
+    def choices(self, slot: SeedSlot) -> tuple[BlueprintChoice, ...]:
+        """Return the blueprints that fit a slot, cheapest first."""
+        return tuple(
+            BlueprintChoice(name=name, param_count=count)
+            for name in blueprints.names(slot.family)
+            if (count := self._param_count_if_fits(slot, name)) is not None
+        )
+
+    def check_unshared(self, slot: SeedSlot, seed: nn.Module) -> None:
+        """Raise OwnershipError if a new seed shares a parameter."""
+        self.ledger.check_seed(_owner_name(slot), seed)
+
+    def seed_added(self, slot: SeedSlot, branch: SeedBranch) -> None:
+        """Give a new seed to the optimizer."""
+        self._host_parameters = None
+        if self.binding is not None:
+            self.binding.add(slot, branch)
+
+    def seed_removed(self, slot: SeedSlot, branch: SeedBranch) -> None:
+        """Take a pruned seed from the optimizer and remember what must be gone."""
+        self._host_parameters = None
+        self._removed[slot.path] = [weakref.ref(parameter) for parameter in branch.parameters()]
+        self.gradient_health.forget(_owner_name(slot))
+        if self.binding is not None:
+            self.binding.remove(slot, branch)
+
+    def seed_committed(self, slot: SeedSlot, branch: SeedBranch) -> None:
+        """Move a committed seed's parameters to the host's group."""
+        self._host_parameters = None
+        self.gradient_health.forget(_owner_name(slot))
+        if self.binding is not None:
+            self.binding.commit(slot, branch)
+
+    def leftovers(self, slot: SeedSlot) -> tuple[str, ...]:
+        """Return where anything of the slot's last pruned seed is still found."""
+        removed = [ref() for ref in self._removed.get(slot.path, ())]
+        alive = [parameter for parameter in removed if parameter is not None]
+        in_model = {id(parameter) for parameter in self.model.parameters()}
+        found = []
+        if slot.living is not None:
+            found.append("a living seed")
+        if any(id(parameter) in in_model for parameter in alive):
+            found.append("parameters in the model")
+        if self.binding is not None and any(map(self.binding.holds, alive)):
+            found.append("parameters or state in the optimizer")
+        if self.gradient_health.holds(_owner_name(slot)):
+            found.append("gradient norms")
+        if slot.guarded:
+            found.append("gradient hooks")
+        if not found:
+            self._removed.pop(slot.path, None)
+        return tuple(found)
+
+    def _living_seeds(self) -> dict[str, nn.Module]:
+        return {
+            _owner_name(slot): slot.living
+            for slot in self._slots.values()
+            if slot.living is not None
+        }
+
+    def _param_count_if_fits(self, slot: SeedSlot, blueprint: str) -> int | None:
+        order = SeedOrder(
+            blueprint=blueprint,
+            options={},
+            blend_operator=slot.config.blend_operator,
+            layout=slot.layout,
+            device=torch.device("meta"),
+            dtype=slot.blend_alpha.dtype,
+        )
+        key = (blueprints.version, slot.layout, blueprint, order.blend_operator, order.dtype)
+        return self._shape_probes.get_or_make(key, lambda: fits(order))
+
+
+def _owner_name(slot: SeedSlot) -> str:
+    return f"seed of slot {slot.path!r}"

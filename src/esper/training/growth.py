@@ -1,0 +1,251 @@
+"""The growth engine: what a training loop calls after a step and after an epoch."""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch.optim import Optimizer
+
+from esper.lifecycle.actions import (
+    Action,
+    Advance,
+    Commit,
+    Germinate,
+    GrowthState,
+    IllegalAction,
+    Prune,
+    SetAlphaTarget,
+    Wait,
+    check_action,
+)
+from esper.lifecycle.events import (
+    ActionApplied,
+    ActionRefused,
+    Event,
+    EventRecord,
+    GerminationFailed,
+    GradientHealthMeasured,
+)
+from esper.lifecycle.stages import SeedStage
+from esper.slots.germination import GerminationError
+from esper.slots.slot import SeedSlot
+from esper.slots.slot_set import SlotSet
+from esper.telemetry.sink import Sink
+from esper.training.held_out import Evaluate, metrics_of
+from esper.training.policy import Policy
+from esper.training.probing import probe_seeds
+from esper.training.step_timer import StepTimer
+
+
+class Growth:
+    """Grows a model while any loop trains it.
+
+    Call `after_step` after each optimizer step and `after_epoch` wherever decisions may fall: after
+    each epoch, or every N steps. An epoch here is the time between two decisions.
+
+    Args:
+        slots: From `esper.attach`.
+        optimizer: Trains the host; gets one parameter group per slot.
+        policy: Decides; see `esper.HeuristicPolicy`.
+        scheduler: A learning-rate scheduler made before; one made afterwards needs nothing.
+        max_epochs: How many decisions will come, for policies that plan by it.
+        sinks: Receive every event and metric.
+        clock: Unix seconds, for event records.
+
+    Raises:
+        ValueError: The optimizer holds none of the host's parameters, or a scheduler exists that
+            was not passed.
+    """
+
+    def __init__(
+        self,
+        slots: SlotSet,
+        optimizer: Optimizer,
+        *,
+        policy: Policy,
+        scheduler: Any | None = None,
+        max_epochs: int | None = None,
+        sinks: Sequence[Sink] = (),
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.slots = slots
+        self.policy = policy
+        self.max_epochs = max_epochs
+        self.sinks = list(sinks)
+        self.epoch = 0
+        self.step = 0
+        self.losses: list[float] = []
+        """Held-out loss after each epoch."""
+        self._clock = clock
+        self._timer = StepTimer()
+        self._step_seconds_before: dict[str, float | None] = {}
+        slots.bind(optimizer, scheduler)
+
+    def after_step(self) -> None:
+        """Let one optimizer step pass: alpha moves, ramps end, a failed seed is pruned.
+
+        Call it once per optimizer step, with gradient accumulation after the last micro-batch.
+        Never waits for the device.
+        """
+        self.step += 1
+        self._timer.step()
+        events = self.slots.tick()
+        if events:
+            self.publish(events)
+
+    def after_epoch(self, evaluate: Evaluate) -> dict[str, float]:
+        """Evaluate, measure the seeds, let the policy decide, and carry that out.
+
+        Args:
+            evaluate: Returns the held-out loss, or metrics with a "loss". A `HeldOut` measures
+                seeds in one fused forward, and tells how certain the measurement is; any other
+                function is called once more per variant, with the model in eval mode.
+
+        Returns:
+            The metrics, as evaluated before any decision.
+
+        Raises:
+            TypeError: `evaluate` returned no loss.
+
+        Effects: waits for the device. Structure may change: the next backward must be a new step.
+        """
+        self._timer.pause()
+        metrics = metrics_of(evaluate())
+        self.losses.append(metrics["loss"])
+        self._note_losses(metrics["loss"])
+        self.publish(self._read_gradient_health())
+        self.publish(probe_seeds(self.slots.model, self.slots, evaluate))
+        self._note_step_times()
+        self.epoch += 1
+        for sink in self.sinks:
+            sink.measure(self.epoch, self.step, metrics)
+        for action in self.policy.decide(self.state()):
+            self.apply(action)
+        self.publish(self.slots.end_epoch())
+        for sink in self.sinks:
+            sink.flush()
+        return metrics
+
+    def state(self) -> GrowthState:
+        """Return what a policy sees now."""
+        return GrowthState(
+            epoch=self.epoch,
+            step=self.step,
+            max_epochs=self.max_epochs,
+            losses=tuple(self.losses),
+            slots=tuple(slot.state() for slot in self.slots.values()),
+        )
+
+    def apply(self, action: Action) -> bool:
+        """Carry out one action if it is legal now, and publish what happened.
+
+        Returns:
+            Whether the action was legal. A gate may still have refused the stage; the published
+            events tell.
+        """
+        try:
+            check_action(self.state(), action)
+        except IllegalAction as error:
+            self.publish([ActionRefused(action=action, reason=str(error))])
+            return False
+        if isinstance(action, Wait):
+            return True
+        self.publish([ActionApplied(action=action)])
+        self._carry_out(self.slots[action.slot], action)
+        return True
+
+    def publish(self, events: Sequence[Event]) -> None:
+        """Send events to the sinks, stamped with time, epoch and step."""
+        if not self.sinks:
+            return
+        for event in events:
+            record = EventRecord(
+                time_seconds=self._clock(), epoch=self.epoch, step=self.step, event=event
+            )
+            for sink in self.sinks:
+                sink.publish(record)
+
+    def _carry_out(self, slot: SeedSlot, action: Action) -> None:
+        if isinstance(action, Germinate):
+            self._germinate(slot, action)
+        elif isinstance(action, Advance):
+            before = slot.stage
+            self.publish(slot.advance())
+            if before is SeedStage.TRAINING and slot.stage is SeedStage.BLENDING:
+                self._start_ramp(slot, action)
+        elif isinstance(action, SetAlphaTarget):
+            if action.target != slot.alpha:
+                self.publish(
+                    slot.set_alpha_target(action.target, action.steps, curve=action.curve)
+                )
+        elif isinstance(action, Prune):
+            self.publish(slot.prune(action.over_steps, reason=action.reason))
+        elif isinstance(action, Commit):
+            self.publish(slot.advance())
+
+    def _germinate(self, slot: SeedSlot, action: Germinate) -> None:
+        try:
+            events = slot.germinate(
+                action.blueprint, blend_operator=action.blend_operator, **action.options
+            )
+        except (GerminationError, ValueError) as error:
+            earlier = error.events if isinstance(error, GerminationError) else []
+            failed = GerminationFailed(
+                slot=slot.path, blueprint=action.blueprint, error=str(error)
+            )
+            self.publish([*earlier, failed])
+            return
+        self.publish(events)
+        self._step_seconds_before[slot.path] = self._timer.median_seconds
+        self._note_reference(slot, self.losses[-1] if self.losses else None)
+        self.publish(slot.advance())
+        if slot.state().live and slot.stage is SeedStage.TRAINING:
+            self.publish(slot.advance())
+            if slot.stage is SeedStage.BLENDING:
+                self.publish(slot.set_alpha_target(1.0, 0))
+        self._timer.restart()
+
+    def _start_ramp(self, slot: SeedSlot, action: Advance) -> None:
+        steps = slot.config.ramp_steps if action.ramp_steps is None else action.ramp_steps
+        curve = action.ramp_curve or slot.config.ramp_curve
+        self.publish(slot.set_alpha_target(1.0, steps, curve=curve))
+        self._timer.restart()
+
+    def _note_losses(self, loss: float) -> None:
+        for slot in self.slots.values():
+            if slot.stage is SeedStage.TRAINING:
+                self._note_reference(slot, loss)
+            reference = slot.measurements.reference_loss
+            if reference:
+                slot.measurements.loss_increase_fraction = (loss - reference) / reference
+
+    @staticmethod
+    def _note_reference(slot: SeedSlot, loss: float | None) -> None:
+        slot.measurements.reference_loss = loss
+
+    def _read_gradient_health(self) -> list[Event]:
+        events: list[Event] = []
+        for slot in self.slots.values():
+            reading = self.slots.read_gradient_health(slot)
+            if reading is None:
+                continue
+            slot.measurements.gradient_ratio = reading.ratio
+            events.append(
+                GradientHealthMeasured(
+                    slot=slot.path,
+                    host_norm=reading.host_norm,
+                    seed_norm=reading.seed_norm,
+                    ratio=reading.ratio,
+                    nonfinite_gradients=int(slot.nonfinite_gradients),
+                    vanishing=reading.vanishing,
+                    exploding=reading.exploding,
+                )
+            )
+        return events
+
+    def _note_step_times(self) -> None:
+        now = self._timer.median_seconds
+        for path, slot in self.slots.items():
+            before = self._step_seconds_before.get(path)
+            if slot.living is not None and now is not None and before:
+                slot.measurements.step_time_ratio = now / before

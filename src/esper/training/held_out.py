@@ -1,0 +1,109 @@
+"""Held-out data: what the gates measure on."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from esper.slots.counterfactual import Variant, call_model, fused_losses
+from esper.slots.modes import evaluation_mode
+from esper.slots.slot import SeedSlot
+
+Evaluate = Callable[[], float | Mapping[str, float]]
+"""Returns the held-out loss, or metrics with a "loss" among them."""
+
+
+@runtime_checkable
+class VariantEvaluator(Protocol):
+    """An evaluation that can also weigh seeds, with the loss of every sample."""
+
+    def variant_losses(
+        self, slots: Mapping[str, SeedSlot], variants: Sequence[Variant]
+    ) -> Sequence[Tensor]:
+        """Return each variant's losses per sample, all in the same order of samples."""
+
+
+class HeldOut:
+    """Evaluates a model on fixed batches; counterfactual variants run fused, in one forward each.
+
+    Calling it gives the mean loss and metrics. The model's modes are restored afterwards.
+
+    Args:
+        batches: Pairs of inputs and targets, iterated anew at each evaluation, always in the same
+            order. Inputs are a tensor, a tuple of arguments or a mapping of keyword arguments.
+        loss: `(outputs, targets)` to one loss per sample, shape `B`.
+        metrics: By name, `(outputs, targets)` to one value per sample, shape `B`.
+
+    Example:
+        >>> import torch, esper
+        >>> from torch.nn.functional import cross_entropy
+        >>> host = torch.nn.Linear(4, 3)
+        >>> batches = [(torch.zeros(8, 4), torch.zeros(8, dtype=torch.long))]
+        >>> held_out = esper.HeldOut(
+        ...     host, batches, loss=lambda out, y: cross_entropy(out, y, reduction="none")
+        ... )
+        >>> sorted(held_out())
+        ['loss']
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Iterable[tuple[Any, Any]],
+        *,
+        loss: Callable[[Any, Any], Tensor],
+        metrics: Mapping[str, Callable[[Any, Any], Tensor]] | None = None,
+    ) -> None:
+        self.model = model
+        self.batches = batches
+        self.loss = loss
+        self.metrics = {"loss": loss, **(metrics or {})}
+
+    def __call__(self) -> dict[str, float]:
+        """Return the mean over samples of the loss and of every metric. Waits for the device.
+
+        Raises:
+            ValueError: There are no batches.
+        """
+        columns: dict[str, list[Tensor]] = {name: [] for name in self.metrics}
+        with evaluation_mode(self.model), torch.inference_mode():
+            for inputs, targets in self.batches:
+                outputs = call_model(self.model, inputs)
+                for name, metric in self.metrics.items():
+                    columns[name].append(metric(outputs, targets).float())
+        if not columns["loss"]:
+            raise ValueError("held-out data has no batches; a growing model needs some to judge by")
+        return {name: float(torch.cat(values).mean()) for name, values in columns.items()}
+
+    def variant_losses(
+        self, slots: Mapping[str, SeedSlot], variants: Sequence[Variant]
+    ) -> list[Tensor]:
+        """Return each variant's loss per sample over all batches."""
+        with evaluation_mode(self.model):
+            parts = [
+                fused_losses(self.model, slots, inputs, targets, self.loss, variants)
+                for inputs, targets in self.batches
+            ]
+        return list(torch.cat(parts, dim=1).float())
+
+
+def metrics_of(result: float | Mapping[str, float]) -> dict[str, float]:
+    """Return an evaluation's result as metrics.
+
+    Raises:
+        TypeError: It is neither a number nor a mapping with a "loss".
+    """
+    if isinstance(result, Mapping):
+        if "loss" not in result:
+            raise TypeError(
+                f"evaluate returned metrics without a 'loss' ({', '.join(result)}); the gates "
+                "judge by it"
+            )
+        return {str(name): float(value) for name, value in result.items()}
+    if isinstance(result, bool) or not isinstance(result, (int, float, Tensor)):
+        raise TypeError(
+            "evaluate must return the held-out loss as a number, or a mapping of metrics with a "
+            f"'loss' in it; got {type(result).__name__}"
+        )
+    return {"loss": float(result)}

@@ -1,0 +1,189 @@
+"""The training loop, growth included."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field, FiniteFloat
+from torch import Tensor
+
+from esper.lifecycle.record import Record
+from esper.slots.counterfactual import call_model
+from esper.training.governor import Governor
+from esper.training.growth import Growth
+from esper.training.held_out import Evaluate
+from esper.training.precision import MatmulPrecision, set_matmul_precision
+
+Positive = Annotated[FiniteFloat, Field(gt=0.0)]
+AtLeastOne = Annotated[int, Field(ge=1)]
+
+
+class TrainerConfig(Record):
+    """Settings of the loop."""
+
+    epochs: AtLeastOne
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Autocast dtype; float16 also scales gradients."""
+    accumulation_steps: AtLeastOne = 1
+    """Batches per optimizer step. A shorter last group still steps."""
+    max_gradient_norm: Positive | None = None
+    """Clips host and seeds each on their own; None does not clip."""
+    decision_interval_steps: AtLeastOne | None = None
+    """Optimizer steps between growth decisions; None decides after each epoch."""
+    matmul_precision: MatmulPrecision = "highest"
+    scheduler_interval: Literal["step", "epoch"] = "epoch"
+    """When the learning-rate scheduler steps."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochReport:
+    """One finished epoch."""
+
+    epoch: int
+    epochs: int
+    step: int
+    train_loss: float
+    """Mean over the epoch's batches; NaN if every step was skipped."""
+    metrics: dict[str, float]
+    """As last evaluated."""
+
+
+class Trainer:
+    """Trains and grows a model.
+
+    Args:
+        growth: Slots, optimizer and policy.
+        batches: Pairs of inputs and targets, iterated anew each epoch.
+        loss: `(outputs, targets)` to a scalar.
+        evaluate: As `Growth.after_epoch`.
+        config: Settings of the loop.
+        scheduler: Steps the learning rate; with ReduceLROnPlateau the held-out loss is passed.
+
+    Effects: sets the process's matmul precision.
+    """
+
+    def __init__(
+        self,
+        growth: Growth,
+        batches: Iterable[tuple[Any, Any]],
+        *,
+        loss: Callable[[Any, Any], Tensor],
+        evaluate: Evaluate,
+        config: TrainerConfig,
+        scheduler: Any | None = None,
+    ) -> None:
+        set_matmul_precision(config.matmul_precision)
+        binding = growth.slots.binding
+        if binding is None:
+            raise ValueError("growth is not bound to an optimizer any more; make a new Growth")
+        self.growth = growth
+        self.model = growth.slots.model
+        self.config = config
+        self.governor = Governor()
+        self._batches = batches
+        self._loss = loss
+        self._evaluate = evaluate
+        self._scheduler = scheduler
+        self._optimizer = binding.optimizer
+        self._device = next(self.model.parameters()).device
+        self._scaler = torch.amp.GradScaler(
+            self._device.type, enabled=config.precision == "float16"
+        )
+        self._metrics: dict[str, float] = {}
+
+    def fit(self) -> list[EpochReport]:
+        """Train for all epochs.
+
+        Returns:
+            One report per epoch.
+        """
+        return list(self.run())
+
+    def run(self) -> Iterator[EpochReport]:
+        """Train, yielding after each epoch, so that the caller can show progress."""
+        for epoch in range(1, self.config.epochs + 1):
+            yield self._epoch(epoch)
+
+    def _epoch(self, epoch: int) -> EpochReport:
+        interval = self.config.decision_interval_steps
+        losses: list[Tensor] = []
+        for group in self._accumulation_groups():
+            self.model.train()
+            loss = self._step(group)
+            if loss is not None:
+                losses.append(loss)
+            if interval is not None and self.growth.step % interval == 0:
+                self._decide()
+        if interval is None:
+            self._decide()
+        if self.config.scheduler_interval == "epoch":
+            self._step_scheduler()
+        train_loss = float(torch.stack(losses).mean()) if losses else math.nan
+        for sink in self.growth.sinks:
+            sink.measure(self.growth.epoch, self.growth.step, {"train_loss": train_loss})
+        return EpochReport(
+            epoch=epoch,
+            epochs=self.config.epochs,
+            step=self.growth.step,
+            train_loss=train_loss,
+            metrics=dict(self._metrics),
+        )
+
+    def _decide(self) -> None:
+        self._metrics = self.growth.after_epoch(self._evaluate)
+
+    def _step_scheduler(self) -> None:
+        if isinstance(self._scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            self._scheduler.step(self._metrics.get("loss", math.inf))
+        elif self._scheduler is not None:
+            self._scheduler.step()
+
+    def _accumulation_groups(self) -> Iterator[list[tuple[Any, Any]]]:
+        group: list[tuple[Any, Any]] = []
+        for batch in self._batches:
+            group.append(batch)
+            if len(group) == self.config.accumulation_steps:
+                yield group
+                group = []
+        if group:
+            yield group
+
+    def _step(self, group: list[tuple[Any, Any]]) -> Tensor | None:
+        """Make one optimizer step; None if the governor refused it."""
+        total: Tensor | None = None
+        for inputs, targets in group:
+            with self._autocast():
+                loss = self._loss(call_model(self.model, inputs), targets) / len(group)
+            total = loss.detach() if total is None else total + loss.detach()
+            if inputs is group[-1][0]:
+                self.governor.look(total)
+            self._scaler.scale(loss).backward()
+        norm = None
+        if self.config.max_gradient_norm is not None:
+            self._scaler.unscale_(self._optimizer)
+            norm = self.growth.slots.clip_grad_norm_(self.config.max_gradient_norm)
+        # With a GradScaler a non-finite gradient is its own affair: it skips and lowers the scale.
+        refusal = self.governor.refusal(None if self._scaler.is_enabled() else norm)
+        if refusal is not None:
+            self._optimizer.zero_grad(set_to_none=True)
+            self.growth.publish([refusal])
+            self._reset_scaler()
+        else:
+            self._scaler.step(self._optimizer)
+            self._scaler.update()
+            self._optimizer.zero_grad(set_to_none=True)
+        self.growth.after_step()
+        if self.config.scheduler_interval == "step":
+            self._step_scheduler()
+        return None if refusal is not None else total
+
+    def _reset_scaler(self) -> None:
+        if self._scaler.is_enabled() and self.config.max_gradient_norm is not None:
+            self._scaler.update()
+
+    def _autocast(self) -> torch.autocast:
+        names = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+        dtype = names[self.config.precision]
+        return torch.autocast(self._device.type, dtype=dtype, enabled=dtype is not None)
