@@ -39,6 +39,9 @@ def operator_increment(
     ADD: f. MULTIPLY: h * tanh(f). GATE: gate * f.
 
     Args:
+        operator: Which formula.
+        features: h, shape `B … C …` or `B … D`.
+        seed_increment: f, shape of `features`.
         gate: Per sample, broadcastable to `features`; needed by GATE only.
 
     Returns:
@@ -59,7 +62,12 @@ def blend(features: Tensor, increment: Tensor, alpha: Tensor) -> Tensor:
     `1 - alpha`.
 
     Args:
-        increment: Same shape as `features`.
-        alpha: 0-dim, or per sample and broadcastable; no tensor is made of it.
+        features: h, any shape.
+        increment: u, same shape and dtype as `features`.
+        alpha: 0-dim, or per sample, broadcastable and of the dtype of `features`; no tensor is
+            made of it.
+
+    Returns:
+        Shape and dtype of `features`.
     """
     return torch.addcmul(features, increment, alpha)

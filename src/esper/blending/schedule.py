@@ -24,11 +24,11 @@ def _cosine(progress: float, _: float) -> float:
 
 
 def _sigmoid(progress: float, steepness: float) -> float:
-    def logistic(value: float) -> float:
-        return 1.0 / (1.0 + math.exp(-value))
-
-    low = logistic(-0.5 * steepness)
-    return (logistic(steepness * (progress - 0.5)) - low) / (1.0 - 2.0 * low)
+    # logistic(x) = (1 + tanh(x / 2)) / 2, whose odd symmetry makes both ends exact.
+    spread = math.tanh(0.25 * steepness)
+    if spread == 0.0:  # the smallest floats: the limit is the straight line
+        return progress
+    return 0.5 * (1.0 + math.tanh(0.25 * steepness * (2.0 * progress - 1.0)) / spread)
 
 
 _CURVES: Mapping[AlphaCurve, Callable[[float, float], float]] = {
@@ -44,6 +44,7 @@ def curve_value(
     """Return the curve at `progress`: 0 at 0, 1 at 1, non-decreasing between.
 
     Args:
+        curve: The shape.
         progress: Fraction of the ramp that is done, in [0, 1].
         steepness: Of the SIGMOID only, in (0, 500].
 
@@ -147,6 +148,9 @@ class AlphaController:
             return True
         fraction = curve_value(state.curve, done / state.steps, steepness=state.steepness)
         alpha = state.start + (state.target - state.start) * fraction
+        # A saturated curve may round past the target, and snapping to it would then step back.
+        arriving = min if state.mode is AlphaMode.UP else max
+        alpha = arriving(alpha, state.target)
         self.state = state.model_copy(update={"alpha": alpha, "steps_done": done})
         return False
 

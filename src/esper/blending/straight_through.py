@@ -18,7 +18,8 @@ def _mean_sample_norm(tensor: Tensor) -> Tensor:
     dims = tuple(range(1, tensor.ndim))
     if not dims:
         return tensor.abs().float().mean()
-    return torch.linalg.vector_norm(tensor, dim=dims, dtype=torch.float32).mean()
+    norms: Tensor = torch.linalg.vector_norm(tensor, dim=dims, dtype=torch.float32)
+    return norms.mean()
 
 
 def proximal_gradient(
@@ -33,6 +34,9 @@ def proximal_gradient(
     0 where the features are all zero.
 
     Args:
+        gradient: g, shape `B …`.
+        increment: u, same shape.
+        features: h, same shape.
         trust_fraction: c, above 0.
 
     Source: original; boosting as in Friedman 2001 (doi 10.1214/aos/1013203451). Measured in
@@ -81,7 +85,9 @@ def straight_through(
     neither the output nor that gradient.
 
     Args:
+        features: h, any shape.
         increment: u, same shape and dtype as `features`.
+        objective: Whether the increment's gradient is pulled toward zero increments.
         trust_fraction: c of the PROXIMAL objective; PLAIN passes the gradient on as it is.
         overwritten: The caller changes the output in place, which the seed's own backward must not
             see: the output is a copy.

@@ -37,7 +37,7 @@ class Germinate(Record):
     operation: Literal[Operation.GERMINATE] = Operation.GERMINATE
     slot: str
     blueprint: str
-    options: dict[str, JsonValue] = {}
+    options: dict[str, JsonValue] = Field(default_factory=dict)
     blend_operator: BlendOperator | None = None
     """`None`: the slot's configured operator."""
 
@@ -159,7 +159,7 @@ class LegalAction(Record):
     slot: str | None = None
 
 
-class IllegalAction(ValueError):
+class IllegalAction(ValueError):  # noqa: N818 - a settled public name
     """An action that the current state does not allow."""
 
 

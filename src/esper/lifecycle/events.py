@@ -1,9 +1,10 @@
 """One event type for each thing that can happen, with a priority that follows from it."""
 
 from enum import StrEnum
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import Field, JsonValue, TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
 
 from esper.lifecycle.actions import Action
 from esper.lifecycle.alpha import AlphaCurve, BlendOperator
@@ -12,7 +13,7 @@ from esper.lifecycle.learning import Isolation, SeedObjective
 from esper.lifecycle.record import Record
 from esper.lifecycle.stages import SeedStage
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION: Final = 1
 """Version of the event records on disk and on the wire."""
 
 
@@ -309,22 +310,28 @@ class EventSchemaError(ValueError):
 
 
 _RECORD: TypeAdapter[EventRecord] = TypeAdapter(EventRecord)
+_NOT_A_RECORD = f"not an event record of schema version {SCHEMA_VERSION}"
 
 
 def parse_event_record(document: str | bytes) -> EventRecord:
     """Read an event record from JSON.
 
     Raises:
-        EventSchemaError: The schema version is another one, or a field or type is unknown; the
-            message names it.
+        EventSchemaError: The schema version is missing or another one, or a field or type is
+            unknown; the message names it.
     """
     try:
-        return _RECORD.validate_json(document)
+        record = _RECORD.validate_json(document)
     except ValidationError as error:
-        details = "; ".join(
-            f"{'.'.join(str(part) for part in issue['loc']) or 'document'}: {issue['msg']}"
-            for issue in error.errors()
-        )
-        raise EventSchemaError(
-            f"not an event record of schema version {SCHEMA_VERSION}: {details}"
-        ) from error
+        details = "; ".join(_describe(issue) for issue in error.errors())
+        raise EventSchemaError(f"{_NOT_A_RECORD}: {details}") from error
+    if "schema_version" not in record.model_fields_set:
+        raise EventSchemaError(f"{_NOT_A_RECORD}: schema_version: Field required")
+    return record
+
+
+def _describe(issue: ErrorDetails) -> str:
+    place = ".".join(str(part) for part in issue["loc"]) or "document"
+    given = issue["input"]
+    got = f", got {given!r}" if issue["type"] == "literal_error" else ""
+    return f"{place}: {issue['msg']}{got}"

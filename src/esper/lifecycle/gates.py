@@ -62,8 +62,9 @@ class GateThresholds(Record):
     """G4 and G5: held-out loss saved by the seed, one standard error below its mean."""
     max_step_time_ratio: NonNegative = 4.0
     """G4: median step time against that before germination."""
-    min_trial_epochs: Annotated[int, Field(ge=1)] = 2
-    """G5: measurements on trial; each of them must meet `min_contribution_fraction`."""
+    trial_epochs: Annotated[int, Field(ge=1)] = 2
+    """G5: length of the trial window; each of the last so many measurements must meet
+    `min_contribution_fraction`."""
 
 
 class GateInputs(Record):
@@ -145,9 +146,7 @@ _COMPARE: Mapping[Comparison, Callable[[float, float], bool]] = {
 }
 
 
-def compare(
-    name: str, measured: float | None, comparison: Comparison, threshold: float
-) -> Check:
+def compare(name: str, measured: float | None, comparison: Comparison, threshold: float) -> Check:
     """Judge one value; a missing or non-finite one fails.
 
     Raises:
@@ -221,10 +220,13 @@ def _g4(inputs: GateInputs, limits: GateThresholds) -> list[Check]:
 
 def _g5(inputs: GateInputs, limits: GateThresholds) -> list[Check]:
     trial = inputs.trial_contributions
-    worst = min(trial, default=None, key=lambda value: value if math.isfinite(value) else -math.inf)
+    window = trial[-limits.trial_epochs :]
+    worst = min(
+        window, default=None, key=lambda value: value if math.isfinite(value) else -math.inf
+    )
     return [
-        compare("trial_epochs", len(trial), ">=", limits.min_trial_epochs),
-        compare("worst_trial_contribution", worst, ">=", limits.min_contribution_fraction),
+        compare("trial_epochs", len(trial), ">=", limits.trial_epochs),
+        compare("worst_in_trial_window", worst, ">=", limits.min_contribution_fraction),
     ]
 
 

@@ -69,7 +69,7 @@ TRANSITIONS: Mapping[SeedStage, frozenset[SeedStage]] = MappingProxyType(
 """Every legal transition. A slot that grows again after a commit starts a new life at DORMANT."""
 
 
-class IllegalTransition(ValueError):
+class IllegalTransition(ValueError):  # noqa: N818 - a settled public name
     """A stage change that the table does not list."""
 
     def __init__(self, current: SeedStage, requested: SeedStage, *, subject: str) -> None:
@@ -87,6 +87,8 @@ def check_transition(current: SeedStage, requested: SeedStage, *, subject: str =
     """Raise unless `requested` may follow `current`.
 
     Args:
+        current: The stage to leave.
+        requested: The stage to enter.
         subject: Who changes stage, as the error should call it.
 
     Raises:

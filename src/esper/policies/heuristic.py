@@ -80,12 +80,14 @@ class HeuristicPolicy:
         config = self.config
         if state.epoch < max(config.warmup_epochs, config.plateau_epochs + 1):
             return False
-        if state.max_epochs is not None:
-            if state.epoch > config.last_germination_fraction * state.max_epochs:
-                return False
+        if len(state.losses) <= config.plateau_epochs:
+            return False
+        total = state.max_epochs
+        if total is not None and state.epoch > config.last_germination_fraction * total:
+            return False
         before = min(state.losses[: -config.plateau_epochs])
         recent = min(state.losses[-config.plateau_epochs :])
-        return recent > before * (1.0 - config.plateau_fraction)
+        return recent > before - config.plateau_fraction * abs(before)
 
     def _germination(self, state: GrowthState) -> Germinate | None:
         pairs = [

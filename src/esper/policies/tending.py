@@ -2,8 +2,15 @@
 
 from collections.abc import Sequence
 
-from esper.lifecycle.actions import Action, Advance, Commit, Operation, Prune, SlotState
-from esper.lifecycle.actions import legal_operations
+from esper.lifecycle.actions import (
+    Action,
+    Advance,
+    Commit,
+    Operation,
+    Prune,
+    SlotState,
+    legal_operations,
+)
 from esper.lifecycle.alpha import AlphaMode
 from esper.lifecycle.stages import LIVING_STAGES
 
@@ -12,6 +19,7 @@ def tend(slot: SlotState, *, patience_epochs: int, fade_steps: int) -> Sequence[
     """Try the next gate; give up on a seed that a gate has refused for too long.
 
     Args:
+        slot: Where the seed grows.
         patience_epochs: Epochs in one stage after which a refused seed is pruned.
         fade_steps: Steps over which a seed in the forward path is faded out.
     """

@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from esper.seeds.identity import zero_initialise_
+from esper.seeds.noop import NoopSeed
 from esper.seeds.normalization import group_count, group_norm
 from esper.seeds.registry import Family, blueprints
 from esper.seeds.seed import Seed
-from esper.seeds.noop import NoopSeed
 
 
 def _hidden(dim: int, reduction: int, blueprint: str) -> int:
@@ -32,7 +32,8 @@ class NormSeed(Seed):
         return self.norm
 
     def increment(self, features: Tensor) -> Tensor:
-        return self.norm(features)
+        output: Tensor = self.norm(features)
+        return output
 
 
 class SqueezeExcitationSeed(Seed):
@@ -87,7 +88,7 @@ def _conv(inputs: int, outputs: int, kernel_size: int, *, groups: int = 1) -> nn
 
 
 @blueprints.register("noop", family=Family.CNN)
-def _noop(dim: int) -> Seed:
+def _noop(dim: int) -> Seed:  # noqa: ARG001 - every factory takes the width
     """Nothing: a control that a gate must refuse."""
     return NoopSeed()
 

@@ -2,6 +2,7 @@
 
 import difflib
 import inspect
+import math
 import warnings
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
@@ -87,8 +88,8 @@ class BlueprintRegistry:
         """Return a decorator that registers a factory `(dim, **options) -> Seed`.
 
         Raises:
-            BlueprintError: The family is unknown, the pair is taken, or the factory's first
-                parameter is not `dim`.
+            BlueprintError: The family is unknown, the pair is taken, the factory's first
+                parameter is not `dim`, or an option cannot be passed by name or has no default.
         """
         known_family = _family(family)
 
@@ -99,12 +100,7 @@ class BlueprintRegistry:
                     f"blueprint {name!r} of family {known_family} is already registered; "
                     "choose another name"
                 )
-            parameters = list(inspect.signature(factory).parameters)
-            if not parameters or parameters[0] != "dim":
-                raise BlueprintError(
-                    f"the factory of blueprint {name!r} must take dim as its first parameter, "
-                    f"got ({', '.join(parameters)})"
-                )
+            _check_signature(name, factory)
             self._blueprints[key] = Blueprint(
                 name=name,
                 family=known_family,
@@ -137,11 +133,14 @@ class BlueprintRegistry:
         return found
 
     def names(self, family: Family | str) -> tuple[str, ...]:
-        """Return the names of one family, cheapest first (parameters at width 64)."""
+        """Return the names of one family, cheapest first (parameters at width 64).
+
+        A blueprint that cannot be built at that width comes last.
+        """
         self._load_plugins()
         known_family = _family(family)
         names = [name for kind, name in self._blueprints if kind is known_family]
-        costs = {name: self.param_count(known_family, name, _COST_DIM) for name in names}
+        costs = {name: self._cost(known_family, name) for name in names}
         return tuple(sorted(names, key=lambda name: (costs[name], name)))
 
     def create(self, family: Family | str, name: str, dim: int, **options: object) -> Seed:
@@ -201,6 +200,12 @@ class BlueprintRegistry:
         del self._blueprints[(self.get(family, name).family, name)]
         self._changed()
 
+    def _cost(self, family: Family, name: str) -> float:
+        try:
+            return self.param_count(family, name, _COST_DIM)
+        except Exception:  # noqa: BLE001 - one blueprint must not hide the others; create() tells
+            return math.inf
+
     def _changed(self) -> None:
         self._version += 1
         self._counts.clear()
@@ -214,7 +219,7 @@ class BlueprintRegistry:
                 loaded = entry_point.load()
                 if callable(loaded):
                     loaded()
-            except Exception as error:  # a broken plug-in must not take the library with it
+            except Exception as error:  # noqa: BLE001 - it must not take the library with it
                 warnings.warn(
                     f"blueprint plug-in {entry_point.name!r} ({entry_point.value}) was not loaded: "
                     f"{type(error).__name__}: {error}",
@@ -233,6 +238,24 @@ class BlueprintRegistry:
                     f"blueprint {blueprint.name!r} of family {blueprint.family} has no option "
                     f"{option!r};{hint} options: {known}"
                 )
+
+
+def _check_signature(name: str, factory: Callable[..., Seed]) -> None:
+    signature = inspect.signature(factory)
+    dim, *options = signature.parameters.values() or (None,)
+    by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    if dim is None or dim.name != "dim" or dim.kind not in by_position:
+        raise BlueprintError(
+            f"the factory of blueprint {name!r} must take dim as its first parameter, "
+            f"got {signature}"
+        )
+    by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    for option in options:
+        if option.kind not in by_name or option.default is inspect.Parameter.empty:
+            raise BlueprintError(
+                f"option {option.name!r} of blueprint {name!r} must be passed by name and have a "
+                f"default, got {signature}"
+            )
 
 
 def _family(family: Family | str) -> Family:

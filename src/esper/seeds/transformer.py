@@ -24,7 +24,8 @@ class NormSeed(Seed):
         return self.norm
 
     def increment(self, features: Tensor) -> Tensor:
-        return self.norm(features)
+        output: Tensor = self.norm(features)
+        return output
 
 
 class LoRASeed(Seed):
@@ -44,7 +45,8 @@ class LoRASeed(Seed):
         return self.up
 
     def increment(self, features: Tensor) -> Tensor:
-        return self.up(self.down(features))
+        output: Tensor = self.up(self.down(features))
+        return output
 
 
 class MLPSeed(Seed):
@@ -61,11 +63,13 @@ class MLPSeed(Seed):
         return self.contract
 
     def increment(self, features: Tensor) -> Tensor:
-        return self.contract(F.gelu(self.expand(self.norm(features))))
+        hidden = F.gelu(self.expand(self.norm(features)))
+        output: Tensor = self.contract(hidden)
+        return output
 
 
 @blueprints.register("noop", family=Family.TRANSFORMER)
-def _noop(dim: int) -> Seed:
+def _noop(dim: int) -> Seed:  # noqa: ARG001 - every factory takes the width
     """Nothing: a control that a gate must refuse."""
     return NoopSeed()
 

@@ -55,21 +55,30 @@ class CircuitBreaker:
         return self.state is not BreakerState.OPEN
 
     def succeeded(self) -> list[Event]:
-        """Note a success, which closes the breaker."""
-        before, self._failures = self.state, 0
-        return self._become(before, BreakerState.CLOSED)
+        """Note a success, which closes the breaker.
+
+        Returns:
+            Every change since the last call, the half-opening before the closing included.
+        """
+        events = self._become(self.state)
+        self._failures = 0
+        return [*events, *self._become(BreakerState.CLOSED)]
 
     def failed(self) -> list[Event]:
-        """Note a failure; the one too many, or one while HALF_OPEN, opens the breaker."""
-        before = self.state
-        self._failures += 1
-        if before is BreakerState.HALF_OPEN or self._failures >= self.max_failures:
-            self._opened_at = self._clock()
-            return self._become(before, BreakerState.OPEN)
-        return []
+        """Note a failure; the one too many, or one while HALF_OPEN, opens the breaker.
 
-    def _become(self, before: BreakerState, after: BreakerState) -> list[Event]:
-        self._state = after
+        Returns:
+            Every change since the last call, the half-opening before the opening included.
+        """
+        events = self._become(self.state)
+        self._failures += 1
+        if self._state is BreakerState.HALF_OPEN or self._failures >= self.max_failures:
+            self._opened_at = self._clock()
+            events += self._become(BreakerState.OPEN)
+        return events
+
+    def _become(self, after: BreakerState) -> list[Event]:
+        before, self._state = self._state, after
         if before is after:
             return []
         return [

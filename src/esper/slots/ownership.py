@@ -1,4 +1,4 @@
-"""Who owns which parameter: the host, one seed, or a frozen teacher – never two of them."""
+"""Who owns which parameter: the host, one seed, or a frozen teacher, never two of them."""
 
 from collections.abc import Callable, Iterable, Mapping
 

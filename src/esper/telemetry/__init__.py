@@ -1,0 +1,23 @@
+"""Sinks for events and metrics, and the run folder."""
+
+from esper.telemetry.environment import describe_environment
+from esper.telemetry.run_store import (
+    DATABASE_FILE,
+    WEIGHTS_FILE,
+    MetricRow,
+    RunFolderError,
+    RunReader,
+    RunStore,
+)
+from esper.telemetry.sink import Sink
+
+__all__ = [
+    "DATABASE_FILE",
+    "WEIGHTS_FILE",
+    "MetricRow",
+    "RunFolderError",
+    "RunReader",
+    "RunStore",
+    "Sink",
+    "describe_environment",
+]

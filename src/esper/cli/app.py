@@ -1,0 +1,25 @@
+"""The `esper` command."""
+
+import typer
+
+from esper.cli.blueprints import blueprints
+from esper.cli.doctor import doctor
+from esper.cli.grow import grow
+from esper.cli.inspecting import inspect
+
+app = typer.Typer(
+    name="esper",
+    help="Grow neural networks while they train.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(grow)
+app.command()(inspect)
+app.command()(blueprints)
+app.command()(doctor)
+
+
+def main() -> None:
+    """Run the command line."""
+    app()

@@ -1,0 +1,91 @@
+"""`esper doctor`: is this machine ready?"""
+
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from torch import nn
+
+from esper.slots.attach import attach, detach
+from esper.tasks.named import TASKS
+from esper.telemetry.environment import describe_device, describe_environment
+
+_MIN_FREE_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at."""
+
+    name: str
+    ok: bool
+    detail: str
+    needed: bool = True
+
+
+def doctor() -> None:
+    """Check Python, torch, the compiler, extras and disk, and grow a seed once."""
+    console = Console()
+    findings = [finding for check in _CHECKS for finding in check()]
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold", ratio=1)
+    for finding in findings:
+        mark = Text("ok", "green") if finding.ok else Text("--", "red" if finding.needed else "dim")
+        table.add_row(mark, Text(finding.name), Text(finding.detail))
+    console.print(table)
+    if any(finding.needed and not finding.ok for finding in findings):
+        raise typer.Exit(1)
+
+
+def _python() -> Iterator[Finding]:
+    version = sys.version.split()[0]
+    yield Finding("python", sys.version_info >= (3, 11), f"{version}, 3.11 or newer is needed")
+    environment = describe_environment()
+    packages = environment["packages"]
+    for name in ("torch", "pydantic", "safetensors"):
+        yield Finding(name, packages[name] is not None, str(packages[name]))
+
+
+def _machine() -> Iterator[Finding]:
+    yield Finding("device", True, f"{describe_device()}, {os.cpu_count()} CPU cores")
+    compiler = shutil.which("g++") or shutil.which("c++")
+    detail = compiler or "none: torch.compile on the CPU needs g++; growing does not"
+    yield Finding("C++ compiler", compiler is not None, detail, needed=False)
+    free = shutil.disk_usage(Path.cwd()).free
+    yield Finding("disk", free >= _MIN_FREE_BYTES, f"{free / 1e9:.1f} GB free here")
+    with tempfile.TemporaryDirectory() as folder:
+        yield Finding("folder", os.access(folder, os.W_OK), "temporary folder is writable")
+
+
+def _extras() -> Iterator[Finding]:
+    for module, extra in (("sklearn", "data"), ("matplotlib", "report")):
+        found = find_spec(module) is not None
+        how = "installed" if found else f"pip install 'esper-lite[{extra}]'"
+        yield Finding(f"extra [{extra}]", found, how, needed=False)
+    for task in TASKS.values():
+        yield Finding(f"task {task.name}", True, task.summary)
+
+
+def _growth() -> Iterator[Finding]:
+    host = nn.Sequential(nn.Linear(4, 8), nn.ReLU())
+    before = {name: value.clone() for name, value in host.state_dict().items()}
+    slots = attach(host, ["0"], example=torch.zeros(2, 4))
+    slots["0"].germinate("mlp")
+    detach(host)
+    same = all(torch.equal(before[name], value) for name, value in host.state_dict().items())
+    yield Finding("growth", same, "a seed was built, pruned, and left no trace")
+
+
+_CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (_python, _machine, _extras, _growth)

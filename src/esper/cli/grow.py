@@ -1,0 +1,140 @@
+"""`esper grow`: train a task and grow its host while it trains."""
+
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from esper.cli.grow_config import GrowConfig, load_grow_config
+from esper.cli.growing import prepare, stored_run
+from esper.cli.tables import networks_table, seeds_table
+from esper.cli.views import JsonView, LinesView, LiveView, QuietView, RunView
+from esper.policies.named import POLICY_NAMES
+from esper.report.picture import draw_run
+from esper.report.story import RunStory, tell
+from esper.telemetry.run_store import RunFolderError, RunReader
+
+
+def grow(
+    task: Annotated[str, typer.Argument(help="What to train; esper doctor lists the tasks.")],
+    policy: Annotated[
+        str | None, typer.Option(help=f"Who decides: {', '.join(POLICY_NAMES)}.")
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the data.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Fixes weights, data order, decisions.")] = None,
+    config: Annotated[Path | None, typer.Option(help="TOML file of settings.")] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="One setting, as slot.ramp_steps=30."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder; default runs/TASK-TIME.")] = None,
+    control: Annotated[
+        bool, typer.Option("--control", help="Also train the same host without growth.")
+    ] = False,
+    picture: Annotated[
+        Path | None, typer.Option(help="Write a PNG of the run (needs esper-lite[report]).")
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print the run folder only.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the settings and stop.")
+    ] = False,
+) -> None:
+    """Train TASK and grow its network while it trains."""
+    if quiet and as_json:
+        raise typer.BadParameter("--quiet and --json exclude each other")
+    options: dict[str, Any] = {"policy": policy, "random_seed": seed}
+    if epochs is not None:
+        options["trainer"] = {"epochs": epochs}
+    settings = load_grow_config(task, config, set_ or [], options)
+    if settings.policy not in POLICY_NAMES:
+        raise typer.BadParameter(
+            f"no policy {settings.policy!r}; policies: {', '.join(POLICY_NAMES)}"
+        )
+    console = Console()
+    if dry_run:
+        console.out(settings.model_dump_json(indent=2), highlight=False)
+        return
+    folder = out or Path("runs") / f"{settings.task}-{datetime.now(UTC):%Y%m%d-%H%M%S-%f}"
+    view = _view(console, settings, quiet=quiet, as_json=as_json)
+    try:
+        with stored_run(settings, folder, [view]) as run, view:
+            for report in run.reports:
+                view.epoch(report, run.growth.slots)
+            metrics = run.finish()
+            grown = (run.param_count(), metrics)
+    except RunFolderError as error:
+        raise typer.BadParameter(str(error)) from error
+    networks = {"grown": grown}
+    if control:
+        networks = {"host alone": _train_control(settings), **networks}
+    reader = RunReader(folder)
+    story = tell(reader.events())
+    if picture is not None:
+        draw_run(reader, story, picture)
+    _conclude(console, folder, story, networks, quiet=quiet, as_json=as_json)
+
+
+def _view(console: Console, settings: GrowConfig, *, quiet: bool, as_json: bool) -> RunView:
+    if quiet:
+        return QuietView()
+    if as_json:
+        return JsonView(console)
+    if console.is_terminal:
+        return LiveView(console, f"{settings.task} · {settings.policy}")
+    return LinesView(console)
+
+
+def _train_control(settings: GrowConfig) -> tuple[int, dict[str, float]]:
+    """Train the same host with the same data and steps, without growth."""
+    run = prepare(settings.model_copy(update={"policy": "none"}), run_id="control")
+    for _ in run.reports:
+        pass
+    return run.param_count(), run.finish()
+
+
+def _conclude(
+    console: Console,
+    folder: Path,
+    story: RunStory,
+    networks: dict[str, tuple[int, dict[str, float]]],
+    *,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    if quiet:
+        console.out(str(folder), highlight=False)
+        return
+    if as_json:
+        summary = {
+            "kind": "summary",
+            "folder": str(folder),
+            "networks": {
+                name: {"params": params, "test": metrics}
+                for name, (params, metrics) in networks.items()
+            },
+            "seeds": [
+                {
+                    "slot": seed.slot,
+                    "blueprint": seed.blueprint,
+                    "params": seed.param_count,
+                    "outcome": seed.outcome,
+                    "contribution_fraction": seed.contribution_fraction,
+                    "reason": seed.reason,
+                }
+                for seed in story.seeds
+            ],
+        }
+        console.out(json.dumps(summary), highlight=False)
+        return
+    console.print()
+    console.print(seeds_table(story))
+    console.print()
+    console.print(networks_table(networks))
+    console.print()
+    console.print("run folder  ", end="")
+    console.print(str(folder), style="bold", highlight=False, soft_wrap=True)
+    console.print(f"its story    esper inspect {folder}", highlight=False, soft_wrap=True)

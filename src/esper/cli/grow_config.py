@@ -1,0 +1,127 @@
+"""Everything that `esper grow` can be told, from a file, from `--set`, from options."""
+
+import difflib
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import typer
+from pydantic import ValidationError
+
+from esper.lifecycle.record import Record
+from esper.policies.heuristic import HeuristicConfig
+from esper.slots.config import SlotConfig
+from esper.tasks.named import named_task
+from esper.tasks.task import Task
+from esper.training.trainer import TrainerConfig
+
+
+class GrowConfig(Record):
+    """A run of `esper grow`, fully specified; kept as config.json in the run folder."""
+
+    task: str
+    policy: str = "heuristic"
+    random_seed: int = 0
+    learning_rate: float
+    weight_decay: float = 0.01
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """Learning rate over the whole run."""
+    trainer: TrainerConfig
+    slot: SlotConfig
+    heuristic: HeuristicConfig
+
+
+def task_defaults(task: Task) -> dict[str, Any]:
+    """Return the task's own settings, in the layout of `GrowConfig`."""
+    return {
+        "task": task.name,
+        "learning_rate": task.learning_rate,
+        "trainer": {"epochs": task.epochs, "scheduler_interval": "step"},
+        "slot": task.slot.model_dump(mode="json"),
+        "heuristic": task.heuristic.model_dump(mode="json"),
+    }
+
+
+def load_grow_config(
+    task: str, file: Path | None, settings: Sequence[str], options: Mapping[str, Any]
+) -> GrowConfig:
+    """Merge the task's defaults, a TOML file, `key=value` settings and options, later ones last.
+
+    Raises:
+        typer.BadParameter: The file cannot be read, or a key or value is wrong; the key is named
+            with the nearest one that exists.
+    """
+    try:
+        merged = task_defaults(named_task(task))
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    if file is not None:
+        _merge(merged, _read(file))
+    for setting in settings:
+        _merge(merged, _parse_setting(setting))
+    _merge(merged, {key: value for key, value in options.items() if value is not None})
+    try:
+        return GrowConfig.model_validate(merged)
+    except ValidationError as error:
+        raise typer.BadParameter(_explain(error)) from error
+
+
+def _merge(base: dict[str, Any], update: Mapping[str, Any]) -> None:
+    for key, value in update.items():
+        if isinstance(value, Mapping) and isinstance(base.get(key), dict):
+            _merge(base[key], value)
+        else:
+            base[key] = value
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise typer.BadParameter(f"config file {file} cannot be read: {error}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise typer.BadParameter(f"config file {file} is not TOML: {error}") from error
+
+
+def _parse_setting(setting: str) -> dict[str, Any]:
+    key, separator, text = setting.partition("=")
+    if not separator or not key:
+        raise typer.BadParameter(f"--set takes key=value, got {setting!r}")
+    try:
+        value: Any = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    assert isinstance(value, dict)
+    return value
+
+
+def _explain(error: ValidationError) -> str:
+    lines = []
+    for issue in error.errors():
+        path = ".".join(str(part) for part in issue["loc"])
+        if issue["type"] == "extra_forbidden":
+            nearest = difflib.get_close_matches(path, known_keys(), n=1)
+            hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+            lines.append(f"unknown key {path!r}{hint}")
+        else:
+            lines.append(f"{path}: {issue['msg']} (got {issue['input']!r})")
+    return "; ".join(lines)
+
+
+def known_keys() -> list[str]:
+    """Return every key that a config may hold, dotted."""
+    return list(_keys(GrowConfig, ""))
+
+
+def _keys(record: type[Record], prefix: str) -> list[str]:
+    keys = []
+    for name, info in record.model_fields.items():
+        nested = info.annotation
+        if isinstance(nested, type) and issubclass(nested, Record):
+            keys += _keys(nested, f"{prefix}{name}.")
+        else:
+            keys.append(f"{prefix}{name}")
+    return keys

@@ -1,0 +1,121 @@
+"""Running a task with growth into a run folder."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR
+
+from esper.cli.grow_config import GrowConfig
+from esper.lifecycle.events import RunFinished, RunStarted
+from esper.policies.heuristic import HeuristicPolicy
+from esper.policies.named import named_policy
+from esper.slots.attach import attach
+from esper.tasks.named import named_task
+from esper.tasks.task import TaskSetup
+from esper.telemetry.environment import describe_environment
+from esper.telemetry.run_store import WEIGHTS_FILE, RunStore
+from esper.telemetry.sink import Sink
+from esper.training.growth import Growth
+from esper.training.policy import Policy
+from esper.training.precision import matmul_settings, set_matmul_precision
+from esper.training.trainer import EpochReport, Trainer
+
+
+@dataclass(kw_only=True)
+class GrowingRun:
+    """A prepared run: iterate `reports` to train it, then `finish`."""
+
+    setup: TaskSetup
+    growth: Growth
+    reports: Iterator[EpochReport]
+    run_id: str
+
+    def param_count(self) -> int:
+        """Return the parameters of the network as it is now."""
+        return sum(parameter.numel() for parameter in self.setup.model.parameters())
+
+    def finish(self) -> dict[str, float]:
+        """Evaluate on the test split and publish the end of the run."""
+        metrics = self.setup.test()
+        self.growth.publish([RunFinished(metrics=metrics, param_count=self.param_count())])
+        return metrics
+
+
+def prepare(config: GrowConfig, *, run_id: str, sinks: Sequence[Sink] = ()) -> GrowingRun:
+    """Build host, slots, optimizer, policy and loop.
+
+    Effects: sets the process's matmul precision.
+    """
+    setup = named_task(config.task).build(config.random_seed)
+    host_param_count = sum(parameter.numel() for parameter in setup.model.parameters())
+    slot = config.slot.model_copy(update={"random_seed": config.random_seed})
+    slots = attach(setup.model, setup.targets, example=setup.example, config=slot)
+    optimizer = torch.optim.AdamW(
+        setup.model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
+    )
+    growth = Growth(
+        slots,
+        optimizer,
+        policy=_policy(config),
+        max_epochs=config.trainer.epochs,
+        sinks=sinks,
+    )
+    total_steps = config.trainer.epochs * len(setup.batches)
+    scheduler = (
+        CosineAnnealingLR(optimizer, total_steps)
+        if config.schedule == "cosine"
+        else LambdaLR(optimizer, lambda _: 1.0)
+    )
+    trainer = Trainer(
+        growth,
+        setup.batches,
+        loss=setup.loss,
+        evaluate=setup.validation,
+        config=config.trainer,
+        scheduler=scheduler,
+    )
+    growth.publish(
+        [RunStarted(run_id=run_id, slots=tuple(slots), host_param_count=host_param_count)]
+    )
+    return GrowingRun(setup=setup, growth=growth, reports=trainer.run(), run_id=run_id)
+
+
+@contextmanager
+def stored_run(
+    config: GrowConfig, folder: Path, sinks: Sequence[Sink] = ()
+) -> Iterator[GrowingRun]:
+    """Open a run folder, and close it with weights and a status however the run ends.
+
+    Raises:
+        RunFolderError: The folder holds a run already.
+    """
+    set_matmul_precision(config.trainer.matmul_precision)
+    environment = {
+        **describe_environment(),
+        "matmul": matmul_settings(),
+        "random_seed": config.random_seed,
+    }
+    store = RunStore(folder, config=config.model_dump(mode="json"), environment=environment)
+    try:
+        run = prepare(config, run_id=folder.name, sinks=[store, *sinks])
+        yield run
+        safetensors.torch.save_model(run.setup.model, str(folder / WEIGHTS_FILE))
+        store.set_status("finished")
+    except KeyboardInterrupt:
+        store.set_status("interrupted")
+        raise
+    except BaseException:
+        store.set_status("failed")
+        raise
+    finally:
+        store.close()
+
+
+def _policy(config: GrowConfig) -> Policy:
+    if config.policy == HeuristicPolicy.name:
+        return HeuristicPolicy(config.heuristic)
+    return named_policy(config.policy, random_seed=config.random_seed)

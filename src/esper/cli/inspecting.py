@@ -1,0 +1,92 @@
+"""`esper inspect`: the story of a run, from its folder."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from esper.cli.tables import seeds_table
+from esper.cli.views import STAGE_STYLES
+from esper.lifecycle.events import EventSchemaError
+from esper.report.picture import draw_run
+from esper.report.story import GateVisit, RunStory, SeedStory, StageVisit, tell
+from esper.telemetry.run_store import RunFolderError, RunReader
+
+
+def inspect(
+    run: Annotated[Path, typer.Argument(help="Run folder, as esper grow prints it.")],
+    picture: Annotated[
+        Path | None, typer.Option(help="Write a PNG of the run (needs esper-lite[report]).")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print every event as JSON.")] = False,
+) -> None:
+    """Tell what grew in RUN, when, and why: every gate decision with what it measured."""
+    console = Console()
+    try:
+        reader = RunReader(run)
+        records = reader.events()
+        if as_json:
+            for record in records:
+                console.out(record.model_dump_json(), highlight=False)
+            return
+        story = tell(records)
+        _print_head(console, reader, story)
+        for seed in story.seeds:
+            _print_life(console, seed)
+        console.print()
+        console.print(seeds_table(story))
+        if picture is not None:
+            draw_run(reader, story, picture)
+            console.print(f"\npicture  {picture}", highlight=False, soft_wrap=True)
+    except (RunFolderError, EventSchemaError, OSError) as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+def _print_head(console: Console, reader: RunReader, story: RunStory) -> None:
+    config, environment = reader.config(), reader.environment()
+    packages = environment.get("packages", {})
+    matmul = environment.get("matmul", {})
+    console.print(f"[bold]{config.get('task')}[/] · {config.get('policy')} · {reader.status}")
+    console.print(
+        f"seed {config.get('random_seed')}, {config.get('trainer', {}).get('epochs')} epochs, "
+        f"learning rate {config.get('learning_rate')}; torch {packages.get('torch')} on "
+        f"{environment.get('device')}, {environment.get('torch_threads')} threads, matmul "
+        f"{matmul.get('float32_matmul_precision')}",
+        highlight=False,
+    )
+    params = f"host {story.host_param_count:,} parameters"
+    if story.finished is not None:
+        params += f", grown {story.finished.param_count:,}"
+        values = "  ".join(f"{name} {value:.4f}" for name, value in story.finished.metrics.items())
+        params += f"; test {values}"
+    console.print(params, highlight=False)
+    for step, skipped in story.skipped_steps:
+        console.print(f"step {step} skipped: {skipped.reason}", style="red", highlight=False)
+
+
+def _print_life(console: Console, seed: SeedStory) -> None:
+    console.print(
+        f"\n[bold]{seed.blueprint}[/] in [bold]{seed.slot}[/], {seed.param_count:,} parameters",
+        highlight=False,
+    )
+    visits: list[GateVisit | StageVisit] = [*seed.gates, *seed.stages]
+    visits.sort(key=lambda visit: (visit.step, isinstance(visit, StageVisit)))
+    for visit in visits:
+        when = f"  epoch {visit.epoch:>3}  "
+        if isinstance(visit, StageVisit):
+            console.print(Text(when) + Text(visit.stage.name, style=STAGE_STYLES[visit.stage]))
+        else:
+            style = "" if visit.event.result.passed else "red"
+            console.print(Text(when) + Text(str(visit.event.result), style=style))
+    for epoch, measured in seed.contributions[-1:]:
+        console.print(
+            f"  epoch {epoch:>3}  held-out loss {measured.loss_with:.4f} with it, "
+            f"{measured.loss_without:.4f} without",
+            highlight=False,
+        )
+    if seed.pruned_because is not None:
+        console.print(f"  epoch {seed.end_epoch:>3}  pruned: {seed.pruned_because}", style="red")
+
+

@@ -1,0 +1,52 @@
+"""Tables that several commands print."""
+
+from collections.abc import Mapping
+
+from rich.table import Table
+from rich.text import Text
+
+from esper.cli.views import percent
+from esper.report.story import RunStory, SeedStory
+
+_OUTCOME_STYLES = {"committed": "green", "pruned": "red", "still growing": "yellow"}
+
+
+def seeds_table(story: RunStory) -> Table:
+    """Return what each seed contributed and why it ended as it did."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    for name in ("slot", "seed"):
+        table.add_column(name, no_wrap=True, overflow="ellipsis")
+    table.add_column("params", justify="right", no_wrap=True)
+    table.add_column("epochs", no_wrap=True)
+    table.add_column("outcome", no_wrap=True)
+    table.add_column("saves", justify="right", no_wrap=True)
+    table.add_column("why", overflow="fold", ratio=1)
+    for seed in story.seeds:
+        table.add_row(
+            seed.slot,
+            seed.blueprint,
+            f"{seed.param_count:,}",
+            _span(seed),
+            Text(seed.outcome, style=_OUTCOME_STYLES[seed.outcome]),
+            percent(seed.contribution_fraction),
+            seed.reason,
+        )
+    return table
+
+
+def networks_table(rows: Mapping[str, tuple[int, Mapping[str, float]]]) -> Table:
+    """Return networks side by side: name to parameters and test metrics."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column("network")
+    table.add_column("params", justify="right")
+    metrics = list(dict.fromkeys(name for _, values in rows.values() for name in values))
+    for name in metrics:
+        table.add_column(f"test {name}", justify="right")
+    for name, (params, values) in rows.items():
+        cells = [f"{values[metric]:.4f}" if metric in values else "" for metric in metrics]
+        table.add_row(name, f"{params:,}", *cells)
+    return table
+
+
+def _span(seed: SeedStory) -> str:
+    return f"{seed.epoch}–{seed.end_epoch}" if seed.end_epoch is not None else f"{seed.epoch}–"

@@ -1,0 +1,248 @@
+"""How a run shows itself while it goes on: live, as lines, as JSON, or not at all."""
+
+import json
+from collections import deque
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from esper.lifecycle.actions import SlotState
+from esper.lifecycle.events import (
+    EventRecord,
+    GateEvaluated,
+    Priority,
+    SeedCommitted,
+    SeedFailed,
+    SeedGerminated,
+    SeedPruned,
+    StepSkipped,
+)
+from esper.lifecycle.stages import LIVING_STAGES, SeedStage
+from esper.slots.slot_set import SlotSet
+from esper.training.trainer import EpochReport
+
+STAGE_STYLES = {
+    SeedStage.DORMANT: "dim",
+    SeedStage.GERMINATED: "white",
+    SeedStage.TRAINING: "yellow",
+    SeedStage.BLENDING: "dark_orange",
+    SeedStage.SHADOWING: "medium_purple",
+    SeedStage.PROBATIONARY: "dodger_blue1",
+    SeedStage.FOSSILIZED: "green",
+    SeedStage.PRUNED: "red",
+    SeedStage.EMBARGOED: "red",
+    SeedStage.RESETTING: "red",
+    SeedStage.TERMINATED: "dim green",
+}
+_BAR_CELLS = 10
+_EVENT_LINES = 5
+
+
+class RunView(Protocol):
+    """Shows epochs; a sink for events, and a context for the time the run takes."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None: ...
+
+    def epoch(self, report: EpochReport, slots: SlotSet) -> None:
+        """Show a finished epoch."""
+
+    def publish(self, record: EventRecord) -> None:
+        """Take an event."""
+
+    def measure(self, epoch: int, step: int, metrics: Mapping[str, float]) -> None:
+        """Take metrics; epochs show them."""
+
+    def flush(self) -> None:
+        """Nothing is kept back."""
+
+
+class QuietView:
+    """Shows nothing."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        return
+
+    def epoch(self, report: EpochReport, slots: SlotSet) -> None:
+        """Show nothing."""
+
+    def publish(self, record: EventRecord) -> None:
+        """Show nothing."""
+
+    def measure(self, epoch: int, step: int, metrics: Mapping[str, float]) -> None:
+        """Show nothing."""
+
+    def flush(self) -> None:
+        """Nothing is kept back."""
+
+
+class LinesView(QuietView):
+    """One line per epoch and one per notable event, for pipes and logs."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+
+    def epoch(self, report: EpochReport, slots: SlotSet) -> None:
+        """Print the epoch."""
+        states = "  ".join(_slot_words(slot.state()) for slot in slots.values())
+        line = f"epoch {report.epoch}/{report.epochs}  {_metric_words(report)}  {states}"
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def publish(self, record: EventRecord) -> None:
+        """Print the event if it is notable."""
+        words = notable(record)
+        if words is not None:
+            self._console.print(f"  {words}", markup=False, highlight=False, soft_wrap=True)
+
+
+class JsonView(QuietView):
+    """One JSON object per line: epochs and all events."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+
+    def epoch(self, report: EpochReport, slots: SlotSet) -> None:
+        """Print the epoch."""
+        self._print(
+            {
+                "kind": "epoch",
+                "epoch": report.epoch,
+                "epochs": report.epochs,
+                "step": report.step,
+                "train_loss": report.train_loss,
+                "metrics": report.metrics,
+                "slots": [
+                    {"path": path, "stage": slot.stage.value, "alpha": slot.alpha}
+                    for path, slot in slots.items()
+                ],
+            }
+        )
+
+    def publish(self, record: EventRecord) -> None:
+        """Print the event."""
+        self._print({"kind": "event", **record.model_dump(mode="json")})
+
+    def _print(self, document: dict[str, Any]) -> None:
+        self._console.out(json.dumps(document), highlight=False)
+
+
+class LiveView(QuietView):
+    """A live table of epoch, metrics, slots and the last events; needs a terminal."""
+
+    def __init__(self, console: Console, title: str) -> None:
+        self._title = title
+        self._events: deque[Text] = deque(maxlen=_EVENT_LINES)
+        self._last: tuple[EpochReport, list[SlotState]] | None = None
+        self._live = Live(console=console, get_renderable=self._render, refresh_per_second=8)
+
+    def __enter__(self) -> Self:
+        self._live.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._live.__exit__(kind, error, trace)
+
+    def epoch(self, report: EpochReport, slots: SlotSet) -> None:
+        """Show the epoch."""
+        self._last = (report, [slot.state() for slot in slots.values()])
+
+    def publish(self, record: EventRecord) -> None:
+        """Show the event if it is notable."""
+        words = notable(record)
+        if words is not None:
+            style = {Priority.CRITICAL: "bold red", Priority.WARNING: "yellow"}
+            self._events.append(Text(words, style=style.get(record.event.priority, "")))
+
+    def _render(self) -> Group:
+        if self._last is None:
+            return Group(Text(f"{self._title}: first epoch under way", style="bold"))
+        report, slots = self._last
+        head = Text.assemble(
+            (self._title, "bold"), f"  epoch {report.epoch}/{report.epochs}  ",
+            _metric_words(report),
+        )
+        bar = ProgressBar(total=report.epochs, completed=report.epoch)
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+        for column in ("slot", "stage", "seed", "alpha", "saves", "grown"):
+            table.add_column(column, overflow="ellipsis", no_wrap=True)
+        for slot in slots:
+            table.add_row(
+                slot.path,
+                Text(slot.stage.name, style=STAGE_STYLES[slot.stage]),
+                (slot.blueprint or "") if slot.stage in LIVING_STAGES else "",
+                _alpha_bar(slot),
+                percent(slot.contribution_fraction) if slot.stage in LIVING_STAGES else "",
+                str(slot.committed) if slot.committed else "",
+            )
+        return Group(head, bar, table, *self._events)
+
+
+def notable(record: EventRecord) -> str | None:
+    """Return an event in words if a person watching would want to know, else None."""
+    event, when = record.event, f"epoch {record.epoch}"
+    if isinstance(event, SeedGerminated):
+        return f"{when}: {event.blueprint} germinated in {event.slot} (+{event.param_count:,})"
+    if isinstance(event, SeedCommitted):
+        saved = percent(event.contribution_fraction)
+        return f"{when}: {event.blueprint} committed in {event.slot}, saves {saved} of the loss"
+    if isinstance(event, SeedPruned):
+        return f"{when}: {event.blueprint} pruned from {event.slot}: {event.reason}"
+    if isinstance(event, SeedFailed):
+        return f"{when}: {event.blueprint} in {event.slot} failed: {event.error}"
+    if isinstance(event, StepSkipped):
+        return f"{when}: step {record.step} skipped: {event.reason}"
+    if isinstance(event, GateEvaluated) and event.result.passed and event.to_stage in (
+        SeedStage.BLENDING,
+        SeedStage.PROBATIONARY,
+    ):
+        return f"{when}: {event.blueprint} in {event.slot} passed {event.result.gate}"
+    return None
+
+
+def percent(fraction: float | None) -> str:
+    """Return a fraction as percent, or an empty string if there is none."""
+    return "" if fraction is None else f"{100 * fraction:+.1f}%"
+
+
+def _metric_words(report: EpochReport) -> str:
+    values = {"train": report.train_loss, **report.metrics}
+    return "  ".join(f"{name} {value:.4f}" for name, value in values.items())
+
+
+def _slot_words(slot: SlotState) -> str:
+    seed = f" {slot.blueprint} alpha {slot.alpha:.2f}" if slot.stage in LIVING_STAGES else ""
+    grown = f" +{slot.committed}" if slot.committed else ""
+    return f"[{slot.path} {slot.stage.name}{seed}{grown}]"
+
+
+def _alpha_bar(slot: SlotState) -> Text:
+    if slot.stage not in LIVING_STAGES:
+        return Text("")
+    filled = round(slot.alpha * _BAR_CELLS)
+    bar = "█" * filled + "░" * (_BAR_CELLS - filled)
+    return Text(f"{bar} {slot.alpha:.2f}", style=STAGE_STYLES[slot.stage])

@@ -1,0 +1,53 @@
+"""What a task is: a host, its data, and settings known to work."""
+
+from collections.abc import Callable, Iterable, Sequence, Sized
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from esper.policies.heuristic import HeuristicConfig
+from esper.slots.config import SlotConfig
+from esper.training.held_out import HeldOut
+
+
+class Batches(Iterable[tuple[Any, Any]], Sized, Protocol):
+    """Pairs of inputs and targets; iterating again is the next epoch, the length is fixed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskSetup:
+    """One randomly initialised host with its data.
+
+    Attributes:
+        targets: Where slots go.
+        validation: What gates and policy judge by.
+        test: Touched by neither training nor growth; for the final figures only.
+    """
+
+    model: nn.Module
+    targets: Sequence[str]
+    example: Any
+    batches: Batches
+    loss: Callable[[Any, Any], Tensor]
+    validation: HeldOut
+    test: HeldOut
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A named task.
+
+    Attributes:
+        build: Random seed to setup; the same seed gives the same host and data order.
+        metric: Name of the metric that people quote, among those of the held-out data.
+    """
+
+    name: str
+    summary: str
+    build: Callable[[int], TaskSetup]
+    metric: str
+    epochs: int
+    learning_rate: float
+    slot: SlotConfig
+    heuristic: HeuristicConfig

@@ -1,0 +1,222 @@
+"""The run folder: config, environment, and every event and metric in SQLite."""
+
+import json
+import math
+import sqlite3
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from esper.lifecycle.events import EventRecord, Priority, parse_event_record
+
+CONFIG_FILE = "config.json"
+ENVIRONMENT_FILE = "environment.json"
+DATABASE_FILE = "run.sqlite"
+WEIGHTS_FILE = "weights.safetensors"
+STORE_VERSION = 1
+
+RunStatus = Literal["running", "finished", "failed", "interrupted"]
+
+_SCHEMA = """
+CREATE TABLE run (key TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE events (
+    id INTEGER PRIMARY KEY,
+    time_seconds REAL NOT NULL,
+    epoch INTEGER NOT NULL,
+    step INTEGER NOT NULL,
+    type TEXT NOT NULL,
+    priority TEXT NOT NULL,
+    slot TEXT,
+    record TEXT NOT NULL
+);
+CREATE INDEX events_by_type ON events (type, id);
+CREATE TABLE metrics (
+    id INTEGER PRIMARY KEY,
+    epoch INTEGER NOT NULL,
+    step INTEGER NOT NULL,
+    name TEXT NOT NULL,
+    value REAL
+);
+CREATE INDEX metrics_by_name ON metrics (name, id);
+"""
+
+
+class RunFolderError(ValueError):
+    """A run folder that exists already, is missing, or is not one this version can read."""
+
+
+class RunStore:
+    """Writes a run folder; a sink for events and metrics. Readable while the run goes on.
+
+    The database is in WAL mode; what was taken is committed at each epoch's end, and at once after
+    a CRITICAL event.
+
+    Args:
+        folder: Is created; must not hold a run yet.
+        config: Everything that was chosen, as JSON values.
+        environment: Versions, device and settings, as JSON values.
+
+    Raises:
+        RunFolderError: The folder holds a run.
+        OSError: It cannot be written.
+    """
+
+    def __init__(
+        self, folder: Path, *, config: Mapping[str, Any], environment: Mapping[str, Any]
+    ) -> None:
+        self.folder = folder
+        if (folder / DATABASE_FILE).exists():
+            raise RunFolderError(
+                f"{folder} holds a run already; choose another folder or remove this one"
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_json(folder / CONFIG_FILE, config)
+        _write_json(folder / ENVIRONMENT_FILE, environment)
+        self._database = sqlite3.connect(folder / DATABASE_FILE)
+        self._database.execute("PRAGMA journal_mode=WAL")
+        self._database.execute("PRAGMA synchronous=NORMAL")
+        self._database.executescript(_SCHEMA)
+        self._set("store_version", str(STORE_VERSION))
+        self.set_status("running")
+
+    def publish(self, record: EventRecord) -> None:
+        """Store one event."""
+        event = record.event
+        self._database.execute(
+            "INSERT INTO events (time_seconds, epoch, step, type, priority, slot, record) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?)",
+            (
+                record.time_seconds,
+                record.epoch,
+                record.step,
+                event.type,
+                event.priority.value,
+                getattr(event, "slot", None),
+                record.model_dump_json(),
+            ),
+        )
+        if event.priority is Priority.CRITICAL:
+            self.flush()
+
+    def measure(self, epoch: int, step: int, metrics: Mapping[str, float]) -> None:
+        """Store named values; NaN is kept as NULL."""
+        self._database.executemany(
+            "INSERT INTO metrics (epoch, step, name, value) VALUES (?, ?, ?, ?)",
+            [(epoch, step, name, value) for name, value in metrics.items()],
+        )
+
+    def flush(self) -> None:
+        """Commit what was taken."""
+        self._database.commit()
+
+    def set_status(self, status: RunStatus) -> None:
+        """Say how the run stands."""
+        self._set("status", status)
+        self.flush()
+
+    def close(self) -> None:
+        """Commit and let go of the database."""
+        self.flush()
+        self._database.close()
+
+    def _set(self, key: str, value: str) -> None:
+        self._database.execute("INSERT OR REPLACE INTO run VALUES (?, ?)", (key, value))
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetricRow:
+    """One stored value."""
+
+    epoch: int
+    step: int
+    name: str
+    value: float
+
+
+class RunReader:
+    """Reads a run folder, also of a run that is still going on.
+
+    Raises:
+        RunFolderError: It is no run folder, or was written by another version.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        if not (folder / DATABASE_FILE).is_file():
+            raise RunFolderError(
+                f"{folder} is no run folder: it has no {DATABASE_FILE}; esper grow prints the path "
+                "of the folder it writes"
+            )
+        version = self._value("store_version")
+        if version != str(STORE_VERSION):
+            raise RunFolderError(
+                f"{folder} was written with store version {version}; this esper reads version "
+                f"{STORE_VERSION}"
+            )
+
+    @property
+    def status(self) -> str:
+        """How the run stands; a killed run stays "running"."""
+        return self._value("status") or "unknown"
+
+    def config(self) -> dict[str, Any]:
+        """Return what was chosen for the run."""
+        return _read_json(self.folder / CONFIG_FILE)
+
+    def environment(self) -> dict[str, Any]:
+        """Return versions, device and settings of the run."""
+        return _read_json(self.folder / ENVIRONMENT_FILE)
+
+    def events(self) -> list[EventRecord]:
+        """Return every event, oldest first.
+
+        Raises:
+            EventSchemaError: An event was written by another version.
+        """
+        with self._connection() as database:
+            rows = database.execute("SELECT record FROM events ORDER BY id").fetchall()
+        return [parse_event_record(row[0]) for row in rows]
+
+    def metrics(self) -> list[MetricRow]:
+        """Return every value, oldest first; NULL reads as NaN."""
+        with self._connection() as database:
+            rows = database.execute(
+                "SELECT epoch, step, name, value FROM metrics ORDER BY id"
+            ).fetchall()
+        return [
+            MetricRow(epoch=epoch, step=step, name=name, value=math.nan if value is None else value)
+            for epoch, step, name, value in rows
+        ]
+
+    def _value(self, key: str) -> str | None:
+        with self._connection() as database:
+            try:
+                row = database.execute("SELECT value FROM run WHERE key = ?", (key,)).fetchone()
+            except sqlite3.DatabaseError as error:
+                raise RunFolderError(f"{self.folder / DATABASE_FILE} is damaged: {error}") from error
+        return None if row is None else str(row[0])
+
+    @contextmanager
+    def _connection(self) -> Iterator[sqlite3.Connection]:
+        address = f"{(self.folder / DATABASE_FILE).absolute().as_uri()}?mode=ro"
+        database = sqlite3.connect(address, uri=True)
+        try:
+            yield database
+        finally:
+            database.close()
+
+
+def _write_json(path: Path, document: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(document, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise RunFolderError(f"{path} cannot be read: {error}") from error
+    if not isinstance(document, dict):
+        raise RunFolderError(f"{path} does not hold a JSON object")
+    return document
