@@ -14,7 +14,7 @@ from esper.lifecycle.events import Event
 from esper.seeds.registry import BlueprintError, Family, blueprints
 from esper.slots.branch import SeedBranch
 from esper.slots.measurements import SeedMeasurements
-from esper.slots.modes import forked_random_state
+from esper.slots.modes import forked_random_state, seed_random_state
 
 _PROBE_BATCH = 2
 
@@ -71,7 +71,7 @@ def derive_random_seed(base: int, path: str, life: int) -> int:
 
 
 def build_branch(order: SeedOrder) -> SeedBranch:
-    """Build the seed and its operator on the slot's device and dtype.
+    """Build the seed and its operator where the default device and dtype are.
 
     Effects: consumes the default random stream; wrap in `forked_random_state`.
 
@@ -81,7 +81,7 @@ def build_branch(order: SeedOrder) -> SeedBranch:
     """
     layout = order.layout
     seed = blueprints.create(layout.family, order.blueprint, layout.dim, **order.options)
-    branch = SeedBranch(
+    return SeedBranch(
         seed,
         blueprint=order.blueprint,
         options=order.options,
@@ -89,7 +89,6 @@ def build_branch(order: SeedOrder) -> SeedBranch:
         family=layout.family,
         dim=layout.dim,
     )
-    return branch.to(device=order.device, dtype=order.dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,9 +113,10 @@ def sprout(
     for the device once.
     """
     with forked_random_state(order.device):
-        torch.manual_seed(random_seed)
+        seed_random_state(order.device, random_seed)
         branch = build_branch(order)
-        check_unshared(branch)
+        check_unshared(branch)  # before the move, which would change another owner's parameter
+        branch.to(device=order.device, dtype=order.dtype)
         features = order.layout.random_features(device=order.device, dtype=order.dtype)
         before = _random_state(order.device)
         started = time.perf_counter()
@@ -128,12 +128,9 @@ def sprout(
             torch.cuda.synchronize(order.device)
         prewarm_ms = 1e3 * (time.perf_counter() - started)
         draws = not torch.equal(before, _random_state(order.device))
+        measurements = _measure(branch, features, increment.detach(), prewarm_ms)
     branch.zero_grad(set_to_none=True)
-    return Sprout(
-        branch=branch,
-        measurements=_measure(branch, features, increment.detach(), prewarm_ms),
-        draws_random_numbers=draws,
-    )
+    return Sprout(branch=branch, measurements=measurements, draws_random_numbers=draws)
 
 
 def _measure(
@@ -178,7 +175,7 @@ def fits(order: SeedOrder) -> int | None:
     """
     try:
         with torch.random.fork_rng(devices=()), torch.device("meta"):
-            branch = build_branch(order)
+            branch = build_branch(order).to(order.dtype)
             features = order.layout.random_features(device=torch.device("meta"), dtype=order.dtype)
             increment = branch(features, features)
     except (BlueprintError, ValueError, RuntimeError):

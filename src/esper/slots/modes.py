@@ -27,6 +27,14 @@ def forked_random_state(device: torch.device) -> Iterator[None]:
         yield
 
 
+def seed_random_state(device: torch.device, random_seed: int) -> None:
+    """Seed the random streams of the CPU and of `device`, and of no other device."""
+    torch.default_generator.manual_seed(random_seed)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(random_seed)
+
+
 class SeparateRandomStream:
     """A random stream of a seed's own, so that its dropout takes nothing from the host's.
 
@@ -44,12 +52,11 @@ class SeparateRandomStream:
     def active(self, device: torch.device) -> Iterator[None]:
         """Draw from this stream inside the block. No host–device synchronisation."""
         with forked_random_state(device):
+            if device.type == "cuda" and self._cuda_state is None:
+                seed_random_state(device, self._cuda_seed)
+            elif self._cuda_state is not None:
+                torch.cuda.set_rng_state(self._cuda_state, device)
             torch.set_rng_state(self._cpu_state)
-            if device.type == "cuda":
-                if self._cuda_state is None:
-                    torch.cuda.manual_seed(self._cuda_seed)
-                else:
-                    torch.cuda.set_rng_state(self._cuda_state, device)
             yield
             self._cpu_state = torch.get_rng_state()
             if device.type == "cuda":

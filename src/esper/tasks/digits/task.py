@@ -53,8 +53,8 @@ DIGITS = Task(
     build=build,
     metric="accuracy",
     epochs=80,
-    learning_rate=5e-3,
-    slot=SlotConfig(learning_rate_multiplier=2.0),
+    learning_rate=1e-2,
+    slot=SlotConfig(),
     heuristic=HeuristicConfig(
         blueprints=("conv_heavy", "attention"), warmup_epochs=3, plateau_fraction=1.0
     ),

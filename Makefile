@@ -1,0 +1,60 @@
+# `make demo` and `make test` set everything up themselves; nothing but Python 3.11, make and gcc
+# is needed beforehand.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# The pinned torch has a CPU build; any other version may pull gigabytes of CUDA.
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint types imports unit picture benchmarks clean
+
+help:
+	@echo "make demo        grow a network on handwritten digits, and watch it"
+	@echo "make test        lint, types, dependency direction, tests"
+	@echo "make picture     draw docs/grown_run.png anew"
+	@echo "make benchmarks  print the figures of benchmarks/RESULTS.md"
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, found " + sys.version)'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.runtime: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing esper and what it needs (once)"
+	$(INSTALL) -e '.[data,report]'
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing esper with its development tools (once)"
+	$(INSTALL) -e '.[dev]'
+	@touch $@ $(VENV)/.runtime
+
+demo: $(VENV)/.runtime
+	@$(BIN)/esper grow digits --control
+
+test: lint types imports unit
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.dev
+	$(BIN)/mypy
+
+imports: $(VENV)/.dev
+	$(BIN)/lint-imports
+
+# One thread per process: two test processes share two cores.
+unit: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+
+picture: $(VENV)/.runtime
+	$(BIN)/esper grow digits --out $$(mktemp -d)/digits --picture docs/grown_run.png --quiet
+
+benchmarks: $(VENV)/.runtime
+	$(BIN)/python benchmarks/digits_growth.py
+	$(BIN)/python benchmarks/slot_overhead.py
+	$(BIN)/python benchmarks/slot_overhead.py --compile
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info src/*.egg-info .mypy_cache .ruff_cache .pytest_cache
