@@ -165,8 +165,9 @@ def block_ratios(ours: list[float], theirs: list[float]) -> list[float]:
     """Return the ratio of medians in each block of steps."""
     starts = range(0, len(ours) - BLOCK_STEPS + 1, BLOCK_STEPS)
     return [
-        statistics.median(ours[i : i + BLOCK_STEPS]) / statistics.median(theirs[i : i + BLOCK_STEPS])
-        for i in starts
+        statistics.median(ours[start : start + BLOCK_STEPS])
+        / statistics.median(theirs[start : start + BLOCK_STEPS])
+        for start in starts
     ]
 
 
@@ -201,8 +202,10 @@ def main() -> None:
         )
     console = Console(width=100)
     mode = "compiled" if options.compiled else "eager"
-    console.print(f"{mode}, {options.device}, torch {torch.__version__}, {torch.get_num_threads()} "
-                  f"threads, {options.steps} steps each")
+    console.print(
+        f"{mode}, {options.device}, torch {torch.__version__}, {torch.get_num_threads()} "
+        f"threads, {options.steps} steps each"
+    )
     console.print(table)
 
 

@@ -7,7 +7,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from esper.seeds.registry import BlueprintError, Family
+from esper.seeds.registry import Blueprint, Family
 from esper.seeds.registry import blueprints as registry
 
 
@@ -23,8 +23,18 @@ def blueprints(
     except ValueError as error:
         known = ", ".join(member.value for member in Family)
         raise typer.BadParameter(f"no family {family!r}; families: {known}") from error
-    rows = [_row(kind, name, dim) for kind in families for name in registry.names(kind)]
+    found = [registry.get(kind, name) for kind in families for name in registry.names(kind)]
     if as_json:
+        rows = [
+            {
+                "family": blueprint.family.value,
+                "name": blueprint.name,
+                "param_count": _param_count(blueprint, dim),
+                "options": blueprint.options,
+                "summary": blueprint.summary,
+            }
+            for blueprint in found
+        ]
         console.out(json.dumps(rows), highlight=False)
         return
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
@@ -33,24 +43,17 @@ def blueprints(
     table.add_column(f"params at {dim}", justify="right")
     table.add_column("options", overflow="fold")
     table.add_column("what it is", overflow="fold", ratio=1)
-    for row in rows:
-        count = row["param_count"]
-        options = ", ".join(f"{name}={value}" for name, value in row["options"].items())
+    for blueprint in found:
+        count = _param_count(blueprint, dim)
+        options = ", ".join(f"{name}={value}" for name, value in blueprint.options.items())
         shown = "does not fit" if count is None else f"{count:,}"
-        table.add_row(row["family"], row["name"], shown, options, row["summary"])
+        table.add_row(blueprint.family, blueprint.name, shown, options, blueprint.summary)
     console.print(table)
 
 
-def _row(family: Family, name: str, dim: int) -> dict[str, object]:
-    blueprint = registry.get(family, name)
+def _param_count(blueprint: Blueprint, dim: int) -> int | None:
+    """Return the parameters at a width, or None if the blueprint refuses it."""
     try:
-        count: int | None = registry.param_count(family, name, dim)
-    except (BlueprintError, ValueError):
-        count = None
-    return {
-        "family": family.value,
-        "name": name,
-        "param_count": count,
-        "options": blueprint.options,
-        "summary": blueprint.summary,
-    }
+        return registry.param_count(blueprint.family, blueprint.name, dim)
+    except ValueError:
+        return None

@@ -59,7 +59,8 @@ def _python() -> Iterator[Finding]:
 
 
 def _machine() -> Iterator[Finding]:
-    yield Finding("device", True, f"{describe_device()}, {os.cpu_count()} CPU cores")
+    machine = f"{describe_device()}, {os.cpu_count()} CPU cores"
+    yield Finding("device", ok=True, detail=machine)
     compiler = shutil.which("g++") or shutil.which("c++")
     detail = compiler or "none: torch.compile on the CPU needs g++; growing does not"
     yield Finding("C++ compiler", compiler is not None, detail, needed=False)
@@ -75,7 +76,7 @@ def _extras() -> Iterator[Finding]:
         how = "installed" if found else f"pip install 'esper-lite[{extra}]'"
         yield Finding(f"extra [{extra}]", found, how, needed=False)
     for task in TASKS.values():
-        yield Finding(f"task {task.name}", True, task.summary)
+        yield Finding(f"task {task.name}", ok=True, detail=task.summary)
 
 
 def _growth() -> Iterator[Finding]:

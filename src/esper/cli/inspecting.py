@@ -88,5 +88,3 @@ def _print_life(console: Console, seed: SeedStory) -> None:
         )
     if seed.pruned_because is not None:
         console.print(f"  epoch {seed.end_epoch:>3}  pruned: {seed.pruned_because}", style="red")
-
-

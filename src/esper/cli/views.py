@@ -183,7 +183,8 @@ class LiveView(QuietView):
             return Group(Text(f"{self._title}: first epoch under way", style="bold"))
         report, slots = self._last
         head = Text.assemble(
-            (self._title, "bold"), f"  epoch {report.epoch}/{report.epochs}  ",
+            (self._title, "bold"),
+            f"  epoch {report.epoch}/{report.epochs}  ",
             _metric_words(report),
         )
         bar = ProgressBar(total=report.epochs, completed=report.epoch)
@@ -216,9 +217,14 @@ def notable(record: EventRecord) -> str | None:
         return f"{when}: {event.blueprint} in {event.slot} failed: {event.error}"
     if isinstance(event, StepSkipped):
         return f"{when}: step {record.step} skipped: {event.reason}"
-    if isinstance(event, GateEvaluated) and event.result.passed and event.to_stage in (
-        SeedStage.BLENDING,
-        SeedStage.PROBATIONARY,
+    if (
+        isinstance(event, GateEvaluated)
+        and event.result.passed
+        and event.to_stage
+        in (
+            SeedStage.BLENDING,
+            SeedStage.PROBATIONARY,
+        )
     ):
         return f"{when}: {event.blueprint} in {event.slot} passed {event.result.gate}"
     return None

@@ -16,9 +16,12 @@ STAGE_COLOURS = {
     SeedStage.SHADOWING: "#8e7cc3",
     SeedStage.PROBATIONARY: "#3d85c6",
     SeedStage.FOSSILIZED: "#2e8b57",
+    SeedStage.PRUNED: "#b3261e",
 }
 """One colour per stage of a seed's life; also told apart by the legend's order."""
 
+_ENDS = frozenset({SeedStage.FOSSILIZED, SeedStage.PRUNED})
+_ALPHA = "alpha"
 _INK = "#22303c"
 _QUIET = "#8a97a3"
 _LANE_HEIGHT = 0.62
@@ -102,7 +105,8 @@ def _draw_lanes(axis: Any, story: RunStory, last_step: int) -> None:
     axis.set_ylim(-0.6, len(lanes) - 0.4)
     axis.set_ylabel("slot", color=_INK)
     handles, labels = axis.get_legend_handles_labels()
-    order = sorted(range(len(labels)), key=lambda i: list(STAGE_COLOURS).index(_stage(labels[i])))
+    known = [stage.value for stage in STAGE_COLOURS] + [_ALPHA]
+    order = sorted(range(len(labels)), key=lambda index: known.index(labels[index]))
     axis.legend(
         [handles[i] for i in order],
         [labels[i] for i in order],
@@ -115,10 +119,6 @@ def _draw_lanes(axis: Any, story: RunStory, last_step: int) -> None:
     )
 
 
-def _stage(label: str) -> SeedStage:
-    return SeedStage(label)
-
-
 def _draw_life(
     axis: Any, seed: SeedStory, lane: int, last_step: int, labelled: set[SeedStage]
 ) -> None:
@@ -126,7 +126,7 @@ def _draw_life(
     end = seed.end_step if seed.end_step is not None else last_step
     for visit, following in zip(visits, [*visits[1:], None], strict=True):
         until = following.step if following is not None else end
-        if visit.stage is SeedStage.FOSSILIZED or until <= visit.step:
+        if visit.stage in _ENDS or until <= visit.step:
             continue
         label = None if visit.stage in labelled else visit.stage.value
         labelled.add(visit.stage)
@@ -141,10 +141,30 @@ def _draw_life(
     if seed.committed:
         label = None if SeedStage.FOSSILIZED in labelled else SeedStage.FOSSILIZED.value
         labelled.add(SeedStage.FOSSILIZED)
-        axis.plot(end, lane, marker="D", markersize=7, color=STAGE_COLOURS[SeedStage.FOSSILIZED],
-                  label=label, linestyle="none", zorder=4)
+        axis.plot(
+            end,
+            lane,
+            marker="D",
+            markersize=7,
+            color=STAGE_COLOURS[SeedStage.FOSSILIZED],
+            label=label,
+            linestyle="none",
+            zorder=4,
+        )
     elif seed.outcome == "pruned":
-        axis.plot(end, lane, marker="x", markersize=7, color="#b3261e", mew=2, zorder=4)
+        label = None if SeedStage.PRUNED in labelled else SeedStage.PRUNED.value
+        labelled.add(SeedStage.PRUNED)
+        axis.plot(
+            end,
+            lane,
+            marker="x",
+            markersize=7,
+            mew=2,
+            color=STAGE_COLOURS[SeedStage.PRUNED],
+            label=label,
+            linestyle="none",
+            zorder=4,
+        )
     axis.annotate(
         seed.blueprint,
         (seed.step, lane + _LANE_HEIGHT / 2),
@@ -163,7 +183,9 @@ def _draw_alpha(axis: Any, seed: SeedStory, lane: int, end: int) -> None:
     alphas = [point.alpha for point in seed.alphas] + [seed.alphas[-1].alpha]
     base = lane - _LANE_HEIGHT / 2
     heights = [base + alpha * _LANE_HEIGHT for alpha in alphas]
-    axis.plot(steps, heights, color=_INK, linewidth=1.3, zorder=3)
+    shown = axis.get_legend_handles_labels()[1]
+    label = None if _ALPHA in shown else _ALPHA
+    axis.plot(steps, heights, color=_INK, linewidth=1.3, zorder=3, label=label)
 
 
 def _style(axis: Any) -> None:

@@ -73,7 +73,7 @@ class SeedStory:
 
     @property
     def outcome(self) -> str:
-        """"committed", "pruned" or "still growing"."""
+        """ "committed", "pruned" or "still growing"."""
         if self.committed:
             return "committed"
         return "pruned" if self.pruned_because is not None else "still growing"
@@ -163,8 +163,12 @@ def _follow(
             _take_over(seed, [visit])
     if isinstance(event, StageChanged) and event.to_stage is SeedStage.DORMANT:
         waiting.pop(event.slot, None)
-    if seed is None:
-        return
+    if seed is not None:
+        _note(seed, record, living)
+
+
+def _note(seed: SeedStory, record: EventRecord, living: dict[str, SeedStory]) -> None:
+    event = record.event
     if isinstance(event, ContributionMeasured):
         seed.contributions.append((record.epoch, event))
     elif isinstance(event, AlphaTargetSet):

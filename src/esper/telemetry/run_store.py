@@ -195,7 +195,8 @@ class RunReader:
             try:
                 row = database.execute("SELECT value FROM run WHERE key = ?", (key,)).fetchone()
             except sqlite3.DatabaseError as error:
-                raise RunFolderError(f"{self.folder / DATABASE_FILE} is damaged: {error}") from error
+                damaged = self.folder / DATABASE_FILE
+                raise RunFolderError(f"{damaged} is damaged: {error}") from error
         return None if row is None else str(row[0])
 
     @contextmanager

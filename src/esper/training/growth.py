@@ -25,7 +25,9 @@ from esper.lifecycle.events import (
     EventRecord,
     GerminationFailed,
     GradientHealthMeasured,
+    StageChanged,
 )
+from esper.lifecycle.learning import Isolation
 from esper.lifecycle.stages import SeedStage
 from esper.slots.germination import GerminationError
 from esper.slots.slot import SeedSlot
@@ -169,15 +171,13 @@ class Growth:
         if isinstance(action, Germinate):
             self._germinate(slot, action)
         elif isinstance(action, Advance):
-            before = slot.stage
-            self.publish(slot.advance())
-            if before is SeedStage.TRAINING and slot.stage is SeedStage.BLENDING:
+            events = slot.advance()
+            self.publish(events)
+            if _entered(events, SeedStage.BLENDING):
                 self._start_ramp(slot, action)
         elif isinstance(action, SetAlphaTarget):
             if action.target != slot.alpha:
-                self.publish(
-                    slot.set_alpha_target(action.target, action.steps, curve=action.curve)
-                )
+                self.publish(slot.set_alpha_target(action.target, action.steps, curve=action.curve))
         elif isinstance(action, Prune):
             self.publish(slot.prune(action.over_steps, reason=action.reason))
         elif isinstance(action, Commit):
@@ -190,19 +190,18 @@ class Growth:
             )
         except (GerminationError, ValueError) as error:
             earlier = error.events if isinstance(error, GerminationError) else []
-            failed = GerminationFailed(
-                slot=slot.path, blueprint=action.blueprint, error=str(error)
-            )
+            failed = GerminationFailed(slot=slot.path, blueprint=action.blueprint, error=str(error))
             self.publish([*earlier, failed])
             return
         self.publish(events)
         self._step_seconds_before[slot.path] = self._timer.median_seconds
         self._note_reference(slot, self.losses[-1] if self.losses else None)
-        self.publish(slot.advance())
-        if slot.state().live and slot.stage is SeedStage.TRAINING:
-            self.publish(slot.advance())
-            if slot.stage is SeedStage.BLENDING:
-                self.publish(slot.set_alpha_target(1.0, 0))
+        events = slot.advance()
+        if slot.isolation is Isolation.NONE and _entered(events, SeedStage.TRAINING):
+            events += slot.advance()
+            if _entered(events, SeedStage.BLENDING):
+                events += slot.set_alpha_target(1.0, 0)
+        self.publish(events)
         self._timer.restart()
 
     def _start_ramp(self, slot: SeedSlot, action: Advance) -> None:
@@ -249,3 +248,7 @@ class Growth:
             before = self._step_seconds_before.get(path)
             if slot.living is not None and now is not None and before:
                 slot.measurements.step_time_ratio = now / before
+
+
+def _entered(events: Sequence[Event], stage: SeedStage) -> bool:
+    return any(isinstance(event, StageChanged) and event.to_stage is stage for event in events)

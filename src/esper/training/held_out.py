@@ -18,6 +18,9 @@ Evaluate = Callable[[], float | Mapping[str, float]]
 class VariantEvaluator(Protocol):
     """An evaluation that can also weigh seeds, with the loss of every sample."""
 
+    def __call__(self) -> Mapping[str, float]:
+        """Return metrics with a "loss" among them."""
+
     def variant_losses(
         self, slots: Mapping[str, SeedSlot], variants: Sequence[Variant]
     ) -> Sequence[Tensor]:

@@ -80,9 +80,7 @@ def losses_of(
     return results
 
 
-def probe_seeds(
-    model: nn.Module, slots: Mapping[str, SeedSlot], evaluate: Evaluate
-) -> list[Event]:
+def probe_seeds(model: nn.Module, slots: Mapping[str, SeedSlot], evaluate: Evaluate) -> list[Event]:
     """Measure every living seed that can be measured, and write it into its slot's measurements.
 
     A TRAINING seed that has trained long enough gets an amplitude line search; a seed at alpha 1
@@ -92,15 +90,13 @@ def probe_seeds(
     weighable = [path for path, slot in slots.items() if _at_full_alpha(slot)]
     if not trained and not weighable:
         return []
-    present = {path: 0.0 for path in trained} | {path: 1.0 for path in weighable}
+    present = dict.fromkeys(trained, 0.0) | dict.fromkeys(weighable, 1.0)
     variants: list[dict[str, float]] = [present]
     variants += [{**present, path: 0.0} for path in weighable]
     variants += [{**present, path: a} for path in trained for a in AMPLITUDES]
     losses = losses_of(model, slots, evaluate, variants)
     base, rest = losses[0], iter(losses[1:])
-    events: list[Event] = []
-    for path in weighable:
-        events.append(_note_contribution(slots[path], base, next(rest)))
+    events = [_note_contribution(slots[path], base, next(rest)) for path in weighable]
     for path in trained:
         tried = [next(rest) for _ in AMPLITUDES]
         events.append(_note_amplitudes(slots[path], base, tried))

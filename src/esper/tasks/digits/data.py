@@ -74,6 +74,7 @@ def shifted(images: Tensor, generator: torch.Generator) -> Tensor:
 
     Args:
         images: `B 1 8 8`.
+        generator: Draws the shifts.
     """
     batch, _, height, width = images.shape
     reach = 2 * SHIFT_PIXELS + 1
