@@ -10,7 +10,7 @@ from rich.console import Console
 
 from esper.cli.grow_config import GrowConfig, load_grow_config
 from esper.cli.growing import prepare, stored_run
-from esper.cli.tables import networks_table, seeds_table
+from esper.cli.tables import networks_table, print_seeds
 from esper.cli.views import JsonView, LinesView, LiveView, QuietView, RunView
 from esper.policies.named import POLICY_NAMES
 from esper.report.picture import draw_run
@@ -70,7 +70,10 @@ def grow(
         raise typer.BadParameter(str(error)) from error
     networks = {"grown": grown}
     if control:
-        networks = {"host alone": _train_control(settings), **networks}
+        if not (quiet or as_json):
+            console.print("the same host without growth, for comparison")
+        control_view = _view(console, settings, quiet=quiet or as_json, as_json=False)
+        networks = {"host alone": _train_control(settings, control_view), **networks}
     reader = RunReader(folder)
     story = tell(reader.events())
     if picture is not None:
@@ -84,15 +87,16 @@ def _view(console: Console, settings: GrowConfig, *, quiet: bool, as_json: bool)
     if as_json:
         return JsonView(console)
     if console.is_terminal:
-        return LiveView(console, f"{settings.task} · {settings.policy}")
+        return LiveView(console, settings.task)
     return LinesView(console)
 
 
-def _train_control(settings: GrowConfig) -> tuple[int, dict[str, float]]:
+def _train_control(settings: GrowConfig, view: RunView) -> tuple[int, dict[str, float]]:
     """Train the same host with the same data and steps, without growth."""
     run = prepare(settings.model_copy(update={"policy": "none"}), run_id="control")
-    for _ in run.reports:
-        pass
+    with view:
+        for report in run.reports:
+            view.epoch(report, run.growth.slots)
     return run.param_count(), run.finish()
 
 
@@ -131,7 +135,7 @@ def _conclude(
         console.out(json.dumps(summary), highlight=False)
         return
     console.print()
-    console.print(seeds_table(story))
+    print_seeds(console, story)
     console.print()
     console.print(networks_table(networks))
     console.print()

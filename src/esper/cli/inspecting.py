@@ -7,7 +7,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from esper.cli.tables import seeds_table
+from esper.cli.tables import print_seeds
 from esper.cli.views import STAGE_STYLES
 from esper.lifecycle.events import EventSchemaError
 from esper.report.picture import draw_run
@@ -36,7 +36,7 @@ def inspect(
         for seed in story.seeds:
             _print_life(console, seed)
         console.print()
-        console.print(seeds_table(story))
+        print_seeds(console, story)
         if picture is not None:
             draw_run(reader, story, picture)
             console.print(f"\npicture  {picture}", highlight=False, soft_wrap=True)

@@ -2,17 +2,32 @@
 
 from collections.abc import Mapping
 
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from esper.cli.views import percent
+from esper.cli.views import WIDE_COLUMNS, percent
 from esper.report.story import RunStory, SeedStory
 
 _OUTCOME_STYLES = {"committed": "green", "pruned": "red", "still growing": "yellow"}
 
 
-def seeds_table(story: RunStory) -> Table:
-    """Return what each seed contributed and why it ended as it did."""
+def print_seeds(console: Console, story: RunStory) -> None:
+    """Print what each seed contributed and why it ended as it did: a table, or lines if narrow."""
+    if not story.seeds:
+        console.print("nothing germinated")
+    elif console.width >= WIDE_COLUMNS:
+        console.print(_seeds_table(story))
+    else:
+        for seed in story.seeds:
+            saved = percent(seed.contribution_fraction)
+            line = Text(f"{seed.slot}: {seed.blueprint} +{seed.param_count:,}, {_span(seed)}: ")
+            line.append(seed.outcome, style=_OUTCOME_STYLES[seed.outcome])
+            line.append(f"{', saves ' + saved if saved else ''}; {seed.reason}")
+            console.print(line)
+
+
+def _seeds_table(story: RunStory) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     for name in ("slot", "seed"):
         table.add_column(name, no_wrap=True, overflow="ellipsis")

@@ -2,7 +2,7 @@
 
 import json
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -40,6 +40,9 @@ STAGE_STYLES = {
     SeedStage.RESETTING: "red",
     SeedStage.TERMINATED: "dim green",
 }
+WIDE_COLUMNS = 80
+"""Below this width tables become lines that can wrap."""
+
 _BAR_CELLS = 10
 _EVENT_LINES = 5
 
@@ -187,20 +190,11 @@ class LiveView(QuietView):
             f"  epoch {report.epoch}/{report.epochs}  ",
             _metric_words(report),
         )
-        bar = ProgressBar(total=report.epochs, completed=report.epoch)
-        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-        for column in ("slot", "stage", "seed", "alpha", "saves", "grown"):
-            table.add_column(column, overflow="ellipsis", no_wrap=True)
-        for slot in slots:
-            table.add_row(
-                slot.path,
-                Text(slot.stage.name, style=STAGE_STYLES[slot.stage]),
-                (slot.blueprint or "") if slot.stage in LIVING_STAGES else "",
-                _alpha_bar(slot),
-                percent(slot.contribution_fraction) if slot.stage in LIVING_STAGES else "",
-                str(slot.committed) if slot.committed else "",
-            )
-        return Group(head, bar, table, *self._events)
+        bar = Table.grid(expand=True)  # a bare ProgressBar does not end its line
+        bar.add_row(ProgressBar(total=report.epochs, completed=report.epoch))
+        if self._live.console.width < WIDE_COLUMNS:
+            return Group(head, bar, *(Text(_slot_words(slot)) for slot in slots), *self._events)
+        return Group(head, bar, _slots_table(slots), *self._events)
 
 
 def notable(record: EventRecord) -> str | None:
@@ -240,6 +234,23 @@ def _metric_words(report: EpochReport) -> str:
     return "  ".join(f"{name} {value:.4f}" for name, value in values.items())
 
 
+def _slots_table(slots: Sequence[SlotState]) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    for column in ("slot", "stage", "seed", "alpha", "saves", "grown"):
+        table.add_column(column, overflow="ellipsis", no_wrap=True)
+    for slot in slots:
+        living = slot.stage in LIVING_STAGES
+        table.add_row(
+            slot.path,
+            Text(slot.stage.name, style=STAGE_STYLES[slot.stage]),
+            (slot.blueprint or "") if living else "",
+            _alpha_bar(slot) if living else "",
+            percent(slot.contribution_fraction) if living else "",
+            str(slot.committed) if slot.committed else "",
+        )
+    return table
+
+
 def _slot_words(slot: SlotState) -> str:
     seed = f" {slot.blueprint} alpha {slot.alpha:.2f}" if slot.stage in LIVING_STAGES else ""
     grown = f" +{slot.committed}" if slot.committed else ""
@@ -247,8 +258,6 @@ def _slot_words(slot: SlotState) -> str:
 
 
 def _alpha_bar(slot: SlotState) -> Text:
-    if slot.stage not in LIVING_STAGES:
-        return Text("")
     filled = round(slot.alpha * _BAR_CELLS)
     bar = "█" * filled + "░" * (_BAR_CELLS - filled)
     return Text(f"{bar} {slot.alpha:.2f}", style=STAGE_STYLES[slot.stage])

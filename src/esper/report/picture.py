@@ -92,7 +92,8 @@ def _draw_metric(axis: Any, name: str, metrics: Sequence[MetricRow], story: RunS
     for seed in story.committed:
         axis.axvline(seed.end_step, color=STAGE_COLOURS[SeedStage.FOSSILIZED], alpha=0.55, lw=1.2)
     axis.set_ylabel(name, color=_INK)
-    axis.legend(frameon=False, fontsize=8, loc="best", labelcolor=_INK)
+    if axis.get_lines():
+        axis.legend(frameon=False, fontsize=8, loc="best", labelcolor=_INK)
 
 
 def _draw_lanes(axis: Any, story: RunStory, last_step: int) -> None:
@@ -105,6 +106,8 @@ def _draw_lanes(axis: Any, story: RunStory, last_step: int) -> None:
     axis.set_ylim(-0.6, len(lanes) - 0.4)
     axis.set_ylabel("slot", color=_INK)
     handles, labels = axis.get_legend_handles_labels()
+    if not handles:
+        return
     known = [stage.value for stage in STAGE_COLOURS] + [_ALPHA]
     order = sorted(range(len(labels)), key=lambda index: known.index(labels[index]))
     axis.legend(

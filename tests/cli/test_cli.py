@@ -1,0 +1,239 @@
+"""The command line as a person, a pipe and a script meet it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+
+from esper.cli.grow_config import known_keys
+from esper.telemetry import WEIGHTS_FILE, RunReader
+
+SHORT = ("--epochs", "7", "--seed", "1", "--set", "heuristic.patience_epochs=3")
+
+
+def esper(*arguments: str, cwd: Path, env: Mapping[str, str] | None = None) -> str:
+    """Run the real command in a process of its own, with its output in a pipe."""
+    done = run_esper(*arguments, cwd=cwd, env=env)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def run_esper(
+    *arguments: str, cwd: Path, env: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "esper", *arguments],
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def grown(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A short run, made through a pipe, and what it printed."""
+    cwd = tmp_path_factory.mktemp("grown")
+    output = esper("grow", "digits", *SHORT, "--control", "--out", "run", cwd=cwd)
+    return cwd / "run", output
+
+
+def test_grow_in_a_pipe_prints_lines_and_ends_with_tables_and_the_folder(
+    grown: tuple[Path, str],
+) -> None:
+    folder, output = grown
+    lines = output.splitlines()
+    epochs = [line for line in lines if line.startswith("epoch ")]
+    assert len(epochs) == 2 * 7  # the grown run and its control
+    assert "[stage1 TRAINING conv_heavy alpha 0.00]" in epochs[4]
+    assert all(word in epochs[0] for word in ("train", "loss", "accuracy", "stage2 DORMANT"))
+    assert any("germinated in stage1" in line for line in lines)
+    assert any(line.split()[:3] == ["stage1", "conv_heavy", "304"] for line in lines)
+    assert any(line.startswith("host alone") for line in lines)
+    assert "run folder  run" in lines
+    assert "\x1b" not in output
+    assert folder.is_dir()
+
+
+def test_run_folder_holds_config_environment_events_and_weights(grown: tuple[Path, str]) -> None:
+    reader = RunReader(grown[0])
+    assert reader.status == "finished"
+    assert reader.config()["random_seed"] == 1
+    assert reader.config()["trainer"]["epochs"] == 7
+    environment = reader.environment()
+    assert environment["packages"]["torch"]
+    assert environment["random_seed"] == 1
+    assert environment["matmul"] == {
+        "float32_matmul_precision": "highest",
+        "cudnn_allow_tf32": False,
+    }
+    types = [record.event.type for record in reader.events()]
+    assert types[0] == "run_started"
+    assert types[-1] == "run_finished"
+    assert {row.name for row in reader.metrics()} == {"loss", "accuracy", "train_loss"}
+    weights = safetensors.torch.load_file(grown[0] / WEIGHTS_FILE)
+    assert "stage1.0.weight" in weights
+    assert any("esper_slot" in name for name in weights)
+
+
+def test_inspect_tells_every_gate_decision_with_measured_values(grown: tuple[Path, str]) -> None:
+    folder, _ = grown
+    output = esper("inspect", str(folder), cwd=folder.parent, env={"COLUMNS": "200"})
+    assert "G0 passed: identity_error 0 == 0 ok" in output
+    assert "G2 refused: training_steps 20 >= 40 FAILS" in output
+    assert "TRAINING" in output
+    documents = esper("inspect", str(folder), "--json", cwd=folder.parent).splitlines()
+    assert len(documents) == len(RunReader(folder).events())
+    assert all(json.loads(line)["schema_version"] == 1 for line in documents)
+
+
+def test_inspect_draws_the_picture(grown: tuple[Path, str]) -> None:
+    folder, _ = grown
+    esper("inspect", str(folder), "--picture", "run.png", cwd=folder.parent)
+    assert (folder.parent / "run.png").stat().st_size > 20_000
+
+
+def test_json_output_is_one_object_per_line(tmp_path: Path) -> None:
+    output = esper("grow", "digits", "--epochs", "2", "--json", "--out", "run", cwd=tmp_path)
+    documents = [json.loads(line) for line in output.splitlines()]
+    assert [d["epoch"] for d in documents if d["kind"] == "epoch"] == [1, 2]
+    assert documents[-1]["kind"] == "summary"
+    assert documents[-1]["folder"] == "run"
+    assert documents[-1]["networks"]["grown"]["params"] == 678
+
+
+def test_quiet_output_is_the_folder(tmp_path: Path) -> None:
+    output = esper("grow", "digits", "--epochs", "1", "--quiet", cwd=tmp_path)
+    (line,) = output.splitlines()
+    assert (tmp_path / line / "run.sqlite").is_file()
+    assert line.startswith("runs/digits-")
+
+
+def test_narrow_terminal_shows_everything_without_failing(tmp_path: Path) -> None:
+    output = esper(
+        "grow",
+        "digits",
+        "--epochs",
+        "2",
+        "--out",
+        "run",
+        cwd=tmp_path,
+        env={"COLUMNS": "30", "FORCE_COLOR": "1", "TERM": "xterm-256color"},
+    )
+    assert "stage1" in output
+    assert "run folder" in output
+
+
+def test_dry_run_prints_a_config_that_can_be_read_back_and_trains_nothing(tmp_path: Path) -> None:
+    file = tmp_path / "settings.toml"
+    file.write_text(
+        'policy = "random"\n[trainer]\nepochs = 9\n[slot]\nramp_steps = 7\n', encoding="utf-8"
+    )
+    output = esper(
+        "grow",
+        "digits",
+        "--config",
+        str(file),
+        "--set",
+        "slot.ramp_steps=8",
+        "--set",
+        "slot.isolation=none",
+        "--seed",
+        "5",
+        "--dry-run",
+        cwd=tmp_path,
+    )
+    config = json.loads(output)
+    assert config["policy"] == "random"
+    assert config["trainer"]["epochs"] == 9
+    assert config["slot"]["ramp_steps"] == 8
+    assert config["slot"]["isolation"] == "none"
+    assert config["random_seed"] == 5
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("digit",), "did you mean 'digits'"),
+        (("digits", "--policy", "heuristics"), "policies: heuristic"),
+        (("digits", "--set", "slot.ramp_step=3"), "did you mean 'slot.ramp_steps'"),
+        (("digits", "--set", "slot.ramp_steps"), "key=value"),
+        (("digits", "--set", "slot.ramp_steps=-1"), "slot.ramp_steps"),
+        (("digits", "--set", "slot.thresholds.max_step_time_ratio=nan"), "finite"),
+        (("digits", "--config", "missing.toml"), "cannot be read"),
+        (("digits", "--quiet", "--json"), "exclude each other"),
+    ],
+)
+def test_bad_input_is_named_with_a_remedy_and_leaves_no_folder(
+    arguments: tuple[str, ...], message: str, tmp_path: Path
+) -> None:
+    done = run_esper("grow", *arguments, cwd=tmp_path, env={"COLUMNS": "300"})
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_folder_that_holds_a_run_is_refused(grown: tuple[Path, str]) -> None:
+    folder, _ = grown
+    done = run_esper("grow", "digits", "--epochs", "1", "--out", "run", cwd=folder.parent)
+    assert done.returncode == 2
+    assert "holds a run" in done.stderr
+    assert RunReader(folder).status == "finished"
+
+
+def test_inspect_of_something_else_is_refused(tmp_path: Path) -> None:
+    done = run_esper("inspect", str(tmp_path), cwd=tmp_path, env={"COLUMNS": "300"})
+    assert done.returncode == 2
+    assert "no run folder" in done.stderr
+
+
+def test_interrupted_run_says_so_and_keeps_its_epochs(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "esper", "grow", "digits", "--epochs", "1000", "--out", "run"],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    assert process.stdout is not None
+    with process, process.stdout as output:
+        while not output.readline().startswith("epoch 2/"):
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        output.read()
+        assert process.wait(timeout=60) != 0
+    reader = RunReader(tmp_path / "run")
+    assert reader.status == "interrupted"
+    assert max(row.epoch for row in reader.metrics()) >= 2
+
+
+def test_blueprints_lists_every_blueprint_with_cost_and_options(tmp_path: Path) -> None:
+    rows = json.loads(esper("blueprints", "--json", "--dim", "16", cwd=tmp_path))
+    names = {(row["family"], row["name"]) for row in rows}
+    assert {("cnn", "conv_heavy"), ("transformer", "lora"), ("cnn", "noop")} <= names
+    lora = next(row for row in rows if row["name"] == "lora")
+    assert lora["options"] == {"rank": 8}
+    assert lora["param_count"] == 2 * 16 * 8
+    table = esper("blueprints", "--family", "cnn", cwd=tmp_path)
+    assert "conv_heavy" in table
+    assert "lora" not in table
+
+
+def test_doctor_finds_this_machine_ready(tmp_path: Path) -> None:
+    output = esper("doctor", cwd=tmp_path, env={"COLUMNS": "200"})
+    assert "a seed was built, pruned, and left no trace" in output
+    assert "extra [data]" in output
+
+
+def test_known_keys_reach_into_nested_settings() -> None:
+    assert {"task", "slot.thresholds.trial_epochs", "trainer.epochs"} <= set(known_keys())

@@ -1,0 +1,95 @@
+"""The story that a run's events tell, and its picture."""
+
+from pathlib import Path
+
+import pytest
+from growth_problem import make_problem
+
+import esper
+from esper.lifecycle.actions import Germinate
+from esper.lifecycle.events import EventRecord, RunStarted
+from esper.lifecycle.gates import Gate
+from esper.lifecycle.stages import GROWTH_PATH
+from esper.report import RunStory, draw_run, tell
+from esper.telemetry import RunReader, RunStore
+
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run in which one seed commits, one is refused, and one is still growing."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    problem = make_problem()
+    store = RunStore(folder, config={"task": "quadratic"}, environment={})
+    policy = esper.SchedulePolicy(
+        {
+            3: [Germinate(slot="embed", blueprint="mlp")],
+            21: [Germinate(slot="embed", blueprint="noop")],
+            32: [Germinate(slot="embed", blueprint="lora")],
+        },
+        patience_epochs=4,
+    )
+    trainer = problem.trainer(policy, epochs=33)
+    trainer.growth.sinks.append(store)
+    started = RunStarted(run_id="run", slots=("embed",), host_param_count=97)
+    trainer.growth.publish([started])
+    trainer.fit()
+    store.close()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def story(run_folder: Path) -> RunStory:
+    return tell(RunReader(run_folder).events())
+
+
+def test_each_seed_has_its_outcome_and_the_reason(story: RunStory) -> None:
+    committed, refused, growing = story.seeds
+    assert [seed.blueprint for seed in story.seeds] == ["mlp", "noop", "lora"]
+    assert [seed.outcome for seed in story.seeds] == ["committed", "pruned", "still growing"]
+    assert committed.reason == "passed G5"
+    assert refused.reason.startswith("G2 refused: gradient_ratio 0 >= 0.0001")
+    assert growing.reason.startswith("G2 refused") or growing.reason == "TRAINING"
+    assert committed.contribution_fraction is not None
+    assert committed.contribution_fraction > 0.3
+    assert story.committed == [committed]
+    assert story.host_param_count == 97
+
+
+def test_committed_seed_passed_every_stage_and_gate_in_order(story: RunStory) -> None:
+    seed = story.seeds[0]
+    assert [visit.stage for visit in seed.stages] == list(GROWTH_PATH[1:-1])
+    passed = [visit.event.result.gate for visit in seed.gates if visit.event.result.passed]
+    assert passed == list(Gate)
+    assert [visit.step for visit in seed.stages] == sorted(visit.step for visit in seed.stages)
+    assert seed.end_epoch is not None
+    assert seed.epoch < seed.end_epoch
+
+
+def test_story_can_be_told_of_any_prefix_of_the_events(run_folder: Path) -> None:
+    records = RunReader(run_folder).events()
+    for length in range(len(records)):
+        story = tell(records[:length])
+        assert len(story.seeds) <= 3
+
+
+def test_picture_shows_metrics_lanes_and_stages(
+    run_folder: Path, story: RunStory, tmp_path: Path
+) -> None:
+    target = tmp_path / "run.png"
+    draw_run(RunReader(run_folder), story, target)
+    content = target.read_bytes()
+    assert content.startswith(PNG_SIGNATURE)
+    assert len(content) > 20_000
+
+
+def test_picture_of_a_run_that_has_only_begun_can_be_drawn(tmp_path: Path) -> None:
+    store = RunStore(tmp_path / "run", config={}, environment={})
+    started = RunStarted(run_id="run", slots=("a",), host_param_count=1)
+    store.publish(EventRecord(time_seconds=0.0, epoch=0, step=0, event=started))
+    store.close()
+    reader = RunReader(tmp_path / "run")
+    draw_run(reader, tell(reader.events()), tmp_path / "run.png")
+    assert (tmp_path / "run.png").stat().st_size > 1000
+    assert tell(reader.events()).slots == ("a",)

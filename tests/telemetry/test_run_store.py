@@ -1,0 +1,136 @@
+"""The run folder: what is written can be read, by anyone, also while the run goes on."""
+
+import math
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from esper.lifecycle.events import EventRecord, SeedPruned, StepSkipped
+from esper.lifecycle.stages import SeedStage
+from esper.telemetry import DATABASE_FILE, RunFolderError, RunReader, RunStore
+
+PRUNED = EventRecord(
+    time_seconds=1.5,
+    epoch=2,
+    step=30,
+    event=SeedPruned(
+        slot="layer", blueprint="norm", from_stage=SeedStage.TRAINING, reason="no use"
+    ),
+)
+SKIPPED = EventRecord(
+    time_seconds=2.5, epoch=2, step=31, event=StepSkipped(reason="bad loss", value=math.nan)
+)
+
+WRITER = """
+import sys, time
+from pathlib import Path
+from esper.lifecycle.events import EventRecord, RunFinished
+from esper.telemetry import RunStore
+store = RunStore(Path(sys.argv[1]), config={}, environment={})
+event = RunFinished(metrics={}, param_count=1)
+for epoch in range(1, 4):
+    store.publish(EventRecord(time_seconds=0.0, epoch=epoch, step=epoch, event=event))
+    store.measure(epoch, epoch, {"loss": 1.0 / epoch})
+    store.flush()
+store.measure(4, 4, {"loss": 0.0})
+print("ready", flush=True)
+time.sleep(600)
+"""
+
+
+def open_store(folder: Path) -> RunStore:
+    return RunStore(folder, config={"task": "digits"}, environment={"device": "cpu"})
+
+
+def test_what_was_published_is_read_back_in_order(tmp_path: Path) -> None:
+    store = open_store(tmp_path / "run")
+    store.publish(PRUNED)
+    store.publish(SKIPPED)
+    store.measure(2, 31, {"loss": math.nan, "accuracy": 0.5})
+    store.set_status("finished")
+    store.close()
+    reader = RunReader(tmp_path / "run")
+    assert reader.status == "finished"
+    assert reader.config() == {"task": "digits"}
+    assert reader.environment() == {"device": "cpu"}
+    first, second = reader.events()
+    assert first == PRUNED
+    assert isinstance(second.event, StepSkipped)
+    assert math.isnan(second.event.value)
+    loss, accuracy = reader.metrics()
+    assert math.isnan(loss.value)
+    assert (accuracy.name, accuracy.value, accuracy.epoch, accuracy.step) == (
+        "accuracy",
+        0.5,
+        2,
+        31,
+    )
+
+
+def test_run_is_readable_while_it_goes_on_and_critical_news_at_once(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    reader = RunReader(tmp_path)
+    store.publish(PRUNED)
+    assert reader.events() == []
+    store.publish(SKIPPED)
+    assert len(reader.events()) == 2
+    store.publish(PRUNED)
+    store.flush()
+    assert len(reader.events()) == 3
+    assert reader.status == "running"
+    store.close()
+
+
+def test_killed_run_keeps_every_finished_epoch(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    with process, process.stdout as output:
+        assert output.readline() == "ready\n"
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    reader = RunReader(tmp_path)
+    assert [record.epoch for record in reader.events()] == [1, 2, 3]
+    assert [row.value for row in reader.metrics()] == [1.0, 0.5, 1.0 / 3.0]
+
+
+def test_folder_that_holds_a_run_is_refused_and_left_alone(tmp_path: Path) -> None:
+    open_store(tmp_path).close()
+    before = (tmp_path / "config.json").read_bytes()
+    with pytest.raises(RunFolderError, match="holds a run already"):
+        RunStore(tmp_path, config={"other": 1}, environment={})
+    assert (tmp_path / "config.json").read_bytes() == before
+
+
+def test_folder_without_a_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RunFolderError, match="is no run folder"):
+        RunReader(tmp_path)
+
+
+def test_damaged_database_is_named(tmp_path: Path) -> None:
+    (tmp_path / DATABASE_FILE).write_bytes(b"not a database" * 100)
+    with pytest.raises(RunFolderError, match="is damaged"):
+        RunReader(tmp_path)
+
+
+def test_other_store_version_is_refused_with_both_versions(tmp_path: Path) -> None:
+    open_store(tmp_path).close()
+    database = sqlite3.connect(tmp_path / DATABASE_FILE)
+    database.execute("UPDATE run SET value = '99' WHERE key = 'store_version'")
+    database.commit()
+    database.close()
+    with pytest.raises(RunFolderError, match="version 99.*version 1"):
+        RunReader(tmp_path)
+
+
+def test_damaged_config_is_named(tmp_path: Path) -> None:
+    open_store(tmp_path).close()
+    (tmp_path / "config.json").write_text("{", encoding="utf-8")
+    with pytest.raises(RunFolderError, match=r"config\.json cannot be read"):
+        RunReader(tmp_path).config()

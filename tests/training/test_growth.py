@@ -1,0 +1,365 @@
+"""The growth engine and the trainer, on a problem where capacity is missing by construction."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from growth_problem import TEST_CONFIG, Problem, Recorder, make_problem
+from torch import Tensor, nn
+from torch.nn.functional import mse_loss
+
+import esper
+from esper.lifecycle.actions import Action, Advance, Germinate, GrowthState, Prune, SetAlphaTarget
+from esper.lifecycle.events import (
+    ActionRefused,
+    AmplitudeSearched,
+    BreakerChanged,
+    ContributionMeasured,
+    GateEvaluated,
+    GerminationFailed,
+    SeedCommitted,
+    SeedFailed,
+    SeedGerminated,
+    SeedPruned,
+    SeedRescaled,
+    StageChanged,
+    StepSkipped,
+)
+from esper.lifecycle.gates import Gate
+from esper.lifecycle.learning import Isolation
+from esper.lifecycle.stages import GROWTH_PATH, SeedStage
+from esper.seeds import Family, Seed, blueprints
+
+
+class Script:
+    """A policy that returns given actions at given epochs."""
+
+    name = "script"
+
+    def __init__(self, actions: dict[int, list[Action]]) -> None:
+        self._actions = actions
+
+    def decide(self, state: GrowthState) -> Sequence[Action]:
+        return self._actions.get(state.epoch, [])
+
+
+def grow_mlp(epoch: int = 3) -> esper.SchedulePolicy:
+    return esper.SchedulePolicy({epoch: [Germinate(slot="embed", blueprint="mlp")]})
+
+
+def own_loop(problem: Problem, policy: esper.Policy, epochs: int) -> None:
+    growth = esper.Growth(
+        problem.slots,
+        problem.optimizer,
+        policy=policy,
+        max_epochs=epochs,
+        sinks=[problem.recorder],
+        clock=lambda: 0.0,
+    )
+    for _ in range(epochs):
+        problem.model.train()
+        for features, targets in problem.batches:
+            mse_loss(problem.model(features), targets).backward()
+            problem.optimizer.step()
+            problem.optimizer.zero_grad()
+            growth.after_step()
+        growth.after_epoch(problem.held_out)
+
+
+def comparable(recorder: Recorder) -> list[str]:
+    """Events without what depends on the wall clock."""
+    kept = []
+    for record in recorder.records:
+        document = record.model_dump(mode="json")
+        document["event"].pop("prewarm_ms", None)
+        for check in document["event"].get("result", {}).get("checks", ()):
+            if check["name"] == "step_time_ratio":
+                check.pop("measured")
+        kept.append(str(document))
+    return kept
+
+
+def test_missing_capacity_is_grown_and_committed(problem: Problem) -> None:
+    problem.trainer(grow_mlp(), epochs=24).fit()
+    recorder = problem.recorder
+    stages = [event.to_stage for event in recorder.of(StageChanged)]
+    assert stages == list(GROWTH_PATH[1:])
+    assert len(recorder.of(SeedCommitted)) == 1
+    gates = {event.result.gate for event in recorder.of(GateEvaluated) if event.result.passed}
+    assert gates == set(Gate)
+
+    alone = make_problem()
+    alone.trainer(Script({}), epochs=24).fit()
+    assert problem.held_out()["loss"] < 0.5 * alone.held_out()["loss"]
+
+
+def test_growth_with_a_plain_evaluation_function_takes_the_same_path(problem: Problem) -> None:
+    held_out = problem.held_out
+
+    def evaluate() -> float:
+        problem.model.eval()
+        loss = held_out()["loss"]
+        problem.model.train()
+        return loss
+
+    problem.trainer(grow_mlp(), epochs=24, evaluate=evaluate).fit()
+    assert len(problem.recorder.of(SeedCommitted)) == 1
+    measured = problem.recorder.of(ContributionMeasured)
+    assert measured
+    assert all(event.standard_error_fraction is None for event in measured)
+
+
+@pytest.mark.parametrize("blueprint", ["noop", "norm"])
+def test_useless_seed_is_refused_for_a_stated_reason_and_pruned(blueprint: str) -> None:
+    problem = make_problem()
+    policy = esper.SchedulePolicy(
+        {3: [Germinate(slot="embed", blueprint=blueprint)]}, patience_epochs=4
+    )
+    problem.trainer(policy, epochs=16).fit()
+    assert not problem.recorder.of(SeedCommitted)
+    (pruned,) = problem.recorder.of(SeedPruned)
+    assert "refused for" in pruned.reason
+    refusal = [e.result for e in problem.recorder.of(GateEvaluated) if not e.result.passed][-1]
+    assert refusal.failures
+    assert problem.slots["embed"].stage in (SeedStage.DORMANT, SeedStage.EMBARGOED)
+
+
+def test_own_loop_and_trainer_give_the_same_events_and_weights_bitwise() -> None:
+    first, second = make_problem(), make_problem()
+    first.trainer(grow_mlp(), epochs=20).fit()
+    own_loop(second, grow_mlp(), epochs=20)
+    assert comparable(first.recorder) == comparable(second.recorder)
+    mine, other = first.model.state_dict(), second.model.state_dict()
+    assert mine.keys() == other.keys()
+    assert all(torch.equal(mine[name], other[name]) for name in mine)
+
+
+def test_run_is_deterministic_under_a_seed() -> None:
+    runs = []
+    for _ in range(2):
+        problem = make_problem(seed=3)
+        problem.trainer(esper.RandomPolicy(5), epochs=20).fit()
+        runs.append(problem)
+    assert comparable(runs[0].recorder) == comparable(runs[1].recorder)
+    assert len(runs[0].recorder.of(SeedGerminated)) > 0
+    other = make_problem(seed=3)
+    other.trainer(esper.RandomPolicy(6), epochs=20).fit()
+    assert comparable(runs[0].recorder) != comparable(other.recorder)
+
+
+def test_random_policy_survives_a_long_run_in_which_everything_happens() -> None:
+    problem = make_problem()
+    problem.trainer(esper.RandomPolicy(1), epochs=80).fit()
+    assert not problem.recorder.of(ActionRefused)
+    assert problem.recorder.of(SeedPruned)
+
+
+def test_live_insertion_walks_to_full_alpha_in_one_decision_and_changes_nothing() -> None:
+    config = TEST_CONFIG.model_copy(update={"isolation": Isolation.NONE})
+    problem = make_problem(config=config)
+    features = problem.batches[0][0]
+    outputs: list[Tensor] = []
+
+    class Peek(Script):
+        def decide(self, state: GrowthState) -> Sequence[Action]:
+            with torch.no_grad():
+                outputs.append(problem.model.eval()(features))
+            return super().decide(state)
+
+    germinate = Germinate(slot="embed", blueprint="mlp")
+    trainer = problem.trainer(Peek({1: [germinate]}), epochs=1)
+    trainer.fit()
+    slot = problem.slots["embed"]
+    assert slot.stage is SeedStage.BLENDING
+    assert slot.alpha == 1.0
+    with torch.no_grad():
+        assert torch.equal(problem.model.eval()(features), outputs[0])
+
+
+def test_live_seed_is_committed_where_capacity_is_missing() -> None:
+    config = TEST_CONFIG.model_copy(update={"isolation": Isolation.NONE})
+    problem = make_problem(config=config)
+    problem.trainer(grow_mlp(), epochs=16).fit()
+    assert len(problem.recorder.of(SeedCommitted)) == 1
+
+
+def test_amplitude_search_rescales_the_seed_so_that_alpha_one_is_best(problem: Problem) -> None:
+    problem.trainer(grow_mlp(), epochs=8).fit()
+    (rescaled,) = problem.recorder.of(SeedRescaled)
+    search = problem.recorder.of(AmplitudeSearched)[-1]
+    assert rescaled.factor == search.best_amplitude != 1.0
+    best = min(search.losses)
+    assert search.losses[search.amplitudes.index(rescaled.factor)] == best
+
+
+def test_action_that_is_not_legal_has_no_effect_and_is_told() -> None:
+    problem = make_problem()
+    unknown = Germinate(slot="embed", blueprint="mpl")
+    actions: list[Action] = [
+        Advance(slot="embed"),
+        unknown,
+        Prune(slot="nowhere"),
+        SetAlphaTarget(slot="embed", target=0.5, steps=3),
+    ]
+    problem.trainer(Script({1: actions}), epochs=1).fit()
+    refused = problem.recorder.of(ActionRefused)
+    assert [event.action for event in refused] == actions
+    assert "mlp" in refused[1].reason
+    assert problem.slots["embed"].stage is SeedStage.DORMANT
+
+
+def test_blueprint_that_cannot_be_built_trips_its_breaker_and_training_goes_on() -> None:
+    with blueprints.temporarily() as registry:
+
+        @registry.register("broken", family=Family.TRANSFORMER)
+        def _broken(dim: int) -> Seed:
+            if torch.empty(0).device.type == "meta":  # fits, as far as one can tell beforehand
+                return registry.create(Family.TRANSFORMER, "norm", dim)
+            raise RuntimeError("no seed today")
+
+        problem = make_problem()
+        policy = Script({e: [Germinate(slot="embed", blueprint="broken")] for e in range(1, 6)})
+        reports = problem.trainer(policy, epochs=6).fit()
+    failed = problem.recorder.of(GerminationFailed)
+    assert len(failed) == 5
+    assert "no seed today" in failed[0].error
+    assert "tried again" in failed[3].error
+    assert [event.to_state for event in problem.recorder.of(BreakerChanged)] == ["open"]
+    assert len(reports) == 6
+    assert problem.slots["embed"].stage is SeedStage.DORMANT
+
+
+def test_seed_whose_forward_raises_is_pruned_and_training_goes_on() -> None:
+    calls = 0
+
+    class Failing(nn.Module):
+        def forward(self, features: Tensor) -> Tensor:
+            nonlocal calls
+            calls += features.device.type != "meta"
+            if calls > 40:
+                raise RuntimeError("seed broke")
+            return features
+
+    with blueprints.temporarily() as registry:
+
+        @registry.register("failing", family=Family.TRANSFORMER)
+        def _failing(dim: int) -> Seed:
+            seed = registry.create(Family.TRANSFORMER, "norm", dim)
+            seed.norm = nn.Sequential(Failing(), seed.norm)
+            return seed
+
+        problem = make_problem()
+        problem.trainer(Script({1: [Germinate(slot="embed", blueprint="failing")]}), epochs=6).fit()
+    (failed,) = problem.recorder.of(SeedFailed)
+    assert "seed broke" in failed.error
+    (pruned,) = problem.recorder.of(SeedPruned)
+    assert "seed broke" in pruned.reason
+    alone = make_problem()
+    alone.trainer(Script({}), epochs=6).fit()
+    assert torch.equal(problem.model.embed.weight, alone.model.embed.weight)
+
+
+def poisoned(problem: Problem, index: int, value: float) -> None:
+    features, targets = problem.batches[index]
+    problem.batches[index] = (features, torch.full_like(targets, value))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_non_finite_loss_skips_exactly_that_step(value: float) -> None:
+    problem, without = make_problem(), make_problem()
+    poisoned(problem, 2, value)
+    del without.batches[2]
+    problem.trainer(Script({}), epochs=1).fit()
+    without.trainer(Script({}), epochs=1).fit()
+    (skipped,) = problem.recorder.of(StepSkipped)
+    assert "loss" in skipped.reason
+    for name, value_with in problem.model.state_dict().items():
+        assert torch.equal(value_with, without.model.state_dict()[name]), name
+    states = [p.optimizer.state_dict()["state"] for p in (problem, without)]
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][k]["exp_avg"], states[1][k]["exp_avg"]) for k in states[0])
+
+
+def test_non_finite_host_gradient_is_refused_where_clipping_measures_it() -> None:
+    problem = make_problem()
+    weight = problem.model.embed.weight
+    before = weight.detach().clone()
+    weight.register_hook(lambda gradient: gradient * math.inf)
+    problem.trainer(Script({}), epochs=1, max_gradient_norm=1.0).fit()
+    assert len(problem.recorder.of(StepSkipped)) == len(problem.batches)
+    assert torch.equal(weight, before)
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_mixed_precision_run_grows(precision: str) -> None:
+    problem = make_problem()
+    problem.trainer(grow_mlp(), epochs=24, precision=precision, max_gradient_norm=10.0).fit()
+    assert len(problem.recorder.of(SeedCommitted)) == 1
+
+
+def test_accumulated_steps_equal_steps_on_larger_batches() -> None:
+    accumulated, large = make_problem(), make_problem()
+    large.batches = [
+        (torch.cat([a[0], b[0]]), torch.cat([a[1], b[1]]))
+        for a, b in zip(large.batches[::2], large.batches[1::2], strict=True)
+    ]
+    accumulated.trainer(grow_mlp(1), epochs=4, accumulation_steps=2).fit()
+    large.trainer(grow_mlp(1), epochs=4).fit()
+    assert accumulated.slots["embed"].stage is large.slots["embed"].stage is SeedStage.TRAINING
+    assert accumulated.slots["embed"].measurements.training_steps == 3 * len(large.batches)
+    for mine, other in zip(
+        accumulated.slots.host_parameters(), large.slots.host_parameters(), strict=True
+    ):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+
+
+def test_decisions_can_fall_every_few_steps(problem: Problem) -> None:
+    trainer = problem.trainer(Script({}), epochs=2, decision_interval_steps=4)
+    trainer.fit()
+    assert trainer.growth.epoch == 2 * len(problem.batches) // 4
+
+
+def test_plateau_scheduler_sees_the_held_out_loss(problem: Problem) -> None:
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
+        problem.optimizer, patience=0, cooldown=0
+    )
+    poisoned_loss = iter([1.0, 2.0, 3.0])
+    problem.trainer(
+        Script({}), epochs=3, scheduler=scheduler, evaluate=lambda: next(poisoned_loss)
+    ).fit()
+    assert problem.optimizer.param_groups[0]["lr"] == pytest.approx(1e-4)
+
+
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [({"accuracy": 1.0}, "without a 'loss'"), ("good", "as a number"), (None, "as a number")],
+)
+def test_evaluation_without_a_loss_is_refused(problem: Problem, result: Any, message: str) -> None:
+    trainer = problem.trainer(Script({}), epochs=1, evaluate=lambda: result)
+    with pytest.raises(TypeError, match=message):
+        trainer.fit()
+
+
+def test_held_out_without_batches_is_refused(problem: Problem) -> None:
+    held_out = esper.HeldOut(problem.model, [], loss=mse_loss)
+    with pytest.raises(ValueError, match="no batches"):
+        held_out()
+
+
+def test_held_out_restores_each_modules_own_mode(problem: Problem) -> None:
+    problem.model.train()
+    problem.model.head.eval()
+    problem.held_out()
+    assert problem.model.training
+    assert not problem.model.head.training
+
+
+def test_loss_that_is_not_per_sample_is_refused(problem: Problem) -> None:
+    slot = problem.slots["embed"]
+    slot.germinate("mlp")
+    slot.advance(force=True)
+    held_out = esper.HeldOut(problem.model, problem.batches, loss=mse_loss)
+    with pytest.raises(ValueError, match="one value per sample"):
+        held_out.variant_losses(problem.slots, [{"embed": 0.0}, {"embed": 1.0}])
