@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-from growth_problem import make_problem
 
 import esper
 from esper.lifecycle.actions import Germinate
@@ -12,6 +11,7 @@ from esper.lifecycle.gates import Gate
 from esper.lifecycle.stages import GROWTH_PATH
 from esper.report import RunStory, draw_run, tell
 from esper.telemetry import RunReader, RunStore
+from growth_problem import make_problem
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 

@@ -125,7 +125,7 @@ def test_other_store_version_is_refused_with_both_versions(tmp_path: Path) -> No
     database.execute("UPDATE run SET value = '99' WHERE key = 'store_version'")
     database.commit()
     database.close()
-    with pytest.raises(RunFolderError, match="version 99.*version 1"):
+    with pytest.raises(RunFolderError, match=r"version 99.*version 1"):
         RunReader(tmp_path)
 
 

@@ -1,6 +1,7 @@
 """Fixtures of the growth engine's tests."""
 
 import pytest
+
 from growth_problem import Problem, make_problem
 
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from growth_problem import TEST_CONFIG, Problem, Recorder, make_problem
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
@@ -31,6 +30,7 @@ from esper.lifecycle.gates import Gate
 from esper.lifecycle.learning import Isolation
 from esper.lifecycle.stages import GROWTH_PATH, SeedStage
 from esper.seeds import Family, Seed, blueprints
+from growth_problem import TEST_CONFIG, Problem, Recorder, make_problem
 
 
 class Script:

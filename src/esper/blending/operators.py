@@ -13,7 +13,9 @@ class SampleGate(nn.Module):
     """A learned gate in [0, 1] per sample, half open at birth.
 
     gate = sigmoid(linear(mean of the features over all but batch and channels)), with the linear
-    map zero at birth. Consumes no random numbers that outlive its construction.
+    map zero at birth.
+
+    Effects: its construction consumes the default random stream; slots wrap this in a forked one.
     """
 
     def __init__(self, dim: int, *, channels_first: bool) -> None:

@@ -16,9 +16,10 @@ DEFAULT_TRUST_FRACTION = 0.1
 
 def _mean_sample_norm(tensor: Tensor) -> Tensor:
     dims = tuple(range(1, tensor.ndim))
+    dtype = torch.promote_types(tensor.dtype, torch.float32)  # half precision would overflow
     if not dims:
-        return tensor.abs().float().mean()
-    norms: Tensor = torch.linalg.vector_norm(tensor, dim=dims, dtype=torch.float32)
+        return tensor.abs().to(dtype).mean()
+    norms: Tensor = torch.linalg.vector_norm(tensor, dim=dims, dtype=dtype)
     return norms.mean()
 
 

@@ -73,7 +73,7 @@ class SeedStory:
 
     @property
     def outcome(self) -> str:
-        """ "committed", "pruned" or "still growing"."""
+        """One of committed, pruned and still growing."""
         if self.committed:
             return "committed"
         return "pruned" if self.pruned_because is not None else "still growing"
