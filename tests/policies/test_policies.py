@@ -158,13 +158,17 @@ def test_slots_and_blueprints_are_tried_evenly_cheapest_first_and_never_the_free
 
 
 def test_only_the_named_blueprints_are_tried_in_the_order_given():
-    named = HeuristicConfig(blueprints=("conv_light", "lora", "norm"))
+    named = HeuristicConfig(blueprints=("conv_light", "norm"))
     assert grown(HeuristicPolicy(named), *[state(slot())] * 2) == [
         ("a", "conv_light"),
         ("a", "norm"),
     ]
-    unfit = HeuristicPolicy(HeuristicConfig(blueprints=("lora",)))
-    assert unfit.decide(state(slot())) == []
+
+
+def test_a_named_blueprint_that_fits_no_slot_is_refused():
+    unfit = HeuristicPolicy(HeuristicConfig(blueprints=("norm", "lora")))
+    with pytest.raises(ValueError, match="'lora' of the heuristic fits no slot; fitting: conv"):
+        unfit.decide(state(slot()))
 
 
 def test_what_was_committed_in_one_slot_is_preferred_in_the_next():

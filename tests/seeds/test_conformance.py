@@ -267,3 +267,17 @@ def test_every_blueprint_says_what_it_is(family: Family, name: str):
     blueprint = blueprints.get(family, name)
     assert (blueprint.family, blueprint.name) == (family, name)
     assert blueprint.summary.endswith(".")
+
+
+@pytest.mark.parametrize("name", blueprints.names(Family.CNN))
+@pytest.mark.parametrize("width", [2, 3, 8])
+def test_cnn_seed_runs_and_learns_on_a_map_of_one_pixel_at_batch_one(name: str, width: int):
+    torch.manual_seed(0)
+    seed = blueprints.create(Family.CNN, name, width)
+    features = torch.randn(1, width, 1, 1)
+    assert torch.equal(seed(features), features)
+    for parameter in seed.parameters():
+        with torch.no_grad():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    if seed.output_layer is not None:
+        assert not torch.equal(seed(features), features)

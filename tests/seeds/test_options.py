@@ -11,7 +11,7 @@ from esper.seeds import blueprints
         ("cnn", "attention", {"reduction": 2}, 8 * 4 + 4 + 4 * 8 + 8),
         ("cnn", "depthwise", {"kernel_size": 5}, 8 * 25 + 8 + 2 * 8 + 8 * 8 + 8),
         ("cnn", "bottleneck", {"reduction": 2}, 8 * 4 + 4 + 8 + 4 * 4 * 9 + 4 + 8 + 4 * 8 + 8),
-        ("cnn", "bottleneck", {"reduction": 99}, 8 + 1 + 2 + 9 + 1 + 2 + 8 + 8),
+        ("cnn", "bottleneck", {"reduction": 99}, 8 * 2 + 2 + 4 + 2 * 2 * 9 + 2 + 4 + 2 * 8 + 8),
         ("cnn", "conv_small", {}, 8 * 4 * 9 + 4 + 8 + 4 * 8 + 8),
         ("cnn", "conv_light", {"kernel_size": 1}, 8 * 8 + 8 + 16 + 8 * 8 + 8),
         ("cnn", "conv_heavy", {}, 2 * (8 * 8 * 9 + 8) + 16),

@@ -61,7 +61,11 @@ class HeuristicPolicy:
         self._living: dict[str, str] = {}
 
     def decide(self, state: GrowthState) -> Sequence[Action]:
-        """Return advances, prunes and commits for what lives, then at most one germination."""
+        """Return advances, prunes and commits for what lives, then at most one germination.
+
+        Raises:
+            ValueError: A configured blueprint fits no slot.
+        """
         self._note_commits(state)
         config = self.config
         actions: list[Action] = []
@@ -90,6 +94,7 @@ class HeuristicPolicy:
         return recent > before - config.plateau_fraction * abs(before)
 
     def _germination(self, state: GrowthState) -> Germinate | None:
+        self._refuse_unknown(state)
         pairs = [
             (slot.path, blueprint)
             for slot in state.slots
@@ -110,6 +115,15 @@ class HeuristicPolicy:
         if self.config.blueprints is None:
             return fitting
         return [name for name in self.config.blueprints if name in fitting]
+
+    def _refuse_unknown(self, state: GrowthState) -> None:
+        known = {choice.name for slot in state.slots for choice in slot.choices}
+        unknown = [name for name in self.config.blueprints or () if name not in known]
+        if unknown:
+            raise ValueError(
+                f"blueprint {unknown[0]!r} of the heuristic fits no slot; fitting: "
+                f"{', '.join(sorted(known)) or 'none'}"
+            )
 
     def _note_commits(self, state: GrowthState) -> None:
         for slot in state.slots:

@@ -17,7 +17,7 @@ from esper.seeds.seed import Seed
 def _hidden(dim: int, reduction: int, blueprint: str) -> int:
     if reduction < 1:
         raise ValueError(f"{blueprint}: reduction must be at least 1, got {reduction}")
-    return max(1, dim // reduction)
+    return max(min(dim, 2), dim // reduction)  # a norm over one channel of one pixel fails
 
 
 class NormSeed(Seed):

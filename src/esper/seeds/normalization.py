@@ -4,7 +4,10 @@ from torch import nn
 
 
 def group_count(channels: int, *, at_most: int = 8) -> int:
-    """Return the largest divisor of `channels` that is not above `at_most`.
+    """Return the largest divisor of `channels` up to `at_most` with two channels or more a group.
+
+    A group of one channel would normalise each channel by itself: no bias in front of it could
+    learn, and a map of one pixel would become a constant. One channel makes one group.
 
     Raises:
         ValueError: Either number is below 1.
@@ -13,7 +16,8 @@ def group_count(channels: int, *, at_most: int = 8) -> int:
         raise ValueError(
             f"channels and at_most must be at least 1, got channels={channels}, at_most={at_most}"
         )
-    return next(count for count in range(min(channels, at_most), 0, -1) if channels % count == 0)
+    largest = max(1, min(channels // 2, at_most))
+    return next(count for count in range(largest, 0, -1) if channels % count == 0)
 
 
 def group_norm(channels: int, *, at_most: int = 8) -> nn.GroupNorm:
