@@ -4,10 +4,10 @@ import difflib
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
-from pydantic import ValidationError
+from pydantic import Field, FiniteFloat, ValidationError
 
 from esper.lifecycle.record import Record
 from esper.policies.heuristic import HeuristicConfig
@@ -25,8 +25,11 @@ class GrowConfig(Record):
     random_seed: int = 0
     learning_rate: float
     weight_decay: float = 0.01
-    schedule: Literal["cosine", "constant"] = "cosine"
-    """Learning rate over the whole run."""
+    schedule: Literal["wsd", "cosine", "constant"] = "wsd"
+    """Learning rate over the run; wsd is stable first and falls linearly to 0 at the end, so that
+    what grows in the stable phase has a full learning rate left."""
+    decay_fraction: Annotated[FiniteFloat, Field(gt=0.0, le=1.0)] = 0.3
+    """Share of the run in which wsd falls."""
     trainer: TrainerConfig
     slot: SlotConfig
     heuristic: HeuristicConfig

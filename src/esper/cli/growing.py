@@ -1,13 +1,14 @@
 """Running a task with growth into a run folder."""
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors.torch
 import torch
-from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR
+from torch.optim.lr_scheduler import LambdaLR
 
 from esper.cli.grow_config import GrowConfig
 from esper.lifecycle.events import RunFinished, RunStarted
@@ -65,11 +66,7 @@ def prepare(config: GrowConfig, *, run_id: str, sinks: Sequence[Sink] = ()) -> G
         sinks=sinks,
     )
     total_steps = config.trainer.epochs * len(setup.batches)
-    scheduler = (
-        CosineAnnealingLR(optimizer, total_steps)
-        if config.schedule == "cosine"
-        else LambdaLR(optimizer, lambda _: 1.0)
-    )
+    scheduler = LambdaLR(optimizer, learning_rate_factor(config, total_steps))
     trainer = Trainer(
         growth,
         setup.batches,
@@ -113,6 +110,20 @@ def stored_run(
         raise
     finally:
         store.close()
+
+
+def learning_rate_factor(config: GrowConfig, total_steps: int) -> Callable[[int], float]:
+    """Return the learning rate's factor by step, 1 at first."""
+    decay_steps = max(1, round(config.decay_fraction * total_steps))
+
+    def factor(step: int) -> float:
+        if config.schedule == "wsd":
+            return min(1.0, max(0.0, (total_steps - step) / decay_steps))
+        if config.schedule == "cosine":
+            return 0.5 * (1.0 + math.cos(math.pi * min(1.0, step / total_steps)))
+        return 1.0
+
+    return factor
 
 
 def _policy(config: GrowConfig) -> Policy:

@@ -56,7 +56,7 @@ DIGITS = Task(
     learning_rate=1e-2,
     slot=SlotConfig(),
     heuristic=HeuristicConfig(
-        blueprints=("conv_heavy", "attention"), warmup_epochs=3, plateau_fraction=1.0
+        blueprints=("conv_heavy",), warmup_epochs=3, plateau_fraction=1.0, max_living=2
     ),
 )
 """Settings chosen on seeds 0 to 4 of the validation split; see benchmarks/digits_growth.py."""
