@@ -77,7 +77,8 @@ def test_run_folder_holds_config_environment_events_and_weights(grown: tuple[Pat
     types = [record.event.type for record in reader.events()]
     assert types[0] == "run_started"
     assert types[-1] == "run_finished"
-    assert {row.name for row in reader.metrics()} == {"loss", "accuracy", "train_loss"}
+    names = {row.name for row in reader.metrics()}
+    assert names == {"loss", "accuracy", "train_loss", "step_seconds"}
     weights = safetensors.torch.load_file(grown[0] / WEIGHTS_FILE)
     assert "stage1.0.weight" in weights
     assert any("esper_slot" in name for name in weights)

@@ -65,7 +65,7 @@ def draw_run(reader: RunReader, story: RunStory, target: Path) -> None:
 
 def _quality_names(metrics: Sequence[MetricRow]) -> list[str]:
     names = list(dict.fromkeys(row.name for row in metrics))
-    others = [name for name in names if name not in ("loss", "train_loss")]
+    others = [name for name in names if name not in ("loss", "train_loss", "step_seconds")]
     return ["loss", *others[:1]]
 
 

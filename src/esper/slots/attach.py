@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from esper.lifecycle.stages import LIVING_STAGES
 from esper.seeds.registry import Family
-from esper.slots.config import SlotConfig
+from esper.slots.config import SlotConfig, choose
 from esper.slots.probe import feature_layout, observe_features
 from esper.slots.slot import SeedSlot
 from esper.slots.slot_set import SlotSet
@@ -66,7 +66,7 @@ def attach(
     _refuse_shared(model, locations)
     features = observe_features(model, locations, example)
     configs = _configs(paths, config)
-    known_family = None if family is None else Family(family)
+    known_family = None if family is None else choose(Family, family, "family")
     layouts = {}
     for path, calls in features.items():
         _refuse_unless_once(path, len(calls))
@@ -119,6 +119,7 @@ def detach(model: nn.Module) -> None:
             slot.prune(reason="detached")
         if isinstance(slot.owner, SlotSet):
             slot.owner.unbind()
+        slot.release()
     _remove_slots(model)
 
 
@@ -127,12 +128,12 @@ def find_slots(model: nn.Module) -> list[SeedSlot]:
     return [module for module in model.modules() if isinstance(module, SeedSlot)]
 
 
-def _through_slot(module: nn.Module, args: Any, output: Any) -> Any:
+def _through_slot(module: nn.Module, _args: Any, output: Any) -> Any:
     """Forward hook: pass the features through the module's slot.
 
     Looks the slot up by name, so that a copy of the module runs its own copy of the slot.
     """
-    slot = module.esper_slot
+    slot: Any = module.esper_slot
     if not slot.active:
         return None
     if isinstance(output, Tensor):
@@ -152,8 +153,10 @@ def _refuse_wrapped(model: nn.Module, verb: str) -> None:
             problem = "compiled, and a compiled graph silently ignores hooks that come later"
         elif isinstance(module, wrappers):
             problem = f"wrapped in {type(module).__name__}, which would not see the seeds"
-        elif any("FSDP" in base.__name__ or "FullySharded" in base.__name__
-                 for base in type(module).__mro__):
+        elif any(
+            "FSDP" in base.__name__ or "FullySharded" in base.__name__
+            for base in type(module).__mro__
+        ):
             problem = "sharded by FSDP, which would not see the seeds"
         elif isinstance(module, torch.jit.ScriptModule):
             problem = "a ScriptModule, whose forward cannot be hooked"
@@ -183,8 +186,10 @@ def _resolve(model: nn.Module, patterns: Sequence[str]) -> list[str]:
         hits = [name for name in names if _matches(name, pattern)]
         if not hits:
             nearest = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3)
-            hint = f"did you mean {' or '.join(map(repr, nearest))}?" if nearest else (
-                f"its modules: {', '.join(names[:12])}"
+            hint = (
+                f"did you mean {' or '.join(map(repr, nearest))}?"
+                if nearest
+                else (f"its modules: {', '.join(names[:12])}")
             )
             raise ValueError(f"{type(model).__name__} has no module {pattern!r}; {hint}")
         matched.update(hits)
@@ -249,7 +254,7 @@ def _refuse_chained(model: nn.Module, slots: SlotSet, example: Any) -> None:
     calls = dict.fromkeys(slots, 0)
 
     def count(path: str) -> Any:
-        def hook(module: nn.Module, args: Any) -> None:
+        def hook(_module: nn.Module, _args: Any) -> None:
             calls[path] += 1
 
         return hook
@@ -273,12 +278,22 @@ def _configs(
 ) -> dict[str, SlotConfig]:
     if config is None or isinstance(config, SlotConfig):
         return dict.fromkeys(paths, config or SlotConfig())
+    if not isinstance(config, Mapping):
+        raise TypeError(
+            f"config must be a SlotConfig, or a mapping of slot path to one; got "
+            f"{type(config).__name__}"
+        )
     unknown = [path for path in config if path not in paths]
     if unknown:
         raise ValueError(
             f"config names {', '.join(map(repr, unknown))}, which are no slots; slots: "
             f"{', '.join(map(repr, paths))}"
         )
+    for path, value in config.items():
+        if not isinstance(value, SlotConfig):
+            raise TypeError(
+                f"config of slot {path!r} must be a SlotConfig, got {type(value).__name__}"
+            )
     return {path: config.get(path, SlotConfig()) for path in paths}
 
 

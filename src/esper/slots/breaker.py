@@ -72,7 +72,8 @@ class CircuitBreaker:
         """
         events = self._become(self.state)
         self._failures += 1
-        if self._state is BreakerState.HALF_OPEN or self._failures >= self.max_failures:
+        # Failures are kept while it is open, so one while HALF_OPEN is always one too many.
+        if self._failures >= self.max_failures:
             self._opened_at = self._clock()
             events += self._become(BreakerState.OPEN)
         return events

@@ -1,6 +1,7 @@
 """What can be set for each slot."""
 
-from typing import Annotated
+from enum import StrEnum
+from typing import Annotated, TypeVar
 
 from pydantic import Field, FiniteFloat
 
@@ -12,6 +13,7 @@ from esper.lifecycle.record import Record
 
 Positive = Annotated[FiniteFloat, Field(gt=0.0)]
 Count = Annotated[int, Field(ge=0)]
+ChoiceT = TypeVar("ChoiceT", bound=StrEnum)
 
 
 class SlotConfig(Record):
@@ -37,3 +39,15 @@ class SlotConfig(Record):
     random_seed: int = 0
     """With the slot's path and the number of its seeds so far, fixes a seed's initial weights."""
     thresholds: GateThresholds = GateThresholds()
+
+
+def choose(kind: type[ChoiceT], value: ChoiceT | str, noun: str) -> ChoiceT:
+    """Return the member that `value` is or names.
+
+    Raises:
+        ValueError: It is none; the known ones are listed.
+    """
+    try:
+        return kind(value)
+    except ValueError:
+        raise ValueError(f"unknown {noun} {value!r}; known: {', '.join(kind)}") from None

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from esper.lifecycle.stages import SeedStage
+from esper.slots.probe import map_tensors
 from esper.slots.slot import SeedSlot
 
 Variant = Mapping[str, float]
@@ -33,12 +34,15 @@ def fused_losses(
     equals separate runs up to the rounding of larger batches.
 
     Args:
+        model: In eval mode.
+        slots: By path, as `esper.attach` returns them.
         inputs: A tensor, or a tuple, list or mapping of tensors, batch first.
         targets: As `inputs`.
         loss: Returns one value per sample, shape `B`.
+        variants: Alphas by slot path, V of them.
 
     Returns:
-        Shape `V B`, V the number of variants.
+        Shape `V B`.
 
     Raises:
         RuntimeError: The model is in train mode.
@@ -90,12 +94,8 @@ def batch_size(inputs: Any) -> int:
 
 
 def _repeat(value: Any, batch: int, count: int) -> Any:
-    if isinstance(value, Tensor):
-        if value.ndim == 0 or value.shape[0] != batch:
-            return value
-        return torch.cat([value] * count)
-    if isinstance(value, Mapping):
-        return {key: _repeat(item, batch, count) for key, item in value.items()}
-    if isinstance(value, (tuple, list)):
-        return [_repeat(item, batch, count) for item in value]
-    return value
+    def repeat(tensor: Tensor) -> Tensor:
+        batched = tensor.ndim > 0 and tensor.shape[0] == batch
+        return torch.cat([tensor] * count) if batched else tensor
+
+    return map_tensors(repeat, value)

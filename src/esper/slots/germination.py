@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from esper.lifecycle.alpha import BlendOperator
 from esper.lifecycle.events import Event
-from esper.seeds.registry import BlueprintError, Family, blueprints
+from esper.seeds.registry import Family, blueprints
 from esper.slots.branch import SeedBranch
 from esper.slots.measurements import SeedMeasurements
 from esper.slots.modes import forked_random_state, seed_random_state
@@ -107,6 +107,8 @@ def sprout(
     """Build a branch, run it forward and backward once, and measure what G0 and G1 ask for.
 
     Args:
+        order: What to build.
+        random_seed: Fixes its initial weights.
         check_unshared: Raises if a module shares a parameter with another owner.
 
     Effects: the random streams of CPU and device are left as they were; on a GPU the host waits
@@ -154,18 +156,25 @@ def parameters_finite(module: nn.Module) -> bool:
 
 
 def count_leaks(branch: SeedBranch, features: Tensor) -> int:
-    """Return on how many paths a gradient of the isolated branch reaches its host features.
+    """Return how many tensors that learn, but are not the branch's own, its increment reaches.
 
-    The branch reads detached features, so anything but 0 means that it kept a graph of its own.
-    MULTIPLY is probed through its seed: its factor h is the host's own path.
+    The branch reads detached features, so its gradient can leave it only through a tensor that its
+    code holds on to without registering it: a parameter of the host, say.
     """
-    host = features.detach().clone().requires_grad_()
     with torch.enable_grad():
-        increment = branch.seed.increment(host.detach())
-    if not increment.requires_grad:
-        return 0
-    (leak,) = torch.autograd.grad(increment.sum(), host, allow_unused=True)
-    return int(leak is not None)
+        increment = branch(features.detach(), features.detach())
+    own = {id(parameter) for parameter in branch.parameters()}
+    foreign, seen, waiting = set(), set(), [increment.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and id(leaf) not in own:
+            foreign.add(id(leaf))
+        waiting += [following for following, _ in node.next_functions]
+    return len(foreign)
 
 
 def fits(order: SeedOrder) -> int | None:
@@ -178,7 +187,7 @@ def fits(order: SeedOrder) -> int | None:
             branch = build_branch(order).to(order.dtype)
             features = order.layout.random_features(device=torch.device("meta"), dtype=order.dtype)
             increment = branch(features, features)
-    except (BlueprintError, ValueError, RuntimeError):
+    except (AssertionError, RuntimeError, TypeError, ValueError):
         return None
     return branch.param_count if increment.shape == features.shape else None
 

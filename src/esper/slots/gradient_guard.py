@@ -1,5 +1,7 @@
 """What keeps a living seed's gradients from harming anyone."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -17,15 +19,16 @@ class GradientGuard:
 
     Args:
         module: The living seed's branch.
-        count: 0-dim integer tensor on the branch's device; counts zeroed gradients.
+        count: Returns the 0-dim integer tensor, on the branch's device, that counts zeroed
+            gradients; asked each time, since a device move replaces it.
     """
 
-    def __init__(self, module: nn.Module, count: Tensor) -> None:
+    def __init__(self, module: nn.Module, count: Callable[[], Tensor]) -> None:
         self.frozen = False
         self.sanitising = True
         self._count = count
-        self._handles: list[RemovableHandle] = [
-            parameter.register_post_accumulate_grad_hook(self._arrived)
+        self._handles = [
+            _on_gradient(parameter, self._arrived)
             for parameter in module.parameters()
             if parameter.requires_grad
         ]
@@ -46,4 +49,9 @@ class GradientGuard:
             largest = torch.linalg.vector_norm(gradient, ord=torch.inf)
             broken = torch.isfinite(largest).logical_not_()
             gradient.masked_fill_(broken, 0.0)
-            self._count.add_(broken)
+            self._count().add_(broken)
+
+
+def _on_gradient(parameter: nn.Parameter, hook: Callable[[Tensor], None]) -> RemovableHandle:
+    register: Callable[..., RemovableHandle] = parameter.register_post_accumulate_grad_hook
+    return register(hook)

@@ -62,26 +62,36 @@ class GradientHealth:
         self._clipped = dict(norms)
 
     def before_step(
-        self, host: Sequence[nn.Parameter], seeds: Mapping[str, Sequence[nn.Parameter]], key: str
+        self,
+        host: Sequence[nn.Parameter],
+        seeds: Mapping[str, Sequence[nn.Parameter]],
+        key: str,
+        *,
+        gradient_scale: Tensor | None = None,
     ) -> None:
         """Measure this optimizer step if it is due. No host–device synchronisation.
 
         Args:
+            host: The host's parameters.
             seeds: Parameters of the seeds that are learning, by owner.
             key: The owner name of the host.
+            gradient_scale: 0-dim factor that is still in the gradients; None is 1.
         """
         clipped, self._clipped = self._clipped, {}
         due = self._steps % self.interval_steps == 0
         self._steps += 1
         if not due or not seeds:
             return
-        host_norm = clipped.get(key)
-        if host_norm is None:
-            host_norm = gradient_norm(host)
+
+        def measure(owner: str, parameters: Sequence[nn.Parameter]) -> Tensor:
+            if owner in clipped:
+                return clipped[owner]
+            norm = gradient_norm(parameters)
+            return norm if gradient_scale is None else norm / gradient_scale
+
+        host_norm = measure(key, host)
         for owner, parameters in seeds.items():
-            seed_norm = clipped.get(owner)
-            if seed_norm is None:
-                seed_norm = gradient_norm(parameters)
+            seed_norm = measure(owner, parameters)
             self._seed_norms.setdefault(owner, []).append((host_norm, seed_norm))
 
     def read(self, owner: str, *, host_params: int, seed_params: int) -> GradientReading | None:
@@ -111,9 +121,7 @@ class GradientHealth:
         return owner in self._seed_norms or owner in self._clipped
 
 
-def _ratio(
-    host_norm: float, seed_norm: float, host_params: int, seed_params: int
-) -> float | None:
+def _ratio(host_norm: float, seed_norm: float, host_params: int, seed_params: int) -> float | None:
     if seed_params == 0:
         return 0.0
     if host_norm == 0.0 or not (math.isfinite(host_norm) and math.isfinite(seed_norm)):

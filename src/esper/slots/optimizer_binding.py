@@ -5,23 +5,33 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from esper.lifecycle.stages import SeedStage
 from esper.slots.branch import SeedBranch
 from esper.slots.slot import SeedSlot
 
 GROUP_KEY = "slot"
 """Key under which a parameter group carries the path of its slot."""
 
-_PER_GROUP_ATTRIBUTES = ("base_lrs", "lr_lambdas", "max_lrs", "min_lrs", "_last_lr")
+_PER_GROUP_ATTRIBUTES = (
+    "base_lrs",
+    "lr_lambdas",
+    "max_lrs",
+    "min_lrs",
+    "base_momentums",
+    "max_momentums",
+    "_last_lr",
+)
 
 
 class OptimizerBinding:
     """Keeps the slots' parameter groups filled with what lives in the slots.
 
     A slot's group starts with the hyperparameters of the optimizer's first group. A seed's
-    learning-rate multiplier and warm-up act around each step only, so no scheduler sees them.
+    learning-rate multiplier and warm-up act around each step only, so no scheduler sees them. The
+    warm-up counts from the first step after GERMINATED.
 
     Args:
         before_step: Called before each optimizer step.
@@ -29,6 +39,7 @@ class OptimizerBinding:
     Raises:
         ValueError: The optimizer holds no parameter of the host, or a scheduler exists that was
             not passed.
+        TypeError: The optimizer takes one parameter group only.
     """
 
     def __init__(
@@ -45,6 +56,11 @@ class OptimizerBinding:
             raise ValueError(
                 f"the {type(optimizer).__name__} holds none of the host's parameters; build it "
                 "from the parameters of the model that was attached to"
+            )
+        if isinstance(optimizer, LBFGS):
+            raise TypeError(
+                "LBFGS takes one parameter group only and would silently never train a seed; use "
+                "another optimizer"
             )
         self.optimizer = optimizer
         self._groups = {
@@ -142,7 +158,7 @@ class OptimizerBinding:
             group["param_names"] = []
 
     def _step_begins(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self._step_ends(optimizer, args, kwargs, count=False)
+        self._restore_learning_rates()  # a step that raised did not get to it
         self._before_step()
         for path, group in self._groups.items():
             slot = self._slots.get(path)
@@ -156,15 +172,16 @@ class OptimizerBinding:
                 self._restore.append((group, group["lr"]))
                 group["lr"] = group["lr"] * factor
 
-    def _step_ends(
-        self, optimizer: Optimizer, args: Any, kwargs: Any, *, count: bool = True
-    ) -> None:
+    def _step_ends(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self._restore_learning_rates()
+        for path, slot in self._slots.items():
+            if slot.stage is not SeedStage.GERMINATED:
+                self._steps[path] += 1
+
+    def _restore_learning_rates(self) -> None:
         for group, learning_rate in self._restore:
             group["lr"] = learning_rate
         self._restore = []
-        if count:
-            for path in self._steps:
-                self._steps[path] += 1
 
 
 def _adopt_groups(scheduler: Any, before: int, after: int) -> None:

@@ -12,8 +12,10 @@ from esper.seeds.registry import Family
 from esper.slots.germination import FeatureLayout
 from esper.slots.modes import evaluation_mode, forked_random_state
 
+_LAYOUTS = {Family.CNN: "B C H W", Family.TRANSFORMER: "B … D, features in the last dimension"}
 
-class _NoFeatures(TypeError):
+
+class _NoFeaturesError(TypeError):
     """A module's output holds no features; not the example's fault."""
 
 
@@ -57,14 +59,17 @@ def example_arguments(model: nn.Module, example: Any) -> tuple[tuple[Any, ...], 
     )
 
 
-def to_device(value: Any, device: torch.device) -> Any:
-    """Return the value with every tensor in it on `device`."""
+def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """Return the value with every tensor in its tuples, lists and mappings replaced."""
     if isinstance(value, Tensor):
-        return value.to(device)
+        return function(value)
     if isinstance(value, Mapping):
-        return {key: to_device(item, device) for key, item in value.items()}
+        return {key: map_tensors(function, item) for key, item in value.items()}
     if isinstance(value, (tuple, list)):
-        return [to_device(item, device) for item in value]
+        items = [map_tensors(function, item) for item in value]
+        if hasattr(value, "_fields"):
+            return type(value)(*items)
+        return tuple(items) if isinstance(value, tuple) else items
     return value
 
 
@@ -77,7 +82,7 @@ def first_tensor(output: Any, path: str) -> Tensor:
     features = output[0] if isinstance(output, (tuple, list)) and output else output
     if not isinstance(features, Tensor) or not features.is_floating_point():
         what = f"a tensor of {features.dtype}" if isinstance(features, Tensor) else type(features)
-        raise _NoFeatures(
+        raise _NoFeaturesError(
             f"module {path!r} returned {what}; a slot needs a floating-point tensor, or a tuple "
             "that begins with one: choose a module inside it"
         )
@@ -93,11 +98,11 @@ def run_on_example(model: nn.Module, example: Any) -> None:
     first = next(model.parameters(), None)
     device = torch.device("cpu") if first is None else first.device
     args, kwargs = example_arguments(model, example)
-    args, kwargs = to_device(args, device), to_device(kwargs, device)
+    args, kwargs = map_tensors(lambda tensor: tensor.to(device), (args, kwargs))
     try:
         with evaluation_mode(model), forked_random_state(device), torch.no_grad():
             model(*args, **kwargs)
-    except _NoFeatures:
+    except _NoFeaturesError:
         raise
     except Exception as error:
         shapes = ", ".join(
@@ -117,7 +122,8 @@ class Features:
 
     tensor: Tensor
     overwritten: bool
-    """A later operation of the host changed the tensor in place."""
+    """A later operation of the host changed the tensor in place, or a later module with
+    `inplace=True` received it, as a dropout does that acts in training only."""
 
 
 def observe_features(
@@ -130,17 +136,21 @@ def observe_features(
         ValueError: The model cannot run on the example.
     """
     seen: dict[str, list[tuple[Tensor, int]]] = {path: [] for path in locations}
+    handed_over: set[int] = set()
 
     def recorder(path: str) -> Callable[[nn.Module, Any, Any], None]:
-        def record(module: nn.Module, args: Any, output: Any) -> None:
+        def record(_module: nn.Module, _args: Any, output: Any) -> None:
             features = first_tensor(output, path)
-            seen[path].append((features, features._version))
+            seen[path].append((features, _changes(features)))
 
         return record
 
-    handles = [
-        module.register_forward_hook(recorder(path)) for path, module in locations.items()
-    ]
+    def note_inplace(module: nn.Module, args: Any) -> None:
+        if getattr(module, "inplace", False):
+            handed_over.update(_storage(value) for value in args if isinstance(value, Tensor))
+
+    handles = [module.register_forward_hook(recorder(path)) for path, module in locations.items()]
+    handles += [module.register_forward_pre_hook(note_inplace) for module in model.modules()]
     try:
         run_on_example(model, example)
     finally:
@@ -148,21 +158,35 @@ def observe_features(
             handle.remove()
     return {
         path: [
-            Features(tensor=tensor, overwritten=tensor._version != version)
-            for tensor, version in calls
+            Features(
+                tensor=tensor,
+                overwritten=_changes(tensor) != changes or _storage(tensor) in handed_over,
+            )
+            for tensor, changes in calls
         ]
         for path, calls in seen.items()
     }
+
+
+def _changes(tensor: Tensor) -> int:
+    """Return how often the tensor was changed in place; autograd's notes name the counter so."""
+    return tensor._version  # noqa: SLF001
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def feature_layout(path: str, observed: Features, family: Family | None) -> FeatureLayout:
     """Return family and width: 4 dimensions are `B C H W`, 2 or 3 are `B D` or `B T D`.
 
     Args:
+        path: Of the module, for errors.
+        observed: What came out of it.
         family: Overrides the rule, for maps with features in the last dimension.
 
     Raises:
-        ValueError: The number of dimensions is another one.
+        ValueError: The number of dimensions is another one, or not one of the family given.
     """
     features = observed.tensor
     ndim = features.ndim
@@ -173,6 +197,11 @@ def feature_layout(path: str, observed: Features, family: Family | None) -> Feat
                 "B C H W, B T D or B D (pass family= if features are in the last dimension)"
             )
         family = Family.CNN if ndim == 4 else Family.TRANSFORMER
+    elif ndim < 2 or (family is Family.CNN and ndim != 4):
+        raise ValueError(
+            f"module {path!r} returned features of shape {tuple(features.shape)}; the "
+            f"{family.name} family takes {_LAYOUTS[family]}"
+        )
     dim = features.shape[1] if family is Family.CNN else features.shape[-1]
     return FeatureLayout(
         family=family,

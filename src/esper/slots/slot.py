@@ -14,7 +14,7 @@ from esper.blending.operators import blend
 from esper.blending.schedule import DEFAULT_STEEPNESS, AlphaController, AlphaState
 from esper.blending.straight_through import straight_through
 from esper.lifecycle.actions import BlueprintChoice, SlotState
-from esper.lifecycle.alpha import AlphaCurve, BlendOperator
+from esper.lifecycle.alpha import AlphaCurve, AlphaMode, BlendOperator
 from esper.lifecycle.events import (
     AlphaTargetReached,
     AlphaTargetSet,
@@ -40,7 +40,7 @@ from esper.seeds.registry import Family
 from esper.seeds.seed import Seed
 from esper.slots.branch import SeedBranch
 from esper.slots.breaker import CircuitBreaker
-from esper.slots.config import SlotConfig
+from esper.slots.config import SlotConfig, choose
 from esper.slots.germination import (
     FeatureLayout,
     GerminationError,
@@ -137,12 +137,12 @@ class SeedSlot(nn.Module):
         self.num_inlined = 0
         """Branches, from the first, that run as `h + u`: the committed and one on probation."""
         self.forced_alpha: Tensor | None = None
-        self.register_buffer("blend_alpha", torch.zeros((), device=device, dtype=dtype), False)
-        self.register_buffer(
-            "nonfinite_gradients", torch.zeros((), device=device, dtype=torch.int32), False
-        )
         self.blend_alpha: Tensor
+        alpha = torch.zeros((), device=device, dtype=dtype)
+        self.register_buffer("blend_alpha", alpha, persistent=False)
         self.nonfinite_gradients: Tensor
+        count = torch.zeros((), device=device, dtype=torch.int32)
+        self.register_buffer("nonfinite_gradients", count, persistent=False)
         self._owner: SlotOwner | None = owner
         self._guard: GradientGuard | None = None
         self._stream: SeparateRandomStream | None = None
@@ -267,7 +267,7 @@ class SeedSlot(nn.Module):
                 features = self._learn_behind(branch, features)
         return features
 
-    def _learn_behind(self, branch: SeedBranch, features: Tensor) -> Tensor:
+    def _learn_behind(self, branch: nn.Module, features: Tensor) -> Tensor:
         detached = features.detach()
         if self._stream is None or torch.compiler.is_compiling():
             increment = self._try(branch, detached, detached)
@@ -284,7 +284,7 @@ class SeedSlot(nn.Module):
             overwritten=self.layout.overwritten,
         )
 
-    def _try(self, branch: SeedBranch, features: Tensor, seed_input: Tensor) -> Tensor | None:
+    def _try(self, branch: nn.Module, features: Tensor, seed_input: Tensor) -> Tensor | None:
         """Run a seed; if a living one raises, the host goes on without it and `tick` prunes it."""
         if torch.compiler.is_compiling():
             increment: Tensor = branch(features, seed_input)
@@ -315,7 +315,7 @@ class SeedSlot(nn.Module):
         Raises:
             IllegalTransition: The slot holds a living seed, is cooling down or TERMINATED.
             BlueprintError: Unknown blueprint or option.
-            ValueError: The blueprint refuses an option's value or the slot's width.
+            ValueError: Unknown operator, or the blueprint refuses an option's value or the width.
             OwnershipError: The seed shares a parameter with another owner.
             GerminationError: Building raised, the breaker is open, or G0 refused.
             In each case the model is as it was.
@@ -324,7 +324,8 @@ class SeedSlot(nn.Module):
         """
         owner = self._attached()
         life = self._life_for_next_seed()
-        operator = BlendOperator(blend_operator or self.config.blend_operator)
+        wanted = self.config.blend_operator if blend_operator is None else blend_operator
+        operator = choose(BlendOperator, wanted, "blend operator")
         order = SeedOrder(
             blueprint=blueprint,
             options=options,
@@ -362,8 +363,8 @@ class SeedSlot(nn.Module):
         if not gate.result.passed:
             raise GerminationError(f"{life.subject}: {gate.result}", events)
         events.append(self._register(life, new.branch))
-        if new.draws_random_numbers:
-            self._stream = SeparateRandomStream(random_seed)
+        draws = new.draws_random_numbers
+        self._stream = SeparateRandomStream(random_seed) if draws else None
         events.append(
             SeedGerminated(
                 slot=self.path,
@@ -389,7 +390,7 @@ class SeedSlot(nn.Module):
             raise
         self._life = life
         self.nonfinite_gradients.zero_()
-        self._guard = GradientGuard(branch, self.nonfinite_gradients)
+        self._guard = GradientGuard(branch, lambda: self.nonfinite_gradients)
         return life.enter(SeedStage.GERMINATED)
 
     def advance(self, force: bool = False) -> list[Event]:
@@ -431,7 +432,7 @@ class SeedSlot(nn.Module):
         life, events = self._life, []
         if stage is SeedStage.BLENDING:
             events += self._rescale()
-        elif stage is SeedStage.SHADOWING and life.alpha.alpha != 1.0:
+        elif stage is SeedStage.SHADOWING and not self._holds_full_alpha():
             life.alpha = AlphaController(AlphaState(alpha=1.0, start=1.0, target=1.0))
             self.blend_alpha.fill_(1.0)
             events.append(AlphaTargetReached(slot=self.path, alpha=1.0))
@@ -440,6 +441,9 @@ class SeedSlot(nn.Module):
         events.append(life.enter(stage))
         self._follow_stage()
         return events
+
+    def _holds_full_alpha(self) -> bool:
+        return self._life.alpha.mode is AlphaMode.HOLD and self.alpha == 1.0
 
     def _rescale(self) -> list[Event]:
         layer = self._living_branch().seed.output_layer
@@ -473,7 +477,8 @@ class SeedSlot(nn.Module):
                 SeedStage.BLENDING,
                 subject=f"{life.subject}: alpha can be set only in BLENDING; it",
             )
-        return self._start_ramp(target, steps, curve=AlphaCurve(curve), steepness=steepness)
+        known_curve = choose(AlphaCurve, curve, "curve")
+        return self._start_ramp(target, steps, curve=known_curve, steepness=steepness)
 
     def _start_ramp(
         self,
@@ -543,6 +548,7 @@ class SeedSlot(nn.Module):
         """
         life = self._life
         check_transition(life.stage, SeedStage.PRUNED, subject=life.subject)
+        self._attached()
         if over_steps < 0:
             raise ValueError(f"over_steps must not be negative, got {over_steps}")
         if over_steps == 0 or life.alpha.alpha == 0.0:
@@ -675,6 +681,10 @@ class SeedSlot(nn.Module):
         """The set this slot belongs to; None in a copy of the model."""
         return self._owner
 
+    def release(self) -> None:
+        """Let go of the slot set; the slot cannot grow any more. `detach` does this."""
+        self._owner = None
+
     def _new_life(self, number: int) -> SeedLife:
         return SeedLife(
             self.path,
@@ -685,7 +695,10 @@ class SeedSlot(nn.Module):
 
     def _life_for_next_seed(self) -> SeedLife:
         current = self._life
-        if current.stage is SeedStage.FOSSILIZED and len(self.committed) < self.config.max_committed:
+        if (
+            current.stage is SeedStage.FOSSILIZED
+            and len(self.committed) < self.config.max_committed
+        ):
             return self._new_life(current.number + 1)
         check_transition(current.stage, SeedStage.GERMINATED, subject=current.subject)
         return self._new_life(current.number)
@@ -707,6 +720,9 @@ class SeedSlot(nn.Module):
         if self._guard is not None:
             self._guard.frozen = self.frozen
             self._guard.sanitising = self.isolated and stage is not SeedStage.PROBATIONARY
+        if self.frozen:
+            # A step that does not run the seed must find no gradient of an earlier one.
+            self._living_branch().zero_grad(set_to_none=True)
 
     def _drop_guard(self) -> None:
         if self._guard is not None:
@@ -721,8 +737,8 @@ class SeedSlot(nn.Module):
     def _attached(self) -> SlotOwner:
         if self._owner is None:
             raise RuntimeError(
-                f"slot {self.path!r} belongs to a copy of the model, which can run but not grow; "
-                "grow the original, or detach the copy and attach to it anew"
+                f"slot {self.path!r} was detached, or belongs to a copy of the model, which can "
+                "run but not grow; grow the original, or detach the copy and attach to it anew"
             )
         return self._owner
 

@@ -70,12 +70,14 @@ class SlotSet(Mapping[str, SeedSlot]):
         """Make the optimizer train what grows: one parameter group per slot, for good.
 
         Args:
+            optimizer: Built from the model's parameters.
             scheduler: A learning-rate scheduler that was made before; one made afterwards needs
                 nothing.
 
         Raises:
             ValueError: The optimizer holds none of the host's parameters, another optimizer is
                 bound, or a scheduler exists that was not passed.
+            TypeError: The optimizer takes one parameter group only.
             OwnershipError: The optimizer would train a teacher.
         """
         if self.binding is not None:
@@ -129,7 +131,7 @@ class SlotSet(Mapping[str, SeedSlot]):
             raise ValueError(f"max_norm must be above 0, got {max_norm}")
         norms = {HOST: torch.nn.utils.clip_grad_norm_(self.host_parameters(), max_norm)}
         for owner, seed in self._living_seeds().items():
-            norms[owner] = torch.nn.utils.clip_grad_norm_(seed.parameters(), max_norm)
+            norms[owner] = torch.nn.utils.clip_grad_norm_(list(seed.parameters()), max_norm)
         self.gradient_health.note_before_clipping(norms)
         return norms[HOST]
 
@@ -155,7 +157,12 @@ class SlotSet(Mapping[str, SeedSlot]):
             for slot in self._slots.values()
             if slot.stage in _LEARNING_STAGES and slot.living is not None
         }
-        self.gradient_health.before_step(self.host_parameters(), learning, HOST)
+        # GradScaler leaves its factor to a fused optimizer, under this attribute.
+        assert self.binding is not None
+        scale = getattr(self.binding.optimizer, "grad_scale", None)
+        self.gradient_health.before_step(
+            self.host_parameters(), learning, HOST, gradient_scale=scale
+        )
 
     # What slots ask for
 

@@ -119,8 +119,10 @@ class Growth:
         self.publish(probe_seeds(self.slots.model, self.slots, evaluate))
         self._note_step_times()
         self.epoch += 1
+        median = self._timer.median_seconds
+        timing = {} if median is None else {"step_seconds": median}
         for sink in self.sinks:
-            sink.measure(self.epoch, self.step, metrics)
+            sink.measure(self.epoch, self.step, {**metrics, **timing})
         for action in self.policy.decide(self.state()):
             self.apply(action)
         self.publish(self.slots.end_epoch())

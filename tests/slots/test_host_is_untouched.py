@@ -1,0 +1,217 @@
+"""The bitwise promises: until a seed blends, the host cannot tell that it has slots."""
+
+import copy
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import esper
+from esper import SeedStage, SlotConfig, SlotSet
+from esper.lifecycle.learning import Isolation
+
+PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
+STEPS = 50
+MAX_NORM = 0.05
+"""Below the hosts' gradient norms, so that clipping clips."""
+
+Trace = dict[str, bytes]
+
+
+def attach(host: Any, model: nn.Module, **config: Any) -> SlotSet:
+    return esper.attach(
+        model,
+        host.targets,
+        example=host.inputs(),
+        config=SlotConfig(isolation=Isolation.SHADOWING, **config),
+    )
+
+
+def host_state(model: nn.Module) -> dict[str, Tensor]:
+    return {n: tensor for n, tensor in model.state_dict().items() if "esper_slot" not in n}
+
+
+@pytest.fixture(scope="module")
+def train(bits_of: Callable[[Tensor], bytes]) -> Callable[..., Trace]:
+    """Train a model and return every bit that belongs to its host."""
+
+    def run(
+        host: Any, model: nn.Module, precision: str, regime: str, slots: SlotSet | None
+    ) -> Trace:
+        own = {n: p for n, p in model.named_parameters() if "esper_slot" not in n}
+        optimizer = torch.optim.AdamW(own.values(), lr=0.01, weight_decay=0.1)
+        scaler = torch.amp.GradScaler("cpu", enabled="scaler" in regime)
+        clip = functools.partial(torch.nn.utils.clip_grad_norm_, own.values())
+        if slots is not None:
+            slots.bind(optimizer)
+            clip = slots.clip_grad_norm_
+        dtype = PRECISIONS[precision]
+        trace: Trace = {}
+        model.train()
+        torch.manual_seed(1)
+        for step in range(STEPS):
+            with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+                output = model(host.inputs(step))
+                loss = F.cross_entropy(output, host.labels(step))
+            scaler.scale(loss).backward()
+            if "clip" in regime:
+                scaler.unscale_(optimizer)
+                trace[f"norm of step {step}"] = bits_of(clip(MAX_NORM))
+            scaler.step(optimizer)
+            scaler.update()
+            trace[f"output of step {step}"] = bits_of(output)
+            trace[f"gradients of step {step}"] = b"".join(bits_of(p.grad) for p in own.values())
+            optimizer.zero_grad()
+            if slots is not None:
+                slots.tick()
+        trace["scale"] = repr(scaler.get_scale()).encode()
+        trace["random state"] = bits_of(torch.get_rng_state())
+        trace |= {f"state {name}": bits_of(tensor) for name, tensor in host_state(model).items()}
+        trace |= {
+            f"optimizer's {key} of {name}": bits_of(value)
+            for name, parameter in own.items()
+            for key, value in optimizer.state[parameter].items()
+        }
+        trace["output in eval mode"] = bits_of(model.eval()(host.inputs()))
+        return trace
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def plain_trace(train: Callable[..., Trace]) -> Callable[[Any, str, str], Trace]:
+    """The same training without any slot, once for each setting."""
+
+    @functools.cache
+    def trace(host: Any, precision: str, regime: str) -> Trace:
+        return train(host, host.build(), precision, regime, None)
+
+    return trace
+
+
+def assert_same(trace: Trace, plain: Trace) -> None:
+    assert trace.keys() == plain.keys()
+    different = [name for name in plain if trace[name] != plain[name]]
+    assert not different, f"{len(different)} differ, first: {different[:3]}"
+
+
+def test_attach_and_detach_leave_no_trace(host: Any, fingerprint: Any) -> None:
+    model = host.build()
+    list(model.modules())[-1].eval()
+    before = fingerprint(model)
+
+    slots = attach(host, model)
+    esper.detach(model)
+    assert fingerprint(model) == before
+
+    slots = attach(host, model)
+    for slot in slots.values():
+        slot.germinate(host.blueprint)
+        slot.advance(force=True)
+    esper.detach(model)
+    assert fingerprint(model) == before
+
+
+def test_attach_draws_nothing_from_a_stream_that_the_host_draws_from_in_eval_mode_too(
+    fingerprint: Any,
+) -> None:
+    class Noisy(nn.Linear):
+        def forward(self, features: Tensor) -> Tensor:
+            return super().forward(features) + torch.rand(())
+
+    model = nn.Sequential(Noisy(4, 4), nn.Tanh())
+    before = fingerprint(model)
+    esper.attach(model, "0", example=torch.zeros(2, 4))
+    esper.detach(model)
+    assert fingerprint(model) == before
+
+
+def test_germination_changes_no_bit_and_draws_no_random_number(
+    host: Any, fingerprint: Any, bits_of: Any, test_blueprints: None
+) -> None:
+    def output() -> bytes:
+        torch.manual_seed(5)
+        return bits_of(copy.deepcopy(model)(host.inputs()))
+
+    model = host.build()
+    keys, plain = list(model.state_dict()), output()
+    slots = attach(host, model)
+    assert list(model.state_dict()) == keys
+    assert output() == plain
+    before = fingerprint(model)
+
+    for slot in slots.values():
+        slot.germinate("with_dropout")
+
+    after = fingerprint(model)
+    for part in ("state_dict", "tensors", "gradient_hooks"):
+        assert after[part].items() >= before[part].items()
+    assert after["random_state"] == before["random_state"]
+    assert output() == plain
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("stage", [SeedStage.DORMANT, SeedStage.GERMINATED])
+def test_host_trains_as_without_slots_before_the_seed_trains(
+    host: Any,
+    precision: str,
+    stage: SeedStage,
+    train: Callable[..., Trace],
+    plain_trace: Callable[..., Trace],
+) -> None:
+    model = host.build()
+    slots = attach(host, model)
+    if stage is SeedStage.GERMINATED:
+        for slot in slots.values():
+            slot.germinate(host.blueprint)
+    trace = train(host, model, precision, "clip", slots)
+    assert_same(trace, plain_trace(host, precision, "clip"))
+
+
+SEEDS = [
+    ("with_dropout", "gate", "proximal"),
+    ("with_dropout", "multiply", "plain"),
+    ("turns_inf", "add", "proximal"),
+    ("turns_nan", "gate", "plain"),
+    ("turns_nan", "multiply", "proximal"),
+    ("nan_gradient", "add", "plain"),
+]
+
+
+@pytest.mark.parametrize(("blueprint", "operator", "objective"), SEEDS)
+@pytest.mark.parametrize("regime", ["clip", "scaler", "scaler and clip"])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_host_trains_as_without_slots_while_seeds_train_behind_it(
+    host: Any,
+    precision: str,
+    regime: str,
+    blueprint: str,
+    operator: str,
+    objective: str,
+    train: Callable[..., Trace],
+    plain_trace: Callable[..., Trace],
+    test_blueprints: None,
+) -> None:
+    model = host.build()
+    slots = attach(host, model, blend_operator=operator, objective=objective)
+    for slot in slots.values():
+        slot.germinate(blueprint)
+        slot.advance(force=True)
+    born = [parameter.clone() for slot in slots.values() for parameter in slot.seed.parameters()]
+
+    trace = train(host, model, precision, regime, slots)
+
+    assert_same(trace, plain_trace(host, precision, regime))
+    assert [slot.stage for slot in slots.values()] == [SeedStage.TRAINING] * 2
+    now = [parameter for slot in slots.values() for parameter in slot.seed.parameters()]
+    assert all(torch.isfinite(parameter).all() for parameter in now)
+    if blueprint == "nan_gradient":
+        assert all(int(slot.nonfinite_gradients) > 0 for slot in slots.values())
+    else:
+        assert not any(torch.equal(a, b) for a, b in zip(born, now, strict=True))
+    if blueprint.startswith("turns") and objective == "proximal":
+        assert all(int(slot.nonfinite_gradients) > 0 for slot in slots.values())

@@ -1,0 +1,324 @@
+"""Measurements: forced alphas, many variants in one forward, gradient norms, clipping."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import esper
+from esper import SeedStage, SlotConfig, SlotSet
+from esper.lifecycle.learning import Isolation
+from esper.slots import fused_losses
+from esper.slots.gradient_health import GradientHealth
+
+STAGES = [SeedStage.TRAINING, SeedStage.BLENDING, SeedStage.SHADOWING, SeedStage.PROBATIONARY]
+
+
+def attach(case: Any, **config: Any) -> tuple[nn.Module, SlotSet]:
+    model = case.build()
+    config = {"isolation": Isolation.SHADOWING, **config}
+    slots = esper.attach(model, case.targets, example=case.inputs(), config=SlotConfig(**config))
+    return model, slots
+
+
+def per_sample(outputs: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(outputs, targets, reduction="none")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_forced_alpha_weighs_the_living_seed_whatever_its_stage(
+    host: Any, stage: SeedStage, grow: Any, randomise: Any
+) -> None:
+    model, slots = attach(host)
+    slot = slots[host.targets[1]]
+    grow(slot, host.blueprint, SeedStage.FOSSILIZED)
+    randomise(slot.branches)
+    model.eval()
+    committed = model(host.inputs())
+    grow(slot, host.blueprint, stage)
+    randomise(slot.living, seed=1)
+    own = model(host.inputs())
+    with slot.force_alpha(0.0):
+        assert torch.equal(model(host.inputs()), committed)
+    with slot.force_alpha(1):
+        full = model(host.inputs())
+    assert not torch.allclose(full, committed)
+    if stage in (SeedStage.SHADOWING, SeedStage.PROBATIONARY):
+        torch.testing.assert_close(full, own)
+    with slot.force_alpha(torch.tensor([0.0, 1.0, 0.0, 1.0])):
+        mixed = model(host.inputs())
+    torch.testing.assert_close(mixed[::2], committed[::2])
+    torch.testing.assert_close(mixed[1::2], full[1::2])
+    assert torch.equal(model(host.inputs()), own)
+
+
+def test_forced_alpha_is_restored_when_the_block_raises_and_refused_in_train_mode(
+    host: Any, grow: Any, randomise: Any
+) -> None:
+    model, slots = attach(host)
+    slot = slots[host.targets[0]]
+    model.eval()
+    plain = model(host.inputs())
+    with pytest.raises(ValueError, match="DORMANT; there is no trained seed"):
+        slot.force_alpha(0.5).__enter__()
+    slot.germinate(host.blueprint)
+    with pytest.raises(ValueError, match="GERMINATED; there is no trained seed"):
+        slot.force_alpha(0.5).__enter__()
+    slot.advance(force=True)
+    randomise(slot.living)
+
+    with slot.force_alpha(0.5):
+        assert not torch.equal(model(host.inputs()), plain)
+    wrong = torch.zeros(1, 2, 3)
+    with pytest.raises((RuntimeError, TypeError)), slot.force_alpha(0.5):
+        model(wrong)
+    assert torch.equal(model(host.inputs()), plain)
+    with slot.force_alpha(0.5):
+        inside = model(host.inputs())
+        with slot.force_alpha(0.0):
+            assert torch.equal(model(host.inputs()), plain)
+        assert torch.equal(model(host.inputs()), inside)
+    model.train()
+    with pytest.raises(RuntimeError, match=r"train mode.*model\.eval\(\)"):
+        slot.force_alpha(0.5).__enter__()
+
+
+@pytest.mark.parametrize("stages", [(a, b) for a in STAGES for b in STAGES if a <= b])
+def test_fused_losses_equal_separate_runs(
+    host: Any, stages: tuple[SeedStage, SeedStage], grow: Any, randomise: Any
+) -> None:
+    model, slots = attach(host)
+    first, second = host.targets
+    for path, stage in zip(host.targets, stages, strict=True):
+        grow(slots[path], host.blueprint, stage)
+        randomise(slots[path].living)
+    model(host.inputs())
+    model.eval()
+    inputs, labels = host.inputs(1, batch=6), host.labels(1, batch=6)
+    variants = [{}, {first: 0.0}, {second: 0.0}, {first: 0.5, second: 1.0}]
+
+    together = fused_losses(model, slots, inputs, labels, per_sample, variants)
+
+    assert together.shape == (4, 6)
+    for losses, variant in zip(together, variants, strict=True):
+        alone = fused_losses(model, slots, inputs, labels, per_sample, [variant])[0]
+        torch.testing.assert_close(losses, alone, rtol=1e-5, atol=1e-6)
+    with torch.no_grad():
+        own = per_sample(model(inputs), labels)
+    torch.testing.assert_close(together[0], own, rtol=1e-5, atol=1e-6)
+    assert len({round(float(row.mean()), 5) for row in together}) > 1
+    F.cross_entropy(model.train()(inputs), labels).backward()
+
+
+def test_fused_losses_take_what_models_take(hosts: Any, grow: Any, randomise: Any) -> None:
+    class TakesMore(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(6, 4)
+
+        def forward(self, x: Tensor, *, pair: Any, scale: float = 2.0) -> Tensor:
+            assert isinstance(pair, tuple)
+            return (self.layer(x) * scale + pair[0])[:, 0]
+
+    model = TakesMore()
+    x = torch.randn(3, 6)
+    inputs = {"x": x, "pair": (torch.randn(3, 1), 7), "scale": 3.0}
+    slots = esper.attach(model, "layer", example=inputs)
+    grow(slots["layer"], "mlp", SeedStage.BLENDING)
+    randomise(slots["layer"].living)
+    model.eval()
+    found = fused_losses(
+        model, slots, inputs, None, lambda out, _: out, [{"layer": a} for a in (0.0, 0.3, 1.0)]
+    )
+    for row, alpha in zip(found, (0.0, 0.3, 1.0), strict=True):
+        with slots["layer"].force_alpha(alpha):
+            torch.testing.assert_close(row, model(**inputs))
+
+
+def test_fused_losses_refuse_what_they_cannot_measure(host: Any, grow: Any) -> None:
+    model, slots = attach(host)
+    path = host.targets[0]
+    inputs, labels = host.inputs(), host.labels()
+    grow(slots[path], host.blueprint, SeedStage.TRAINING)
+    with pytest.raises(RuntimeError, match="train mode"):
+        fused_losses(model, slots, inputs, labels, per_sample, [{path: 0.0}])
+    model.eval()
+    with pytest.raises(ValueError, match=r"one value per sample, shape \(4,\), got \(\)"):
+        fused_losses(model, slots, inputs, labels, F.cross_entropy, [{path: 0.0}])
+    with pytest.raises(KeyError, match="no slot at 'nowhere'; slots: "):
+        fused_losses(model, slots, inputs, labels, per_sample, [{"nowhere": 0.0}])
+    with pytest.raises(ValueError, match="DORMANT"):
+        fused_losses(model, slots, inputs, labels, per_sample, [{host.targets[1]: 0.0}])
+    with pytest.raises(TypeError, match="no batched tensor in int"):
+        fused_losses(model, slots, 3, labels, per_sample, [{path: 0.0}])
+    assert slots[path].forced_alpha is None
+
+
+def norm(parameters: Any) -> float:
+    """The 2-norm of all gradients, by hand."""
+    squares = [float(p.grad.double().square().sum()) for p in parameters if p.grad is not None]
+    return math.sqrt(sum(squares))
+
+
+def learn(model: nn.Module, host: Any, index: int, scale: float = 1.0) -> None:
+    (scale * F.cross_entropy(model(host.inputs(index)), host.labels(index))).backward()
+
+
+@pytest.mark.parametrize("clipped", [False, True])
+@pytest.mark.parametrize("stage", [SeedStage.TRAINING, SeedStage.BLENDING, SeedStage.PROBATIONARY])
+def test_gradient_health_equals_norms_by_hand(
+    host: Any, stage: SeedStage, clipped: bool, grow: Any, randomise: Any
+) -> None:
+    model, slots = attach(host)
+    slots.gradient_health = GradientHealth(interval_steps=1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    slots.bind(optimizer)
+    slot = slots[host.targets[0]]
+    grow(slot, host.blueprint, stage)
+    if stage is SeedStage.BLENDING:
+        slot.set_alpha_target(0.5, 0)
+    randomise(slot.living)
+    own = [p for n, p in model.named_parameters() if "esper_slot" not in n]
+    seed = list(slot.living.parameters())
+    hosts, seeds = [], []
+    for index in range(3):
+        learn(model, host, index)
+        hosts.append(norm(own))
+        seeds.append(norm(seed))
+        if clipped:
+            slots.clip_grad_norm_(1e-3)
+        optimizer.step()
+        optimizer.zero_grad()
+    reading = slots.read_gradient_health(slot)
+    assert reading.host_norm == pytest.approx(sum(hosts) / 3, rel=1e-5)
+    assert reading.seed_norm == pytest.approx(sum(seeds) / 3, rel=1e-5)
+    sizes = [sum(p.numel() for p in parameters) for parameters in (own, seed)]
+    expected = reading.seed_norm / reading.host_norm * math.sqrt(sizes[0] / sizes[1])
+    assert reading.ratio == pytest.approx(expected)
+    assert (reading.vanishing, reading.exploding) == (False, False)
+    assert slots.read_gradient_health(slot) is None
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_gradient_norms_are_those_before_the_scalers_factor(
+    hosts: Any, fused: bool, grow: Any
+) -> None:
+    """A fused optimizer takes the factor out itself, after the hooks have run."""
+    host = hosts["mlp"]
+    model, slots = attach(host)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=fused)
+    slots.bind(optimizer)
+    slot = slots[host.targets[0]]
+    grow(slot, host.blueprint, SeedStage.TRAINING)
+    model.dropout.p = 0.0
+    learn(model, host, 0)
+    own, seed = norm(slots.host_parameters()), norm(slot.living.parameters())
+    model.zero_grad()
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+    learn(model, host, 0, scale=float(scaler.scale(torch.ones(()))))
+    scaler.step(optimizer)
+    reading = slots.read_gradient_health(slot)
+    assert reading.host_norm == pytest.approx(own, rel=1e-5)
+    assert reading.seed_norm == pytest.approx(seed, rel=1e-5)
+
+
+def test_a_seed_without_parameters_has_ratio_zero(host: Any, grow: Any) -> None:
+    model, slots = attach(host)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    slots.bind(optimizer)
+    slot = slots[host.targets[0]]
+    grow(slot, "noop", SeedStage.TRAINING)
+    learn(model, host, 0)
+    slots.clip_grad_norm_(1.0)
+    optimizer.step()
+    reading = slots.read_gradient_health(slot)
+    assert reading.ratio == 0.0
+    assert reading.seed_norm == 0.0
+    assert reading.vanishing
+
+
+def test_a_nonfinite_gradient_of_a_seed_that_is_not_isolated_is_reported(
+    hosts: Any, grow: Any, test_blueprints: None
+) -> None:
+    host = hosts["mlp"]
+    model, slots = attach(host)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    slots.bind(optimizer)
+    slot = slots[host.targets[0]]
+    grow(slot, "nan_gradient", SeedStage.PROBATIONARY)
+    learn(model, host, 0)
+    optimizer.step()
+    reading = slots.read_gradient_health(slot)
+    assert reading.ratio is None
+    assert reading.exploding
+    assert math.isnan(reading.seed_norm)
+
+
+@pytest.mark.parametrize("operator", ["add", "gate"])
+def test_nonfinite_gradients_of_an_isolated_seed_are_counted_and_zeroed(
+    host: Any, operator: str, grow: Any, randomise: Any, test_blueprints: None
+) -> None:
+    model, slots = attach(host, blend_operator=operator)
+    slot = slots[host.targets[0]]
+    grow(slot, "nan_gradient", SeedStage.TRAINING)
+    randomise(slot.living)
+    broken = 4  # weight and bias of both linear maps; the gate's gradient is finite
+    for step in range(1, 4):
+        model.zero_grad()
+        learn(model, host, step)
+        assert int(slot.nonfinite_gradients) == broken * step
+        gradients = [parameter.grad for parameter in slot.living.parameters()]
+        assert all(torch.isfinite(gradient).all() for gradient in gradients)
+        assert sum(int(gradient.any()) for gradient in gradients) == len(gradients) - broken
+    slot.prune()
+    assert int(slot.nonfinite_gradients) == 0
+
+
+def test_clipping_is_per_owner(host: Any, grow: Any, randomise: Any) -> None:
+    model, slots = attach(host)
+    for path, stage in zip(host.targets, (SeedStage.TRAINING, SeedStage.FOSSILIZED), strict=True):
+        grow(slots[path], host.blueprint, stage)
+        randomise(slots[path].branches)
+    learn(model, host, 0)
+    seed = set(slots[host.targets[0]].living.parameters())
+    own = [parameter for parameter in model.parameters() if parameter not in seed]
+    before = {p: p.grad.clone() for p in model.parameters()}
+    norms = norm(own), norm(seed)
+    limit = 0.5 * min(norms)
+
+    returned = slots.clip_grad_norm_(limit)
+
+    assert float(returned) == pytest.approx(norms[0], rel=1e-5)
+    for owner, total in ((own, norms[0]), (seed, norms[1])):
+        assert norm(owner) == pytest.approx(limit, rel=1e-4)
+        for parameter in owner:
+            expected = before[parameter] * (limit / (total + 1e-6))
+            torch.testing.assert_close(parameter.grad, expected, rtol=1e-4, atol=1e-8)
+    slots.clip_grad_norm_(10 * limit)
+    assert norm(own) == pytest.approx(limit, rel=1e-4)
+    for bad in (0.0, -1.0, math.nan):
+        with pytest.raises(ValueError, match="max_norm must be above 0"):
+            slots.clip_grad_norm_(bad)
+
+
+def test_every_tenth_step_is_sampled_by_default(hosts: Any, grow: Any) -> None:
+    host = hosts["mlp"]
+    model, slots = attach(host)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    slots.bind(optimizer)
+    slot = slots[host.targets[0]]
+    grow(slot, "mlp", SeedStage.TRAINING)
+    norms: list[float] = []
+    for step in range(21):
+        learn(model, host, step)
+        if step % 10 == 0:
+            norms.append(norm(slots.host_parameters()))
+        optimizer.step()
+        optimizer.zero_grad()
+    reading = slots.read_gradient_health(slot)
+    assert reading.host_norm == pytest.approx(sum(norms) / 3, rel=1e-5)
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        GradientHealth(interval_steps=0)

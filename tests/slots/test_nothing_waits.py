@@ -1,0 +1,272 @@
+"""A step's path neither waits for the device nor makes a tensor of alpha."""
+
+import ast
+import inspect
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import esper
+from esper import SeedStage, SlotConfig, SlotSet
+from esper.blending import operators, schedule, straight_through
+from esper.lifecycle.learning import Isolation
+from esper.seeds import cnn, noop, seed, transformer
+from esper.slots import (
+    branch,
+    gradient_guard,
+    gradient_health,
+    modes,
+    optimizer_binding,
+    slot,
+    slot_set,
+)
+from esper.slots.gradient_health import GradientHealth
+
+STEP_PATH: dict[ModuleType, set[str] | None] = {
+    slot: {"forward", "_learn_behind", "_try", "tick"},
+    slot_set: {"tick", "_before_step", "clip_grad_norm_", "host_parameters", "_living_seeds"},
+    gradient_guard: None,
+    gradient_health: {"before_step", "gradient_norm", "note_before_clipping"},
+    optimizer_binding: {"_step_begins", "_step_ends", "_restore_learning_rates"},
+    modes: {"active", "forked_random_state"},
+    operators: None,
+    straight_through: None,
+    schedule: None,
+    branch: None,
+    seed: None,
+    cnn: {"increment"},
+    transformer: {"increment"},
+    noop: None,
+}
+"""Functions that run between two steps, by module; None is all of them."""
+
+WAITING_METHODS = {
+    "cpu",
+    "is_nonzero",
+    "item",
+    "masked_select",
+    "nonzero",
+    "numpy",
+    "synchronize",
+    "tolist",
+    "unique",
+}
+WAITING_FUNCTIONS = {"bool", "float", "int", "print"}
+
+
+def functions(tree: ast.AST, names: set[str] | None) -> Iterator[ast.FunctionDef]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef) and (names is None or node.name in names):
+            yield node
+
+
+def waits(function: ast.FunctionDef) -> list[str]:
+    """Return the calls in a function that wait for the device."""
+    found = []
+    for node in ast.walk(function):
+        if not isinstance(node, ast.Call):
+            continue
+        called = node.func
+        if isinstance(called, ast.Attribute) and called.attr in WAITING_METHODS:
+            found.append(f"{function.name}:{node.lineno} .{called.attr}()")
+        if isinstance(called, ast.Name) and called.id in WAITING_FUNCTIONS:
+            found.append(f"{function.name}:{node.lineno} {called.id}()")
+    return found
+
+
+@pytest.mark.parametrize("module", STEP_PATH, ids=lambda module: module.__name__)
+def test_no_call_in_the_step_path_waits_for_the_device(module: ModuleType) -> None:
+    tree, names = ast.parse(inspect.getsource(module)), STEP_PATH[module]
+    checked = list(functions(tree, names))
+    assert names is None or {function.name for function in checked} == names
+    assert [call for function in checked for call in waits(function)] == []
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "loss.item()",
+        "norm.cpu()",
+        "alpha.tolist()",
+        "alpha.detach().numpy()",
+        "float(alpha)",
+        "bool(found.any())",
+        "int(count)",
+        "torch.cuda.synchronize()",
+        "mask.nonzero()",
+        "torch.nonzero(mask)",
+    ],
+)
+@pytest.mark.parametrize("module", STEP_PATH, ids=lambda module: module.__name__)
+def test_a_planted_wait_is_found_in_every_function(module: ModuleType, call: str) -> None:
+    tree = ast.parse(inspect.getsource(module))
+    for function in functions(tree, STEP_PATH[module]):
+        function.body.insert(0, ast.parse(f"if True:\n    kept = {call}").body[0])
+        assert waits(function), function.name
+
+
+class Log(TorchDispatchMode):
+    """Records every operation with its arguments and result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[str, tuple[Any, ...], Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.calls.append((func._schema.name, args, result))
+        return result
+
+    @property
+    def names(self) -> list[str]:
+        return [name for name, _, _ in self.calls]
+
+
+WAITING_OPERATIONS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero"}
+
+
+class Run:
+    """A host whose two slots are in the given stage, past its first steps."""
+
+    def __init__(self, host: Any, stage: SeedStage, grow: Any, **config: Any) -> None:
+        self.host = host
+        self.model = host.build()
+        self.slots: SlotSet = esper.attach(
+            self.model,
+            host.targets,
+            example=host.inputs(),
+            config=SlotConfig(isolation=Isolation.SHADOWING, **config),
+        )
+        self.slots.gradient_health = GradientHealth(interval_steps=1)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.01, momentum=0.9)
+        self.slots.bind(self.optimizer)
+        for slot_ in self.slots.values():
+            if stage is not SeedStage.DORMANT:
+                grow(slot_, host.blueprint, stage)
+            if stage is SeedStage.BLENDING:
+                slot_.set_alpha_target(1.0, 100)
+        for _ in range(2):
+            self.step()
+
+    def step(self) -> None:
+        output = self.model(self.host.inputs())
+        F.cross_entropy(output, self.host.labels()).backward()
+        self.slots.clip_grad_norm_(1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.slots.tick()
+
+
+STAGES = [
+    SeedStage.DORMANT,
+    SeedStage.GERMINATED,
+    SeedStage.TRAINING,
+    SeedStage.BLENDING,
+    SeedStage.SHADOWING,
+    SeedStage.PROBATIONARY,
+    SeedStage.FOSSILIZED,
+]
+
+
+@pytest.mark.parametrize("operator", ["add", "multiply", "gate"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_whole_step_reads_no_value_from_the_device(
+    host: Any, stage: SeedStage, operator: str, grow: Any
+) -> None:
+    run = Run(host, stage, grow, blend_operator=operator, warmup_steps=10)
+    with Log() as log:
+        run.step()
+    assert len(log.calls) > 20
+    assert not WAITING_OPERATIONS.intersection(log.names)
+
+
+@pytest.mark.parametrize("plant", [lambda h: float(h.sum()), lambda h: bool(h.any())])
+def test_a_planted_read_is_noticed(host: Any, grow: Any, plant: Callable[[Tensor], Any]) -> None:
+    run = Run(host, SeedStage.TRAINING, grow)
+    slot_ = run.slots[host.targets[0]]
+    slot_.seed.register_forward_hook(lambda module, args, output: None)
+    slot_.living.register_forward_hook(lambda module, args, output: plant(output) and None)
+    with Log() as log:
+        run.step()
+    assert WAITING_OPERATIONS.intersection(log.names)
+
+
+@pytest.mark.parametrize("operator", ["add", "multiply", "gate"])
+@pytest.mark.parametrize("stage", [SeedStage.BLENDING, SeedStage.SHADOWING])
+def test_a_blended_forward_uses_alphas_buffer_itself_and_makes_no_scalar(
+    host: Any, stage: SeedStage, operator: str, grow: Any
+) -> None:
+    run = Run(host, stage, grow, blend_operator=operator)
+    alphas = {slot_.blend_alpha.data_ptr() for slot_ in run.slots.values()}
+    with Log() as log:
+        run.model(run.host.inputs())
+    users = []
+    for name, args, result in log.calls:
+        tensors = [a for a in args if isinstance(a, Tensor)]
+        if any(tensor.data_ptr() in alphas for tensor in tensors):
+            users.append(name)
+        made = result if isinstance(result, (tuple, list)) else [result]
+        scalars = [tensor for tensor in made if isinstance(tensor, Tensor) and tensor.ndim == 0]
+        counts_batches = name == "aten::add_"  # of the host's batch norm
+        assert not scalars or counts_batches, name
+    assert set(users) == {"aten::addcmul"}
+    assert len(users) == 2
+
+
+def test_alpha_is_written_in_place(host: Any, grow: Any) -> None:
+    run = Run(host, SeedStage.BLENDING, grow)
+    slot_ = run.slots[host.targets[0]]
+    buffer, address, seen = slot_.blend_alpha, slot_.blend_alpha.data_ptr(), []
+    for _ in range(5):
+        run.step()
+        seen.append(float(buffer))
+    slot_.prune(over_steps=2)
+    run.step()
+    run.step()
+    assert seen == sorted(set(seen))
+    assert float(buffer) == 0.0
+    assert slot_.blend_alpha is buffer
+    assert buffer.data_ptr() == address
+
+
+def test_a_step_with_slots_runs_the_operations_of_the_inlined_seed_and_one_mix(
+    hosts: Any, grow: Any
+) -> None:
+    """The forward's cost, counted: h + a * u is one operation more than u alone."""
+    host = hosts["mlp"]
+    inputs = host.inputs()
+    counts = {}
+    for stage in STAGES:
+        run = Run(host, stage, grow)
+        with Log() as log:
+            run.model(inputs)
+        counts[stage] = len([name for name in log.names if name != "aten::detach"])
+    features = torch.randn(4, 8)
+    with Log() as log:
+        run.slots[host.targets[0]].branches[0].seed.increment(features)
+    seed_alone = len([name for name in log.names if name != "aten::detach"])
+    plain = counts[SeedStage.DORMANT]
+    assert counts[SeedStage.GERMINATED] == plain
+    for stage in (SeedStage.BLENDING, SeedStage.SHADOWING, SeedStage.PROBATIONARY):
+        assert counts[stage] == plain + 2 * (seed_alone + 1), stage
+    assert counts[SeedStage.FOSSILIZED] == counts[SeedStage.PROBATIONARY]
+    copies = 1  # the first slot's features are overwritten by the host
+    views = 1
+    assert counts[SeedStage.TRAINING] == plain + 2 * seed_alone + copies + views
+
+
+def test_a_parameterless_host_module_is_measured_too(grow: Any) -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+    slots = esper.attach(model, "1", example=torch.randn(2, 6))
+    grow(slots["1"], "norm", SeedStage.TRAINING)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    slots.bind(optimizer)
+    model(torch.randn(2, 6)).sum().backward()
+    optimizer.step()
+    assert slots.read_gradient_health(slots["1"]).host_norm > 0

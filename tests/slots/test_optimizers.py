@@ -1,0 +1,414 @@
+"""A seed's whole life under every optimizer and learning-rate scheduler of torch."""
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn, optim
+from torch.optim import Optimizer, lr_scheduler, swa_utils
+
+import esper
+from esper import SeedSlot, SeedStage, SlotConfig, SlotSet
+from esper.lifecycle.learning import Isolation
+
+Parameters = Iterator[nn.Parameter]
+
+OPTIMIZERS: dict[str, Callable[[Parameters], Optimizer]] = {
+    "ASGD": lambda p: optim.ASGD(p, lr=0.01, weight_decay=0.1),
+    "Adadelta": lambda p: optim.Adadelta(p, weight_decay=0.1),
+    "Adafactor": lambda p: optim.Adafactor(p, weight_decay=0.1),
+    "Adagrad": lambda p: optim.Adagrad(p, weight_decay=0.1, initial_accumulator_value=0.5),
+    "Adam": lambda p: optim.Adam(p, lr=0.01, weight_decay=0.1, amsgrad=True),
+    "AdamW": lambda p: optim.AdamW(p, lr=0.01, weight_decay=0.1),
+    "Adamax": lambda p: optim.Adamax(p, lr=0.01, weight_decay=0.1),
+    "NAdam": lambda p: optim.NAdam(p, lr=0.01, weight_decay=0.1),
+    "RAdam": lambda p: optim.RAdam(p, lr=0.01, weight_decay=0.1),
+    "RMSprop": lambda p: optim.RMSprop(p, lr=0.01, momentum=0.9, weight_decay=0.1, centered=True),
+    "Rprop": optim.Rprop,
+    "SGD": lambda p: optim.SGD(p, lr=0.05, momentum=0.9, nesterov=True, weight_decay=0.1),
+}
+VARIANTS: dict[str, Callable[[Parameters], Optimizer]] = {
+    "AdamW foreach": lambda p: optim.AdamW(p, lr=0.01, foreach=True),
+    "AdamW fused": lambda p: optim.AdamW(p, lr=0.01, fused=True),
+    "Adagrad fused": lambda p: optim.Adagrad(p, fused=True),
+    "SGD fused": lambda p: optim.SGD(p, lr=0.05, momentum=0.9, fused=True),
+    "SGD foreach": lambda p: optim.SGD(p, lr=0.05, momentum=0.9, foreach=True),
+    "Adam with a tensor as learning rate": lambda p: optim.Adam(p, lr=torch.tensor(0.01)),
+}
+REFUSED = {"LBFGS"}
+"""Takes one parameter group only."""
+UNSUITED = {"Muon", "SparseAdam"}
+"""Refuse the hosts of these tests: they take matrices only, or sparse gradients only."""
+
+SCHEDULERS: dict[str, Callable[[Optimizer], Any]] = {
+    "ChainedScheduler": lambda o: lr_scheduler.ChainedScheduler(
+        [lr_scheduler.ExponentialLR(o, 0.9), lr_scheduler.ConstantLR(o, total_iters=4)]
+    ),
+    "ConstantLR": lambda o: lr_scheduler.ConstantLR(o, total_iters=5),
+    "CosineAnnealingLR": lambda o: lr_scheduler.CosineAnnealingLR(o, 20),
+    "CosineAnnealingWarmRestarts": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 6),
+    "CyclicLR": lambda o: lr_scheduler.CyclicLR(o, 0.001, 0.1, step_size_up=7),
+    "ExponentialLR": lambda o: lr_scheduler.ExponentialLR(o, 0.95),
+    "LambdaLR": lambda o: lr_scheduler.LambdaLR(o, lambda step: 0.97**step),
+    "LinearLR": lambda o: lr_scheduler.LinearLR(o, total_iters=8),
+    "MultiStepLR": lambda o: lr_scheduler.MultiStepLR(o, [3, 9, 15], gamma=0.5),
+    "MultiplicativeLR": lambda o: lr_scheduler.MultiplicativeLR(o, lambda step: 0.97),
+    "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(o, 0.1, total_steps=200),
+    "PolynomialLR": lambda o: lr_scheduler.PolynomialLR(o, total_iters=200, power=2.0),
+    "ReduceLROnPlateau": lambda o: lr_scheduler.ReduceLROnPlateau(o, factor=0.9, patience=1),
+    "SequentialLR": lambda o: lr_scheduler.SequentialLR(
+        o,
+        [lr_scheduler.LinearLR(o, total_iters=4), lr_scheduler.CosineAnnealingLR(o, 30)],
+        milestones=[4],
+    ),
+    "StepLR": lambda o: lr_scheduler.StepLR(o, 5, gamma=0.9),
+    "SWALR": lambda o: swa_utils.SWALR(o, 0.01, anneal_epochs=8),
+}
+LEAVES_NO_MARK = {"ReduceLROnPlateau"}
+"""Nothing on the optimizer tells that it exists; with one `min_lr` it follows new groups itself."""
+
+
+def test_the_tables_name_everything_torch_has() -> None:
+    def classes(module: Any, base: type) -> set[str]:
+        found = inspect.getmembers(module, inspect.isclass)
+        return {name for name, kind in found if issubclass(kind, base) and name[0] != "_"}
+
+    assert classes(optim, Optimizer) == {*OPTIMIZERS, *REFUSED, *UNSUITED, "Optimizer"}
+    schedulers = classes(lr_scheduler, lr_scheduler.LRScheduler) - {"LRScheduler"}
+    assert schedulers | {"SWALR"} == set(SCHEDULERS)
+
+
+class Run:
+    """A host with one slot in training."""
+
+    def __init__(
+        self,
+        case: Any,
+        make_optimizer: Callable[[Parameters], Optimizer],
+        *,
+        accumulation: int = 1,
+        scaler: bool = False,
+        set_to_none: bool = True,
+        **config: Any,
+    ) -> None:
+        self.case = case
+        self.model = case.build()
+        self.path = case.targets[1]
+        self.slots: SlotSet = esper.attach(
+            self.model,
+            self.path,
+            example=case.inputs(),
+            config=SlotConfig(isolation=Isolation.SHADOWING, embargo_epochs=1, **config),
+        )
+        self.optimizer = make_optimizer(self.model.parameters())
+        self.accumulation = accumulation
+        self.scaler = torch.amp.GradScaler("cpu", enabled=scaler)
+        self.set_to_none = set_to_none
+        self.scheduler: Any = None
+        self.steps = 0
+
+    @property
+    def slot(self) -> SeedSlot:
+        return self.slots[self.path]
+
+    def step(self) -> float:
+        total = 0.0
+        for part in range(self.accumulation):
+            index = self.steps * self.accumulation + part
+            loss = F.cross_entropy(self.model(self.case.inputs(index)), self.case.labels(index))
+            self.scaler.scale(loss).backward()
+            total += float(loss.detach())
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=self.set_to_none)
+        self.slots.tick()
+        self.steps += 1
+        if isinstance(self.scheduler, lr_scheduler.ReduceLROnPlateau):
+            self.scheduler.step(total)
+        elif self.scheduler is not None:
+            self.scheduler.step()
+        return total
+
+    def moved(self, parameters: list[nn.Parameter], steps: int = 3) -> set[bool]:
+        """Train some steps, and tell which answers there are to "has this parameter moved?"."""
+        before = [parameter.detach().clone() for parameter in parameters]
+        for _ in range(steps):
+            self.step()
+        return {not torch.equal(a, b) for a, b in zip(before, parameters, strict=True)}
+
+    def seed_parameters(self) -> list[nn.Parameter]:
+        assert self.slot.living is not None
+        return list(self.slot.living.parameters())
+
+    def held(self) -> set[nn.Parameter]:
+        in_groups = {p for group in self.optimizer.param_groups for p in group["params"]}
+        return in_groups | set(self.optimizer.state)
+
+    def wait_until_dormant(self) -> None:
+        for _ in range(4):
+            self.slots.end_epoch()
+        assert self.slot.stage is SeedStage.DORMANT
+
+
+def whole_life(run: Run) -> None:
+    """Commit a seed, then prune one now, one by fading out, and one from its trial."""
+    slot, groups = run.slot, len(run.optimizer.param_groups)
+    host = [p for p in run.model.parameters() if p.requires_grad]
+    assert run.moved(host) == {True}
+
+    slot.germinate(run.case.blueprint)
+    seed = run.seed_parameters()
+    assert run.moved(seed) == {False}, "GERMINATED"
+    slot.advance(force=True)
+    assert run.moved(seed) == {True}, "TRAINING"
+    slot.advance(force=True)
+    slot.set_alpha_target(1.0, 4)
+    assert run.moved(seed) == {True}, "BLENDING"
+    slot.advance(force=True)
+    assert run.moved(seed) == {False}, "SHADOWING"
+    slot.advance(force=True)
+    assert run.moved(seed) == {True}, "PROBATIONARY"
+    state = {p: copy.copy(run.optimizer.state[p]) for p in seed}
+    slot.commit()
+    for parameter in seed:
+        assert all(
+            run.optimizer.state[parameter][key] is value for key, value in state[parameter].items()
+        )
+    assert run.moved(seed) == {True}, "committed"
+    assert len(run.optimizer.param_groups[0]["params"]) == len(host) + len(seed)
+
+    for removal in ("now", "fade", "fade from trial"):
+        slot.germinate(run.case.blueprint)
+        pruned = run.seed_parameters()
+        slot.advance(force=True)
+        assert run.moved(pruned) == {True}, "TRAINING again"
+        if removal == "now":
+            slot.prune()
+        else:
+            slot.advance(force=True)
+            slot.set_alpha_target(0.7, 2)
+            assert run.moved(pruned) == {True}, "BLENDING again"
+            if removal == "fade from trial":
+                slot.advance(force=True)
+                slot.advance(force=True)
+                assert run.moved(pruned) == {True}, "on trial again"
+            slot.prune(over_steps=3)
+            assert slot.fading
+            assert run.moved(pruned, steps=2) == {False}, "fading"
+            run.step()
+        assert slot.stage is SeedStage.PRUNED
+        assert run.held().isdisjoint(pruned)
+        assert all(parameter.grad is None for parameter in pruned)
+        assert run.moved(pruned) == {False}, "PRUNED"
+        assert run.moved(seed) == {True}, "committed, beside a pruned one"
+        run.wait_until_dormant()
+    assert run.moved(host) == {True}
+    assert len(run.optimizer.param_groups) == groups
+    assert run.held() == {*host, *seed}
+
+
+@pytest.mark.parametrize("optimizer", [*OPTIMIZERS, *VARIANTS])
+def test_a_seed_lives_and_dies_under_every_optimizer(hosts: Any, optimizer: str) -> None:
+    run = Run(hosts["mlp"], {**OPTIMIZERS, **VARIANTS}[optimizer])
+    run.slots.bind(run.optimizer)
+    whole_life(run)
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+@pytest.mark.parametrize("scaler", [True, False])
+@pytest.mark.parametrize("optimizer", ["AdamW", "AdamW fused", "SGD"])
+def test_a_seed_lives_and_dies_with_accumulation_and_scaler(
+    hosts: Any, optimizer: str, scaler: bool, set_to_none: bool
+) -> None:
+    run = Run(
+        hosts["cnn"],
+        {**OPTIMIZERS, **VARIANTS}[optimizer],
+        accumulation=2,
+        scaler=scaler,
+        set_to_none=set_to_none,
+    )
+    run.slots.bind(run.optimizer)
+    whole_life(run)
+
+
+def schedule_of(optimizer: Optimizer) -> list[Any]:
+    """What a scheduler may change, of the first group."""
+    group = optimizer.param_groups[0]
+    return [float(group["lr"]), group.get("momentum"), group.get("betas")]
+
+
+@pytest.mark.parametrize("made", ["before", "after"])
+@pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_a_seed_lives_and_dies_under_every_scheduler_which_sees_no_difference(
+    hosts: Any, scheduler: str, optimizer: str, made: str
+) -> None:
+    run = Run(hosts["mlp"], OPTIMIZERS[optimizer], learning_rate_multiplier=0.5, warmup_steps=4)
+    if made == "before":
+        run.scheduler = SCHEDULERS[scheduler](run.optimizer)
+        run.slots.bind(run.optimizer, scheduler=run.scheduler)
+    else:
+        run.slots.bind(run.optimizer)
+        run.scheduler = SCHEDULERS[scheduler](run.optimizer)
+
+    if scheduler != "ReduceLROnPlateau":
+        assert len(run.scheduler.get_last_lr()) == 2
+
+    plain = OPTIMIZERS[optimizer](run.case.build().parameters())
+    alone = SCHEDULERS[scheduler](plain)
+    step, differences = run.step, []
+
+    def step_both() -> float:
+        loss = step()
+        plain.step()
+        alone.step(loss) if scheduler == "ReduceLROnPlateau" else alone.step()
+        if schedule_of(run.optimizer) != schedule_of(plain):
+            differences.append((run.steps, schedule_of(run.optimizer), schedule_of(plain)))
+        host, *others = (float(group["lr"]) for group in run.optimizer.param_groups)
+        differences.extend((run.steps, host, lr) for lr in others if lr != host)
+        assert run.scheduler.get_last_lr() == [alone.get_last_lr()[0]] * 2
+        return loss
+
+    run.step = step_both  # type: ignore[method-assign]
+    whole_life(run)
+    assert not differences
+
+
+@pytest.mark.parametrize("scheduler", [name for name in SCHEDULERS if name not in LEAVES_NO_MARK])
+def test_binding_refuses_a_scheduler_it_was_not_told_of(hosts: Any, scheduler: str) -> None:
+    run = Run(hosts["mlp"], OPTIMIZERS["SGD"])
+    SCHEDULERS[scheduler](run.optimizer)
+    with pytest.raises(ValueError, match=r"scheduler=.*or make the scheduler after"):
+        run.slots.bind(run.optimizer)
+    assert len(run.optimizer.param_groups) == 1
+    assert run.slots.binding is None
+
+
+def test_binding_refuses_an_optimizer_of_one_group_only(hosts: Any) -> None:
+    run = Run(hosts["mlp"], optim.LBFGS)
+    with pytest.raises(TypeError, match=r"LBFGS.*one parameter group"):
+        run.slots.bind(run.optimizer)
+    assert len(run.optimizer.param_groups) == 1
+
+
+def test_binding_refuses_a_second_and_a_foreign_optimizer(hosts: Any) -> None:
+    run = Run(hosts["mlp"], OPTIMIZERS["SGD"])
+    with pytest.raises(ValueError, match="none of the host's parameters"):
+        run.slots.bind(OPTIMIZERS["SGD"](hosts["mlp"].build().parameters()))
+    run.slots.bind(run.optimizer)
+    with pytest.raises(ValueError, match=r"bound to a SGD already.*unbind"):
+        run.slots.bind(OPTIMIZERS["Adam"](run.model.parameters()))
+
+
+def test_rebinding_uses_the_same_groups_and_takes_living_seeds_along(hosts: Any) -> None:
+    run = Run(hosts["mlp"], OPTIMIZERS["SGD"])
+    run.slot.germinate("mlp")
+    run.slot.advance(force=True)
+    optimizer = OPTIMIZERS["AdamW"](run.model.parameters())
+    seed = run.seed_parameters()
+    for _ in range(2):
+        run.slots.bind(optimizer)
+        run.optimizer = optimizer
+        assert [set(seed) <= set(g["params"]) for g in optimizer.param_groups] == [False, True]
+        assert run.moved(seed) == {True}
+        run.slots.unbind()
+
+
+def test_groups_carry_parameter_names_where_the_optimizer_does(hosts: Any) -> None:
+    case = hosts["mlp"]
+    run = Run(case, lambda p: optim.SGD(case.build().parameters(), lr=0.1))
+    run.optimizer = optim.SGD(run.model.named_parameters(), lr=0.1)
+    run.slots.bind(run.optimizer)
+    run.slot.germinate("lora")
+    names = ["second.lora.seed.down.weight", "second.lora.seed.up.weight"]
+    assert run.optimizer.param_groups[1]["param_names"] == names
+    for _ in range(4):
+        run.slot.advance(force=True)
+    run.slot.commit()
+    assert run.optimizer.param_groups[0]["param_names"][-2:] == names
+    assert run.optimizer.param_groups[1]["param_names"] == []
+
+
+@pytest.mark.parametrize("learning_rate", [0.1, torch.tensor(0.1)])
+def test_multiplier_and_warmup_act_exactly_and_on_the_seed_alone(
+    hosts: Any, learning_rate: Any
+) -> None:
+    run = Run(
+        hosts["mlp"],
+        lambda p: optim.SGD(p, lr=learning_rate),
+        learning_rate_multiplier=3.0,
+        warmup_steps=4,
+    )
+    run.slots.bind(run.optimizer)
+    run.slot.germinate("mlp")
+    run.step()
+    run.slot.advance(force=True)
+    seed, host = set(run.seed_parameters()), run.slots.host_parameters()
+    for factor in (0.75, 1.5, 2.25, 3.0, 3.0):
+        before = {p: p.detach().clone() for p in [*seed, *host]}
+        loss = F.cross_entropy(run.model(run.case.inputs()), run.case.labels())
+        loss.backward()
+        run.optimizer.step()
+        for parameter, old in before.items():
+            rate = 0.1 * factor if parameter in seed else 0.1
+            expected = old - rate * parameter.grad
+            torch.testing.assert_close(parameter.detach(), expected, rtol=1e-6, atol=1e-8)
+        run.optimizer.zero_grad()
+        run.slots.tick()
+        assert [float(g["lr"]) for g in run.optimizer.param_groups] == [pytest.approx(0.1)] * 2
+
+
+def test_a_step_that_raises_leaves_no_learning_rate_behind(hosts: Any) -> None:
+    run = Run(hosts["mlp"], OPTIMIZERS["SGD"], learning_rate_multiplier=0.5)
+    run.slots.bind(run.optimizer)
+    run.slot.germinate("mlp")
+    run.slot.advance(force=True)
+
+    def fail() -> float:
+        raise ArithmeticError("planted")
+
+    for _ in range(2):
+        with pytest.raises(ArithmeticError):
+            run.optimizer.step(fail)
+    run.step()
+    assert [group["lr"] for group in run.optimizer.param_groups] == [0.05, 0.05]
+
+
+def test_a_frozen_seed_stays_put_in_a_step_that_does_not_run_it(hosts: Any) -> None:
+    """As with stochastic depth, where no gradient arrives that could be dropped."""
+    run = Run(hosts["mlp"], OPTIMIZERS["SGD"], set_to_none=False)
+    run.slots.bind(run.optimizer)
+    run.slot.germinate("mlp")
+    run.slot.advance(force=True)
+    seed = run.seed_parameters()
+    run.moved(seed)
+    run.slot.advance(force=True)
+    run.slot.advance(force=True)
+    before = [parameter.detach().clone() for parameter in seed]
+    run.model.first(run.case.inputs()).sum().backward()
+    run.optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, seed, strict=True))
+
+
+def test_commit_keeps_training_as_the_inlined_module_does(
+    hosts: Any, grow: Any, bits_of: Any
+) -> None:
+    """From a trial through a commit, bit for bit, momentum included."""
+    case = hosts["mlp"]
+    runs = [Run(case, OPTIMIZERS["SGD"]) for _ in range(2)]
+    for run in runs:
+        torch.manual_seed(0)
+        run.slots.bind(run.optimizer)
+        grow(run.slot, case.blueprint, SeedStage.PROBATIONARY)
+        for _ in range(3):
+            run.step()
+        if run is runs[0]:
+            run.slot.commit()
+        for _ in range(3):
+            run.step()
+    first, second = ([bits_of(p) for p in run.model.parameters()] for run in runs)
+    assert first == second

@@ -1,0 +1,95 @@
+"""What the slots of a model share: which blueprints fit where, and the cache of that."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import esper
+from esper.lifecycle.events import CachesSwept
+from esper.seeds import Family, Seed, blueprints
+from esper.seeds.transformer import MLPSeed
+
+
+def test_choices_are_what_fits_by_cost_and_follow_the_registry(hosts: Any) -> None:
+    case = hosts["tokens"]
+    model = case.build()
+    slots = esper.attach(model, case.targets, example=case.inputs())
+    slot = slots[case.targets[0]]
+
+    class TooWide(MLPSeed):
+        def increment(self, features: Tensor) -> Tensor:
+            return super().increment(features[..., :5])
+
+    class WrongShape(MLPSeed):
+        def increment(self, features: Tensor) -> Tensor:
+            return super().increment(features)[:, :1]
+
+    before = slot.state().choices
+    assert [choice.name for choice in before] == ["noop", "norm", "lora", "mlp"]
+    counts = [choice.param_count for choice in before]
+    assert counts == sorted(counts)
+    for choice in before:
+        slot.germinate(choice.name)
+        assert sum(p.numel() for p in slot.living.parameters()) == choice.param_count
+        slot.prune()
+        while slot.stage.name != "DORMANT":
+            slot.advance(force=True)
+    with blueprints.temporarily() as registry:
+
+        @registry.register("too_wide", family=Family.TRANSFORMER)
+        def _too_wide(dim: int) -> Seed:
+            return TooWide(dim, dim)
+
+        @registry.register("wrong_shape", family=Family.TRANSFORMER)
+        def _wrong_shape(dim: int) -> Seed:
+            return WrongShape(dim, dim)
+
+        @registry.register("wide", family=Family.TRANSFORMER)
+        def _wide(dim: int) -> Seed:
+            return MLPSeed(dim, 9 * dim)
+
+        assert [choice.name for choice in slot.state().choices] == [
+            *(choice.name for choice in before),
+            "wide",
+        ]
+    assert slot.state().choices == before
+
+
+def test_an_epochs_end_sweeps_the_caches_and_reports_them(hosts: Any) -> None:
+    case = hosts["mlp"]
+    slots = esper.attach(case.build(), case.targets, example=case.inputs())
+    for _ in range(2):
+        for slot in slots.values():
+            slot.state()
+    *_, swept = slots.end_epoch()
+    assert isinstance(swept, CachesSwept)
+    probes = len(slots) * len(blueprints.names(Family.TRANSFORMER))
+    assert swept.sizes == swept.misses == swept.hits == {"shape_probes": probes}
+
+
+def test_asking_what_fits_builds_nothing_in_memory_and_draws_nothing(monkeypatch: Any) -> None:
+    model = nn.Sequential(nn.Linear(4, 4096))
+    slots = esper.attach(model, "0", example=torch.zeros(2, 4))
+    before = torch.get_rng_state()
+    devices: set[str] = set()
+    make = nn.Linear.reset_parameters
+
+    def watch(layer: nn.Linear) -> None:
+        devices.add(layer.weight.device.type)
+        make(layer)
+
+    monkeypatch.setattr(nn.Linear, "reset_parameters", watch)
+    with blueprints.temporarily():
+        assert slots["0"].state().choices
+    assert devices == {"meta"}
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_slot_set_is_a_mapping_that_tells_its_stages() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    slots = esper.attach(model, ["1", "0"], example=torch.zeros(2, 4))
+    assert list(slots) == ["0", "1"]
+    assert len(slots) == 2
+    slots["1"].germinate("norm")
+    assert repr(slots) == "SlotSet({'0': DORMANT, '1': GERMINATED})"
