@@ -24,12 +24,14 @@ from esper.slots import (
     modes,
     optimizer_binding,
     slot,
+    slot_forward,
     slot_set,
 )
 from esper.slots.gradient_health import GradientHealth
 
 STEP_PATH: dict[ModuleType, set[str] | None] = {
-    slot: {"forward", "_learn_behind", "_try", "tick"},
+    slot: {"tick"},
+    slot_forward: None,
     slot_set: {"tick", "_before_step", "clip_grad_norm_", "host_parameters", "_living_seeds"},
     gradient_guard: None,
     gradient_health: {"before_step", "gradient_norm", "note_before_clipping"},

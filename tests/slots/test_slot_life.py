@@ -330,9 +330,9 @@ def test_a_seed_that_raises_is_pruned_and_training_goes_on(
     grow(b.slot, "raises", stage, after=6)
     if stage is SeedStage.BLENDING:
         b.slot.set_alpha_target(0.5, 0)
-    while (calls := b.slot.seed.calls) < 6:
+    for calls in range(b.slot.seed.calls, 6):
+        assert b.slot.seed.calls == calls
         assert not any(isinstance(event, SeedFailed) for event in b.step())
-        assert b.slot.seed.calls == calls + 1
     seed = list(b.slot.seed.parameters())
     host = {name: tensor for name, tensor in b.model.state_dict().items() if "slot" not in name}
     plain = hosts["cnn"].build()
@@ -349,6 +349,22 @@ def test_a_seed_that_raises_is_pruned_and_training_goes_on(
     assert set(seed).isdisjoint(b.optimizer.state)
     for _ in range(3):
         assert b.step() == []
+
+
+def test_a_seed_that_has_raised_is_not_committed_and_its_failure_dies_with_it(
+    hosts: Any, grow: Grow, test_blueprints: None
+) -> None:
+    b = Bench(hosts["cnn"], embargo_epochs=0)
+    grow(b.slot, "raises", SeedStage.PROBATIONARY, after=2)
+    b.output()
+    events = b.slot.commit()
+    assert [type(event) for event in events] == [SeedFailed, SeedPruned, StageChanged]
+    assert b.slot.committed == []
+    b.slots.end_epoch()
+    b.slots.end_epoch()
+    grow(b.slot, "norm", SeedStage.TRAINING)
+    assert b.step() == []
+    assert b.slot.stage is SeedStage.TRAINING
 
 
 def test_a_seed_behind_the_host_is_not_run_in_eval_mode(
@@ -459,10 +475,11 @@ def test_a_fade_out_goes_down_to_zero_and_then_removes(
     with pytest.raises(IllegalTransition, match="only in BLENDING"):
         b.slot.set_alpha_target(1.0, 3)
     alphas, events = [before], []
-    while b.slot.seed is not None:
+    for _ in range(4):
+        assert b.slot.seed is not None
         events += b.slots.tick()
         alphas.append(b.slot.alpha)
-    assert len(alphas) == 5
+    assert b.slot.seed is None
     assert alphas == sorted(alphas, reverse=True)
     assert [type(event) for event in events] == [AlphaTargetReached, SeedPruned, StageChanged]
     assert events[1].reason == "no use"

@@ -6,7 +6,8 @@ from esper.slots.config import SlotConfig
 from esper.slots.counterfactual import Variant, effective_alpha, fused_losses
 from esper.slots.germination import GerminationError
 from esper.slots.ownership import OwnershipError
-from esper.slots.slot import CommittedSeed, ForwardMode, SeedSlot
+from esper.slots.slot import CommittedSeed, SeedSlot
+from esper.slots.slot_forward import ForwardMode
 from esper.slots.slot_set import SlotSet
 
 __all__ = [

@@ -3,17 +3,14 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from enum import Enum
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from esper.blending.operators import blend
 from esper.blending.schedule import DEFAULT_STEEPNESS, AlphaController, AlphaState
-from esper.blending.straight_through import straight_through
-from esper.lifecycle.actions import BlueprintChoice, SlotState
+from esper.lifecycle.actions import SlotState
 from esper.lifecycle.alpha import AlphaCurve, AlphaMode, BlendOperator
 from esper.lifecycle.events import (
     AlphaTargetReached,
@@ -39,7 +36,6 @@ from esper.seeds.identity import scale_output_
 from esper.seeds.registry import Family
 from esper.seeds.seed import Seed
 from esper.slots.branch import SeedBranch
-from esper.slots.breaker import CircuitBreaker
 from esper.slots.config import SlotConfig, choose
 from esper.slots.germination import (
     FeatureLayout,
@@ -53,18 +49,10 @@ from esper.slots.gradient_guard import GradientGuard
 from esper.slots.life import SeedLife
 from esper.slots.measurements import SeedMeasurements
 from esper.slots.modes import SeparateRandomStream
+from esper.slots.slot_forward import ForwardMode, SlotForward
+from esper.slots.slot_owner import SlotOwner
 
 _FORCEABLE = LIVING_STAGES - {SeedStage.GERMINATED}
-
-
-class ForwardMode(Enum):
-    """What a compiled graph sees of a living seed; a change costs one new graph at most."""
-
-    PASS_THROUGH = 0
-    STRAIGHT_THROUGH = 1
-    BLENDED = 2
-    INLINED = 3
-    """`h + u`, just as committed seeds run, so that a commit changes no graph."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,32 +65,7 @@ class CommittedSeed:
     """As last measured before the commit."""
 
 
-class SlotOwner(Protocol):
-    """What a slot asks of the set it belongs to."""
-
-    def breaker(self, blueprint: str) -> CircuitBreaker:
-        """Return the breaker around building this blueprint."""
-
-    def choices(self, slot: "SeedSlot") -> tuple[BlueprintChoice, ...]:
-        """Return the blueprints that fit, cheapest first."""
-
-    def check_unshared(self, slot: "SeedSlot", seed: nn.Module) -> None:
-        """Raise if the seed shares a parameter with another owner."""
-
-    def seed_added(self, slot: "SeedSlot", branch: SeedBranch) -> None:
-        """Take note that a seed was registered."""
-
-    def seed_removed(self, slot: "SeedSlot", branch: SeedBranch) -> None:
-        """Take note that a seed was removed."""
-
-    def seed_committed(self, slot: "SeedSlot", branch: SeedBranch) -> None:
-        """Take note that a seed passed to the host."""
-
-    def leftovers(self, slot: "SeedSlot") -> tuple[str, ...]:
-        """Return what is still found of the last removed seed."""
-
-
-class SeedSlot(nn.Module):
+class SeedSlot(SlotForward):
     """A place behind a host module where seeds grow, one living at a time.
 
     Made by `esper.attach`. The forward is the identity while no seed is in the path. Methods that
@@ -122,31 +85,15 @@ class SeedSlot(nn.Module):
         dtype: torch.dtype,
         owner: SlotOwner,
     ) -> None:
-        super().__init__()
+        super().__init__(layout, config, device=device, dtype=dtype)
         self.path = path
-        self.layout = layout
-        self.config = config
         self.hook_handle: RemovableHandle | None = None
-        self.branches = nn.ModuleList()
         self.committed: list[CommittedSeed] = []
-        self.mode = ForwardMode.PASS_THROUGH
-        self.isolated = True
-        self.active = False
-        """Whether the forward does anything; the hook looks at nothing else."""
-        self.num_committed = 0
-        self.num_inlined = 0
-        """Branches, from the first, that run as `h + u`: the committed and one on probation."""
-        self.forced_alpha: Tensor | None = None
-        self.blend_alpha: Tensor
-        alpha = torch.zeros((), device=device, dtype=dtype)
-        self.register_buffer("blend_alpha", alpha, persistent=False)
         self.nonfinite_gradients: Tensor
         count = torch.zeros((), device=device, dtype=torch.int32)
         self.register_buffer("nonfinite_gradients", count, persistent=False)
         self._owner: SlotOwner | None = owner
         self._guard: GradientGuard | None = None
-        self._stream: SeparateRandomStream | None = None
-        self._failure: str | None = None
         self._life = self._new_life(0)
 
     # What the slot is
@@ -171,15 +118,6 @@ class SeedSlot(nn.Module):
         """The living seed; None when the slot holds none."""
         branch = self.living
         return None if branch is None else branch.seed
-
-    @property
-    def living(self) -> SeedBranch | None:
-        """The living seed with its operator; None when the slot holds none."""
-        if len(self.branches) == self.num_committed:
-            return None
-        branch = self.branches[self.num_committed]
-        assert isinstance(branch, SeedBranch)
-        return branch
 
     @property
     def family(self) -> Family:
@@ -242,63 +180,6 @@ class SeedSlot(nn.Module):
             contribution_fraction=measured.contribution_fraction,
             choices=self._attached().choices(self),
         )
-
-    # The forward
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Return the features with committed seeds applied and the living one mixed in by stage."""
-        forced = self.forced_alpha
-        for index, branch in enumerate(self.branches):
-            if index < self.num_inlined and (forced is None or index < self.num_committed):
-                increment = self._try(branch, features, features)
-                if increment is not None:
-                    features = features + increment
-            elif forced is not None:
-                increment = self._try(branch, features, features)
-                if increment is not None:
-                    alpha = forced.to(features.dtype).reshape(-1, *(1,) * (features.ndim - 1))
-                    features = blend(features, increment, alpha)
-            elif self.mode is ForwardMode.BLENDED:
-                source = features.detach() if self.isolated else features
-                increment = self._try(branch, features, source)
-                if increment is not None:
-                    features = blend(features, increment, self.blend_alpha)
-            elif self.mode is ForwardMode.STRAIGHT_THROUGH and self.training:
-                features = self._learn_behind(branch, features)
-        return features
-
-    def _learn_behind(self, branch: nn.Module, features: Tensor) -> Tensor:
-        detached = features.detach()
-        if self._stream is None or torch.compiler.is_compiling():
-            increment = self._try(branch, detached, detached)
-        else:
-            with self._stream.active(features.device):
-                increment = self._try(branch, detached, detached)
-        if increment is None:
-            return features
-        return straight_through(
-            features,
-            increment,
-            objective=self.config.objective,
-            trust_fraction=self.config.trust_fraction,
-            overwritten=self.layout.overwritten,
-        )
-
-    def _try(self, branch: nn.Module, features: Tensor, seed_input: Tensor) -> Tensor | None:
-        """Run a seed; if a living one raises, the host goes on without it and `tick` prunes it."""
-        if torch.compiler.is_compiling():
-            increment: Tensor = branch(features, seed_input)
-            return increment
-        try:
-            increment = branch(features, seed_input)
-        except Exception as error:  # whatever a living seed raises, the host must go on
-            if branch is not self.living:
-                raise
-            self._failure = f"{type(error).__name__}: {error}"
-            self.mode = ForwardMode.PASS_THROUGH
-            self.num_inlined = self.num_committed
-            return None
-        return increment
 
     # Growing
 
@@ -396,8 +277,9 @@ class SeedSlot(nn.Module):
     def advance(self, force: bool = False) -> list[Event]:
         """Take the next stage through its gate.
 
-        A refusal changes nothing and is told by the returned GateEvaluated event. After a prune,
-        each call takes one step of the way back to DORMANT.
+        A refusal changes nothing and is told by the returned GateEvaluated event. A seed whose
+        forward has raised is pruned instead. After a prune, each call takes one step of the way
+        back to DORMANT.
 
         Args:
             force: Skip the gate's verdict, not its bookkeeping. A forced entry into SHADOWING sets
@@ -419,6 +301,8 @@ class SeedSlot(nn.Module):
             )
         if life.stage in RECOVERY_PATH:
             return self._recover(force=force)
+        if self._failure is not None:
+            return self._remove_failed(self._failure)
         stage = next_stage(life.stage, subject=life.subject)
         owner, blueprint = self._attached(), life.blueprint
         assert blueprint is not None
@@ -563,11 +447,11 @@ class SeedSlot(nn.Module):
         return events
 
     def _remove(self, reason: str) -> list[Event]:
-        life, branch = self._life, self._living_branch()
+        life, branch, owner = self._life, self._living_branch(), self._attached()
         self._drop_guard()
         self._stream = self._failure = None
         self.branches = nn.ModuleList(list(self.branches)[: self.num_committed])
-        self._attached().seed_removed(self, branch)
+        owner.seed_removed(self, branch)
         pruned = SeedPruned(
             slot=self.path, blueprint=branch.blueprint, from_stage=life.stage, reason=reason
         )
@@ -579,6 +463,12 @@ class SeedSlot(nn.Module):
         self.nonfinite_gradients.zero_()
         self._follow_stage()
         return [pruned, changed]
+
+    def _remove_failed(self, error: str) -> list[Event]:
+        blueprint = self._life.blueprint
+        assert blueprint is not None
+        failed = SeedFailed(slot=self.path, blueprint=blueprint, error=error)
+        return [failed, *self._remove(f"its forward raised {error}")]
 
     def _recover(self, *, force: bool) -> list[Event]:
         life = self._life
@@ -608,10 +498,7 @@ class SeedSlot(nn.Module):
         if life.stage not in LIVING_STAGES:
             return []
         if self._failure is not None:
-            error = self._failure
-            assert life.blueprint is not None
-            failed = SeedFailed(slot=self.path, blueprint=life.blueprint, error=error)
-            return [failed, *self._remove(f"its forward raised {error}")]
+            return self._remove_failed(self._failure)
         life.steps_in_stage += 1
         if life.stage is SeedStage.TRAINING:
             life.measurements.training_steps += 1

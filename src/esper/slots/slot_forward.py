@@ -1,0 +1,122 @@
+"""The forward half of a slot: what the host's features meet on their way."""
+
+from enum import Enum
+
+import torch
+from torch import Tensor, nn
+
+from esper.blending.operators import blend
+from esper.blending.straight_through import straight_through
+from esper.slots.branch import SeedBranch
+from esper.slots.config import SlotConfig
+from esper.slots.germination import FeatureLayout
+from esper.slots.modes import SeparateRandomStream
+
+
+class ForwardMode(Enum):
+    """What a compiled graph sees of a living seed; a change costs one new graph at most."""
+
+    PASS_THROUGH = 0
+    STRAIGHT_THROUGH = 1
+    BLENDED = 2
+    INLINED = 3
+    """`h + u`, just as committed seeds run, so that a commit changes no graph."""
+
+
+class SlotForward(nn.Module):
+    """Applies a slot's branches to features; which, and how, is set by the slot's life.
+
+    Only what the forward reads is here: a compiled graph guards on these attributes and on nothing
+    else of a slot. The base of `SeedSlot`, which sets them.
+    """
+
+    def __init__(
+        self,
+        layout: FeatureLayout,
+        config: SlotConfig,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        self.layout = layout
+        self.config = config
+        self.branches = nn.ModuleList()
+        """Committed seeds in the order of their commits, then the living one."""
+        self.mode = ForwardMode.PASS_THROUGH
+        self.isolated = True
+        self.active = False
+        """Whether the forward does anything; the hook looks at nothing else."""
+        self.num_committed = 0
+        self.num_inlined = 0
+        """Branches, from the first, that run as `h + u`: the committed and one on probation."""
+        self.forced_alpha: Tensor | None = None
+        self.blend_alpha: Tensor
+        alpha = torch.zeros((), device=device, dtype=dtype)
+        self.register_buffer("blend_alpha", alpha, persistent=False)
+        self._stream: SeparateRandomStream | None = None
+        self._failure: str | None = None
+
+    @property
+    def living(self) -> SeedBranch | None:
+        """The living seed with its operator; None when the slot holds none."""
+        if len(self.branches) == self.num_committed:
+            return None
+        branch = self.branches[self.num_committed]
+        assert isinstance(branch, SeedBranch)
+        return branch
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return the features with committed seeds applied and the living one mixed in by stage."""
+        forced = self.forced_alpha
+        for index, branch in enumerate(self.branches):
+            if index < self.num_inlined and (forced is None or index < self.num_committed):
+                increment = self._try(branch, features, features)
+                if increment is not None:
+                    features = features + increment
+            elif forced is not None:
+                increment = self._try(branch, features, features)
+                if increment is not None:
+                    alpha = forced.to(features.dtype).reshape(-1, *(1,) * (features.ndim - 1))
+                    features = blend(features, increment, alpha)
+            elif self.mode is ForwardMode.BLENDED:
+                source = features.detach() if self.isolated else features
+                increment = self._try(branch, features, source)
+                if increment is not None:
+                    features = blend(features, increment, self.blend_alpha)
+            elif self.mode is ForwardMode.STRAIGHT_THROUGH and self.training:
+                features = self._learn_behind(branch, features)
+        return features
+
+    def _learn_behind(self, branch: nn.Module, features: Tensor) -> Tensor:
+        detached = features.detach()
+        if self._stream is None or torch.compiler.is_compiling():
+            increment = self._try(branch, detached, detached)
+        else:
+            with self._stream.active(features.device):
+                increment = self._try(branch, detached, detached)
+        if increment is None:
+            return features
+        return straight_through(
+            features,
+            increment,
+            objective=self.config.objective,
+            trust_fraction=self.config.trust_fraction,
+            overwritten=self.layout.overwritten,
+        )
+
+    def _try(self, branch: nn.Module, features: Tensor, seed_input: Tensor) -> Tensor | None:
+        """Run a seed; if a living one raises, the host goes on without it and `tick` prunes it."""
+        if torch.compiler.is_compiling():
+            increment: Tensor = branch(features, seed_input)
+            return increment
+        try:
+            increment = branch(features, seed_input)
+        except Exception as error:  # whatever a living seed raises, the host must go on
+            if branch is not self.living:
+                raise
+            self._failure = f"{type(error).__name__}: {error}"
+            self.mode = ForwardMode.PASS_THROUGH
+            self.num_inlined = self.num_committed
+            return None
+        return increment
