@@ -70,6 +70,7 @@ def test_run_folder_holds_config_environment_events_and_weights(grown: tuple[Pat
     environment = reader.environment()
     assert environment["packages"]["torch"]
     assert environment["random_seed"] == 1
+    assert environment["torch_threads"] == 1
     assert environment["matmul"] == {
         "float32_matmul_precision": "highest",
         "cudnn_allow_tf32": False,

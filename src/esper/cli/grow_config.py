@@ -30,6 +30,8 @@ class GrowConfig(Record):
     what grows in the stable phase has a full learning rate left."""
     decay_fraction: Annotated[FiniteFloat, Field(gt=0.0, le=1.0)] = 0.3
     """Share of the run in which wsd falls."""
+    threads: Annotated[int, Field(ge=1)] | None = None
+    """CPU threads of torch in this process; None leaves torch's choice."""
     trainer: TrainerConfig
     slot: SlotConfig
     heuristic: HeuristicConfig
@@ -40,6 +42,7 @@ def task_defaults(task: Task) -> dict[str, Any]:
     return {
         "task": task.name,
         "learning_rate": task.learning_rate,
+        "threads": task.threads,
         "trainer": {"epochs": task.epochs, "scheduler_interval": "step"},
         "slot": task.slot.model_dump(mode="json"),
         "heuristic": task.heuristic.model_dump(mode="json"),

@@ -87,10 +87,14 @@ def stored_run(
 ) -> Iterator[GrowingRun]:
     """Open a run folder, and close it with weights and a status however the run ends.
 
+    Effects: sets the process's matmul precision and number of threads.
+
     Raises:
         RunFolderError: The folder holds a run already.
     """
     set_matmul_precision(config.trainer.matmul_precision)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
     environment = {
         **describe_environment(),
         "matmul": matmul_settings(),

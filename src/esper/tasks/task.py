@@ -41,6 +41,7 @@ class Task:
     Attributes:
         build: Random seed to setup; the same seed gives the same host and data order.
         metric: Name of the metric that people quote, among those of the held-out data.
+        threads: CPU threads that suit the host; None leaves torch's choice.
     """
 
     name: str
@@ -51,3 +52,4 @@ class Task:
     learning_rate: float
     slot: SlotConfig
     heuristic: HeuristicConfig
+    threads: int | None = None

@@ -58,5 +58,6 @@ DIGITS = Task(
     heuristic=HeuristicConfig(
         blueprints=("conv_heavy",), warmup_epochs=3, plateau_fraction=1.0, max_living=2
     ),
+    threads=1,  # the steps are too short to share between cores
 )
 """Settings chosen on seeds 0 to 4 of the validation split; see benchmarks/digits_growth.py."""
