@@ -14,7 +14,7 @@ import safetensors.torch
 from esper.cli.grow_config import known_keys
 from esper.telemetry import WEIGHTS_FILE, RunReader
 
-SHORT = ("--epochs", "7", "--seed", "1", "--set", "heuristic.patience_epochs=3")
+SHORT = ("--epochs", "7", "--seed", "1")
 
 
 def esper(*arguments: str, cwd: Path, env: Mapping[str, str] | None = None) -> str:
