@@ -53,7 +53,7 @@ DIGITS = Task(
     build=build,
     metric="accuracy",
     epochs=80,
-    learning_rate=1e-2,
+    learning_rate=5e-3,
     slot=SlotConfig(),
     heuristic=HeuristicConfig(
         blueprints=("conv_heavy",), warmup_epochs=3, plateau_fraction=1.0, max_living=2
