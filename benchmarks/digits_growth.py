@@ -8,7 +8,7 @@ Every arm tries the same learning rates, and takes the one with the lowest mean 
 all seeds; the table shows its loss and accuracy on the test split, which nothing was chosen by.
 Finished runs are kept in a JSON file, so an interrupted benchmark goes on where it was.
 
-    python benchmarks/digits_growth.py [--seeds 5] [--jobs 2] [--cache FILE]
+    python benchmarks/digits_growth.py [--seeds 5] [--first-seed 0] [--jobs 2] [--cache FILE]
 """
 
 import argparse
@@ -140,13 +140,14 @@ def spread(values: list[float]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument(
         "--cache", type=Path, default=Path(tempfile.gettempdir()) / "esper-digits-growth.jsonl"
     )
     options = parser.parse_args()
     console = Console(width=120)
-    seeds = range(options.seeds)
+    seeds = range(options.first_seed, options.first_seed + options.seeds)
     arms = {}
     for arm in ("host", "grown"):
         jobs: list[tuple[str, float, int, Topology]] = [
