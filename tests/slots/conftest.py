@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from esper.lifecycle.events import Event
 from esper.lifecycle.stages import SeedStage
 from esper.seeds import Family, Seed, blueprints, zero_initialise_
 from esper.slots import SeedSlot
@@ -179,14 +180,27 @@ def bits_of() -> Callable[[Tensor], bytes]:
     return bits
 
 
-def _grow(slot: SeedSlot, blueprint: str, stage: SeedStage, **options: Any) -> None:
-    slot.germinate(blueprint, **options)
-    while slot.stage is not stage:
-        slot.advance(force=True)
+def _advance_to(slot: SeedSlot, stage: SeedStage) -> list[Event]:
+    events: list[Event] = []
+    for _ in SeedStage:
+        if slot.stage is stage:
+            return events
+        events += slot.advance(force=True)
+    raise AssertionError(f"{slot.path} stays {slot.stage}: {events}")
+
+
+def _grow(slot: SeedSlot, blueprint: str, stage: SeedStage, **options: Any) -> list[Event]:
+    return [*slot.germinate(blueprint, **options), *_advance_to(slot, stage)]
 
 
 @pytest.fixture(scope="session")
-def grow() -> Callable[..., None]:
+def advance_to() -> Callable[..., list[Event]]:
+    """`advance_to(slot, stage)`: force the seed, or a pruned slot, there; returns the events."""
+    return _advance_to
+
+
+@pytest.fixture(scope="session")
+def grow() -> Callable[..., list[Event]]:
     """`grow(slot, blueprint, stage, **options)`: germinate and force the seed to `stage`."""
     return _grow
 

@@ -20,7 +20,6 @@ from esper.lifecycle.stages import IllegalTransition
 from esper.seeds import BlueprintError, Family, Seed, blueprints
 from esper.seeds.noop import NoopSeed
 from esper.slots import OwnershipError
-from esper.slots.ownership import OwnershipLedger
 
 X = torch.randn(4, 6)
 
@@ -614,33 +613,3 @@ def test_settings_out_of_range_or_unknown_are_refused_by_name(
 ) -> None:
     with pytest.raises(ValidationError, match=field):
         make()
-
-
-def test_a_teacher_is_frozen_and_never_reaches_an_optimizer() -> None:
-    model, teacher = chain(), chain()
-    slots = esper.attach(model, "0", example=X)
-    slots.ledger.add_teacher("ema", teacher)
-    assert not any(parameter.requires_grad for parameter in teacher.parameters())
-    optimizer = torch.optim.SGD([*model.parameters(), *teacher.parameters()], lr=0.1)
-    with pytest.raises(OwnershipError, match=r"group 0 of the SGD holds.*teacher 'ema'.*frozen"):
-        slots.bind(optimizer)
-    assert slots.binding is None
-    assert len(optimizer.param_groups) == 1
-
-
-def test_the_ledger_names_every_owner_and_both_of_a_shared_parameter(grow: Any) -> None:
-    model, teacher = chain(), chain()
-    slots = esper.attach(model, ["0", "1"], example=X)
-    grow(slots["0"], "norm", SeedStage.FOSSILIZED)
-    grow(slots["1"], "mlp", SeedStage.TRAINING)
-    slots.ledger.add_teacher("ema", teacher)
-    owners = slots.ledger.owners()
-    assert {owners[p] for p in slots["0"].parameters()} == {"host"}
-    assert {owners[p] for p in slots["1"].parameters()} == {"seed of slot '1'"}
-    assert {owners[p] for p in teacher.parameters()} == {"teacher 'ema'"}
-    assert {owners[p] for p in model[2].parameters()} == {"host"}
-    stolen = next(slots["1"].parameters())
-    model[2].weight = stolen
-    with pytest.raises(OwnershipError, match=r"belongs to host and to seed of slot '1'"):
-        slots.ledger.owners()
-    assert isinstance(slots.ledger, OwnershipLedger)

@@ -192,7 +192,7 @@ def test_default_isolation_follows_the_layout(isolation: Isolation) -> None:
 
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_features_keep_the_hosts_dtype_under_autocast(
-    host: Any, operator: BlendOperator, grow: Any, randomise: Any
+    host: Any, operator: BlendOperator, advance_to: Any, randomise: Any
 ) -> None:
     model = host.build()
     config = SlotConfig(blend_operator=operator)
@@ -210,8 +210,7 @@ def test_features_keep_the_hosts_dtype_under_autocast(
                 if slot.living is None:
                     slot.germinate(host.blueprint)
                     randomise(slot.living)
-                while slot.stage is not stage:
-                    slot.advance(force=True)
+                advance_to(slot, stage)
                 if stage is SeedStage.BLENDING:
                     slot.set_alpha_target(0.5, 0)
             model(host.inputs())

@@ -116,16 +116,23 @@ def test_attach_and_detach_leave_no_trace(host: Any, fingerprint: Any) -> None:
     assert fingerprint(model) == before
 
 
-def test_attach_draws_nothing_from_a_stream_that_the_host_draws_from_in_eval_mode_too(
+def test_attach_leaves_no_trace_in_a_host_that_draws_and_counts_in_eval_mode_too(
     fingerprint: Any,
 ) -> None:
-    class Noisy(nn.Linear):
+    class Busy(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(4, 4)
+            self.register_buffer("calls", torch.zeros(()))
+            self.register_buffer("mean", torch.zeros(4))
+
         def forward(self, features: Tensor) -> Tensor:
+            self.calls += 1
+            self.mean = 0.9 * self.mean + 0.1 * features.mean(0)
             return super().forward(features) + torch.rand(())
 
-    model = nn.Sequential(Noisy(4, 4), nn.Tanh())
+    model = nn.Sequential(Busy(), nn.Tanh())
     before = fingerprint(model)
-    esper.attach(model, "0", example=torch.zeros(2, 4))
+    esper.attach(model, "0", example=torch.ones(2, 4))
     esper.detach(model)
     assert fingerprint(model) == before
 

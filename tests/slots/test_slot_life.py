@@ -29,7 +29,7 @@ from esper.seeds.cnn import NormSeed
 from esper.slots import GerminationError
 from esper.slots.breaker import BreakerState, CircuitBreaker
 
-Grow = Callable[..., None]
+Grow = Callable[..., list[Event]]
 
 
 class Bench:
@@ -77,12 +77,10 @@ def gates(events: list[Event]) -> list[GateEvaluated]:
 
 
 def test_force_walks_the_whole_growth_path_and_every_gate_is_on_record(
-    bench: Callable[..., Bench],
+    bench: Callable[..., Bench], grow: Grow
 ) -> None:
     b = bench()
-    events = b.slot.germinate("conv_light")
-    while b.slot.stage is not SeedStage.FOSSILIZED:
-        events += b.slot.advance(force=True)
+    events = grow(b.slot, "conv_light", SeedStage.FOSSILIZED)
     assert tuple(stages(events)) == GROWTH_PATH[1:]
     verdicts = {gate.result.gate: gate.result for gate in gates(events)}
     assert [verdicts[name].passed for name in ("G0", "G1")] == [True, True]
@@ -200,12 +198,12 @@ def test_the_embargo_is_counted_in_epochs(bench: Callable[..., Bench], epochs: i
     b.slot.germinate("norm")
 
 
-def test_advance_takes_the_recovery_path_one_stage_at_a_time(bench: Callable[..., Bench]) -> None:
+def test_advance_takes_the_recovery_path_one_stage_at_a_time(
+    bench: Callable[..., Bench], advance_to: Any
+) -> None:
     b = bench()
     b.slot.germinate("norm")
-    events = b.slot.prune()
-    while b.slot.stage is not SeedStage.DORMANT:
-        events += b.slot.advance(force=True)
+    events = [*b.slot.prune(), *advance_to(b.slot, SeedStage.DORMANT)]
     assert tuple(stages(events)) == RECOVERY_PATH
 
 
@@ -270,8 +268,9 @@ def test_a_slot_grows_behind_what_it_committed_until_its_cap(
 
     b.slot.germinate(second)
     assert torch.equal(b.output(), committed)
-    while b.slot.stage is not SeedStage.PROBATIONARY:
+    for stage in GROWTH_PATH[2:6]:
         b.slot.advance(force=True)
+        assert b.slot.stage is stage
         assert torch.equal(b.output(), committed)
     randomise(b.slot.living)
     on_trial = b.output()
@@ -303,7 +302,7 @@ def test_a_pruned_successor_leaves_what_was_committed(
 
 
 def test_seeds_of_one_slot_start_from_different_weights_and_the_same_in_every_run(
-    bench: Callable[..., Bench],
+    bench: Callable[..., Bench], advance_to: Any
 ) -> None:
     runs = []
     for _ in range(2):
@@ -312,8 +311,7 @@ def test_seeds_of_one_slot_start_from_different_weights_and_the_same_in_every_ru
             b.slot.germinate("conv_light")
             weights.append(b.slot.seed.convolutions[0].weight.detach().clone())
             b.slot.prune()
-            while b.slot.stage is not SeedStage.DORMANT:
-                b.slots.end_epoch()
+            advance_to(b.slot, SeedStage.DORMANT)
         runs.append(weights)
     assert torch.equal(runs[0][0], runs[1][0])
     assert torch.equal(runs[0][1], runs[1][1])

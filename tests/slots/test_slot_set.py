@@ -6,12 +6,13 @@ import torch
 from torch import Tensor, nn
 
 import esper
+from esper import SeedStage
 from esper.lifecycle.events import CachesSwept
 from esper.seeds import Family, Seed, blueprints
 from esper.seeds.transformer import MLPSeed
 
 
-def test_choices_are_what_fits_by_cost_and_follow_the_registry(hosts: Any) -> None:
+def test_choices_are_what_fits_by_cost_and_follow_the_registry(hosts: Any, advance_to: Any) -> None:
     case = hosts["tokens"]
     model = case.build()
     slots = esper.attach(model, case.targets, example=case.inputs())
@@ -33,8 +34,7 @@ def test_choices_are_what_fits_by_cost_and_follow_the_registry(hosts: Any) -> No
         slot.germinate(choice.name)
         assert sum(p.numel() for p in slot.living.parameters()) == choice.param_count
         slot.prune()
-        while slot.stage.name != "DORMANT":
-            slot.advance(force=True)
+        advance_to(slot, SeedStage.DORMANT)
     with blueprints.temporarily() as registry:
 
         @registry.register("too_wide", family=Family.TRANSFORMER)
@@ -53,6 +53,10 @@ def test_choices_are_what_fits_by_cost_and_follow_the_registry(hosts: Any) -> No
             *(choice.name for choice in before),
             "wide",
         ]
+        registry.unregister(Family.TRANSFORMER, "mlp")
+        registry.register("mlp", family=Family.TRANSFORMER)(_wide)
+        redefined = {choice.name: choice.param_count for choice in slot.state().choices}
+        assert redefined["mlp"] == redefined["wide"] > counts[-1]
     assert slot.state().choices == before
 
 
@@ -93,3 +97,27 @@ def test_a_slot_set_is_a_mapping_that_tells_its_stages() -> None:
     assert len(slots) == 2
     slots["1"].germinate("norm")
     assert repr(slots) == "SlotSet({'0': DORMANT, '1': GERMINATED})"
+
+
+def test_the_hosts_parameters_follow_every_seed(hosts: Any, grow: Any) -> None:
+    case = hosts["mlp"]
+    model = case.build()
+    slots = esper.attach(model, case.targets, example=case.inputs())
+    first, second = slots.values()
+
+    def host() -> set[nn.Parameter]:
+        found = slots.host_parameters()
+        assert found == [p for p in model.parameters() if p in set(found)]
+        return set(found)
+
+    own = host()
+    assert own == set(model.parameters())
+    grow(first, "mlp", SeedStage.PROBATIONARY)
+    assert host() == own
+    first.commit()
+    committed = set(first.branches.parameters())
+    assert host() == own | committed
+    second.germinate("lora")
+    assert host() == own | committed
+    second.prune()
+    assert host() == own | committed

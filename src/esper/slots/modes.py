@@ -20,6 +20,22 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def unchanged_buffers(model: nn.Module) -> Iterator[None]:
+    """Give every buffer back its tensor and its values afterwards, also those that eval changes."""
+    kept = [
+        (module, name, buffer, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+    ]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for module, name, buffer, values in kept:
+                setattr(module, name, buffer.copy_(values))
+
+
+@contextmanager
 def forked_random_state(device: torch.device) -> Iterator[None]:
     """Keep the random streams of the CPU and of `device` from what happens inside."""
     devices = [device] if device.type == "cuda" else []

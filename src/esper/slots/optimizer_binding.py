@@ -84,31 +84,31 @@ class OptimizerBinding:
         for slot in slots.values():
             if slot.living is not None:
                 self._take(slot.living, held)
-                self.add(slot, slot.living)
+                self.add(slot.path, slot.living)
         self._handles: list[RemovableHandle] = [
             optimizer.register_step_pre_hook(self._step_begins),
             optimizer.register_step_post_hook(self._step_ends),
         ]
 
-    def add(self, slot: SeedSlot, branch: SeedBranch) -> None:
+    def add(self, path: str, branch: SeedBranch) -> None:
         """Fill the slot's group with a new seed; its optimizer state starts fresh."""
-        group = self._groups[slot.path]
+        group = self._groups[path]
         group["params"].extend(branch.parameters())
         if "param_names" in group:
-            prefix = f"{slot.path}.{branch.blueprint}"
+            prefix = f"{path}.{branch.blueprint}"
             group["param_names"].extend(f"{prefix}.{n}" for n, _ in branch.named_parameters())
-        self._steps[slot.path] = 0
+        self._steps[path] = 0
 
-    def remove(self, slot: SeedSlot, branch: SeedBranch) -> None:
+    def remove(self, path: str, branch: SeedBranch) -> None:
         """Empty the slot's group and drop the seed's optimizer state."""
-        self._empty(self._groups[slot.path])
+        self._empty(self._groups[path])
         for parameter in branch.parameters():
             self.optimizer.state.pop(parameter, None)
             parameter.grad = None
 
-    def commit(self, slot: SeedSlot, branch: SeedBranch) -> None:
+    def commit(self, path: str, branch: SeedBranch) -> None:
         """Move a committed seed to the host's first group; its optimizer state goes with it."""
-        group, host = self._groups[slot.path], self.optimizer.param_groups[0]
+        group, host = self._groups[path], self.optimizer.param_groups[0]
         host["params"].extend(group["params"])
         if "param_names" in host:
             host["param_names"].extend(group["param_names"])

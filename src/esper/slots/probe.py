@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from esper.seeds.registry import Family
 from esper.slots.germination import FeatureLayout
-from esper.slots.modes import evaluation_mode, forked_random_state
+from esper.slots.modes import evaluation_mode, forked_random_state, unchanged_buffers
 
 _LAYOUTS = {Family.CNN: "B C H W", Family.TRANSFORMER: "B … D, features in the last dimension"}
 
@@ -90,7 +90,7 @@ def first_tensor(output: Any, path: str) -> Tensor:
 
 
 def run_on_example(model: nn.Module, example: Any) -> None:
-    """Run the model once in eval mode, without gradient, leaving random streams and modes alone.
+    """Run the model once in eval mode, without gradient; modes, buffers and random streams stay.
 
     Raises:
         ValueError: The forward raised; model and example shapes are named.
@@ -100,7 +100,12 @@ def run_on_example(model: nn.Module, example: Any) -> None:
     args, kwargs = example_arguments(model, example)
     args, kwargs = map_tensors(lambda tensor: tensor.to(device), (args, kwargs))
     try:
-        with evaluation_mode(model), forked_random_state(device), torch.no_grad():
+        with (
+            evaluation_mode(model),
+            unchanged_buffers(model),
+            forked_random_state(device),
+            torch.no_grad(),
+        ):
             model(*args, **kwargs)
     except _NoFeaturesError:
         raise

@@ -178,7 +178,7 @@ class SeedSlot(SlotForward):
             gradient_ratio=measured.gradient_ratio,
             line_search_gain_fraction=measured.line_search_gain_fraction,
             contribution_fraction=measured.contribution_fraction,
-            choices=self._attached().choices(self),
+            choices=self._attached().choices(self.path),
         )
 
     # Growing
@@ -227,7 +227,7 @@ class SeedSlot(SlotForward):
             new = sprout(
                 order,
                 random_seed=random_seed,
-                check_unshared=lambda seed: owner.check_unshared(self, seed),
+                check_unshared=lambda seed: owner.check_unshared(self.path, seed),
             )
         except ValueError:
             raise
@@ -265,7 +265,7 @@ class SeedSlot(SlotForward):
         committed = list(self.branches)
         self.branches = nn.ModuleList([*committed, branch])
         try:
-            self._attached().seed_added(self, branch)
+            self._attached().seed_added(self.path, branch)
         except BaseException:
             self.branches = nn.ModuleList(committed)
             raise
@@ -400,7 +400,7 @@ class SeedSlot(SlotForward):
 
     def _hand_over(self) -> Event:
         branch = self._living_branch()
-        self._attached().seed_committed(self, branch)
+        self._attached().seed_committed(self.path, branch)
         self._drop_guard()
         record = CommittedSeed(
             blueprint=branch.blueprint,
@@ -451,7 +451,7 @@ class SeedSlot(SlotForward):
         self._drop_guard()
         self._stream = self._failure = None
         self.branches = nn.ModuleList(list(self.branches)[: self.num_committed])
-        owner.seed_removed(self, branch)
+        owner.seed_removed(self.path, branch)
         pruned = SeedPruned(
             slot=self.path, blueprint=branch.blueprint, from_stage=life.stage, reason=reason
         )
@@ -482,7 +482,7 @@ class SeedSlot(SlotForward):
                 )
         if life.stage is not SeedStage.RESETTING:
             return [life.enter(next_stage(life.stage))]
-        leftovers = self._attached().leftovers(self)
+        leftovers = self._attached().leftovers(self.path)
         reset = SlotReset(slot=self.path, leftovers=leftovers)
         if leftovers:
             return [reset]

@@ -1,15 +1,12 @@
-"""What a slot asks of the set it belongs to."""
+"""What a slot asks of the set it belongs to; it says who it is by its path."""
 
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from torch import nn
 
 from esper.lifecycle.actions import BlueprintChoice
 from esper.slots.branch import SeedBranch
 from esper.slots.breaker import CircuitBreaker
-
-if TYPE_CHECKING:
-    from esper.slots.slot import SeedSlot
 
 
 class SlotOwner(Protocol):
@@ -18,20 +15,20 @@ class SlotOwner(Protocol):
     def breaker(self, blueprint: str) -> CircuitBreaker:
         """Return the breaker around building this blueprint."""
 
-    def choices(self, slot: "SeedSlot") -> tuple[BlueprintChoice, ...]:
+    def choices(self, path: str) -> tuple[BlueprintChoice, ...]:
         """Return the blueprints that fit, cheapest first."""
 
-    def check_unshared(self, slot: "SeedSlot", seed: nn.Module) -> None:
+    def check_unshared(self, path: str, seed: nn.Module) -> None:
         """Raise if the seed shares a parameter with another owner."""
 
-    def seed_added(self, slot: "SeedSlot", branch: SeedBranch) -> None:
+    def seed_added(self, path: str, branch: SeedBranch) -> None:
         """Take note that a seed was registered."""
 
-    def seed_removed(self, slot: "SeedSlot", branch: SeedBranch) -> None:
+    def seed_removed(self, path: str, branch: SeedBranch) -> None:
         """Take note that a seed was removed."""
 
-    def seed_committed(self, slot: "SeedSlot", branch: SeedBranch) -> None:
+    def seed_committed(self, path: str, branch: SeedBranch) -> None:
         """Take note that a seed passed to the host."""
 
-    def leftovers(self, slot: "SeedSlot") -> tuple[str, ...]:
+    def leftovers(self, path: str) -> tuple[str, ...]:
         """Return what is still found of the last removed seed."""

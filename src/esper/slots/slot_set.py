@@ -148,12 +148,12 @@ class SlotSet(Mapping[str, SeedSlot]):
             return None
         host_params = sum(parameter.numel() for parameter in self.host_parameters())
         return self.gradient_health.read(
-            _owner_name(slot), host_params=host_params, seed_params=branch.param_count
+            _owner_name(slot.path), host_params=host_params, seed_params=branch.param_count
         )
 
     def _before_step(self) -> None:
         learning = {
-            _owner_name(slot): list(slot.living.parameters())
+            _owner_name(slot.path): list(slot.living.parameters())
             for slot in self._slots.values()
             if slot.stage in _LEARNING_STAGES and slot.living is not None
         }
@@ -170,42 +170,44 @@ class SlotSet(Mapping[str, SeedSlot]):
         """Return the breaker around building one blueprint."""
         return self._breakers.setdefault(blueprint, CircuitBreaker(f"build {blueprint}"))
 
-    def choices(self, slot: SeedSlot) -> tuple[BlueprintChoice, ...]:
+    def choices(self, path: str) -> tuple[BlueprintChoice, ...]:
         """Return the blueprints that fit a slot, cheapest first."""
+        slot = self._slots[path]
         return tuple(
             BlueprintChoice(name=name, param_count=count)
             for name in blueprints.names(slot.family)
             if (count := self._param_count_if_fits(slot, name)) is not None
         )
 
-    def check_unshared(self, slot: SeedSlot, seed: nn.Module) -> None:
+    def check_unshared(self, path: str, seed: nn.Module) -> None:
         """Raise OwnershipError if a new seed shares a parameter."""
-        self.ledger.check_seed(_owner_name(slot), seed)
+        self.ledger.check_seed(_owner_name(path), seed)
 
-    def seed_added(self, slot: SeedSlot, branch: SeedBranch) -> None:
+    def seed_added(self, path: str, branch: SeedBranch) -> None:
         """Give a new seed to the optimizer."""
         self._host_parameters = None
         if self.binding is not None:
-            self.binding.add(slot, branch)
+            self.binding.add(path, branch)
 
-    def seed_removed(self, slot: SeedSlot, branch: SeedBranch) -> None:
+    def seed_removed(self, path: str, branch: SeedBranch) -> None:
         """Take a pruned seed from the optimizer and remember what must be gone."""
         self._host_parameters = None
-        self._removed[slot.path] = [weakref.ref(parameter) for parameter in branch.parameters()]
-        self.gradient_health.forget(_owner_name(slot))
+        self._removed[path] = [weakref.ref(parameter) for parameter in branch.parameters()]
+        self.gradient_health.forget(_owner_name(path))
         if self.binding is not None:
-            self.binding.remove(slot, branch)
+            self.binding.remove(path, branch)
 
-    def seed_committed(self, slot: SeedSlot, branch: SeedBranch) -> None:
+    def seed_committed(self, path: str, branch: SeedBranch) -> None:
         """Move a committed seed's parameters to the host's group."""
         self._host_parameters = None
-        self.gradient_health.forget(_owner_name(slot))
+        self.gradient_health.forget(_owner_name(path))
         if self.binding is not None:
-            self.binding.commit(slot, branch)
+            self.binding.commit(path, branch)
 
-    def leftovers(self, slot: SeedSlot) -> tuple[str, ...]:
+    def leftovers(self, path: str) -> tuple[str, ...]:
         """Return where anything of the slot's last pruned seed is still found."""
-        removed = [ref() for ref in self._removed.get(slot.path, ())]
+        slot = self._slots[path]
+        removed = [ref() for ref in self._removed.get(path, ())]
         alive = [parameter for parameter in removed if parameter is not None]
         in_model = {id(parameter) for parameter in self.model.parameters()}
         found = []
@@ -215,17 +217,17 @@ class SlotSet(Mapping[str, SeedSlot]):
             found.append("parameters in the model")
         if self.binding is not None and any(map(self.binding.holds, alive)):
             found.append("parameters or state in the optimizer")
-        if self.gradient_health.holds(_owner_name(slot)):
+        if self.gradient_health.holds(_owner_name(path)):
             found.append("gradient norms")
         if slot.guarded:
             found.append("gradient hooks")
         if not found:
-            self._removed.pop(slot.path, None)
+            self._removed.pop(path, None)
         return tuple(found)
 
     def _living_seeds(self) -> dict[str, nn.Module]:
         return {
-            _owner_name(slot): slot.living
+            _owner_name(slot.path): slot.living
             for slot in self._slots.values()
             if slot.living is not None
         }
@@ -243,5 +245,5 @@ class SlotSet(Mapping[str, SeedSlot]):
         return self._shape_probes.get_or_make(key, lambda: fits(order))
 
 
-def _owner_name(slot: SeedSlot) -> str:
-    return f"seed of slot {slot.path!r}"
+def _owner_name(path: str) -> str:
+    return f"seed of slot {path!r}"
