@@ -170,3 +170,14 @@ def test_without_an_overwriting_host_no_copy_is_made():
     features = normal(4, 5, 6).requires_grad_()
     output = straight_through(features, normal(4, 5, 6, seed=1).requires_grad_())
     assert output.data_ptr() == features.data_ptr()
+
+
+def test_the_pull_stays_finite_in_half_precision_where_its_factor_would_not():
+    features = torch.full((2, 3), 1e-3, dtype=torch.float16)
+    gradient = torch.full((2, 3), 1e2, dtype=torch.float16)  # λ is 1e6, beyond float16
+    zero = torch.zeros_like(features)
+    assert torch.equal(proximal_gradient(gradient, zero, features, 0.1), gradient)
+    small = torch.full_like(features, 1e-4)
+    expected = torch.full_like(gradient, 1e2 + 1e6 * float(small[0, 0]))
+    pulled = proximal_gradient(gradient, small, features, 0.1)
+    torch.testing.assert_close(pulled, expected, rtol=2e-3, atol=0.0)

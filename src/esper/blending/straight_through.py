@@ -45,6 +45,8 @@ def proximal_gradient(
     """
     scale = trust_fraction * _mean_sample_norm(features)
     pull = torch.where(scale > 0, _mean_sample_norm(gradient) / scale, torch.zeros_like(scale))
+    if gradient.dtype is torch.float16:  # a scaled gradient can make λ alone exceed its range
+        return (gradient + increment.float() * pull).to(gradient.dtype)
     return torch.addcmul(gradient, increment, pull.to(gradient.dtype))
 
 
