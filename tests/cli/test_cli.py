@@ -90,7 +90,9 @@ def test_inspect_tells_every_gate_decision_with_measured_values(grown: tuple[Pat
     output = esper("inspect", str(folder), cwd=folder.parent, env={"COLUMNS": "200"})
     assert "G0 passed: identity_error 0 == 0 ok" in output
     assert "G2 refused: training_steps 20 >= 40 FAILS" in output
-    assert "TRAINING" in output
+    order = ["G0 passed", "  GERMINATED", "G1 passed", "  TRAINING", "G2 refused"]
+    places = [output.index(words) for words in order]
+    assert places == sorted(places)
     documents = esper("inspect", str(folder), "--json", cwd=folder.parent).splitlines()
     assert len(documents) == len(RunReader(folder).events())
     assert all(json.loads(line)["schema_version"] == 1 for line in documents)

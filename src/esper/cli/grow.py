@@ -1,6 +1,8 @@
 """`esper grow`: train a task and grow its host while it trains."""
 
 import json
+import shutil
+import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -141,4 +143,13 @@ def _conclude(
     console.print()
     console.print("run folder  ", end="")
     console.print(str(folder), style="bold", highlight=False, soft_wrap=True)
-    console.print(f"its story    esper inspect {folder}", highlight=False, soft_wrap=True)
+    story_command = f"{_program()} inspect {folder}"
+    console.print(f"its story    {story_command}", highlight=False, soft_wrap=True)
+
+
+def _program() -> str:
+    """Return how this program can be called again: by name if it is on the path."""
+    if shutil.which("esper") is not None:
+        return "esper"
+    called = Path(sys.argv[0])
+    return "python -m esper" if called.name == "__main__.py" else str(called)

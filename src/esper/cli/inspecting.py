@@ -10,6 +10,7 @@ from rich.text import Text
 from esper.cli.tables import print_seeds
 from esper.cli.views import STAGE_STYLES
 from esper.lifecycle.events import EventSchemaError
+from esper.lifecycle.stages import GROWTH_PATH
 from esper.report.picture import draw_run
 from esper.report.story import GateVisit, RunStory, SeedStory, StageVisit, tell
 from esper.telemetry.run_store import RunFolderError, RunReader
@@ -66,13 +67,21 @@ def _print_head(console: Console, reader: RunReader, story: RunStory) -> None:
         console.print(f"step {step} skipped: {skipped.reason}", style="red", highlight=False)
 
 
+def _order(visit: GateVisit | StageVisit) -> tuple[int, int, bool]:
+    """Sort by step, then along the growth path, each gate before the stage it guards."""
+    is_stage = isinstance(visit, StageVisit)
+    stage = visit.stage if isinstance(visit, StageVisit) else visit.event.to_stage
+    place = GROWTH_PATH.index(stage) if stage in GROWTH_PATH else len(GROWTH_PATH)
+    return visit.step, place, is_stage
+
+
 def _print_life(console: Console, seed: SeedStory) -> None:
     console.print(
         f"\n[bold]{seed.blueprint}[/] in [bold]{seed.slot}[/], {seed.param_count:,} parameters",
         highlight=False,
     )
     visits: list[GateVisit | StageVisit] = [*seed.gates, *seed.stages]
-    visits.sort(key=lambda visit: (visit.step, isinstance(visit, StageVisit)))
+    visits.sort(key=_order)
     for visit in visits:
         when = f"  epoch {visit.epoch:>3}  "
         if isinstance(visit, StageVisit):
