@@ -159,7 +159,7 @@ class LegalAction(Record):
     slot: str | None = None
 
 
-class IllegalAction(ValueError):  # noqa: N818 - a settled public name
+class IllegalAction(ValueError):  # noqa: N818 - says what was asked, not what broke
     """An action that the current state does not allow."""
 
 

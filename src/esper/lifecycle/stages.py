@@ -69,7 +69,7 @@ TRANSITIONS: Mapping[SeedStage, frozenset[SeedStage]] = MappingProxyType(
 """Every legal transition. A slot that grows again after a commit starts a new life at DORMANT."""
 
 
-class IllegalTransition(ValueError):  # noqa: N818 - a settled public name
+class IllegalTransition(ValueError):  # noqa: N818 - says what was asked, not what broke
     """A stage change that the table does not list."""
 
     def __init__(self, current: SeedStage, requested: SeedStage, *, subject: str) -> None:
