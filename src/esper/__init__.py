@@ -3,7 +3,7 @@
 from esper.lifecycle import SeedStage
 from esper.policies import HeuristicConfig, HeuristicPolicy, RandomPolicy, SchedulePolicy
 from esper.seeds import Seed, blueprints
-from esper.slots import SeedSlot, SlotConfig, SlotSet, attach, detach
+from esper.slots import SeedSlot, SlotConfig, SlotSet, attach, bake, detach
 from esper.training import Growth, HeldOut, Policy, Trainer, TrainerConfig
 
 __version__ = "0.1.0"
@@ -24,6 +24,7 @@ __all__ = [
     "Trainer",
     "TrainerConfig",
     "attach",
+    "bake",
     "blueprints",
     "detach",
 ]

@@ -12,13 +12,16 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from esper.seeds import Family, Seed, blueprints
+from esper.seeds import Family, Seed, blueprints, scale_output_
 
 BLUEPRINTS = [(family, name) for family in Family for name in blueprints.names(family)]
 WIDTHS = (1, 3, 8, 17)
 HEAD_WIDTHS = (8, 16)
-NEEDS_TOKENS = {"attention", "flex_attention"}
-"""Transformer blueprints that do not take features of shape `B D`."""
+SUPPORTS_CHECKPOINTING = [
+    (family, name)
+    for family, name in BLUEPRINTS
+    if blueprints.get(family, name).supports_checkpointing
+]
 
 every_blueprint = pytest.mark.parametrize(("family", "name"), BLUEPRINTS)
 SIZED = [
@@ -57,11 +60,19 @@ def grown(family: Family, name: str, dim: int = 8) -> Seed:
 def test_the_table_covers_the_blueprints_that_are_promised():
     expected = {
         Family.CNN: {"noop", "norm", "attention", "depthwise", "bottleneck"}
-        | {"conv_small", "conv_light", "conv_heavy"},
-        Family.TRANSFORMER: {"noop", "norm", "lora", "mlp"},
+        | {"conv_small", "conv_light", "conv_heavy", "block"},
+        Family.TRANSFORMER: {"noop", "norm", "lora", "lora_large", "attention"}
+        | {"mlp_small", "mlp", "flex_attention", "block"},
     }
     for family, names in expected.items():
-        assert names <= set(blueprints.names(family))
+        assert set(blueprints.names(family)) == names
+    costly = {"depthwise", "bottleneck", "conv_small", "conv_light", "conv_heavy", "block"} | {
+        "attention",
+        "mlp_small",
+        "mlp",
+        "flex_attention",
+    }
+    assert {name for _, name in SUPPORTS_CHECKPOINTING} == costly
 
 
 @every_width
@@ -69,7 +80,7 @@ def test_the_table_covers_the_blueprints_that_are_promised():
 def test_a_fresh_seed_returns_its_input_exactly(family: Family, name: str, dim: int, batch: int):
     seed = blueprints.create(family, name, dim)
     shapes = [shape_of(family, batch, dim)]
-    if family is Family.TRANSFORMER and name not in NEEDS_TOKENS:
+    if family is Family.TRANSFORMER and not seed.mixes_tokens:
         shapes.append((batch, dim))
     for shape in shapes:
         features = 3.0 * torch.randn(shape)
@@ -107,8 +118,8 @@ def test_a_grown_seed_keeps_the_shape_and_leaves_its_input_alone(
     assert torch.isfinite(increment).all()
     assert torch.equal(features, before)
     assert torch.equal(seed(features), features + increment)
-    assert (torch.count_nonzero(increment) > 0) == (seed.output_layer is not None)
-    assert (seed.output_layer is None) == (name == "noop")
+    assert (torch.count_nonzero(increment) > 0) == bool(seed.output_layers)
+    assert (not seed.output_layers) == (name == "noop")
 
 
 def cannot_learn(seed: Seed) -> set[str]:
@@ -117,11 +128,16 @@ def cannot_learn(seed: Seed) -> set[str]:
     A convolution's bias shifts a whole channel; a GroupNorm with one channel per group takes the
     mean of that channel away again.
     """
-    norms = {name: module for name, module in seed.named_modules() if name.startswith("norms.")}
+    in_front = {"depthwise": "norm"} | {
+        f"convolutions.{index}": f"norms.{index}" for index in (0, 1)
+    }
+    modules = dict(seed.named_modules())
     return {
-        f"convolutions.{name.removeprefix('norms.')}.bias"
-        for name, norm in norms.items()
-        if isinstance(norm, nn.GroupNorm) and norm.num_groups == norm.num_channels
+        f"{convolution}.bias"
+        for convolution, norm in in_front.items()
+        if isinstance(found := modules.get(norm), nn.GroupNorm)
+        and found.num_groups == found.num_channels
+        and convolution in modules
     }
 
 
@@ -142,11 +158,12 @@ def test_after_one_step_the_gradient_reaches_every_parameter(family: Family, nam
             for name, parameter in seed.named_parameters()
         }
 
-    assert isinstance(seed.output_layer, nn.Module)
+    assert seed.output_layers
+    at_output = [parameter for layer in seed.output_layers for parameter in layer.parameters()]
     output = {
         name
         for name, parameter in seed.named_parameters()
-        if any(parameter is other for other in seed.output_layer.parameters())
+        if any(parameter is other for other in at_output)
     }
     first = backward()
     assert all((size > 1e-6) == (name in output) for name, size in first.items())
@@ -204,8 +221,8 @@ def test_a_deep_copy_acts_the_same_and_shares_nothing(family: Family, name: str)
         for parameter in twin.parameters():
             parameter.fill_(7.0)
     assert torch.equal(seed(features), expected)
-    if twin.output_layer is not None:
-        assert any(module is twin.output_layer for module in twin.modules())
+    for layer in twin.output_layers:
+        assert any(module is layer for module in twin.modules())
 
 
 def forward_and_backward(
@@ -279,5 +296,123 @@ def test_cnn_seed_runs_and_learns_on_a_map_of_one_pixel_at_batch_one(name: str, 
     for parameter in seed.parameters():
         with torch.no_grad():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    if seed.output_layer is not None:
+    if seed.output_layers:
         assert not torch.equal(seed(features), features)
+
+
+@every_blueprint
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_grown_seed_learns_under_autocast(family: Family, name: str, dtype: torch.dtype):
+    seed = grown(family, name)
+    features = torch.randn(shape_of(family, 2, 8))
+    with torch.autocast("cpu", dtype=dtype):
+        increment = seed.increment(features)
+    tolerance = {"rtol": 0.1, "atol": 0.1 * float(increment.detach().abs().max() + 0.1)}
+    torch.testing.assert_close(increment.float(), seed.increment(features), **tolerance)
+    if not seed.output_layers:
+        return
+    increment.float().square().sum().backward()
+    for parameter in seed.parameters():
+        assert parameter.grad is not None
+        assert parameter.grad.dtype == torch.float32
+        assert torch.isfinite(parameter.grad).all()
+
+
+@every_blueprint
+def test_the_output_layers_scale_the_increment(family: Family, name: str):
+    """To first order: exactly, for an increment that is small beside the features."""
+    seed = blueprints.create(family, name, 8)
+    for layer in seed.output_layers:
+        for parameter in layer.parameters():
+            torch.nn.init.normal_(parameter, std=1e-4)
+    features = torch.randn(shape_of(family, 2, 8))
+    before = seed.increment(features)
+    for layer in seed.output_layers:
+        scale_output_(layer, 2.0)
+    torch.testing.assert_close(seed.increment(features), 2.0 * before, rtol=1e-2, atol=1e-7)
+
+
+@every_blueprint
+def test_an_exported_seed_gives_the_same_values(family: Family, name: str):
+    seed = grown(family, name).eval()
+    features = torch.randn(shape_of(family, 2, 8))
+    program = torch.export.export(seed, (features,))
+    torch.testing.assert_close(program.module()(features), seed(features))
+
+
+def saved_bytes(seed: Seed, features: Tensor) -> int:
+    """Return the bytes that the increment keeps for its backward, parameters left out."""
+    parameters = {parameter.data_ptr() for parameter in seed.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.data_ptr() not in parameters:
+            kept[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        increment = seed.increment(features)
+    assert increment.requires_grad
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize(("family", "name"), SUPPORTS_CHECKPOINTING)
+def test_checkpointing_keeps_fewer_bytes_and_changes_no_gradient(family: Family, name: str):
+    plain = grown(family, name)
+    saving = blueprints.create(family, name, 8, checkpointing=True)
+    saving.load_state_dict(plain.state_dict())
+    features = torch.randn(shape_of(family, 4, 8))
+    assert saved_bytes(saving, features) <= features.nbytes
+    assert saved_bytes(plain, features) > 2 * features.nbytes
+    expected = forward_and_backward(plain, plain, features)
+    actual = forward_and_backward(saving, saving, features)
+    assert torch.equal(actual[0], expected[0])
+    assert all(map(torch.equal, actual[1], expected[1]))
+    # Nothing is recomputed where nothing is kept.
+    saving.eval()
+    assert saved_bytes(saving, features) == saved_bytes(plain, features)
+    with torch.no_grad():
+        assert torch.equal(saving.train().increment(features), plain.increment(features))
+
+
+@pytest.mark.parametrize(
+    ("family", "name"), [row for row in BLUEPRINTS if blueprints.get(*row).needs_heads]
+)
+@pytest.mark.parametrize(("dim", "heads"), [(1, None), (3, None), (17, None), (8, 3), (8, 0)])
+def test_a_width_that_heads_do_not_divide_is_refused_before_anything_is_built(
+    family: Family, name: str, dim: int, heads: int | None
+):
+    with torch.random.fork_rng(devices=()):
+        before = torch.get_rng_state()
+        with pytest.raises(
+            ValueError, match=rf"{name}: the width {dim} is not divisible by heads="
+        ):
+            blueprints.create(family, name, dim, heads=heads)
+        assert torch.equal(torch.get_rng_state(), before)
+    one_head = blueprints.create(family, name, dim, heads=1)
+    features = torch.randn(2, 3, dim)
+    assert torch.equal(one_head(features), features)
+
+
+@pytest.mark.parametrize(
+    ("family", "name"), [row for row in BLUEPRINTS if blueprints.get(*row).needs_heads]
+)
+def test_features_without_tokens_are_refused(family: Family, name: str):
+    with pytest.raises(ValueError, match="takes features of shape B T D"):
+        blueprints.create(family, name, 8)(torch.randn(2, 8))
+
+
+@pytest.mark.parametrize("name", blueprints.names(Family.TRANSFORMER))
+def test_only_seeds_that_say_so_mix_tokens_and_none_looks_ahead(name: str):
+    seed = grown(Family.TRANSFORMER, name)
+    features = torch.randn(2, 6, 8)
+    changed = features.clone()
+    changed[:, 3] += 1.0
+    difference = (seed.increment(changed) - seed.increment(features)).abs().amax(dim=(0, 2))
+    assert torch.count_nonzero(difference[:3]) == 0
+    assert (torch.count_nonzero(difference[4:]) > 0) == seed.mixes_tokens
+    if "causal" in blueprints.get(Family.TRANSFORMER, name).options:
+        open_seed = blueprints.create(Family.TRANSFORMER, name, 8, causal=False)
+        open_seed.load_state_dict(seed.state_dict())
+        difference = open_seed.increment(changed) - open_seed.increment(features)
+        assert torch.count_nonzero(difference[:, :3]) > 0

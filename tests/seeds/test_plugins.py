@@ -14,7 +14,7 @@ from esper.seeds import Seed, blueprints
 
 
 class TinySeed(Seed):
-    output_layer = None
+    output_layers = ()
 
     def increment(self, features):
         return torch.zeros_like(features)

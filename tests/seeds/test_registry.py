@@ -15,8 +15,8 @@ class LinearSeed(Seed):
         self.maps = nn.ModuleList(nn.Linear(dim, dim, bias=False) for _ in range(copies))
 
     @property
-    def output_layer(self) -> nn.Module | None:
-        return None
+    def output_layers(self) -> tuple[nn.Module, ...]:
+        return ()
 
     def increment(self, features: Tensor) -> Tensor:
         return torch.zeros_like(features)
@@ -27,8 +27,8 @@ def registry() -> BlueprintRegistry:
     """Return a registry with two transformer blueprints, registered dearest first."""
     made = BlueprintRegistry()
 
-    @made.register("double", family="transformer", needs_heads=True)
-    def _double(dim: int, *, copies: int = 2, spare: str = "no") -> Seed:
+    @made.register("double", family="transformer")
+    def _double(dim: int, *, copies: int = 2, heads: int = 1) -> Seed:
         """Two maps.
 
         More about them.
@@ -72,10 +72,15 @@ def test_a_blueprint_that_refuses_the_usual_width_is_listed_last(registry: Bluep
 def test_what_was_registered_can_be_read_back(registry: BlueprintRegistry):
     double, single = (registry.get("transformer", name) for name in ("double", "single"))
     assert (double.summary, single.summary) == ("Two maps.", "")
-    assert double.options == {"copies": 2, "spare": "no"}
-    assert list(double.options) == ["copies", "spare"]
+    assert double.options == {"copies": 2, "heads": 1}
+    assert list(double.options) == ["copies", "heads"]
     assert (double.needs_heads, single.needs_heads) == (True, False)
     assert not double.supports_checkpointing
+    assert not double.copies_host
+    assert blueprints.get("cnn", "conv_light").supports_checkpointing
+    assert [
+        name for name in blueprints.names("cnn") if blueprints.get("cnn", name).copies_host
+    ] == ["block"]
 
 
 def test_options_reach_the_factory(registry: BlueprintRegistry):
@@ -150,7 +155,7 @@ def test_an_unknown_name_family_or_option_is_refused_with_the_nearest(
     with pytest.raises(BlueprintError, match=r"no blueprint 'x' in family cnn: registered: none"):
         registry.get("cnn", "x")
     with pytest.raises(
-        BlueprintError, match=r"no option 'copes'; did you mean 'copies'\? options: copies, spare"
+        BlueprintError, match=r"no option 'copes'; did you mean 'copies'\? options: copies, heads"
     ):
         registry.create("transformer", "double", 4, copes=1)
     with pytest.raises(BlueprintError, match=r"no option 'rank'; options: none"):

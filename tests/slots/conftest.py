@@ -228,8 +228,8 @@ class PointwiseSeed(Seed):
         self.output = zero_initialise_(nn.Linear(dim, dim))
 
     @property
-    def output_layer(self) -> nn.Module:
-        return self.output
+    def output_layers(self) -> tuple[nn.Module, ...]:
+        return (self.output,)
 
     def hide(self, features: Tensor) -> Tensor:
         return torch.tanh(self.hidden(features))

@@ -179,7 +179,7 @@ def test_alpha_stays_an_input_of_the_graph() -> None:
         twins.advance(path)
     outputs, compiled = [], twins.compiled
     for slot in twins.slots[1].values():
-        torch.nn.init.ones_(slot.seed.output_layer.weight)
+        torch.nn.init.ones_(slot.seed.output_layers[0].weight)
     with torch.no_grad():
         for target in (0.0, 0.5, 1.0):
             for slot in twins.slots[1].values():

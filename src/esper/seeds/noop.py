@@ -1,7 +1,7 @@
 """The seed that does nothing, shared by both families."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from esper.seeds.seed import Seed
 
@@ -10,8 +10,8 @@ class NoopSeed(Seed):
     """Adds nothing and has no parameters: a control that a gate must refuse."""
 
     @property
-    def output_layer(self) -> None:
-        return None
+    def output_layers(self) -> tuple[nn.Module, ...]:
+        return ()
 
     def increment(self, features: Tensor) -> Tensor:
         return torch.zeros_like(features)

@@ -46,10 +46,6 @@ class Blueprint:
     family: Family
     factory: Callable[..., Seed]
     """Takes the width `dim` and keyword options."""
-    supports_checkpointing: bool = False
-    """Offers activation checkpointing as an option."""
-    needs_heads: bool = False
-    """Needs a width that its head count divides."""
 
     @property
     def summary(self) -> str:
@@ -61,6 +57,21 @@ class Blueprint:
         """Option names with their defaults, in the factory's order."""
         parameters = list(inspect.signature(self.factory).parameters.values())[1:]
         return {parameter.name: parameter.default for parameter in parameters}
+
+    @property
+    def supports_checkpointing(self) -> bool:
+        """Whether it has an option `checkpointing`, which recomputes activations."""
+        return "checkpointing" in self.options
+
+    @property
+    def needs_heads(self) -> bool:
+        """Whether it has an option `heads`, which must divide the width."""
+        return "heads" in self.options
+
+    @property
+    def copies_host(self) -> bool:
+        """Whether it has an option `source`, for which slots pass a copy of a host's module."""
+        return "source" in self.options
 
 
 class BlueprintRegistry:
@@ -77,14 +88,7 @@ class BlueprintRegistry:
         """Changes with every registration, so that derived action spaces can refresh."""
         return self._version
 
-    def register(
-        self,
-        name: str,
-        *,
-        family: Family | str,
-        supports_checkpointing: bool = False,
-        needs_heads: bool = False,
-    ) -> Callable[[FactoryT], FactoryT]:
+    def register(self, name: str, *, family: Family | str) -> Callable[[FactoryT], FactoryT]:
         """Return a decorator that registers a factory `(dim, **options) -> Seed`.
 
         Raises:
@@ -105,8 +109,6 @@ class BlueprintRegistry:
                 name=name,
                 family=known_family,
                 factory=factory,
-                supports_checkpointing=supports_checkpointing,
-                needs_heads=needs_heads,
             )
             self._changed()
             return factory

@@ -1,11 +1,13 @@
 """Slots behind a host's modules: attach, grow, measure, detach (design name: Kasmina)."""
 
-from esper.slots.attach import SLOT_NAME, attach, detach, find_slots
+from esper.slots.attach import attach, detach, find_slots
+from esper.slots.bake import GrownModule, bake
 from esper.slots.breaker import BreakerState, CircuitBreaker
 from esper.slots.config import SlotConfig
 from esper.slots.counterfactual import Variant, effective_alpha, fused_losses
 from esper.slots.germination import GerminationError
 from esper.slots.ownership import OwnershipError
+from esper.slots.placement import SLOT_NAME
 from esper.slots.slot import CommittedSeed, SeedSlot
 from esper.slots.slot_forward import ForwardMode
 from esper.slots.slot_set import SlotSet
@@ -17,12 +19,14 @@ __all__ = [
     "CommittedSeed",
     "ForwardMode",
     "GerminationError",
+    "GrownModule",
     "OwnershipError",
     "SeedSlot",
     "SlotConfig",
     "SlotSet",
     "Variant",
     "attach",
+    "bake",
     "detach",
     "effective_alpha",
     "find_slots",

@@ -6,17 +6,15 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from esper.lifecycle.stages import LIVING_STAGES
 from esper.seeds.registry import Family
 from esper.slots.config import SlotConfig, choose
+from esper.slots.placement import SLOT_NAME, place, remove_slots
 from esper.slots.probe import feature_layout, observe_features
 from esper.slots.slot import SeedSlot
 from esper.slots.slot_set import SlotSet
-
-SLOT_NAME = "esper_slot"
-"""Name under which a slot is registered in the module it stands behind."""
 
 _CONTAINERS_WITHOUT_FORWARD = (nn.ModuleList, nn.ModuleDict)
 
@@ -58,7 +56,7 @@ def attach(
         >>> slots["0"].stage.name
         'DORMANT'
     """
-    _refuse_wrapped(model, "attach")
+    refuse_wrapped(model, "attach")
     _refuse_attached(model)
     patterns = [targets] if isinstance(targets, str) else list(targets)
     paths = _resolve(model, patterns)
@@ -80,15 +78,14 @@ def attach(
                 configs[path],
                 device=features[path][0].tensor.device,
                 dtype=features[path][0].tensor.dtype,
+                call=features[path][0].call,
                 owner=slots,
             )
-            slot.train(location.training)
-            location.add_module(SLOT_NAME, slot)
-            slot.hook_handle = location.register_forward_hook(_through_slot)
+            place(slot, location)
             slots.add(slot)
         _refuse_chained(model, slots, example)
     except BaseException:
-        _remove_slots(model)
+        remove_slots(model)
         raise
     return slots
 
@@ -104,7 +101,7 @@ def detach(model: nn.Module) -> None:
             must not vanish: `esper.bake` keeps them.
         RuntimeError: The model is compiled or wrapped.
     """
-    _refuse_wrapped(model, "detach")
+    refuse_wrapped(model, "detach")
     slots = find_slots(model)
     if not slots:
         raise ValueError(f"{type(model).__name__} has no slots to detach")
@@ -120,7 +117,7 @@ def detach(model: nn.Module) -> None:
         if isinstance(slot.owner, SlotSet):
             slot.owner.unbind()
         slot.release()
-    _remove_slots(model)
+    remove_slots(model)
 
 
 def find_slots(model: nn.Module) -> list[SeedSlot]:
@@ -128,24 +125,8 @@ def find_slots(model: nn.Module) -> list[SeedSlot]:
     return [module for module in model.modules() if isinstance(module, SeedSlot)]
 
 
-def _through_slot(module: nn.Module, _args: Any, output: Any) -> Any:
-    """Forward hook: pass the features through the module's slot.
-
-    Looks the slot up by name, so that a copy of the module runs its own copy of the slot.
-    """
-    slot: Any = module.esper_slot
-    if not slot.active:
-        return None
-    if isinstance(output, Tensor):
-        return slot(output)
-    features = slot(output[0])
-    rest = output[1:]
-    if hasattr(output, "_fields"):
-        return type(output)(features, *rest)
-    return type(output)((features, *rest))
-
-
-def _refuse_wrapped(model: nn.Module, verb: str) -> None:
+def refuse_wrapped(model: nn.Module, verb: str) -> None:
+    """Raise RuntimeError if a compiled, wrapped or scripted model cannot be acted on."""
     wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
     for name, module in model.named_modules():
         where = f"module {name!r} of the model" if name else "the model"
@@ -295,12 +276,3 @@ def _configs(
                 f"config of slot {path!r} must be a SlotConfig, got {type(value).__name__}"
             )
     return {path: config.get(path, SlotConfig()) for path in paths}
-
-
-def _remove_slots(model: nn.Module) -> None:
-    for module in list(model.modules()):
-        slot = getattr(module, SLOT_NAME, None)
-        if isinstance(slot, SeedSlot):
-            if slot.hook_handle is not None:
-                slot.hook_handle.remove()
-            delattr(module, SLOT_NAME)

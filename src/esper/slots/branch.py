@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from esper.blending.operators import SampleGate, operator_increment
 from esper.lifecycle.alpha import BlendOperator
 from esper.seeds.registry import Family
-from esper.seeds.seed import Seed
+from esper.seeds.seed import ContextualSeed, Seed
+from esper.slots.call_arguments import NO_ARGUMENTS, CallArguments
 
 
 class SeedBranch(nn.Module):
@@ -40,18 +41,33 @@ class SeedBranch(nn.Module):
         )
 
     @property
+    def contextual(self) -> bool:
+        """Whether the seed reads the call's further arguments."""
+        return isinstance(self.seed, ContextualSeed)
+
+    @property
+    def mixes_tokens(self) -> bool:
+        """Whether a token's increment depends on other tokens."""
+        return self.seed.mixes_tokens
+
+    @property
     def param_count(self) -> int:
         """Parameters of the seed and its gate."""
         return sum(parameter.numel() for parameter in self.parameters())
 
-    def forward(self, features: Tensor, seed_input: Tensor) -> Tensor:
+    def forward(
+        self, features: Tensor, seed_input: Tensor, call: CallArguments = NO_ARGUMENTS
+    ) -> Tensor:
         """Return `u`, shape and dtype of `features`.
 
         Args:
             features: h, what the increment is added to.
             seed_input: What the seed reads: `features`, or the same detached while isolated.
+            call: What the module in front was called with, for a seed that reads it.
         """
         gate = None if self.gate is None else self.gate(seed_input)
-        return operator_increment(
-            self.blend_operator, features, self.seed.increment(seed_input), gate
-        )
+        if isinstance(self.seed, ContextualSeed):
+            increment = self.seed.increment(seed_input, *call.args, **call.kwargs)
+        else:
+            increment = self.seed.increment(seed_input)
+        return operator_increment(self.blend_operator, features, increment, gate)

@@ -2,11 +2,21 @@
 
 import time
 from collections.abc import Callable, Hashable
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from cachetools import TTLCache
 
 ValueT = TypeVar("ValueT")
+
+
+class CacheStatistics(Protocol):
+    """What telemetry tells of a cache."""
+
+    hits: int
+    misses: int
+
+    def __len__(self) -> int:
+        """Return the number of entries."""
 
 
 class BoundedCache(Generic[ValueT]):

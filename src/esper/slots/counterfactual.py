@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from esper.lifecycle.stages import SeedStage
-from esper.slots.probe import map_tensors
+from esper.slots.nested import map_tensors
 from esper.slots.slot import SeedSlot
 
 Variant = Mapping[str, float]

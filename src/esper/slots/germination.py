@@ -13,8 +13,12 @@ from esper.lifecycle.alpha import BlendOperator
 from esper.lifecycle.events import Event
 from esper.seeds.registry import Family, blueprints
 from esper.slots.branch import SeedBranch
+from esper.slots.call_arguments import NO_ARGUMENTS, CallArguments
 from esper.slots.measurements import SeedMeasurements
 from esper.slots.modes import forked_random_state, seed_random_state
+
+SOURCE_OPTION = "source"
+"""The option for which a slot passes a copy of the host's module that it names."""
 
 _PROBE_BATCH = 2
 
@@ -47,11 +51,6 @@ class FeatureLayout:
     dim: int
     overwritten: bool = False
 
-    def random_features(self, *, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """Return standard normal features of this layout, at most two samples."""
-        shape = (min(self.shape[0], _PROBE_BATCH), *self.shape[1:])
-        return torch.randn(shape, device=device, dtype=dtype)
-
 
 @dataclass(frozen=True, kw_only=True)
 class SeedOrder:
@@ -63,6 +62,18 @@ class SeedOrder:
     layout: FeatureLayout
     device: torch.device
     dtype: torch.dtype
+    source: nn.Module | None = None
+    """The host's module to take over where an option names one: a copy, without slots."""
+    call: CallArguments = NO_ARGUMENTS
+    """What the host's module was called with on the example."""
+
+    def random_features(self) -> Tensor:
+        """Return standard normal features: two samples, or as many as the call is for."""
+        batch = self.layout.shape[0]
+        if not self.call.has_tensors:
+            batch = min(batch, _PROBE_BATCH)
+        shape = (batch, *self.layout.shape[1:])
+        return torch.randn(shape, device=self.device, dtype=self.dtype)
 
 
 def derive_random_seed(base: int, path: str, life: int) -> int:
@@ -80,7 +91,10 @@ def build_branch(order: SeedOrder) -> SeedBranch:
         ValueError: An option's value or the width is refused by the blueprint.
     """
     layout = order.layout
-    seed = blueprints.create(layout.family, order.blueprint, layout.dim, **order.options)
+    options = dict(order.options)
+    if order.source is not None:
+        options[SOURCE_OPTION] = order.source
+    seed = blueprints.create(layout.family, order.blueprint, layout.dim, **options)
     return SeedBranch(
         seed,
         blueprint=order.blueprint,
@@ -119,24 +133,35 @@ def sprout(
         branch = build_branch(order)
         check_unshared(branch)  # before the move, which would change another owner's parameter
         branch.to(device=order.device, dtype=order.dtype)
-        features = order.layout.random_features(device=order.device, dtype=order.dtype)
+        call = order.call.to(order.device)
+        features = order.random_features()
+        untouched = features.clone()
         before = _random_state(order.device)
         started = time.perf_counter()
         branch.train()
-        increment = branch(features, features)
+        increment = branch(features, features, call)
+        if not torch.equal(features, untouched):
+            raise ValueError(
+                f"blueprint {order.blueprint!r} changes its input in place, which is the host's; "
+                "compute out of place"
+            )
         if increment.requires_grad:
             increment.float().square().sum().backward()
         if order.device.type == "cuda":
             torch.cuda.synchronize(order.device)
         prewarm_ms = 1e3 * (time.perf_counter() - started)
         draws = not torch.equal(before, _random_state(order.device))
-        measurements = _measure(branch, features, increment.detach(), prewarm_ms)
+        measurements = _measure(branch, features, call, increment.detach(), prewarm_ms)
     branch.zero_grad(set_to_none=True)
     return Sprout(branch=branch, measurements=measurements, draws_random_numbers=draws)
 
 
 def _measure(
-    branch: SeedBranch, features: Tensor, increment: Tensor, prewarm_ms: float
+    branch: SeedBranch,
+    features: Tensor,
+    call: CallArguments,
+    increment: Tensor,
+    prewarm_ms: float,
 ) -> SeedMeasurements:
     matches = increment.shape == features.shape and increment.dtype == features.dtype
     return SeedMeasurements(
@@ -146,7 +171,7 @@ def _measure(
         parameters_unshared=True,
         prewarmed=True,
         prewarm_ms=prewarm_ms,
-        isolation_leaks=count_leaks(branch, features),
+        isolation_leaks=count_leaks(branch, features, call),
     )
 
 
@@ -155,14 +180,14 @@ def parameters_finite(module: nn.Module) -> bool:
     return all(bool(torch.isfinite(parameter).all()) for parameter in module.parameters())
 
 
-def count_leaks(branch: SeedBranch, features: Tensor) -> int:
+def count_leaks(branch: SeedBranch, features: Tensor, call: CallArguments) -> int:
     """Return how many tensors that learn, but are not the branch's own, its increment reaches.
 
     The branch reads detached features, so its gradient can leave it only through a tensor that its
     code holds on to without registering it: a parameter of the host, say.
     """
     with torch.enable_grad():
-        increment = branch(features.detach(), features.detach())
+        increment = branch(features.detach(), features.detach(), call.detached())
     own = {id(parameter) for parameter in branch.parameters()}
     foreign, seen, waiting = set(), set(), [increment.grad_fn]
     while waiting:
@@ -185,8 +210,8 @@ def fits(order: SeedOrder) -> int | None:
     try:
         with torch.random.fork_rng(devices=()), torch.device("meta"):
             branch = build_branch(order).to(order.dtype)
-            features = order.layout.random_features(device=torch.device("meta"), dtype=order.dtype)
-            increment = branch(features, features)
+            features = order.random_features()
+            increment = branch(features, features, order.call.to(features.device))
     except (AssertionError, RuntimeError, TypeError, ValueError):
         return None
     return branch.param_count if increment.shape == features.shape else None

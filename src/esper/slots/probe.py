@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from esper.seeds.registry import Family
+from esper.slots.call_arguments import CallArguments
 from esper.slots.germination import FeatureLayout
 from esper.slots.modes import evaluation_mode, forked_random_state, unchanged_buffers
+from esper.slots.nested import map_tensors
 
 _LAYOUTS = {Family.CNN: "B C H W", Family.TRANSFORMER: "B … D, features in the last dimension"}
 
@@ -57,20 +59,6 @@ def example_arguments(model: nn.Module, example: Any) -> tuple[tuple[Any, ...], 
         "example must be a tensor, a tuple of positional arguments, a dict of keyword arguments, "
         f"or a batch that has one of these; got {type(example).__name__}"
     )
-
-
-def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """Return the value with every tensor in its tuples, lists and mappings replaced."""
-    if isinstance(value, Tensor):
-        return function(value)
-    if isinstance(value, Mapping):
-        return {key: map_tensors(function, item) for key, item in value.items()}
-    if isinstance(value, (tuple, list)):
-        items = [map_tensors(function, item) for item in value]
-        if hasattr(value, "_fields"):
-            return type(value)(*items)
-        return tuple(items) if isinstance(value, tuple) else items
-    return value
 
 
 def first_tensor(output: Any, path: str) -> Tensor:
@@ -126,6 +114,8 @@ class Features:
     """What came out of a module in one call."""
 
     tensor: Tensor
+    call: CallArguments
+    """What the module was called with, on the CPU."""
     overwritten: bool
     """A later operation of the host changed the tensor in place, or a later module with
     `inplace=True` received it, as a dropout does that acts in training only."""
@@ -140,13 +130,14 @@ def observe_features(
         TypeError: A location's output is no tensor.
         ValueError: The model cannot run on the example.
     """
-    seen: dict[str, list[tuple[Tensor, int]]] = {path: [] for path in locations}
+    seen: dict[str, list[tuple[Tensor, CallArguments, int]]] = {path: [] for path in locations}
     handed_over: set[int] = set()
 
-    def recorder(path: str) -> Callable[[nn.Module, Any, Any], None]:
-        def record(_module: nn.Module, _args: Any, output: Any) -> None:
+    def recorder(path: str) -> Callable[[nn.Module, Any, Any, Any], None]:
+        def record(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             features = first_tensor(output, path)
-            seen[path].append((features, _changes(features)))
+            call = CallArguments.of_call(args, kwargs).to(torch.device("cpu"))
+            seen[path].append((features, call, _changes(features)))
 
         return record
 
@@ -154,7 +145,10 @@ def observe_features(
         if getattr(module, "inplace", False):
             handed_over.update(_storage(value) for value in args if isinstance(value, Tensor))
 
-    handles = [module.register_forward_hook(recorder(path)) for path, module in locations.items()]
+    handles = [
+        module.register_forward_hook(recorder(path), with_kwargs=True)
+        for path, module in locations.items()
+    ]
     handles += [module.register_forward_pre_hook(note_inplace) for module in model.modules()]
     try:
         run_on_example(model, example)
@@ -165,9 +159,10 @@ def observe_features(
         path: [
             Features(
                 tensor=tensor,
+                call=call,
                 overwritten=_changes(tensor) != changes or _storage(tensor) in handed_over,
             )
-            for tensor, changes in calls
+            for tensor, call, changes in calls
         ]
         for path, calls in seen.items()
     }

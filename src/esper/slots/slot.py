@@ -1,6 +1,6 @@
 """The slot: what a host's forward meets, and where one seed after another lives."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -33,11 +33,13 @@ from esper.lifecycle.stages import (
     next_stage,
 )
 from esper.seeds.identity import scale_output_
-from esper.seeds.registry import Family
+from esper.seeds.registry import Family, blueprints
 from esper.seeds.seed import Seed
 from esper.slots.branch import SeedBranch
+from esper.slots.call_arguments import CallArguments
 from esper.slots.config import SlotConfig, choose
 from esper.slots.germination import (
+    SOURCE_OPTION,
     FeatureLayout,
     GerminationError,
     SeedOrder,
@@ -83,10 +85,12 @@ class SeedSlot(SlotForward):
         *,
         device: torch.device,
         dtype: torch.dtype,
+        call: CallArguments,
         owner: SlotOwner,
     ) -> None:
         super().__init__(layout, config, device=device, dtype=dtype)
         self.path = path
+        self.example_call = call
         self.hook_handle: RemovableHandle | None = None
         self.committed: list[CommittedSeed] = []
         self.nonfinite_gradients: Tensor
@@ -153,6 +157,11 @@ class SeedSlot(SlotForward):
         return self.stage is SeedStage.SHADOWING or self.fading
 
     @property
+    def in_forward_path(self) -> bool:
+        """Whether the living seed takes part in the host's output."""
+        return self.mode in (ForwardMode.BLENDED, ForwardMode.INLINED)
+
+    @property
     def guarded(self) -> bool:
         """Whether hooks stand on a seed's gradients."""
         return self._guard is not None
@@ -214,6 +223,8 @@ class SeedSlot(SlotForward):
             layout=self.layout,
             device=self.blend_alpha.device,
             dtype=self.blend_alpha.dtype,
+            source=self._source(blueprint, options),
+            call=self.example_call,
         )
         random_seed = derive_random_seed(self.config.random_seed, self.path, life.number)
         breaker = owner.breaker(blueprint)
@@ -259,6 +270,13 @@ class SeedSlot(SlotForward):
             )
         )
         return events
+
+    def _source(self, blueprint: str, options: Mapping[str, Any]) -> nn.Module | None:
+        """Return a copy of the host's module that an option names; None if none does."""
+        name = options.get(SOURCE_OPTION)
+        if name is None or not blueprints.get(self.family, blueprint).copies_host:
+            return None
+        return self._attached().copy_of_host_module(name)
 
     def _register(self, life: SeedLife, branch: SeedBranch) -> Event:
         branch.train(self.training)
@@ -330,12 +348,13 @@ class SeedSlot(SlotForward):
         return self._life.alpha.mode is AlphaMode.HOLD and self.alpha == 1.0
 
     def _rescale(self) -> list[Event]:
-        layer = self._living_branch().seed.output_layer
+        layers = self._living_branch().seed.output_layers
         amplitude = self._life.measurements.best_amplitude
-        if amplitude in (None, 0.0, 1.0) or layer is None:
+        if amplitude in (None, 0.0, 1.0) or not layers:
             return []
         assert amplitude is not None
-        scale_output_(layer, amplitude)
+        for layer in layers:
+            scale_output_(layer, amplitude)
         return [SeedRescaled(slot=self.path, factor=amplitude)]
 
     def set_alpha_target(
@@ -604,12 +623,19 @@ class SeedSlot(SlotForward):
         in_blend = stage in (SeedStage.BLENDING, SeedStage.SHADOWING)
         self.isolated = not in_blend or self.isolation is Isolation.SHADOWING
         self.active = self.num_inlined > 0 or self.mode is not ForwardMode.PASS_THROUGH
+        self._note_branches()
         if self._guard is not None:
             self._guard.frozen = self.frozen
             self._guard.sanitising = self.isolated and stage is not SeedStage.PROBATIONARY
         if self.frozen:
             # A step that does not run the seed must find no gradient of an earlier one.
             self._living_branch().zero_grad(set_to_none=True)
+
+    def _note_branches(self) -> None:
+        branches = [branch for branch in self.branches if isinstance(branch, SeedBranch)]
+        self.contextual = any(branch.contextual for branch in branches)
+        in_path = branches if self.in_forward_path else branches[: self.num_committed]
+        self.mixes_tokens = any(branch.mixes_tokens for branch in in_path)
 
     def _drop_guard(self) -> None:
         if self._guard is not None:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from esper.blending.operators import blend
 from esper.blending.straight_through import straight_through
 from esper.slots.branch import SeedBranch
+from esper.slots.call_arguments import NO_ARGUMENTS, CallArguments
 from esper.slots.config import SlotConfig
 from esper.slots.germination import FeatureLayout
 from esper.slots.modes import SeparateRandomStream
@@ -48,6 +49,10 @@ class SlotForward(nn.Module):
         self.active = False
         """Whether the forward does anything; the hook looks at nothing else."""
         self.num_committed = 0
+        self.contextual = False
+        """Whether a seed here reads the call's further arguments."""
+        self.mixes_tokens = False
+        """Whether a seed here mixes tokens."""
         self.num_inlined = 0
         """Branches, from the first, that run as `h + u`: the committed and one on probation."""
         self.forced_alpha: Tensor | None = None
@@ -66,35 +71,48 @@ class SlotForward(nn.Module):
         assert isinstance(branch, SeedBranch)
         return branch
 
-    def forward(self, features: Tensor) -> Tensor:
-        """Return the features with committed seeds applied and the living one mixed in by stage."""
+    def prepare_seeds(self) -> None:
+        """Let the seeds build what their increments look up."""
+        for branch in self.branches:
+            assert isinstance(branch, SeedBranch)
+            branch.seed.prepare(self.layout.shape, self.blend_alpha.device)
+
+    def forward(self, features: Tensor, call: CallArguments = NO_ARGUMENTS) -> Tensor:
+        """Return the features with committed seeds applied and the living one mixed in by stage.
+
+        Args:
+            features: What came out of the host's module.
+            call: What went into it, if a seed here reads that.
+        """
         forced = self.forced_alpha
         for index, branch in enumerate(self.branches):
             if index < self.num_inlined and (forced is None or index < self.num_committed):
-                increment = self._try(branch, features, features)
+                increment = self._try(branch, features, features, call)
                 if increment is not None:
                     features = features + increment
             elif forced is not None:
-                increment = self._try(branch, features, features)
+                increment = self._try(branch, features, features, call)
                 if increment is not None:
                     alpha = forced.to(features.dtype).reshape(-1, *(1,) * (features.ndim - 1))
                     features = blend(features, increment, alpha)
             elif self.mode is ForwardMode.BLENDED:
-                source = features.detach() if self.isolated else features
-                increment = self._try(branch, features, source)
+                if self.isolated:
+                    increment = self._try(branch, features, features.detach(), call.detached())
+                else:
+                    increment = self._try(branch, features, features, call)
                 if increment is not None:
                     features = blend(features, increment, self.blend_alpha)
             elif self.mode is ForwardMode.STRAIGHT_THROUGH and self.training:
-                features = self._learn_behind(branch, features)
+                features = self._learn_behind(branch, features, call.detached())
         return features
 
-    def _learn_behind(self, branch: nn.Module, features: Tensor) -> Tensor:
+    def _learn_behind(self, branch: nn.Module, features: Tensor, call: CallArguments) -> Tensor:
         detached = features.detach()
         if self._stream is None or torch.compiler.is_compiling():
-            increment = self._try(branch, detached, detached)
+            increment = self._try(branch, detached, detached, call)
         else:
             with self._stream.active(features.device):
-                increment = self._try(branch, detached, detached)
+                increment = self._try(branch, detached, detached, call)
         if increment is None:
             return features
         return straight_through(
@@ -105,13 +123,15 @@ class SlotForward(nn.Module):
             overwritten=self.layout.overwritten,
         )
 
-    def _try(self, branch: nn.Module, features: Tensor, seed_input: Tensor) -> Tensor | None:
+    def _try(
+        self, branch: nn.Module, features: Tensor, seed_input: Tensor, call: CallArguments
+    ) -> Tensor | None:
         """Run a seed; if a living one raises, the host goes on without it and `tick` prunes it."""
         if torch.compiler.is_compiling():
-            increment: Tensor = branch(features, seed_input)
+            increment: Tensor = branch(features, seed_input, call)
             return increment
         try:
-            increment = branch(features, seed_input)
+            increment = branch(features, seed_input, call)
         except Exception as error:  # whatever a living seed raises, the host must go on
             if branch is not self.living:
                 raise

@@ -21,6 +21,9 @@ class SlotOwner(Protocol):
     def check_unshared(self, path: str, seed: nn.Module) -> None:
         """Raise if the seed shares a parameter with another owner."""
 
+    def copy_of_host_module(self, name: str) -> nn.Module:
+        """Return a copy of a module of the host, without slots and seeds."""
+
     def seed_added(self, path: str, branch: SeedBranch) -> None:
         """Take note that a seed was registered."""
 

@@ -1,5 +1,7 @@
 """All slots of one model, and what they share: ownership, the optimizer, caches."""
 
+import copy
+import difflib
 import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -11,14 +13,16 @@ from torch.optim import Optimizer
 from esper.lifecycle.actions import BlueprintChoice
 from esper.lifecycle.events import CachesSwept, Event
 from esper.lifecycle.stages import SeedStage
+from esper.seeds.block_masks import block_masks
 from esper.seeds.registry import blueprints
 from esper.slots.branch import SeedBranch
 from esper.slots.breaker import CircuitBreaker
-from esper.slots.caches import BoundedCache
+from esper.slots.caches import BoundedCache, CacheStatistics
 from esper.slots.germination import SeedOrder, fits
 from esper.slots.gradient_health import GradientHealth, GradientReading
 from esper.slots.optimizer_binding import OptimizerBinding
 from esper.slots.ownership import HOST, OwnershipLedger
+from esper.slots.placement import SLOT_NAME, remove_slots
 from esper.slots.slot import SeedSlot
 
 _LEARNING_STAGES = frozenset({SeedStage.TRAINING, SeedStage.BLENDING, SeedStage.PROBATIONARY})
@@ -108,11 +112,15 @@ class SlotSet(Mapping[str, SeedSlot]):
         """Let one epoch pass in every slot and sweep the caches."""
         events = [event for slot in self._slots.values() for event in slot.end_epoch()]
         self._shape_probes.sweep()
-        cache = self._shape_probes
+        self._renew_block_masks()
+        caches: dict[str, CacheStatistics] = {
+            "shape_probes": self._shape_probes,
+            "block_masks": block_masks,
+        }
         swept = CachesSwept(
-            sizes={"shape_probes": len(cache)},
-            hits={"shape_probes": cache.hits},
-            misses={"shape_probes": cache.misses},
+            sizes={name: len(cache) for name, cache in caches.items()},
+            hits={name: cache.hits for name, cache in caches.items()},
+            misses={name: cache.misses for name, cache in caches.items()},
         )
         return [*events, swept]
 
@@ -183,6 +191,23 @@ class SlotSet(Mapping[str, SeedSlot]):
         """Raise OwnershipError if a new seed shares a parameter."""
         self.ledger.check_seed(_owner_name(path), seed)
 
+    def copy_of_host_module(self, name: str) -> nn.Module:
+        """Return a copy of a module of the host, without slots and seeds.
+
+        Raises:
+            ValueError: The host has no such module; the nearest names are listed.
+        """
+        names = [path for path, _ in self.model.named_modules() if path and SLOT_NAME not in path]
+        if name not in names:
+            nearest = difflib.get_close_matches(str(name), names, n=3, cutoff=0.3)
+            hint = f"; did you mean {' or '.join(map(repr, nearest))}?" if nearest else ""
+            raise ValueError(
+                f"source={name!r}: {type(self.model).__name__} has no such module{hint}"
+            )
+        module = copy.deepcopy(self.model.get_submodule(name))
+        remove_slots(module)
+        return module.requires_grad_(requires_grad=True)
+
     def seed_added(self, path: str, branch: SeedBranch) -> None:
         """Give a new seed to the optimizer."""
         self._host_parameters = None
@@ -194,6 +219,7 @@ class SlotSet(Mapping[str, SeedSlot]):
         self._host_parameters = None
         self._removed[path] = [weakref.ref(parameter) for parameter in branch.parameters()]
         self.gradient_health.forget(_owner_name(path))
+        self._renew_block_masks()
         if self.binding is not None:
             self.binding.remove(path, branch)
 
@@ -225,6 +251,12 @@ class SlotSet(Mapping[str, SeedSlot]):
             self._removed.pop(path, None)
         return tuple(found)
 
+    def _renew_block_masks(self) -> None:
+        """Drop every block mask; what the slots' own lengths need is there for compiled graphs."""
+        block_masks.clear()
+        for slot in self._slots.values():
+            slot.prepare_seeds()
+
     def _living_seeds(self) -> dict[str, nn.Module]:
         return {
             _owner_name(slot.path): slot.living
@@ -240,8 +272,17 @@ class SlotSet(Mapping[str, SeedSlot]):
             layout=slot.layout,
             device=torch.device("meta"),
             dtype=slot.blend_alpha.dtype,
+            call=slot.example_call,
         )
-        key = (blueprints.version, slot.layout, blueprint, order.blend_operator, order.dtype)
+        own_call = slot.path if slot.example_call.has_tensors else None
+        key = (
+            blueprints.version,
+            slot.layout,
+            own_call,
+            blueprint,
+            order.blend_operator,
+            order.dtype,
+        )
         return self._shape_probes.get_or_make(key, lambda: fits(order))
 
 

@@ -1,0 +1,110 @@
+"""A copy of one of the host's own blocks as a seed: depth growth."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from esper.seeds.checkpointing import compute
+from esper.seeds.identity import zero_initialise_
+from esper.seeds.seed import ContextualSeed
+
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+class FeatureGain(nn.Module):
+    """Multiplies each feature by a learned weight, one at first.
+
+    Args:
+        dim: Number of features.
+        channels_first: Features are dimension 1 rather than the last one.
+
+    Source: LayerScale (Touvron et al. 2021, arXiv 2103.17239).
+    """
+
+    def __init__(self, dim: int, *, channels_first: bool) -> None:
+        super().__init__()
+        self.channels_first = channels_first
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return the scaled features, same shape."""
+        if not self.channels_first:
+            return features * self.weight
+        return features * self.weight.reshape(-1, *(1,) * (features.ndim - 2))
+
+
+class CopiedBlockSeed(ContextualSeed):
+    """Adds `gain * (block(x) - x)`, where the block is a copy of one of the host's modules.
+
+    All weights of the copy are kept; the gain per feature, zero at birth, makes the seed the
+    identity whatever the block computes. At gain 1 the seed is the block itself.
+
+    BatchNorm in the copy normalises by the statistics that it was copied with, so that a seed
+    holds no state that a step changes. Its in-place activations act out of place.
+
+    Args:
+        block: The copy; it is changed as described.
+        dim: Number of features.
+        channels_first: Features are dimension 1 rather than the last one.
+        checkpointing: Recompute the block's activations in the backward.
+
+    Source: original; copy-stacking as in G_stack (Du et al. 2024, arXiv 2405.15319), made lossless
+        by the gain.
+    """
+
+    mixes_tokens = True
+
+    def __init__(
+        self, block: nn.Module, dim: int, *, channels_first: bool, checkpointing: bool
+    ) -> None:
+        super().__init__()
+        self.checkpointing = checkpointing
+        self.block = block
+        self.gain = zero_initialise_(FeatureGain(dim, channels_first=channels_first))
+        for module in block.modules():
+            if getattr(module, "inplace", False):
+                module.inplace = False  # type: ignore[assignment]
+        self.train(self.training)
+
+    @property
+    def output_layers(self) -> tuple[nn.Module, ...]:
+        return (self.gain,)
+
+    def train(self, mode: bool = True) -> "CopiedBlockSeed":
+        """Set the mode; BatchNorm stays in eval mode."""
+        super().train(mode)
+        for module in self.block.modules():
+            if isinstance(module, _BATCH_NORMS):
+                module.eval()
+        return self
+
+    def increment(self, features: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return compute(
+            self._compute,
+            features,
+            *args,
+            owner=self,
+            checkpointing=self.checkpointing,
+            **kwargs,
+        )
+
+    def _compute(self, features: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        output = self.block(features, *args, **kwargs)
+        if isinstance(output, (tuple, list)):
+            output = output[0]
+        difference: Tensor = self.gain(output - features)
+        return difference
+
+
+def check_source(source: object, blueprint: str) -> None:
+    """Raise unless `source` is a module.
+
+    Raises:
+        TypeError: It is something else, a path say.
+    """
+    if not isinstance(source, nn.Module):
+        raise TypeError(
+            f"{blueprint}: source must be a module to take over here, got {source!r}; a slot's "
+            "germinate(…, source='path') looks paths up in its host and copies the module"
+        )

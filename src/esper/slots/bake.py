@@ -1,0 +1,163 @@
+"""A grown model as a plain module: no slot, no hook, the same output to the bit."""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from esper.lifecycle.alpha import BlendOperator
+from esper.slots.attach import find_slots, refuse_wrapped
+from esper.slots.branch import SeedBranch
+from esper.slots.call_arguments import NO_ARGUMENTS, CallArguments, refuse_cached_tokens
+from esper.slots.nested import replace_first
+from esper.slots.placement import remove_slots, slot_behind
+
+
+class GrownModule(nn.Module):
+    """A host's module followed by the seeds that were committed behind it.
+
+    Attributes of the module can be read through it, as hosts do that ask their layers.
+
+    Args:
+        module: The host's own.
+        branches: Committed seeds in the order of their commits.
+    """
+
+    def __init__(self, module: nn.Module, branches: Sequence[SeedBranch]) -> None:
+        super().__init__()
+        self.module = module
+        self.branches = nn.ModuleList(branches)
+        self.contextual = any(branch.contextual for branch in branches)
+        self.mixes_tokens = any(branch.mixes_tokens for branch in branches)
+        self.training = module.training
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the module's output with the seeds applied to its features."""
+        output = self.module(*args, **kwargs)
+        features = output if isinstance(output, Tensor) else output[0]
+        if self.mixes_tokens:
+            refuse_cached_tokens(features, args, kwargs)
+        call = CallArguments.of_call(args, kwargs) if self.contextual else NO_ARGUMENTS
+        for branch in self.branches:
+            features = features + branch(features, features, call)
+        return replace_first(output, features)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "module":  # not there yet
+                raise
+        value = getattr(self.module, name)
+        if isinstance(value, Tensor):
+            # Whoever computes with the weights itself would leave out the seeds.
+            raise AttributeError(  # noqa: TRY004 – what hasattr() expects
+                f"{name!r} is a tensor of the module inside this GrownModule; call the "
+                f"GrownModule, or read .module.{name}"
+            )
+        return value
+
+
+def bake(model: nn.Module, *, fold: bool = False) -> nn.Module:
+    """Return a copy of a grown model that is an ordinary module again.
+
+    A module with committed seeds behind it becomes a `GrownModule`; every other one is as it was,
+    under the same state-dict keys. Seeds that are not in the forward path are left out. The model
+    itself is not changed and can go on growing.
+
+    Args:
+        model: Grown, before `torch.compile`, DDP or FSDP.
+        fold: Multiply linear seeds (LoRA) into the weight of a linear layer that they stand
+            directly behind. Saves their cost; equal within rounding instead of to the bit.
+
+    Raises:
+        ValueError: The model has no slots, or a living seed is in the forward path and must be
+            committed or pruned first.
+        RuntimeError: The model is compiled or wrapped.
+
+    Example:
+        >>> import torch, esper
+        >>> host = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU())
+        >>> slots = esper.attach(host, ["0"], example=torch.zeros(2, 4))
+        >>> plain = esper.bake(host)
+        >>> list(plain.state_dict()) == ["0.weight", "0.bias"]
+        True
+    """
+    refuse_wrapped(model, "bake")
+    slots = find_slots(model)
+    if not slots:
+        raise ValueError(f"{type(model).__name__} has no slots; it is a plain module already")
+    undecided = [f"{slot.path!r} ({slot.stage.name})" for slot in slots if slot.in_forward_path]
+    if undecided:
+        raise ValueError(
+            f"slots {', '.join(undecided)} hold living seeds in the forward path; commit or prune "
+            "them before baking"
+        )
+    plain = copy.deepcopy(model)
+    grown = _committed_branches(plain)
+    remove_slots(plain)
+    shared = _shared_parameters(plain)
+    for path, branches in grown.items():
+        parent_path, _, name = path.rpartition(".")
+        module = plain.get_submodule(path)
+        if fold:
+            branches = _fold(module, branches, shared)  # noqa: PLW2901 – what is left of them
+        if branches:
+            plain.get_submodule(parent_path).add_module(name, GrownModule(module, branches))
+    return plain
+
+
+def _committed_branches(model: nn.Module) -> dict[str, list[SeedBranch]]:
+    """Return the committed seeds by the path of the module they stand behind, innermost last."""
+    found = {}
+    for path, module in model.named_modules():
+        slot = slot_behind(module)
+        if slot is not None and slot.num_committed:
+            branches = list(slot.branches)[: slot.num_committed]
+            found[path] = [branch for branch in branches if isinstance(branch, SeedBranch)]
+    # An outer module is wrapped after those inside it, so that their paths still hold.
+    return dict(sorted(found.items(), key=lambda item: -item[0].count(".")))
+
+
+def _fold(
+    module: nn.Module, branches: Sequence[SeedBranch], shared: set[nn.Parameter]
+) -> list[SeedBranch]:
+    """Multiply the leading linear seeds into a linear layer; return those that are left."""
+    left = list(branches)
+    while left:
+        matrix = left[0].seed.linear_map()
+        additive = left[0].blend_operator is BlendOperator.ADD
+        if matrix is None or not additive or not _multiply(module, matrix, shared):
+            break
+        left.pop(0)
+    return left
+
+
+@torch.no_grad()
+def _multiply(module: nn.Module, matrix: Tensor, shared: set[nn.Parameter]) -> bool:
+    """Make a linear layer compute `(I + M)(W x + b)`; False if it is no such layer."""
+    if type(module) is nn.Linear:
+        transposed = False
+    elif type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
+        transposed = True  # Hugging Face's linear layer, with weight `inputs outputs`
+    else:
+        return False
+    weight, bias = module.weight, module.bias
+    assert isinstance(weight, nn.Parameter)
+    if any(parameter in shared for parameter in module.parameters(recurse=False)):
+        return False  # a tied weight has another user, who must not see the seed
+    exact = matrix.double() + torch.eye(len(matrix), dtype=torch.float64, device=matrix.device)
+    old = weight.double()
+    weight.copy_(old @ exact.T if transposed else exact @ old)
+    if isinstance(bias, nn.Parameter):
+        bias.copy_(exact @ bias.double())
+    return True
+
+
+def _shared_parameters(model: nn.Module) -> set[nn.Parameter]:
+    owners: dict[nn.Parameter, int] = {}
+    for _, parameter in model.named_parameters(remove_duplicate=False):
+        owners[parameter] = owners.get(parameter, 0) + 1
+    return {parameter for parameter, count in owners.items() if count > 1}

@@ -1,0 +1,52 @@
+"""How a slot stands behind a module: one hook, one child, and nothing left when it goes."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from esper.slots.call_arguments import NO_ARGUMENTS, CallArguments, refuse_cached_tokens
+from esper.slots.nested import replace_first
+from esper.slots.slot import SeedSlot
+
+SLOT_NAME = "esper_slot"
+"""Name under which a slot is registered in the module it stands behind."""
+
+
+def place(slot: SeedSlot, location: nn.Module) -> None:
+    """Put a slot behind a module."""
+    slot.train(location.training)
+    location.add_module(SLOT_NAME, slot)
+    slot.hook_handle = location.register_forward_hook(_through_slot, with_kwargs=True)
+
+
+def slot_behind(module: nn.Module) -> SeedSlot | None:
+    """Return the slot that stands behind this very module."""
+    slot = getattr(module, SLOT_NAME, None)
+    return slot if isinstance(slot, SeedSlot) else None
+
+
+def remove_slots(model: nn.Module) -> None:
+    """Take every slot of a model away, whatever it holds."""
+    for module in list(model.modules()):
+        slot = slot_behind(module)
+        if slot is not None:
+            if slot.hook_handle is not None:
+                slot.hook_handle.remove()
+            delattr(module, SLOT_NAME)
+
+
+def _through_slot(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> Any:
+    """Forward hook: pass the features through the module's slot.
+
+    Looks the slot up by name, so that a copy of the module runs its own copy of the slot.
+    """
+    slot: Any = module.esper_slot
+    if not slot.active:
+        return None
+    features = output if isinstance(output, Tensor) else output[0]
+    if slot.mixes_tokens:
+        refuse_cached_tokens(features, args, kwargs)
+    call = CallArguments.of_call(args, kwargs) if slot.contextual else NO_ARGUMENTS
+    return replace_first(output, slot(features, call))
