@@ -4,7 +4,15 @@ from esper.lifecycle import SeedStage
 from esper.policies import HeuristicConfig, HeuristicPolicy, RandomPolicy, SchedulePolicy
 from esper.seeds import Seed, blueprints
 from esper.slots import SeedSlot, SlotConfig, SlotSet, attach, bake, detach
-from esper.training import Growth, HeldOut, Policy, Trainer, TrainerConfig
+from esper.training import (
+    Growth,
+    HeldOut,
+    Policy,
+    Trainer,
+    TrainerConfig,
+    from_pretrained,
+    save_pretrained,
+)
 
 __version__ = "0.1.0"
 
@@ -27,4 +35,6 @@ __all__ = [
     "bake",
     "blueprints",
     "detach",
+    "from_pretrained",
+    "save_pretrained",
 ]

@@ -88,5 +88,5 @@ def test_a_copy_reads_the_arguments_of_the_call(checkpointing: bool):
 def test_what_contradicts_a_copy_is_refused(family: Family):
     with pytest.raises(TypeError, match=r"source must be a module .* got 'layer3'"):
         blueprints.create(family, "block", 4, source="layer3")
-    with pytest.raises(ValueError, match="a copy takes .* from its source"):
+    with pytest.raises(ValueError, match=r"a copy takes .* from its source"):
         blueprints.create(family, "block", 4, source=nn.Identity(), expansion=2)

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from esper.lifecycle.events import (
     SlotReset,
 )
 from esper.lifecycle.learning import Isolation
+from esper.lifecycle.record import Record
 from esper.lifecycle.stages import (
     LIVING_STAGES,
     RECOVERY_PATH,
@@ -43,6 +43,7 @@ from esper.slots.germination import (
     FeatureLayout,
     GerminationError,
     SeedOrder,
+    build_branch,
     derive_random_seed,
     parameters_finite,
     sprout,
@@ -50,18 +51,19 @@ from esper.slots.germination import (
 from esper.slots.gradient_guard import GradientGuard
 from esper.slots.life import SeedLife
 from esper.slots.measurements import SeedMeasurements
-from esper.slots.modes import SeparateRandomStream
+from esper.slots.modes import SeparateRandomStream, forked_random_state
 from esper.slots.slot_forward import ForwardMode, SlotForward
 from esper.slots.slot_owner import SlotOwner
 
 _FORCEABLE = LIVING_STAGES - {SeedStage.GERMINATED}
 
 
-@dataclass(frozen=True, kw_only=True)
-class CommittedSeed:
-    """What the host took over from a slot."""
+class CommittedSeed(Record):
+    """What the host took over from a slot; enough to build the same structure again."""
 
     blueprint: str
+    options: dict[str, Any]
+    blend_operator: BlendOperator
     param_count: int
     contribution_fraction: float | None
     """As last measured before the commit."""
@@ -216,16 +218,7 @@ class SeedSlot(SlotForward):
         life = self._life_for_next_seed()
         wanted = self.config.blend_operator if blend_operator is None else blend_operator
         operator = choose(BlendOperator, wanted, "blend operator")
-        order = SeedOrder(
-            blueprint=blueprint,
-            options=options,
-            blend_operator=operator,
-            layout=self.layout,
-            device=self.blend_alpha.device,
-            dtype=self.blend_alpha.dtype,
-            source=self._source(blueprint, options),
-            call=self.example_call,
-        )
+        order = self._order(blueprint, options, operator)
         random_seed = derive_random_seed(self.config.random_seed, self.path, life.number)
         breaker = owner.breaker(blueprint)
         if not breaker.allows:
@@ -270,6 +263,20 @@ class SeedSlot(SlotForward):
             )
         )
         return events
+
+    def _order(
+        self, blueprint: str, options: Mapping[str, Any], blend_operator: BlendOperator
+    ) -> SeedOrder:
+        return SeedOrder(
+            blueprint=blueprint,
+            options=options,
+            blend_operator=blend_operator,
+            layout=self.layout,
+            device=self.blend_alpha.device,
+            dtype=self.blend_alpha.dtype,
+            source=self._source(blueprint, options),
+            call=self.example_call,
+        )
 
     def _source(self, blueprint: str, options: Mapping[str, Any]) -> nn.Module | None:
         """Return a copy of the host's module that an option names; None if none does."""
@@ -423,6 +430,8 @@ class SeedSlot(SlotForward):
         self._drop_guard()
         record = CommittedSeed(
             blueprint=branch.blueprint,
+            options=branch.options,
+            blend_operator=branch.blend_operator,
             param_count=branch.param_count,
             contribution_fraction=self.measurements.contribution_fraction,
         )
@@ -434,6 +443,38 @@ class SeedSlot(SlotForward):
             param_count=record.param_count,
             contribution_fraction=record.contribution_fraction,
         )
+
+    def regrow(self, seed: CommittedSeed) -> None:
+        """Put a seed back that an earlier network committed here; its weights are yet to be loaded.
+
+        Raises:
+            IllegalTransition: The slot has begun to grow by itself.
+            BlueprintError: Unknown blueprint or option.
+            ValueError: The blueprint refuses an option's value or the width, or has another number
+                of parameters than it had then.
+
+        Effects: random streams are left as they were.
+        """
+        owner, life = self._attached(), self._life
+        if life.stage not in (SeedStage.DORMANT, SeedStage.FOSSILIZED):
+            raise IllegalTransition(life.stage, SeedStage.FOSSILIZED, subject=life.subject)
+        order = self._order(seed.blueprint, seed.options, seed.blend_operator)
+        with forked_random_state(order.device):
+            branch = build_branch(order).to(device=order.device, dtype=order.dtype)
+        if branch.param_count != seed.param_count:
+            raise ValueError(
+                f"slot {self.path!r}: blueprint {seed.blueprint!r} builds {branch.param_count} "
+                f"parameters now, {seed.param_count} when it was committed; it is another version"
+            )
+        branch.train(self.training)
+        self.branches = nn.ModuleList([*self.branches, branch])
+        owner.seed_added(self.path, branch)
+        owner.seed_committed(self.path, branch)
+        self.committed.append(seed)
+        self.num_committed += 1
+        self._life = self._new_life(len(self.committed) - 1)
+        self._life.stage, self._life.blueprint = SeedStage.FOSSILIZED, seed.blueprint
+        self._follow_stage()
 
     # Removing
 

@@ -181,11 +181,12 @@ class SlotSet(Mapping[str, SeedSlot]):
     def choices(self, path: str) -> tuple[BlueprintChoice, ...]:
         """Return the blueprints that fit a slot, cheapest first."""
         slot = self._slots[path]
-        return tuple(
+        fitting = [
             BlueprintChoice(name=name, param_count=count)
             for name in blueprints.names(slot.family)
             if (count := self._param_count_if_fits(slot, name)) is not None
-        )
+        ]
+        return tuple(sorted(fitting, key=lambda choice: choice.param_count))
 
     def check_unshared(self, path: str, seed: nn.Module) -> None:
         """Raise OwnershipError if a new seed shares a parameter."""

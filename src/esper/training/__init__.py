@@ -5,11 +5,14 @@ from esper.training.growth import Growth
 from esper.training.held_out import Evaluate, HeldOut, VariantEvaluator
 from esper.training.policy import Policy
 from esper.training.precision import matmul_settings, set_matmul_precision
+from esper.training.pretrained import from_pretrained, save_pretrained
 from esper.training.probing import AMPLITUDES, probe_seeds
+from esper.training.sealed_folder import DamagedFolderError
 from esper.training.trainer import EpochReport, Trainer, TrainerConfig
 
 __all__ = [
     "AMPLITUDES",
+    "DamagedFolderError",
     "EpochReport",
     "Evaluate",
     "Governor",
@@ -19,7 +22,9 @@ __all__ = [
     "Trainer",
     "TrainerConfig",
     "VariantEvaluator",
+    "from_pretrained",
     "matmul_settings",
     "probe_seeds",
+    "save_pretrained",
     "set_matmul_precision",
 ]

@@ -1,0 +1,168 @@
+"""Grown models on disk: safetensors and JSON, the same topology in a fresh process."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+from pydantic import ValidationError
+from torch import nn
+
+from esper.lifecycle.record import Record
+from esper.seeds.registry import Family
+from esper.slots.attach import attach
+from esper.slots.config import SlotConfig
+from esper.slots.placement import remove_slots
+from esper.slots.slot import CommittedSeed, SeedSlot
+from esper.slots.slot_set import SlotSet
+from esper.training.sealed_folder import DamagedFolderError, check_sealed, sealed_folder
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+FORMAT_VERSION = 1
+
+
+class SavedSlot(Record):
+    """One slot with what grew in it."""
+
+    family: Family
+    dim: int
+    config: SlotConfig
+    committed: tuple[CommittedSeed, ...]
+
+
+class PretrainedConfig(Record):
+    """Everything of a grown model but its weights and its host's code."""
+
+    format_version: int = FORMAT_VERSION
+    host: str
+    """Class of the host, for people; any module with the same paths and weights will do."""
+    slots: dict[str, SavedSlot]
+
+
+def save_pretrained(slots: SlotSet, folder: str | Path, *, overwrite: bool = False) -> None:
+    """Write a grown model into a new folder: weights of host and committed seeds, and topology.
+
+    Args:
+        slots: From `esper.attach`; their model is saved.
+        folder: Is created, whole or not at all.
+        overwrite: Replace what stands there.
+
+    Raises:
+        FileExistsError: The folder exists and `overwrite` is not set.
+        ValueError: A living seed is in the forward path; commit or prune it first.
+        pydantic_core.PydanticSerializationError: An option of a committed seed has no JSON form.
+        In each case nothing is written.
+    """
+    undecided = [path for path, slot in slots.items() if slot.in_forward_path]
+    if undecided:
+        raise ValueError(
+            f"slots {', '.join(map(repr, undecided))} hold living seeds in the forward path; "
+            "commit or prune them before saving"
+        )
+    config = PretrainedConfig(
+        host=type(slots.model).__name__,
+        slots={
+            path: SavedSlot(
+                family=slot.family,
+                dim=slot.dim,
+                config=slot.config,
+                committed=tuple(slot.committed),
+            )
+            for path, slot in slots.items()
+        },
+    )
+    text = json.dumps(config.model_dump(mode="json"), indent=2)
+    with sealed_folder(Path(folder), overwrite=overwrite) as writing:
+        (writing / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+        safetensors.torch.save_model(slots.model, str(writing / WEIGHTS_FILE))
+
+
+def from_pretrained(model: nn.Module, folder: str | Path, *, example: Any) -> SlotSet:
+    """Make a fresh host the grown model that was saved; it can run, be baked, or grow on.
+
+    Args:
+        model: The host as it was before it grew, with any weights: they are overwritten.
+        folder: Written by `save_pretrained`; verified before anything is read from it.
+        example: One batch as the model takes it, as in `esper.attach`.
+
+    Returns:
+        The slots, with the committed seeds in them.
+
+    Raises:
+        FileNotFoundError: There is no such folder.
+        DamagedFolderError: A byte in it has changed since it was written.
+        ValueError: The format is one this version cannot read, or the host is another one: a path,
+            a width, a weight's name, shape or dtype differs. The model is as it was.
+        BlueprintError: A blueprint is not registered here; import or install its package.
+    """
+    folder = Path(folder)
+    check_sealed(folder)
+    config = _read_config(folder / CONFIG_FILE)
+    slots = attach(
+        model,
+        list(config.slots),
+        example=example,
+        config={path: saved.config for path, saved in config.slots.items()},
+    )
+    try:
+        for path, saved in config.slots.items():
+            _regrow(slots[path], saved)
+        _check_weights(model, folder / WEIGHTS_FILE)
+    except BaseException:
+        remove_slots(model)
+        raise
+    safetensors.torch.load_model(model, str(folder / WEIGHTS_FILE))
+    return slots
+
+
+def _read_config(file: Path) -> PretrainedConfig:
+    raw = json.loads(file.read_text(encoding="utf-8"))
+    version = raw.get("format_version") if isinstance(raw, dict) else None
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"{file} has format version {version!r}; this esper reads version {FORMAT_VERSION}"
+        )
+    try:
+        return PretrainedConfig.model_validate(raw)
+    except ValidationError as error:
+        raise DamagedFolderError(f"{file} is no config of a grown model: {error}") from error
+
+
+def _regrow(slot: SeedSlot, saved: SavedSlot) -> None:
+    if (slot.family, slot.dim) != (saved.family, saved.dim):
+        raise ValueError(
+            f"slot {slot.path!r} was {saved.family} of width {saved.dim}, and is {slot.family} of "
+            f"width {slot.dim} in this host; build it as it was"
+        )
+    for seed in saved.committed:
+        slot.regrow(seed)
+
+
+def _check_weights(model: nn.Module, file: Path) -> None:
+    """Raise unless a file holds just the weights that the model has."""
+    state = model.state_dict()
+    with safetensors.safe_open(str(file), framework="pt") as stored:
+        names = set(stored.keys())
+        loaded = {state[name].data_ptr() for name in names & state.keys()}
+        missing = [
+            name
+            for name, tensor in state.items()
+            if name not in names and tensor.data_ptr() not in loaded  # not tied to a stored one
+        ]
+        unexpected = sorted(names - state.keys())
+        if missing or unexpected:
+            raise ValueError(
+                f"{file} is of another host than this {type(model).__name__}: it lacks "
+                f"{', '.join(missing[:5]) or 'nothing'} and has "
+                f"{', '.join(unexpected[:5]) or 'nothing'} beyond; build the host as it was"
+            )
+        for name in sorted(names):
+            tensor = stored.get_tensor(name)
+            if (tensor.shape, tensor.dtype) != (state[name].shape, state[name].dtype):
+                raise ValueError(
+                    f"{name!r} in {file} is {tuple(tensor.shape)} {tensor.dtype}, in this "
+                    f"{type(model).__name__} {tuple(state[name].shape)} {state[name].dtype}; build "
+                    "the host as it was"
+                )

@@ -1,0 +1,116 @@
+"""A folder that is written whole or not at all, and refused if a byte of it has changed."""
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+MANIFEST_FILE = "manifest.json"
+_MANIFEST_VERSION = 1
+_CHUNK_BYTES = 1 << 20
+
+
+class DamagedFolderError(ValueError):
+    """A folder that is not what was written: a file is changed, or missing."""
+
+
+@contextmanager
+def sealed_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Yield a temporary folder to write into; it becomes `folder` when the block ends.
+
+    Every file gets its SHA-256 into the manifest and is flushed to the disk. If the block raises,
+    nothing is left and what stood at `folder` stays.
+
+    Raises:
+        FileExistsError: `folder` exists and `overwrite` is not set.
+    """
+    if folder.exists() and not overwrite:
+        raise FileExistsError(
+            f"{folder} exists already; choose another folder, or pass overwrite=True"
+        )
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.with_name(f".{folder.name}-{uuid.uuid4().hex}")
+    temporary.mkdir()
+    try:
+        yield temporary
+        digests = {file.name: _digest(file) for file in temporary.iterdir()}
+        (temporary / MANIFEST_FILE).write_bytes(_manifest(digests, _MANIFEST_VERSION))
+        for file in temporary.iterdir():
+            _flush(file)
+        _flush(temporary)
+        _replace(temporary, folder)
+        _flush(folder.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_sealed(folder: Path) -> None:
+    """Raise unless every file that was sealed is there, byte for byte; others are not looked at.
+
+    Raises:
+        FileNotFoundError: There is no such folder.
+        DamagedFolderError: A file was changed or removed, or there is no valid manifest.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is no folder")
+    for name, digest in _read_manifest(folder / MANIFEST_FILE).items():
+        file = folder / name
+        if not file.is_file():
+            raise DamagedFolderError(f"{file} is missing")
+        if _digest(file) != digest:
+            raise DamagedFolderError(f"{file} was changed after it was written")
+
+
+def _read_manifest(file: Path) -> dict[str, str]:
+    try:
+        text = file.read_bytes()
+        manifest = json.loads(text)
+        digests: dict[str, str] = manifest["files"]
+        version = manifest["version"]
+        unchanged = text == _manifest(digests, version)
+    except FileNotFoundError as error:
+        raise DamagedFolderError(f"{file} is missing") from error
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise DamagedFolderError(f"{file} is damaged: {error}") from error
+    if version != _MANIFEST_VERSION:
+        raise DamagedFolderError(
+            f"{file} has version {version!r}; this esper reads version {_MANIFEST_VERSION}"
+        )
+    if not unchanged:
+        raise DamagedFolderError(f"{file} was changed after it was written")
+    return digests
+
+
+def _manifest(digests: dict[str, str], version: int) -> bytes:
+    ordered = {"files": dict(sorted(digests.items())), "version": version}
+    return json.dumps(ordered, indent=2).encode() + b"\n"
+
+
+def _digest(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while chunk := stream.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _replace(temporary: Path, folder: Path) -> None:
+    if not folder.exists():
+        temporary.rename(folder)
+        return
+    aside = folder.with_name(f".{folder.name}-{uuid.uuid4().hex}")
+    folder.rename(aside)
+    temporary.rename(folder)
+    shutil.rmtree(aside)
