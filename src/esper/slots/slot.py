@@ -236,6 +236,12 @@ class SeedSlot(SlotForward):
         except ValueError:
             raise
         except Exception as error:
+            if order.source is not None:  # the caller's choice, not the blueprint's failure
+                raise ValueError(
+                    f"{life.subject}: source={options[SOURCE_OPTION]!r} does not map features of "
+                    f"shape {self.layout.shape} to such features, called as {self.path!r} is: "
+                    f"{type(error).__name__}: {error}"
+                ) from error
             raise GerminationError(
                 f"{life.subject}: building blueprint {blueprint!r} with options {options} raised "
                 f"{type(error).__name__}: {error}",
