@@ -13,7 +13,7 @@ from growth_cycle import attach, committed, grow, outputs_of
 from timm_models import import_timm
 
 HOSTS: dict[str, tuple[str, dict[str, Any], Sequence[str], str]] = {
-    "resnet": ("resnet18", {}, ["layer[23]"], "layer3.1"),
+    "resnet": ("resnet18", {"channels": (8, 16, 32, 32)}, ["layer[23]"], "layer3.1"),
     "convnext": ("convnext_atto", {}, ["stages.2"], "stages.2.blocks.1"),
     "vit": (
         "vit_tiny_patch16_224",

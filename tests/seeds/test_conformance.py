@@ -260,6 +260,21 @@ def test_channels_last_features_give_the_same_values(name: str, dim: int):
     torch.testing.assert_close(seed(permuted), seed(features))
 
 
+@pytest.mark.parametrize("name", [name for name in blueprints.names(Family.CNN) if name != "noop"])
+def test_channels_last_features_without_gradient_give_the_same_gradients(name: str):
+    """As an isolated seed meets them; torch's own GroupNorm crashes on a CPU here."""
+    seed = grown(Family.CNN, name, 16)
+    features = torch.randn(shape_of(Family.CNN, 2, 16))
+
+    def gradients(source: Tensor) -> list[Tensor | None]:
+        seed.zero_grad()
+        seed.increment(source).square().sum().backward()
+        return [parameter.grad for parameter in seed.parameters()]
+
+    permuted = gradients(features.to(memory_format=torch.channels_last))
+    torch.testing.assert_close(permuted, gradients(features), rtol=1e-3, atol=1e-4)
+
+
 @every_width
 def test_the_parameter_count_is_that_of_a_built_seed(family: Family, name: str, dim: int):
     built = sum(

@@ -11,7 +11,7 @@ from esper.seeds.checkpointing import compute
 from esper.seeds.copied_block import CopiedBlockSeed, check_source
 from esper.seeds.identity import zero_initialise_
 from esper.seeds.noop import NoopSeed
-from esper.seeds.normalization import group_count, group_norm
+from esper.seeds.normalization import group_norm
 from esper.seeds.registry import Family, blueprints
 from esper.seeds.seed import Seed
 
@@ -30,7 +30,7 @@ class NormSeed(Seed):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.norm = zero_initialise_(nn.GroupNorm(group_count(dim), dim))
+        self.norm = zero_initialise_(group_norm(dim))
 
     @property
     def output_layers(self) -> tuple[nn.Module, ...]:

@@ -1,6 +1,7 @@
 """Normalisation that works for every width: GroupNorm with a count that divides it."""
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 
 def group_count(channels: int, *, at_most: int = 8) -> int:
@@ -20,10 +21,25 @@ def group_count(channels: int, *, at_most: int = 8) -> int:
     return next(count for count in range(largest, 0, -1) if channels % count == 0)
 
 
-def group_norm(channels: int, *, at_most: int = 8) -> nn.GroupNorm:
+class GroupNorm(nn.GroupNorm):
+    """torch's GroupNorm, safe on the detached features that isolated seeds read.
+
+    On a CPU the backward of torch 2.13's own ends the process with a segmentation fault if the
+    input is in channels-last layout and needs no gradient; such an input is made contiguous.
+    """
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return the normalised features, same shape."""
+        on_cpu = features.device.type == "cpu"
+        if on_cpu and torch.is_grad_enabled() and not features.requires_grad:
+            features = features.contiguous()
+        return super().forward(features)
+
+
+def group_norm(channels: int, *, at_most: int = 8) -> GroupNorm:
     """Return a GroupNorm over `group_count(channels)` groups.
 
     Seeds never use BatchNorm: its running statistics would be shared state between a seed that
     trains on detached features and one that is live.
     """
-    return nn.GroupNorm(group_count(channels, at_most=at_most), channels)
+    return GroupNorm(group_count(channels, at_most=at_most), channels)
