@@ -1,0 +1,266 @@
+"""Baking: a plain module with the same output to the bit, and nothing of a slot in it."""
+
+import copy
+import pickle
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import esper
+from esper import SeedStage
+from esper.lifecycle.alpha import BlendOperator
+from esper.seeds import Family
+from esper.slots import GrownModule
+
+INPUTS = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(autouse=True)
+def _fixed_random_stream() -> Iterator[None]:
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)
+        yield
+
+
+class Pair(NamedTuple):
+    features: Tensor
+    extra: Tensor
+
+
+class Layer(nn.Module):
+    """Returns one of the kinds of output that layers have."""
+
+    kind = "layer"
+
+    def __init__(self, returns: str) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+        self.returns = returns
+
+    def forward(self, features: Tensor, *, scale: float = 1.0) -> Any:
+        output = torch.tanh(self.linear(features)) * scale
+        if self.returns == "tensor":
+            return output
+        if self.returns == "list":
+            return [output, features]
+        return Pair(output, features) if self.returns == "named" else (output, features)
+
+
+class Host(nn.Module):
+    """Asks its layers what they are, as hosts do, and takes what they return."""
+
+    def __init__(self, returns: Sequence[str] = ("tensor", "tuple", "named", "list")) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer(kind) for kind in returns)
+
+    def forward(self, features: Tensor) -> Tensor:
+        for layer in self.layers:
+            assert layer.kind == "layer"
+            output = layer(features, scale=0.9)
+            features = output if isinstance(output, Tensor) else output[0]
+        return features
+
+
+@pytest.fixture
+def grown(grow: Any, randomise: Callable[..., None]) -> Callable[..., tuple[nn.Module, Any]]:
+    """`grown(model, blueprints_by_path)`: committed seeds with random weights."""
+
+    def make(model: nn.Module, seeds: dict[str, list[Any]]) -> tuple[nn.Module, esper.SlotSet]:
+        slots = esper.attach(model, list(seeds), example=INPUTS)
+        for path, wanted in seeds.items():
+            for number, order in enumerate(wanted):
+                name, options = order if isinstance(order, tuple) else (order, {})
+                grow(slots[path], name, SeedStage.FOSSILIZED, **options)
+                randomise(slots[path].branches[number], seed=number + len(path))
+        return model, slots
+
+    return make
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_baked_model_equals_the_grown_one_bitwise_and_has_no_slot(grown: Any, training: bool):
+    seeds = {f"layers.{index}": ["mlp", "lora"] for index in range(4)}
+    model, _ = grown(Host(), seeds)
+    model.train(training)
+    before = copy.deepcopy(model.state_dict())
+    plain = esper.bake(model)
+    assert plain.training is training
+    assert torch.equal(plain(INPUTS), model(INPUTS))
+    gradients = []
+    for which in (plain, model):
+        which(INPUTS).square().sum().backward()
+        gradients.append([parameter.grad for parameter in which.parameters()])
+    assert all(map(torch.equal, *gradients))
+    for module in plain.modules():
+        assert not isinstance(module, esper.SeedSlot)
+        assert not module._forward_hooks
+        assert not module._forward_pre_hooks
+    assert not any("esper_slot" in name for name, _ in plain.named_modules())
+    # The grown model is as it was, shares nothing, and can go on.
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
+    own = {parameter.data_ptr() for parameter in model.parameters()}
+    assert own.isdisjoint(parameter.data_ptr() for parameter in plain.parameters())
+    esper.bake(model)
+
+
+def test_modules_without_committed_seeds_keep_their_class_and_keys(grown: Any):
+    model, slots = grown(Host(), {"layers.0": [], "layers.2": ["lora"]})
+    slots["layers.0"].germinate("mlp")
+    slots["layers.0"].advance(force=True)
+    plain = esper.bake(model)
+    kinds = [type(layer) for layer in plain.layers]
+    assert kinds == [Layer, Layer, GrownModule, Layer]
+    untouched = {name for name in Host().state_dict() if not name.startswith("layers.2")}
+    assert untouched <= set(plain.state_dict())
+    assert not any(name.startswith("layers.0.esper") for name in plain.state_dict())
+
+
+@pytest.mark.parametrize("operator", list(BlendOperator))
+def test_every_operator_is_baked(grown: Any, operator: BlendOperator):
+    model, _ = grown(Host(), {"layers.1": [("mlp", {"blend_operator": operator})]})
+    assert torch.equal(esper.bake(model)(INPUTS), model(INPUTS))
+
+
+def test_a_slot_in_a_grown_module_and_one_behind_it(grown: Any):
+    model, _ = grown(Host(), {"layers.0": ["lora"], "layers.0.linear": ["mlp"]})
+    plain = esper.bake(model)
+    assert torch.equal(plain(INPUTS), model(INPUTS))
+    assert isinstance(plain.layers[0], GrownModule)
+    assert isinstance(plain.layers[0].module.linear, GrownModule)
+
+
+def test_a_chain_is_baked_at_its_last_child(grown: Any):
+    chain = nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.ReLU(), nn.Linear(8, 8)))
+    model, _ = grown(nn.Sequential(chain, nn.Tanh()), {"0": ["mlp"]})
+    plain = esper.bake(model)
+    assert torch.equal(plain(INPUTS), model(INPUTS))
+    assert isinstance(plain.get_submodule("0.1.1"), GrownModule)
+
+
+def test_a_baked_model_survives_copying_pickling_and_compiling(grown: Any):
+    model, _ = grown(Host(), {"layers.1": ["mlp"]})
+    plain = esper.bake(model)
+    expected = plain(INPUTS)
+    assert torch.equal(copy.deepcopy(plain)(INPUTS), expected)
+    assert torch.equal(pickle.loads(pickle.dumps(plain))(INPUTS), expected)  # noqa: S301
+    torch.compiler.reset()
+    compiled = torch.compile(plain, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(INPUTS), expected)
+    again = esper.attach(plain, "layers.1", example=INPUTS)  # a plain module like any other
+    assert again["layers.1"].stage is SeedStage.DORMANT
+    assert torch.equal(plain(INPUTS), expected)
+
+
+def test_whoever_reads_weights_around_a_grown_module_is_stopped(grown: Any):
+    """A transformer layer's fast path multiplies by `linear1.weight` itself: no seed would run."""
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0)
+    layer.linear1 = nn.Linear(8, 16)
+    model, _ = grown(layer, {"linear2": ["mlp"]})
+    plain = esper.bake(model).eval()
+    with (
+        torch.no_grad(),
+        pytest.raises(AttributeError, match=r"'weight' is a tensor .* read .module.weight"),
+    ):
+        plain(INPUTS)
+    assert hasattr(plain.linear2, "in_features")
+    assert not hasattr(plain.linear2, "no_such_thing")
+
+
+@pytest.mark.parametrize("stage", [SeedStage.BLENDING, SeedStage.SHADOWING, SeedStage.PROBATIONARY])
+def test_an_undecided_seed_in_the_forward_path_is_refused(grown: Any, grow: Any, stage: SeedStage):
+    model, slots = grown(Host(), {"layers.0": []})
+    grow(slots["layers.0"], "mlp", stage)
+    with pytest.raises(ValueError, match=rf"'layers.0' \({stage.name}\) hold living seeds"):
+        esper.bake(model)
+
+
+def test_what_cannot_be_baked_is_refused(grown: Any):
+    with pytest.raises(ValueError, match="Linear has no slots"):
+        esper.bake(nn.Linear(2, 2))
+    model, _ = grown(Host(), {"layers.0": ["lora"]})
+    with pytest.raises(RuntimeError, match="compiled"):
+        esper.bake(torch.compile(model, backend="eager"))
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(8, 8)
+        self.second = nn.Linear(8, 8, bias=False)
+        self.second.weight = self.first.weight
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.second(torch.tanh(self.first(features)))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_lora_is_folded_into_the_linear_layer_in_front(grown: Any, bias: bool):
+    model = nn.Sequential(nn.Linear(8, 8, bias=bias), nn.Tanh(), nn.Linear(8, 4))
+    keys = set(model.state_dict())
+    model, _ = grown(model, {"0": ["lora", "lora_large"]})
+    folded = esper.bake(model, fold=True)
+    assert type(folded[0]) is nn.Linear
+    assert set(folded.state_dict()) == keys
+    torch.testing.assert_close(folded(INPUTS), model(INPUTS), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(folded[0].weight, model[0].weight)
+
+
+def test_only_what_is_linear_and_alone_is_folded(grown: Any):
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+    gate = ("lora", {"blend_operator": "gate"})
+    model, _ = grown(model, {"0": ["lora", "mlp", "lora"], "1": ["lora"], "2": [gate]})
+    folded = esper.bake(model, fold=True)
+    assert [len(module.branches) for module in folded] == [2, 1, 1]
+    torch.testing.assert_close(folded(INPUTS), model(INPUTS), rtol=1e-5, atol=1e-5)
+    tied, _ = grown(Tied(), {"first": ["lora"]})
+    folded = esper.bake(tied, fold=True)
+    assert isinstance(folded.first, GrownModule)
+    assert folded.second.weight is folded.first.module.weight
+    assert torch.equal(folded(INPUTS), tied(INPUTS))
+
+
+def test_a_source_is_copied_without_slots_and_seeds(grown: Any, grow: Any):
+    model, slots = grown(Host(), {"layers.0": ["mlp"], "layers.1": []})
+    for source in ("layers.0", "layers.1"):
+        before = model(INPUTS)
+        grow(slots["layers.1"], "block", SeedStage.PROBATIONARY, source=source)
+        copied = slots["layers.1"].seed.block
+        assert set(copied.state_dict()) == {"linear.weight", "linear.bias"}
+        assert torch.equal(copied.linear.weight, model.get_submodule(source).linear.weight)
+        assert copied.linear.weight is not model.get_submodule(source).linear.weight
+        assert torch.equal(model(INPUTS), before)
+        nn.init.ones_(slots["layers.1"].seed.output_layers[0].weight)
+        plain = Layer("tensor")
+        plain.load_state_dict(copied.state_dict())
+        features = slots["layers.1"].seed(INPUTS)
+        assert torch.equal(features, INPUTS + (plain(INPUTS) - INPUTS))
+        slots["layers.1"].commit()
+    assert torch.equal(esper.bake(model)(INPUTS), model(INPUTS))
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # torch's own exporter
+@pytest.mark.parametrize("family", list(Family))
+def test_a_baked_model_runs_in_onnx(family: Family, grow: Any, randomise: Any, tmp_path: Path):
+    pytest.importorskip("onnxscript", reason="torch's ONNX exporter needs onnxscript")
+    runtime = pytest.importorskip("onnxruntime", reason="runs what was exported")
+    if family is Family.CNN:
+        model: nn.Module = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 1))
+        inputs, names = torch.randn(2, 3, 8, 8), ["norm", "attention", "conv_light", "block"]
+    else:
+        model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 2))
+        inputs, names = INPUTS, ["lora", "attention", "mlp", "block"]
+    slot = esper.attach(model, "0", example=inputs)["0"]
+    for number, name in enumerate(names):
+        grow(slot, name, SeedStage.FOSSILIZED)
+        randomise(slot.branches[number], seed=number)
+    plain = esper.bake(model).eval()
+    file = tmp_path / "model.onnx"
+    torch.onnx.export(plain, (inputs,), file, dynamo=True, verbose=False)
+    session = runtime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    (output,) = session.run(None, {session.get_inputs()[0].name: inputs.numpy()})
+    expected = plain(inputs).detach()
+    torch.testing.assert_close(torch.from_numpy(output), expected, rtol=1e-3, atol=1e-3)
