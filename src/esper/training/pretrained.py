@@ -6,8 +6,9 @@ from typing import Any
 
 import safetensors
 import safetensors.torch
+import torch
 from pydantic import ValidationError
-from torch import nn
+from torch import Tensor, nn
 
 from esper.lifecycle.record import Record
 from esper.seeds.registry import Family
@@ -76,7 +77,7 @@ def save_pretrained(slots: SlotSet, folder: str | Path, *, overwrite: bool = Fal
     text = json.dumps(config.model_dump(mode="json"), indent=2)
     with sealed_folder(Path(folder), overwrite=overwrite) as writing:
         (writing / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
-        safetensors.torch.save_model(slots.model, str(writing / WEIGHTS_FILE))
+        safetensors.torch.save_file(_weights_to_save(slots), writing / WEIGHTS_FILE)
 
 
 def from_pretrained(model: nn.Module, folder: str | Path, *, example: Any) -> SlotSet:
@@ -113,8 +114,28 @@ def from_pretrained(model: nn.Module, folder: str | Path, *, example: Any) -> Sl
     except BaseException:
         remove_slots(model)
         raise
-    safetensors.torch.load_model(model, str(folder / WEIGHTS_FILE))
+    # Not strict: a tied weight has one name in the file.
+    model.load_state_dict(safetensors.torch.load_file(folder / WEIGHTS_FILE), strict=False)
     return slots
+
+
+def _weights_to_save(slots: SlotSet) -> dict[str, Tensor]:
+    """Return the state dict without living seeds; of tied weights, the first name only."""
+    living = tuple(
+        f"{name}."
+        for name, module in slots.model.named_modules()
+        if any(module is slot.living for slot in slots.values())
+    )
+    weights: dict[str, Tensor] = {}
+    seen: set[tuple[int, torch.Size, tuple[int, ...]]] = set()
+    for name, tensor in slots.model.state_dict().items():
+        memory = (tensor.data_ptr(), tensor.shape, tensor.stride())
+        if (living and name.startswith(living)) or (tensor.numel() > 0 and memory in seen):
+            continue
+        seen.add(memory)
+        alone = tensor.untyped_storage().nbytes() == tensor.nbytes
+        weights[name] = (tensor if alone else tensor.clone()).contiguous()
+    return weights
 
 
 def _read_config(file: Path) -> PretrainedConfig:
