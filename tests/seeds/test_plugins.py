@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -93,3 +94,35 @@ def test_installed_plugins_are_loaded_on_first_use_and_broken_ones_warn_by_name(
             "RuntimeError: half installed",
         ],
     ]
+
+
+USE_SWIGLU = """
+import torch, esper
+
+host = torch.nn.Linear(4, 8)
+slots = esper.attach(torch.nn.Sequential(host), "0", example=torch.zeros(2, 4))
+slot = slots["0"]
+assert "swiglu" in [choice.name for choice in slot.state().choices]
+slot.germinate("swiglu", expansion=2)
+while slot.stage.name != "FOSSILIZED":
+    slot.advance(force=True)
+print(type(slot.branches[0].seed).__module__, slot.committed[0].param_count)
+"""
+
+
+def test_the_example_package_is_installed_and_grows(tmp_path: Path):
+    package = Path(__file__).parents[2] / "examples" / "esper-swiglu"
+    source, target = tmp_path / "source", tmp_path / "installed"
+    shutil.copytree(package, source)
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
+    options = ["--no-build-isolation", "--disable-pip-version-check", "--target", str(target)]
+    subprocess.run([*install, *options, str(source)], check=True, capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-W", "error", "-c", USE_SWIGLU],
+        env={**os.environ, "PYTHONPATH": f"{target}{os.pathsep}{Path(esper.__file__).parents[1]}"},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    # norm 8, gate and up 8 × 16 each, down 16 × 8
+    assert result.stdout.split() == ["esper_swiglu", str(8 + 3 * 128)]

@@ -15,13 +15,14 @@ from esper.seeds.registry import (
     Family,
     blueprints,
 )
-from esper.seeds.seed import Seed
+from esper.seeds.seed import ContextualSeed, Seed
 
 __all__ = [
     "ENTRY_POINT_GROUP",
     "Blueprint",
     "BlueprintError",
     "BlueprintRegistry",
+    "ContextualSeed",
     "Family",
     "Seed",
     "blueprints",
