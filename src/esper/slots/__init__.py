@@ -3,12 +3,13 @@
 from esper.slots.attach import attach, detach, find_slots
 from esper.slots.bake import GrownModule, bake
 from esper.slots.breaker import BreakerState, CircuitBreaker
+from esper.slots.committed_seed import CommittedSeed
 from esper.slots.config import SlotConfig
 from esper.slots.counterfactual import Variant, effective_alpha, fused_losses
 from esper.slots.germination import GerminationError
 from esper.slots.ownership import OwnershipError
 from esper.slots.placement import SLOT_NAME
-from esper.slots.slot import CommittedSeed, SeedSlot
+from esper.slots.slot import SeedSlot
 from esper.slots.slot_forward import ForwardMode
 from esper.slots.slot_set import SlotSet
 

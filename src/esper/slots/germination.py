@@ -62,10 +62,17 @@ class SeedOrder:
     layout: FeatureLayout
     device: torch.device
     dtype: torch.dtype
-    source: nn.Module | None = None
-    """The host's module to take over where an option names one: a copy, without slots."""
+    find_source: Callable[[str], nn.Module] | None = None
+    """Returns a copy, without slots, of the host's module at a path."""
     call: CallArguments = NO_ARGUMENTS
     """What the host's module was called with on the example."""
+
+    @property
+    def copies_host(self) -> bool:
+        """Whether an option names a module of the host."""
+        if self.options.get(SOURCE_OPTION) is None:
+            return False
+        return blueprints.get(self.layout.family, self.blueprint).copies_host
 
     def random_features(self) -> Tensor:
         """Return standard normal features: two samples, or as many as the call is for."""
@@ -92,8 +99,8 @@ def build_branch(order: SeedOrder) -> SeedBranch:
     """
     layout = order.layout
     options = dict(order.options)
-    if order.source is not None:
-        options[SOURCE_OPTION] = order.source
+    if order.copies_host and order.find_source is not None:
+        options[SOURCE_OPTION] = order.find_source(options[SOURCE_OPTION])
     seed = blueprints.create(layout.family, order.blueprint, layout.dim, **options)
     return SeedBranch(
         seed,

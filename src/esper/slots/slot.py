@@ -23,7 +23,6 @@ from esper.lifecycle.events import (
     SlotReset,
 )
 from esper.lifecycle.learning import Isolation
-from esper.lifecycle.record import Record
 from esper.lifecycle.stages import (
     LIVING_STAGES,
     RECOVERY_PATH,
@@ -33,10 +32,11 @@ from esper.lifecycle.stages import (
     next_stage,
 )
 from esper.seeds.identity import scale_output_
-from esper.seeds.registry import Family, blueprints
+from esper.seeds.registry import Family
 from esper.seeds.seed import Seed
 from esper.slots.branch import SeedBranch
 from esper.slots.call_arguments import CallArguments
+from esper.slots.committed_seed import CommittedSeed
 from esper.slots.config import SlotConfig, choose
 from esper.slots.germination import (
     SOURCE_OPTION,
@@ -56,17 +56,6 @@ from esper.slots.slot_forward import ForwardMode, SlotForward
 from esper.slots.slot_owner import SlotOwner
 
 _FORCEABLE = LIVING_STAGES - {SeedStage.GERMINATED}
-
-
-class CommittedSeed(Record):
-    """What the host took over from a slot; enough to build the same structure again."""
-
-    blueprint: str
-    options: dict[str, Any]
-    blend_operator: BlendOperator
-    param_count: int
-    contribution_fraction: float | None
-    """As last measured before the commit."""
 
 
 class SeedSlot(SlotForward):
@@ -236,11 +225,11 @@ class SeedSlot(SlotForward):
         except ValueError:
             raise
         except Exception as error:
-            if order.source is not None:  # the caller's choice, not the blueprint's failure
+            if order.copies_host:  # the caller's choice, not the blueprint's failure
                 raise ValueError(
-                    f"{life.subject}: source={options[SOURCE_OPTION]!r} does not map features of "
-                    f"shape {self.layout.shape} to such features, called as {self.path!r} is: "
-                    f"{type(error).__name__}: {error}"
+                    f"{life.subject}: source={order.options[SOURCE_OPTION]!r} does not map "
+                    f"features of shape {self.layout.shape} to such features, called as "
+                    f"{self.path!r} is: {type(error).__name__}: {error}"
                 ) from error
             raise GerminationError(
                 f"{life.subject}: building blueprint {blueprint!r} with options {options} raised "
@@ -280,16 +269,9 @@ class SeedSlot(SlotForward):
             layout=self.layout,
             device=self.blend_alpha.device,
             dtype=self.blend_alpha.dtype,
-            source=self._source(blueprint, options),
+            find_source=self._attached().copy_of_host_module,
             call=self.example_call,
         )
-
-    def _source(self, blueprint: str, options: Mapping[str, Any]) -> nn.Module | None:
-        """Return a copy of the host's module that an option names; None if none does."""
-        name = options.get(SOURCE_OPTION)
-        if name is None or not blueprints.get(self.family, blueprint).copies_host:
-            return None
-        return self._attached().copy_of_host_module(name)
 
     def _register(self, life: SeedLife, branch: SeedBranch) -> Event:
         branch.train(self.training)

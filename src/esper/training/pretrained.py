@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from esper.lifecycle.record import Record
 from esper.seeds.registry import Family
 from esper.slots.attach import attach
+from esper.slots.committed_seed import CommittedSeed
 from esper.slots.config import SlotConfig
 from esper.slots.placement import remove_slots
-from esper.slots.slot import CommittedSeed, SeedSlot
+from esper.slots.slot import SeedSlot
 from esper.slots.slot_set import SlotSet
 from esper.training.sealed_folder import DamagedFolderError, check_sealed, sealed_folder
 
