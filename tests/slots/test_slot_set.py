@@ -40,15 +40,15 @@ def test_choices_are_what_fits_by_cost_and_follow_the_registry(hosts: Any, advan
 
         @registry.register("too_wide", family=Family.TRANSFORMER)
         def _too_wide(dim: int) -> Seed:
-            return TooWide(dim, dim)
+            return TooWide(dim, dim, checkpointing=False)
 
         @registry.register("wrong_shape", family=Family.TRANSFORMER)
         def _wrong_shape(dim: int) -> Seed:
-            return WrongShape(dim, dim)
+            return WrongShape(dim, dim, checkpointing=False)
 
         @registry.register("wide", family=Family.TRANSFORMER)
         def _wide(dim: int) -> Seed:
-            return MLPSeed(dim, 9 * dim)
+            return MLPSeed(dim, 9 * dim, checkpointing=False)
 
         assert {choice.name for choice in slot.state().choices} == names | {"wide"}
         registry.unregister(Family.TRANSFORMER, "mlp")
