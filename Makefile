@@ -27,6 +27,7 @@ $(VENV)/.runtime: pyproject.toml constraints.txt | $(BIN)/python
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing esper with its development tools (once)"
 	$(INSTALL) -e '.[dev]'
+	$(INSTALL) --no-deps timm  # wants torchvision, which its models do without
 	@touch $@ $(VENV)/.runtime
 
 demo: $(VENV)/.runtime
