@@ -1,0 +1,170 @@
+"""Seeds that read what the host gave to the module in front of them."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import esper
+from esper import SeedStage, SlotConfig
+from esper.lifecycle.learning import Isolation
+from esper.seeds import ContextualSeed, Family, Seed, blueprints, zero_initialise_
+from esper.slots.call_arguments import CallArguments
+
+INPUTS = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(0))
+
+
+class Cache:
+    """A key-value cache as far as slots can see."""
+
+    def __init__(self, tokens: int) -> None:
+        self.tokens = tokens
+
+    def get_seq_length(self) -> int:
+        return self.tokens
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(
+        self, tokens: Tensor, memory: Tensor, *, mask: Tensor, cache: Cache | None = None
+    ) -> Tensor:
+        return self.linear(tokens) * mask + memory
+
+
+class Host(nn.Module):
+    """Gives its layer a memory that is learned, a mask and perhaps a cache."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.memory = nn.Parameter(torch.randn(4))
+        self.layer = Layer()
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, tokens: Tensor, cached_tokens: int | None = None) -> Tensor:
+        memory = 2.0 * self.memory
+        mask = (tokens.sum(dim=2, keepdim=True) > 0).to(tokens.dtype)
+        cache = None if cached_tokens is None else Cache(cached_tokens)
+        return self.head(self.layer(tokens, memory, mask=mask, cache=cache))
+
+
+class ReadingSeed(ContextualSeed):
+    """Mixes tokens, and uses all arguments of the call; a cache never comes through."""
+
+    mixes_tokens = True
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.output = zero_initialise_(nn.Linear(dim, dim))
+
+    @property
+    def output_layers(self) -> tuple[nn.Module, ...]:
+        return (self.output,)
+
+    def increment(self, features: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        (memory,) = args
+        assert kwargs["cache"] is None
+        return self.output(features.cumsum(dim=1) * memory) * kwargs["mask"]
+
+
+@pytest.fixture
+def slot() -> Iterator[esper.SeedSlot]:
+    """A slot of an isolated reading seed whose output is not zero."""
+    with blueprints.temporarily() as registry, torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)
+
+        @registry.register("reading", family=Family.TRANSFORMER)
+        def _reading(dim: int) -> Seed:
+            return ReadingSeed(dim)
+
+        config = SlotConfig(isolation=Isolation.SHADOWING)
+        slots = esper.attach(Host(), "layer", example=INPUTS, config=config)
+        assert "reading" in [choice.name for choice in slots["layer"].state().choices]
+        slots["layer"].germinate("reading")
+        nn.init.normal_(slots["layer"].seed.output.weight)
+        yield slots["layer"]
+
+
+def advance_to(slot: esper.SeedSlot, stage: SeedStage) -> None:
+    while slot.stage is not stage:
+        slot.advance(force=True)
+
+
+def test_the_arguments_of_each_call_reach_the_seed(slot: esper.SeedSlot):
+    host = slot.owner.model
+    advance_to(slot, SeedStage.PROBATIONARY)
+    tokens = torch.randn(2, 7, 4)
+    mask = (tokens.sum(dim=2, keepdim=True) > 0).float()
+    memory = 2.0 * host.memory
+    features = host.layer.linear(tokens) * mask + memory
+    expected = host.head(features + slot.seed.increment(features, memory, mask=mask, cache=None))
+    assert torch.equal(host(tokens), expected)
+
+
+@pytest.mark.parametrize("stage", [SeedStage.TRAINING, SeedStage.BLENDING])
+def test_an_isolated_seed_reaches_the_host_through_no_argument(
+    slot: esper.SeedSlot, stage: SeedStage
+):
+    host = slot.owner.model
+    advance_to(slot, stage)
+    seen: list[Tensor] = []
+    run = slot.seed.increment
+
+    def noted(features: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        seen.extend([features, *args, kwargs["mask"]])
+        return run(features, *args, **kwargs)
+
+    slot.seed.increment = noted  # type: ignore[method-assign]
+    host(INPUTS).sum().backward()
+    assert len(seen) == 3
+    assert not any(tensor.requires_grad for tensor in seen)
+    assert slot.seed.output.weight.grad is not None
+
+
+def test_tokens_in_a_cache_are_refused_while_the_seed_is_in_the_path(slot: esper.SeedSlot):
+    host = slot.owner.model
+    advance_to(slot, SeedStage.TRAINING)
+    host(INPUTS, cached_tokens=9)
+    advance_to(slot, SeedStage.BLENDING)
+    host(INPUTS, cached_tokens=5)  # the cache holds these very tokens
+    with pytest.raises(RuntimeError, match=r"would not see those in the key-value cache"):
+        host(INPUTS, cached_tokens=6)
+    advance_to(slot, SeedStage.FOSSILIZED)
+    for model in (host, esper.bake(host)):
+        model(INPUTS, cached_tokens=5)
+        with pytest.raises(RuntimeError, match=r"use_cache=False"):
+            model(INPUTS, cached_tokens=6)
+    slot.germinate("mlp")
+    with pytest.raises(RuntimeError, match=r"use_cache=False"):
+        host(INPUTS, cached_tokens=6)
+
+
+def test_the_first_argument_and_caches_are_left_out():
+    call = CallArguments.of_call((INPUTS, Cache(3), 1), {"cache": Cache(4), "mask": INPUTS})
+    assert call.args == (None, 1)
+    assert call.kwargs["cache"] is None
+    assert call.kwargs["mask"] is INPUTS
+    assert call.has_tensors
+    assert not CallArguments.of_call((INPUTS,), {"flag": True}).has_tensors
+
+
+def test_a_seed_that_changes_its_input_in_place_is_not_built():
+    class Overwriting(ReadingSeed):
+        def increment(self, features: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            return self.output(features.relu_())
+
+    with blueprints.temporarily() as registry:
+
+        @registry.register("overwriting", family=Family.TRANSFORMER)
+        def _overwriting(dim: int) -> Seed:
+            return Overwriting(dim)
+
+        slots = esper.attach(Host(), "layer", example=INPUTS)
+        with pytest.raises(ValueError, match=r"'overwriting' changes its input in place"):
+            slots["layer"].germinate("overwriting")
+        assert slots["layer"].seed is None
