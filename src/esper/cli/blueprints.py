@@ -45,7 +45,9 @@ def blueprints(
     table.add_column("what it is", overflow="fold", ratio=1)
     for blueprint in found:
         count = _param_count(blueprint, dim)
-        options = ", ".join(f"{name}={value}" for name, value in blueprint.options.items())
+        options = ", ".join(
+            f"{name}={default}" if default else name for name, default in blueprint.options.items()
+        )
         shown = "does not fit" if count is None else f"{count:,}"
         table.add_row(blueprint.family, blueprint.name, shown, options, blueprint.summary)
     console.print(table)

@@ -1,15 +1,11 @@
 """The slot: what a host's forward meets, and where one seed after another lives."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch import nn
 
 from esper.blending.schedule import DEFAULT_STEEPNESS, AlphaController, AlphaState
-from esper.lifecycle.actions import SlotState
 from esper.lifecycle.alpha import AlphaCurve, AlphaMode, BlendOperator
 from esper.lifecycle.events import (
     AlphaTargetReached,
@@ -22,7 +18,6 @@ from esper.lifecycle.events import (
     SeedRescaled,
     SlotReset,
 )
-from esper.lifecycle.learning import Isolation
 from esper.lifecycle.stages import (
     LIVING_STAGES,
     RECOVERY_PATH,
@@ -32,15 +27,11 @@ from esper.lifecycle.stages import (
     next_stage,
 )
 from esper.seeds.identity import scale_output_
-from esper.seeds.registry import Family
-from esper.seeds.seed import Seed
 from esper.slots.branch import SeedBranch
-from esper.slots.call_arguments import CallArguments
 from esper.slots.committed_seed import CommittedSeed
-from esper.slots.config import SlotConfig, choose
+from esper.slots.config import choose
 from esper.slots.germination import (
     SOURCE_OPTION,
-    FeatureLayout,
     GerminationError,
     SeedOrder,
     build_branch,
@@ -50,15 +41,13 @@ from esper.slots.germination import (
 )
 from esper.slots.gradient_guard import GradientGuard
 from esper.slots.life import SeedLife
+from esper.slots.living_slot import LivingSlot
 from esper.slots.measurements import SeedMeasurements
 from esper.slots.modes import SeparateRandomStream, forked_random_state
-from esper.slots.slot_forward import ForwardMode, SlotForward
-from esper.slots.slot_owner import SlotOwner
-
-_FORCEABLE = LIVING_STAGES - {SeedStage.GERMINATED}
+from esper.slots.slot_forward import ForwardMode
 
 
-class SeedSlot(SlotForward):
+class SeedSlot(LivingSlot):
     """A place behind a host module where seeds grow, one living at a time.
 
     Made by `esper.attach`. The forward is the identity while no seed is in the path. Methods that
@@ -67,119 +56,6 @@ class SeedSlot(SlotForward):
     A dormant slot adds no key to the state dict. Structure changes belong between an optimizer
     step and the next backward.
     """
-
-    def __init__(
-        self,
-        path: str,
-        layout: FeatureLayout,
-        config: SlotConfig,
-        *,
-        device: torch.device,
-        dtype: torch.dtype,
-        call: CallArguments,
-        owner: SlotOwner,
-    ) -> None:
-        super().__init__(layout, config, device=device, dtype=dtype)
-        self.path = path
-        self.example_call = call
-        self.hook_handle: RemovableHandle | None = None
-        self.committed: list[CommittedSeed] = []
-        self.nonfinite_gradients: Tensor
-        count = torch.zeros((), device=device, dtype=torch.int32)
-        self.register_buffer("nonfinite_gradients", count, persistent=False)
-        self._owner: SlotOwner | None = owner
-        self._guard: GradientGuard | None = None
-        self._life = self._new_life(0)
-
-    # What the slot is
-
-    @property
-    def stage(self) -> SeedStage:
-        """Where the current seed stands."""
-        return self._life.stage
-
-    @property
-    def alpha(self) -> float:
-        """Weight of the living seed's increment in the host's output, in [0, 1]."""
-        return self._life.alpha.alpha
-
-    @property
-    def alpha_state(self) -> AlphaState:
-        """The alpha controller's state."""
-        return self._life.alpha.state
-
-    @property
-    def seed(self) -> Seed | None:
-        """The living seed; None when the slot holds none."""
-        branch = self.living
-        return None if branch is None else branch.seed
-
-    @property
-    def family(self) -> Family:
-        """How the features are laid out."""
-        return self.layout.family
-
-    @property
-    def dim(self) -> int:
-        """The feature width."""
-        return self.layout.dim
-
-    @property
-    def isolation(self) -> Isolation:
-        """Up to which stage seeds here are isolated."""
-        if self.config.isolation is not None:
-            return self.config.isolation
-        has_tokens = self.family is Family.TRANSFORMER and len(self.layout.shape) > 2
-        return Isolation.NONE if has_tokens else Isolation.SHADOWING
-
-    @property
-    def measurements(self) -> SeedMeasurements:
-        """What has been measured of the current seed; the growth engine writes into it."""
-        return self._life.measurements
-
-    @property
-    def fading(self) -> bool:
-        """Whether a fade-out is under way."""
-        return self._life.fading_because is not None
-
-    @property
-    def frozen(self) -> bool:
-        """Whether the living seed's parameters are kept from moving."""
-        return self.stage is SeedStage.SHADOWING or self.fading
-
-    @property
-    def in_forward_path(self) -> bool:
-        """Whether the living seed takes part in the host's output."""
-        return self.mode in (ForwardMode.BLENDED, ForwardMode.INLINED)
-
-    @property
-    def guarded(self) -> bool:
-        """Whether hooks stand on a seed's gradients."""
-        return self._guard is not None
-
-    def state(self) -> SlotState:
-        """Return what a policy sees."""
-        life, measured = self._life, self._life.measurements
-        return SlotState(
-            path=self.path,
-            family=self.family,
-            dim=self.dim,
-            stage=life.stage,
-            blueprint=life.blueprint,
-            alpha=life.alpha.alpha,
-            alpha_mode=life.alpha.mode,
-            live=life.live,
-            fading=self.fading,
-            epochs_in_stage=life.epochs_in_stage,
-            steps_in_stage=life.steps_in_stage,
-            refusals_in_stage=life.refusals_in_stage,
-            committed=len(self.committed),
-            max_committed=self.config.max_committed,
-            gradient_ratio=measured.gradient_ratio,
-            line_search_gain_fraction=measured.line_search_gain_fraction,
-            contribution_fraction=measured.contribution_fraction,
-            choices=self._attached().choices(self.path),
-        )
 
     # Growing
 
@@ -464,6 +340,16 @@ class SeedSlot(SlotForward):
         self._life.stage, self._life.blueprint = SeedStage.FOSSILIZED, seed.blueprint
         self._follow_stage()
 
+    def _life_for_next_seed(self) -> SeedLife:
+        current = self._life
+        if (
+            current.stage is SeedStage.FOSSILIZED
+            and len(self.committed) < self.config.max_committed
+        ):
+            return self._new_life(current.number + 1)
+        check_transition(current.stage, SeedStage.GERMINATED, subject=current.subject)
+        return self._new_life(current.number)
+
     # Removing
 
     def prune(self, over_steps: int = 0, *, reason: str = "asked") -> list[Event]:
@@ -578,115 +464,3 @@ class SeedSlot(SlotForward):
         if life.stage is SeedStage.RESETTING:
             return self._recover(force=False)
         return []
-
-    # Measuring
-
-    @contextmanager
-    def force_alpha(self, alpha: float | Tensor) -> Iterator[None]:
-        """Run the living seed at another alpha inside the block, also one still TRAINING.
-
-        Args:
-            alpha: One value, or one per sample of the batch that will be run, shape `B`.
-
-        Raises:
-            RuntimeError: The slot is in train mode.
-            ValueError: There is no seed that has begun to train.
-        """
-        if self.training:
-            raise RuntimeError(
-                f"slot {self.path!r} is in train mode; forcing alpha is for measuring, call "
-                "model.eval() first"
-            )
-        if self.stage not in _FORCEABLE:
-            raise ValueError(
-                f"slot {self.path!r} is {self.stage.name}; there is no trained seed to weigh"
-            )
-        before, was_active = self.forced_alpha, self.active
-        self.forced_alpha = torch.as_tensor(alpha, device=self.blend_alpha.device)
-        self.active = True
-        try:
-            yield
-        finally:
-            self.forced_alpha, self.active = before, was_active
-
-    # Inside
-
-    @property
-    def owner(self) -> SlotOwner | None:
-        """The set this slot belongs to; None in a copy of the model."""
-        return self._owner
-
-    def release(self) -> None:
-        """Let go of the slot set; the slot cannot grow any more. `detach` does this."""
-        self._owner = None
-
-    def _new_life(self, number: int) -> SeedLife:
-        return SeedLife(
-            self.path,
-            number=number,
-            thresholds=self.config.thresholds,
-            live=self.isolation is Isolation.NONE,
-        )
-
-    def _life_for_next_seed(self) -> SeedLife:
-        current = self._life
-        if (
-            current.stage is SeedStage.FOSSILIZED
-            and len(self.committed) < self.config.max_committed
-        ):
-            return self._new_life(current.number + 1)
-        check_transition(current.stage, SeedStage.GERMINATED, subject=current.subject)
-        return self._new_life(current.number)
-
-    def _follow_stage(self) -> None:
-        stage = self.stage
-        if stage is SeedStage.TRAINING:
-            self.mode = ForwardMode.STRAIGHT_THROUGH
-        elif stage in (SeedStage.BLENDING, SeedStage.SHADOWING):
-            self.mode = ForwardMode.BLENDED
-        elif stage is SeedStage.PROBATIONARY:
-            self.mode = ForwardMode.INLINED
-        else:
-            self.mode = ForwardMode.PASS_THROUGH
-        self.num_inlined = self.num_committed + (self.mode is ForwardMode.INLINED)
-        in_blend = stage in (SeedStage.BLENDING, SeedStage.SHADOWING)
-        self.isolated = not in_blend or self.isolation is Isolation.SHADOWING
-        self.active = self.num_inlined > 0 or self.mode is not ForwardMode.PASS_THROUGH
-        self._note_branches()
-        if self._guard is not None:
-            self._guard.frozen = self.frozen
-            self._guard.sanitising = self.isolated and stage is not SeedStage.PROBATIONARY
-        if self.frozen:
-            # A step that does not run the seed must find no gradient of an earlier one.
-            self._living_branch().zero_grad(set_to_none=True)
-
-    def _note_branches(self) -> None:
-        branches = [branch for branch in self.branches if isinstance(branch, SeedBranch)]
-        self.contextual = any(branch.contextual for branch in branches)
-        in_path = branches if self.in_forward_path else branches[: self.num_committed]
-        self.mixes_tokens = any(branch.mixes_tokens for branch in in_path)
-
-    def _drop_guard(self) -> None:
-        if self._guard is not None:
-            self._guard.remove()
-            self._guard = None
-
-    def _living_branch(self) -> SeedBranch:
-        branch = self.living
-        assert branch is not None
-        return branch
-
-    def _attached(self) -> SlotOwner:
-        if self._owner is None:
-            raise RuntimeError(
-                f"slot {self.path!r} was detached, or belongs to a copy of the model, which can "
-                "run but not grow; grow the original, or detach the copy and attach to it anew"
-            )
-        return self._owner
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave the slot set behind: a copied or pickled model runs, but does not grow."""
-        return {**self.__dict__, "_owner": None, "_guard": None}
-
-    def extra_repr(self) -> str:
-        return f"{self.path!r}, {self.stage.name}, alpha={self.alpha:g}"

@@ -28,7 +28,7 @@ class SlotForward(nn.Module):
     """Applies a slot's branches to features; which, and how, is set by the slot's life.
 
     Only what the forward reads is here: a compiled graph guards on these attributes and on nothing
-    else of a slot. The base of `SeedSlot`, which sets them.
+    else of a slot. The base of `LivingSlot`, which sets them.
     """
 
     def __init__(

@@ -1,0 +1,244 @@
+"""A slot with a life in it: what it knows of its seed, and a forward that follows the stage."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from esper.blending.schedule import AlphaState
+from esper.lifecycle.actions import SlotState
+from esper.lifecycle.learning import Isolation
+from esper.lifecycle.stages import LIVING_STAGES, SeedStage
+from esper.seeds.registry import Family
+from esper.seeds.seed import Seed
+from esper.slots.branch import SeedBranch
+from esper.slots.call_arguments import CallArguments
+from esper.slots.committed_seed import CommittedSeed
+from esper.slots.config import SlotConfig
+from esper.slots.germination import FeatureLayout
+from esper.slots.gradient_guard import GradientGuard
+from esper.slots.life import SeedLife
+from esper.slots.measurements import SeedMeasurements
+from esper.slots.slot_forward import ForwardMode, SlotForward
+from esper.slots.slot_owner import SlotOwner
+
+_FORCEABLE = LIVING_STAGES - {SeedStage.GERMINATED}
+
+
+class LivingSlot(SlotForward):
+    """Knows its seed's life, and keeps what the forward reads in step with it.
+
+    The base of `SeedSlot`, whose methods change that life.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        layout: FeatureLayout,
+        config: SlotConfig,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        call: CallArguments,
+        owner: SlotOwner,
+    ) -> None:
+        super().__init__(layout, config, device=device, dtype=dtype)
+        self.path = path
+        self.example_call = call
+        self.hook_handle: RemovableHandle | None = None
+        self.committed: list[CommittedSeed] = []
+        self.nonfinite_gradients: Tensor
+        count = torch.zeros((), device=device, dtype=torch.int32)
+        self.register_buffer("nonfinite_gradients", count, persistent=False)
+        self._owner: SlotOwner | None = owner
+        self._guard: GradientGuard | None = None
+        self._life = self._new_life(0)
+
+    @property
+    def stage(self) -> SeedStage:
+        """Where the current seed stands."""
+        return self._life.stage
+
+    @property
+    def alpha(self) -> float:
+        """Weight of the living seed's increment in the host's output, in [0, 1]."""
+        return self._life.alpha.alpha
+
+    @property
+    def alpha_state(self) -> AlphaState:
+        """The alpha controller's state."""
+        return self._life.alpha.state
+
+    @property
+    def seed(self) -> Seed | None:
+        """The living seed; None when the slot holds none."""
+        branch = self.living
+        return None if branch is None else branch.seed
+
+    @property
+    def family(self) -> Family:
+        """How the features are laid out."""
+        return self.layout.family
+
+    @property
+    def dim(self) -> int:
+        """The feature width."""
+        return self.layout.dim
+
+    @property
+    def isolation(self) -> Isolation:
+        """Up to which stage seeds here are isolated."""
+        if self.config.isolation is not None:
+            return self.config.isolation
+        has_tokens = self.family is Family.TRANSFORMER and len(self.layout.shape) > 2
+        return Isolation.NONE if has_tokens else Isolation.SHADOWING
+
+    @property
+    def measurements(self) -> SeedMeasurements:
+        """What has been measured of the current seed; the growth engine writes into it."""
+        return self._life.measurements
+
+    @property
+    def fading(self) -> bool:
+        """Whether a fade-out is under way."""
+        return self._life.fading_because is not None
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the living seed's parameters are kept from moving."""
+        return self.stage is SeedStage.SHADOWING or self.fading
+
+    @property
+    def in_forward_path(self) -> bool:
+        """Whether the living seed takes part in the host's output."""
+        return self.mode in (ForwardMode.BLENDED, ForwardMode.INLINED)
+
+    @property
+    def guarded(self) -> bool:
+        """Whether hooks stand on a seed's gradients."""
+        return self._guard is not None
+
+    def state(self) -> SlotState:
+        """Return what a policy sees."""
+        life, measured = self._life, self._life.measurements
+        return SlotState(
+            path=self.path,
+            family=self.family,
+            dim=self.dim,
+            stage=life.stage,
+            blueprint=life.blueprint,
+            alpha=life.alpha.alpha,
+            alpha_mode=life.alpha.mode,
+            live=life.live,
+            fading=self.fading,
+            epochs_in_stage=life.epochs_in_stage,
+            steps_in_stage=life.steps_in_stage,
+            refusals_in_stage=life.refusals_in_stage,
+            committed=len(self.committed),
+            max_committed=self.config.max_committed,
+            gradient_ratio=measured.gradient_ratio,
+            line_search_gain_fraction=measured.line_search_gain_fraction,
+            contribution_fraction=measured.contribution_fraction,
+            choices=self._attached().choices(self.path),
+        )
+
+    @contextmanager
+    def force_alpha(self, alpha: float | Tensor) -> Iterator[None]:
+        """Run the living seed at another alpha inside the block, also one still TRAINING.
+
+        Args:
+            alpha: One value, or one per sample of the batch that will be run, shape `B`.
+
+        Raises:
+            RuntimeError: The slot is in train mode.
+            ValueError: There is no seed that has begun to train.
+        """
+        if self.training:
+            raise RuntimeError(
+                f"slot {self.path!r} is in train mode; forcing alpha is for measuring, call "
+                "model.eval() first"
+            )
+        if self.stage not in _FORCEABLE:
+            raise ValueError(
+                f"slot {self.path!r} is {self.stage.name}; there is no trained seed to weigh"
+            )
+        before, was_active = self.forced_alpha, self.active
+        self.forced_alpha = torch.as_tensor(alpha, device=self.blend_alpha.device)
+        self.active = True
+        try:
+            yield
+        finally:
+            self.forced_alpha, self.active = before, was_active
+
+    @property
+    def owner(self) -> SlotOwner | None:
+        """The set this slot belongs to; None in a copy of the model."""
+        return self._owner
+
+    def release(self) -> None:
+        """Let go of the slot set; the slot cannot grow any more. `detach` does this."""
+        self._owner = None
+
+    def _new_life(self, number: int) -> SeedLife:
+        return SeedLife(
+            self.path,
+            number=number,
+            thresholds=self.config.thresholds,
+            live=self.isolation is Isolation.NONE,
+        )
+
+    def _follow_stage(self) -> None:
+        stage = self.stage
+        if stage is SeedStage.TRAINING:
+            self.mode = ForwardMode.STRAIGHT_THROUGH
+        elif stage in (SeedStage.BLENDING, SeedStage.SHADOWING):
+            self.mode = ForwardMode.BLENDED
+        elif stage is SeedStage.PROBATIONARY:
+            self.mode = ForwardMode.INLINED
+        else:
+            self.mode = ForwardMode.PASS_THROUGH
+        self.num_inlined = self.num_committed + (self.mode is ForwardMode.INLINED)
+        in_blend = stage in (SeedStage.BLENDING, SeedStage.SHADOWING)
+        self.isolated = not in_blend or self.isolation is Isolation.SHADOWING
+        self.active = self.num_inlined > 0 or self.mode is not ForwardMode.PASS_THROUGH
+        self._note_branches()
+        if self._guard is not None:
+            self._guard.frozen = self.frozen
+            self._guard.sanitising = self.isolated and stage is not SeedStage.PROBATIONARY
+        if self.frozen:
+            # A step that does not run the seed must find no gradient of an earlier one.
+            self._living_branch().zero_grad(set_to_none=True)
+
+    def _note_branches(self) -> None:
+        branches = [branch for branch in self.branches if isinstance(branch, SeedBranch)]
+        self.contextual = any(branch.contextual for branch in branches)
+        in_path = branches if self.in_forward_path else branches[: self.num_committed]
+        self.mixes_tokens = any(branch.mixes_tokens for branch in in_path)
+
+    def _drop_guard(self) -> None:
+        if self._guard is not None:
+            self._guard.remove()
+            self._guard = None
+
+    def _living_branch(self) -> SeedBranch:
+        branch = self.living
+        assert branch is not None
+        return branch
+
+    def _attached(self) -> SlotOwner:
+        if self._owner is None:
+            raise RuntimeError(
+                f"slot {self.path!r} was detached, or belongs to a copy of the model, which can "
+                "run but not grow; grow the original, or detach the copy and attach to it anew"
+            )
+        return self._owner
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the slot set behind: a copied or pickled model runs, but does not grow."""
+        return {**self.__dict__, "_owner": None, "_guard": None}
+
+    def extra_repr(self) -> str:
+        return f"{self.path!r}, {self.stage.name}, alpha={self.alpha:g}"
