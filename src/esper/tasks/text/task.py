@@ -102,6 +102,6 @@ TEXT = Task(
     ),
 )
 """Settings chosen on seed 0 of the validation split. A block that pays in the end saves little at
-first: 0.03 to 0.4% of the loss after 100 steps, with a standard error of 0.02 to 0.05%. With the
-gates' usual 1% nothing is committed, with 0.05% four blocks in 26 epochs, and a noop, which saves
+first: -0.2 to 0.5% of the loss in its first 250 steps, with a standard error of 0.02 to 0.05%. With
+a threshold of 0.3% nothing is committed, with 0.05% four blocks in 26 epochs; a noop, which saves
 exactly nothing, is still refused."""
