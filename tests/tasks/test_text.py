@@ -38,6 +38,14 @@ def test_every_file_is_in_one_split_as_a_whole() -> None:
     assert min(sizes) > 100_000
 
 
+@pytest.mark.parametrize(
+    ("path", "split"),
+    [("abc.py", "train"), ("shlex.py", "validation"), ("queue.py", "test"), ("string.py", "test")],
+)
+def test_split_of_a_file_is_the_same_in_every_process(path: str, split: str) -> None:
+    assert split_of(path) == split
+
+
 def test_corpus_leaves_out_what_depends_on_the_installation(tmp_path: Path) -> None:
     kept = ["abc.py", "json/decoder.py", "contest.py"]
     left_out = [
