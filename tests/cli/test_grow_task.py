@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from typer.testing import CliRunner, Result
 
 from esper.cli.app import app
 from esper.cli.grow_config import load_grow_config
+from esper.tasks.collection.source import open_source
+from esper.tasks.digits.data import load_splits
 from esper.telemetry import RunReader
 
 SHORT = ("--epochs", "2", "--set", "threads=1")
@@ -134,6 +137,18 @@ def test_data_that_fails_to_decode_leaves_no_folder(pictures: Path) -> None:
     (pictures / "dark" / "broken.png").write_bytes(b"no image")
     result = grow(f"folder:{pictures}", *SHORT, fails=True)
     assert "cannot be decoded" in result.output
+    assert list(Path().iterdir()) == []
+
+
+def test_missing_extra_is_named_with_its_remedy(
+    pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    open_source.cache_clear()
+    assert "pip install 'esper-lite[data]'" in grow(f"folder:{pictures}", fails=True).output
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    load_splits.cache_clear()
+    assert "pip install 'esper-lite[data]'" in grow("digits", *SHORT, fails=True).output
     assert list(Path().iterdir()) == []
 
 

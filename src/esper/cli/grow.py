@@ -40,7 +40,9 @@ def grow(
     policy: Annotated[
         str | None, typer.Option(help=f"Who decides: {', '.join(POLICY_NAMES)}.")
     ] = None,
-    epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the data.")] = None,
+    epochs: Annotated[
+        int | None, typer.Option(min=1, help="How many; growth is decided after each.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Fixes weights, data order, decisions.")] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file of settings.")] = None,
     set_: Annotated[
