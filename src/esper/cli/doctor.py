@@ -17,10 +17,13 @@ from rich.text import Text
 from torch import nn
 
 from esper.slots.attach import attach, detach
+from esper.tasks.collection import SCHEMES
 from esper.tasks.named import TASKS
 from esper.telemetry.environment import describe_device, describe_environment
 
 _MIN_FREE_BYTES = 1 << 30
+_EXTRAS = (("sklearn", "data"), ("datasets", "data"), ("PIL", "data"), ("matplotlib", "report"))
+"""Modules that an extra brings."""
 
 
 @dataclass(frozen=True)
@@ -71,12 +74,14 @@ def _machine() -> Iterator[Finding]:
 
 
 def _extras() -> Iterator[Finding]:
-    for module, extra in (("sklearn", "data"), ("matplotlib", "report")):
+    for module, extra in _EXTRAS:
         found = find_spec(module) is not None
         how = "installed" if found else f"pip install 'esper-lite[{extra}]'"
-        yield Finding(f"extra [{extra}]", found, how, needed=False)
+        yield Finding(f"extra [{extra}]", found, f"{module}: {how}", needed=False)
     for task in TASKS.values():
         yield Finding(f"task {task.name}", ok=True, detail=task.summary)
+    for scheme, summary in SCHEMES.items():
+        yield Finding(f"task {scheme}", ok=True, detail=summary)
 
 
 def _growth() -> Iterator[Finding]:

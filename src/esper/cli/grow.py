@@ -1,6 +1,7 @@
 """`esper grow`: train a task and grow its host while it trains."""
 
 import json
+import re
 import shutil
 import sys
 from datetime import UTC, datetime
@@ -11,21 +12,37 @@ import typer
 from rich.console import Console
 
 from esper.cli.grow_config import GrowConfig, load_grow_config
-from esper.cli.growing import prepare, stored_run
+from esper.cli.growing import build_setup, prepare, stored_run
 from esper.cli.tables import networks_table, print_seeds
 from esper.cli.views import JsonView, LinesView, LiveView, QuietView, RunView
 from esper.policies.named import POLICY_NAMES
 from esper.report.picture import draw_run
 from esper.report.story import RunStory, tell
+from esper.tasks.collection.address import SCHEMES, SETTINGS_HELP
+from esper.tasks.named import TASKS
+from esper.tasks.task import TaskDataError
 from esper.telemetry.run_store import RunFolderError, RunReader
+
+_KNOWN_TASKS = (*TASKS, *SCHEMES)
+_MAX_TASK_CHARACTERS = 80
 
 
 def grow(
-    task: Annotated[str, typer.Argument(help="What to train; esper doctor lists the tasks.")],
+    task: Annotated[
+        str | None,
+        typer.Argument(
+            help=f"What to train: {', '.join(_KNOWN_TASKS)}. With a data set, {SETTINGS_HELP}."
+        ),
+    ] = None,
+    task_option: Annotated[
+        str | None, typer.Option("--task", metavar="TASK", help="The same as the argument.")
+    ] = None,
     policy: Annotated[
         str | None, typer.Option(help=f"Who decides: {', '.join(POLICY_NAMES)}.")
     ] = None,
-    epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the data.")] = None,
+    epochs: Annotated[
+        int | None, typer.Option(min=1, help="How many; growth is decided after each.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Fixes weights, data order, decisions.")] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file of settings.")] = None,
     set_: Annotated[
@@ -48,10 +65,11 @@ def grow(
     """Train TASK and grow its network while it trains."""
     if quiet and as_json:
         raise typer.BadParameter("--quiet and --json exclude each other")
+    name = _only_task(task, task_option)
     options: dict[str, Any] = {"policy": policy, "random_seed": seed}
     if epochs is not None:
         options["trainer"] = {"epochs": epochs}
-    settings = load_grow_config(task, config, set_ or [], options)
+    settings = load_grow_config(name, config, set_ or [], options)
     if settings.policy not in POLICY_NAMES:
         raise typer.BadParameter(
             f"no policy {settings.policy!r}; policies: {', '.join(POLICY_NAMES)}"
@@ -60,17 +78,9 @@ def grow(
     if dry_run:
         console.out(settings.model_dump_json(indent=2), highlight=False)
         return
-    folder = out or Path("runs") / f"{settings.task}-{datetime.now(UTC):%Y%m%d-%H%M%S-%f}"
+    folder = out or Path("runs") / _folder_name(settings.task)
     view = _view(console, settings, quiet=quiet, as_json=as_json)
-    try:
-        with stored_run(settings, folder, [view]) as run, view:
-            for report in run.reports:
-                view.epoch(report, run.growth.slots)
-            metrics = run.finish()
-            grown = (run.param_count(), metrics)
-    except RunFolderError as error:
-        raise typer.BadParameter(str(error)) from error
-    networks = {"grown": grown}
+    networks = {"grown": _train_grown(settings, folder, view)}
     if control:
         if not (quiet or as_json):
             console.print("the same host without growth, for comparison")
@@ -83,6 +93,22 @@ def grow(
     _conclude(console, folder, story, networks, quiet=quiet, as_json=as_json)
 
 
+def _only_task(argument: str | None, option: str | None) -> str:
+    if (argument is None) == (option is None):
+        given = "is missing" if argument is None else f"is given twice: {argument}, --task {option}"
+        raise typer.BadParameter(
+            f"the task {given}; name it once, as esper grow digits or esper grow --task digits; "
+            f"tasks: {', '.join(_KNOWN_TASKS)}"
+        )
+    return argument or option or ""
+
+
+def _folder_name(task: str) -> str:
+    """Return a name for the run that every file system takes."""
+    plain = re.sub(r"[^A-Za-z0-9._-]+", "-", task)[:_MAX_TASK_CHARACTERS].strip("-.")
+    return f"{plain}-{datetime.now(UTC):%Y%m%d-%H%M%S-%f}"
+
+
 def _view(console: Console, settings: GrowConfig, *, quiet: bool, as_json: bool) -> RunView:
     if quiet:
         return QuietView()
@@ -91,6 +117,24 @@ def _view(console: Console, settings: GrowConfig, *, quiet: bool, as_json: bool)
     if console.is_terminal:
         return LiveView(console, settings.task)
     return LinesView(console)
+
+
+def _train_grown(settings: GrowConfig, folder: Path, view: RunView) -> tuple[int, dict[str, float]]:
+    """Train and grow into a run folder; bad data or a taken folder is a wrong parameter."""
+    try:
+        setup = build_setup(settings)
+    except (TaskDataError, ModuleNotFoundError) as error:
+        raise typer.BadParameter(str(error)) from error
+    try:
+        with stored_run(settings, folder, setup, [view]) as run, view:
+            for note in setup.notes:
+                view.note(note)
+            for report in run.reports:
+                view.epoch(report, run.growth.slots)
+            metrics = run.finish()
+            return run.param_count(), metrics
+    except RunFolderError as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 def _train_control(settings: GrowConfig, view: RunView) -> tuple[int, dict[str, float]]:

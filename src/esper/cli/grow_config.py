@@ -56,11 +56,12 @@ def load_grow_config(
 
     Raises:
         typer.BadParameter: The file cannot be read, or a key or value is wrong; the key is named
-            with the nearest one that exists.
+            with the nearest one that exists. The task does not exist, its data cannot be found, or
+            it needs an extra that is not installed.
     """
     try:
         merged = task_defaults(named_task(task))
-    except ValueError as error:
+    except (ValueError, ModuleNotFoundError) as error:
         raise typer.BadParameter(str(error)) from error
     if file is not None:
         _merge(merged, _read(file))

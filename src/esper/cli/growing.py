@@ -46,12 +46,34 @@ class GrowingRun:
         return metrics
 
 
-def prepare(config: GrowConfig, *, run_id: str, sinks: Sequence[Sink] = ()) -> GrowingRun:
+def build_setup(config: GrowConfig) -> TaskSetup:
+    """Return the task's fresh host and its data.
+
+    Raises:
+        TaskDataError: The data cannot be read or used.
+        ModuleNotFoundError: The task needs an extra that is not installed.
+    """
+    return named_task(config.task).build(config.random_seed)
+
+
+def prepare(
+    config: GrowConfig,
+    *,
+    run_id: str,
+    sinks: Sequence[Sink] = (),
+    setup: TaskSetup | None = None,
+) -> GrowingRun:
     """Build host, slots, optimizer, policy and loop.
+
+    Args:
+        config: Of the run.
+        run_id: Published with its start.
+        sinks: Receive every event and metric.
+        setup: From `build_setup`, used by one run only; None builds it.
 
     Effects: sets the process's matmul precision.
     """
-    setup = named_task(config.task).build(config.random_seed)
+    setup = setup or build_setup(config)
     host_param_count = sum(parameter.numel() for parameter in setup.model.parameters())
     slot = config.slot.model_copy(update={"random_seed": config.random_seed})
     slots = attach(setup.model, setup.targets, example=setup.example, config=slot)
@@ -83,9 +105,15 @@ def prepare(config: GrowConfig, *, run_id: str, sinks: Sequence[Sink] = ()) -> G
 
 @contextmanager
 def stored_run(
-    config: GrowConfig, folder: Path, sinks: Sequence[Sink] = ()
+    config: GrowConfig, folder: Path, setup: TaskSetup, sinks: Sequence[Sink] = ()
 ) -> Iterator[GrowingRun]:
     """Open a run folder, and close it with weights and a status however the run ends.
+
+    Args:
+        config: Of the run.
+        folder: Made if it is not there.
+        setup: From `build_setup`, which comes first, so that bad data leaves no folder.
+        sinks: Receive every event and metric, besides the folder.
 
     Effects: sets the process's matmul precision and number of threads.
 
@@ -99,10 +127,11 @@ def stored_run(
         **describe_environment(),
         "matmul": matmul_settings(),
         "random_seed": config.random_seed,
+        "data_notes": list(setup.notes),
     }
     store = RunStore(folder, config=config.model_dump(mode="json"), environment=environment)
     try:
-        run = prepare(config, run_id=folder.name, sinks=[store, *sinks])
+        run = prepare(config, run_id=folder.name, sinks=[store, *sinks], setup=setup)
         yield run
         safetensors.torch.save_model(run.setup.model, str(folder / WEIGHTS_FILE))
         store.set_status("finished")

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.text import Text
 
 from esper.cli.tables import print_seeds
@@ -49,7 +50,9 @@ def _print_head(console: Console, reader: RunReader, story: RunStory) -> None:
     config, environment = reader.config(), reader.environment()
     packages = environment.get("packages", {})
     matmul = environment.get("matmul", {})
-    console.print(f"[bold]{config.get('task')}[/] · {config.get('policy')} · {reader.status}")
+    console.print(
+        f"[bold]{escape(str(config.get('task')))}[/] · {config.get('policy')} · {reader.status}"
+    )
     console.print(
         f"seed {config.get('random_seed')}, {config.get('trainer', {}).get('epochs')} epochs, "
         f"learning rate {config.get('learning_rate')}; torch {packages.get('torch')} on "

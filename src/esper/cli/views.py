@@ -71,6 +71,9 @@ class RunView(Protocol):
     def flush(self) -> None:
         """Nothing is kept back."""
 
+    def note(self, text: str) -> None:
+        """Show what a person should know of the data."""
+
 
 class QuietView:
     """Shows nothing."""
@@ -98,6 +101,9 @@ class QuietView:
     def flush(self) -> None:
         """Nothing is kept back."""
 
+    def note(self, text: str) -> None:
+        """Show nothing; the run folder has it."""
+
 
 class LinesView(QuietView):
     """One line per epoch and one per notable event, for pipes and logs."""
@@ -116,6 +122,10 @@ class LinesView(QuietView):
         words = notable(record)
         if words is not None:
             self._console.print(f"  {words}", markup=False, highlight=False, soft_wrap=True)
+
+    def note(self, text: str) -> None:
+        """Print the note."""
+        self._console.print(f"data: {text}", markup=False, highlight=False, soft_wrap=True)
 
 
 class JsonView(QuietView):
@@ -144,6 +154,10 @@ class JsonView(QuietView):
     def publish(self, record: EventRecord) -> None:
         """Print the event."""
         self._print({"kind": "event", **record.model_dump(mode="json")})
+
+    def note(self, text: str) -> None:
+        """Print the note."""
+        self._print({"kind": "note", "text": text})
 
     def _print(self, document: dict[str, Any]) -> None:
         self._console.out(json.dumps(document), highlight=False)
@@ -180,6 +194,10 @@ class LiveView(QuietView):
         if words is not None:
             style = {Priority.CRITICAL: "bold red", Priority.WARNING: "yellow"}
             self._events.append(Text(words, style=style.get(record.event.priority, "")))
+
+    def note(self, text: str) -> None:
+        """Print the note above the table, where it stays."""
+        self._live.console.print(Text(f"data: {text}"))
 
     def _render(self) -> Group:
         if self._last is None:

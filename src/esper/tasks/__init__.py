@@ -1,6 +1,7 @@
 """Bundled hosts and data sets, one folder each: `host.py`, `data.py`, `task.py`."""
 
+from esper.tasks.collection import SCHEMES
 from esper.tasks.named import TASKS, named_task
-from esper.tasks.task import Task, TaskSetup
+from esper.tasks.task import Task, TaskDataError, TaskSetup
 
-__all__ = ["TASKS", "Task", "TaskSetup", "named_task"]
+__all__ = ["SCHEMES", "TASKS", "Task", "TaskDataError", "TaskSetup", "named_task"]

@@ -4,21 +4,29 @@ import difflib
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from esper.tasks.collection import SCHEMES, collection_task
 from esper.tasks.digits import DIGITS
 from esper.tasks.task import Task
+from esper.tasks.text import TEXT
 
-TASKS: Mapping[str, Task] = MappingProxyType({DIGITS.name: DIGITS})
-"""Every bundled task."""
+TASKS: Mapping[str, Task] = MappingProxyType({DIGITS.name: DIGITS, TEXT.name: TEXT})
+"""Every bundled task. `SCHEMES` are the kinds of data sets that can be named besides."""
 
 
 def named_task(name: str) -> Task:
-    """Return a task by name.
+    """Return a bundled task by name, or the task of a data set: `hf:NAME`, `folder:PATH`.
 
     Raises:
-        ValueError: There is no such task; the nearest names are listed.
+        ValueError: There is no such task; the nearest names are listed. A `TaskDataError` if a
+            data set cannot be opened or used.
+        ModuleNotFoundError: A data set is named and the `datasets` library is not installed.
+
+    Effects: opens a data set that is named, which downloads one from the hub the first time.
     """
-    if name not in TASKS:
-        nearest = difflib.get_close_matches(name, TASKS, n=1)
-        hint = f" did you mean {nearest[0]!r}?" if nearest else ""
-        raise ValueError(f"no task {name!r};{hint} tasks: {', '.join(TASKS)}")
-    return TASKS[name]
+    if name in TASKS:
+        return TASKS[name]
+    if ":" in name:
+        return collection_task(name)
+    nearest = difflib.get_close_matches(name, TASKS, n=1)
+    hint = f" did you mean {nearest[0]!r}?" if nearest else ""
+    raise ValueError(f"no task {name!r};{hint} tasks: {', '.join((*TASKS, *SCHEMES))}")

@@ -11,6 +11,10 @@ from esper.slots.config import SlotConfig
 from esper.training.held_out import HeldOut
 
 
+class TaskDataError(ValueError):
+    """A task's data cannot be found, read or used; the message says why and what to do."""
+
+
 class Batches(Iterable[tuple[Any, Any]], Sized, Protocol):
     """Pairs of inputs and targets; iterating again is the next epoch, the length is fixed."""
 
@@ -23,6 +27,7 @@ class TaskSetup:
         targets: Where slots go.
         validation: What gates and policy judge by.
         test: Touched by neither training nor growth; for the final figures only.
+        notes: What a person should know of the data, as that a part of it was left out.
     """
 
     model: nn.Module
@@ -32,6 +37,7 @@ class TaskSetup:
     loss: Callable[[Any, Any], Tensor]
     validation: HeldOut
     test: HeldOut
+    notes: Sequence[str] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,108 @@
+"""Growing a small decoder on bytes of text."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from esper.lifecycle.gates import GateThresholds
+from esper.policies.heuristic import HeuristicConfig
+from esper.slots.config import SlotConfig
+from esper.slots.modes import forked_random_state
+from esper.tasks.task import Task, TaskSetup
+from esper.tasks.text.data import (
+    Splits,
+    WindowBatches,
+    held_out_windows,
+    load_splits,
+)
+from esper.tasks.text.host import TextHost
+from esper.training.held_out import HeldOut
+
+BLUEPRINTS = ("block",)
+"""What the heuristic grows in a decoder."""
+
+
+def build(random_seed: int) -> TaskSetup:
+    """Return a fresh host and the corpus; the default random stream is left as it was."""
+    return text_setup(load_splits(), random_seed)
+
+
+def text_setup(splits: Splits, random_seed: int, notes: Sequence[str] = ()) -> TaskSetup:
+    """Return a fresh host and any text; the default random stream is left as it was.
+
+    Args:
+        splits: The text.
+        random_seed: Fixes weights and windows.
+        notes: On the text, for a person.
+
+    Raises:
+        ValueError: A split is shorter than one window.
+    """
+    with forked_random_state(torch.device("cpu")):
+        torch.manual_seed(random_seed)
+        model = TextHost()
+
+    def held_out(data: Tensor) -> HeldOut:
+        return HeldOut(
+            model,
+            held_out_windows(data),
+            loss=window_losses,
+            metrics={"bits_per_byte": _window_bits},
+        )
+
+    inputs, _ = held_out_windows(splits.validation)[0]
+    return TaskSetup(
+        model=model,
+        targets=("blocks.*",),
+        example=inputs[:2],
+        batches=WindowBatches(splits.train, random_seed=random_seed),
+        loss=mean_loss,
+        validation=held_out(splits.validation),
+        test=held_out(splits.test),
+        notes=notes,
+    )
+
+
+def mean_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return the mean cross-entropy in nats of `B T 256` logits against `B T` bytes."""
+    return cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+def window_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return each window's mean cross-entropy in nats, shape `B`."""
+    losses = cross_entropy(logits.transpose(1, 2), targets, reduction="none")
+    return losses.mean(dim=1)
+
+
+def _window_bits(logits: Tensor, targets: Tensor) -> Tensor:
+    return window_losses(logits, targets) / math.log(2.0)
+
+
+TEXT = Task(
+    name="text",
+    summary="A two-layer byte-level decoder on the sources of Python's standard library",
+    build=build,
+    metric="bits_per_byte",
+    epochs=56,
+    learning_rate=3e-3,
+    slot=SlotConfig(
+        max_committed=2,
+        thresholds=GateThresholds(min_contribution_fraction=0.0005),
+    ),
+    heuristic=HeuristicConfig(
+        blueprints=BLUEPRINTS,
+        warmup_epochs=4,
+        plateau_epochs=1,
+        plateau_fraction=1.0,  # never waits for a plateau: early growth pays
+        max_living=2,
+        patience_epochs=10,
+    ),
+    threads=1,  # two threads that wait for each other stall where others use the machine
+)
+"""Settings chosen on seed 0 of the validation split. A block that pays in the end saves little at
+first: -0.2 to 0.5% of the loss in its first 250 steps, with a standard error of 0.02 to 0.05%. With
+a threshold of 0.3% nothing is committed, with 0.05% four blocks in 26 epochs; a noop, which saves
+exactly nothing, is still refused."""

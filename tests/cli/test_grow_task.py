@@ -1,0 +1,168 @@
+"""Growing on any data from the shell: which task, what it says of the data, where the run goes."""
+
+import json
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner, Result
+
+from esper.cli.app import app
+from esper.cli.grow_config import load_grow_config
+from esper.tasks.collection.source import open_source
+from esper.tasks.digits.data import load_splits
+from esper.telemetry import RunReader
+
+SHORT = ("--epochs", "2", "--set", "threads=1")
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Run in an empty folder, with a library that writes nowhere else, and restore the threads."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("COLUMNS", "300")
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def grow(*arguments: str, fails: bool = False) -> Result:
+    result = CliRunner().invoke(app, ["grow", *arguments])
+    assert result.exit_code == (2 if fails else 0), result.output
+    return result
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """Dark and light squares in two class folders."""
+    for level, name in ((20, "dark"), (200, "light")):
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        for number in range(20):
+            path = tmp_path / "pictures" / name / f"{number}.png"
+            Image.new("L", (8, 8), level + number).save(path)
+    return tmp_path / "pictures"
+
+
+def only_run() -> Path:
+    (run,) = Path("runs").iterdir()
+    return run
+
+
+def test_folder_of_images_grows_end_to_end(pictures: Path) -> None:
+    output = grow(
+        "--task",
+        f"folder:{pictures}",
+        *("--epochs", "5", "--set", "heuristic.warmup_epochs=1", "--set", "threads=1"),
+        *("--set", "heuristic.plateau_epochs=1", "--seed", "3", "--control"),
+    ).output
+    assert "data: validation: 4 of 40 rows taken from train, as it has no split" in output
+    assert "germinated in stage1" in output
+    assert "host alone" in output
+    reader = RunReader(only_run())
+    assert reader.status == "finished"
+    assert reader.config()["task"] == f"folder:{pictures}"
+    assert any("validation: 4 of 40" in note for note in reader.environment()["data_notes"])
+    accuracy = [row.value for row in reader.metrics() if row.name == "accuracy"]
+    assert accuracy[-1] == 1.0
+
+
+@pytest.mark.parametrize("suffix", ["txt", "parquet"])
+def test_text_grows_end_to_end(suffix: str, tmp_path: Path) -> None:
+    folder = tmp_path / "prose"
+    folder.mkdir()
+    texts = [f"chapter {number}: " + "once upon a time, " * 30 for number in range(20)]
+    if suffix == "txt":
+        for number, text in enumerate(texts):
+            (folder / f"{number}.txt").write_text(text, encoding="utf-8")
+    else:
+        datasets.Dataset.from_dict({"text": texts}).to_parquet(folder / "data.parquet")
+    early = ("heuristic.warmup_epochs=1", "heuristic.last_germination_fraction=1.0")
+    settings = [word for setting in early for word in ("--set", setting)]
+    output = grow(f"folder:{folder}", *SHORT, *settings, "--json").output
+    documents = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+    assert {"kind": "note", "text": "test: 2 of 20 rows taken from train, as it has no split"} in (
+        documents
+    )
+    bits = [document["metrics"]["bits_per_byte"] for document in documents if "metrics" in document]
+    assert bits[1] < bits[0] < 8.0
+    (summary,) = [document for document in documents if document["kind"] == "summary"]
+    assert [seed["blueprint"] for seed in summary["seeds"]] == ["block"]
+
+
+def test_text_task_runs_without_any_data_set() -> None:
+    output = grow("text", "--epochs", "1", "--set", "threads=1").output
+    bits = float(re.findall(r"bits_per_byte (\S+)", output)[0])
+    assert 2.0 < bits < 5.0
+    assert only_run().name.startswith("text-")
+
+
+def test_run_folder_has_a_plain_name(pictures: Path) -> None:
+    odd = pictures.rename(pictures.parent / "pic tures,äöü")
+    grow(f"folder:{odd}", "--epochs", "1", "--quiet", "--set", "threads=1")
+    assert re.fullmatch(r"folder-[A-Za-z0-9._-]+-pic-tures-\d{8}-\d{6}-\d{6}", only_run().name)
+
+
+def test_argument_and_option_name_the_same_task() -> None:
+    first, second = grow("digits", "--dry-run"), grow("--task", "digits", "--dry-run")
+    assert json.loads(first.output) == json.loads(second.output)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "the task is missing; name it once"),
+        (("digits", "--task", "text"), "the task is given twice: digits, --task text"),
+        (("tex",), "did you mean 'text'? tasks: digits, text, hf:NAME, folder:PATH"),
+        (("hff:x",), "there are hf:NAME and folder:PATH"),
+        (("folder:nowhere",), "folder 'nowhere' does not exist"),
+        (("hf:me/mine",), "data set 'me/mine' cannot be loaded: ConnectionError: Couldn't reach"),
+    ],
+)
+def test_wrong_task_is_named_and_leaves_no_folder(arguments: tuple[str, ...], message: str) -> None:
+    result = grow(*arguments, fails=True)
+    assert message in result.output
+    assert "Traceback" not in result.output
+    assert list(Path().iterdir()) == []
+
+
+def test_data_that_fails_to_decode_leaves_no_folder(pictures: Path) -> None:
+    (pictures / "dark" / "broken.png").write_bytes(b"no image")
+    result = grow(f"folder:{pictures}", *SHORT, fails=True)
+    assert "cannot be decoded" in result.output
+    assert list(Path().iterdir()) == []
+
+
+def test_missing_extra_is_named_with_its_remedy(
+    pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    open_source.cache_clear()
+    assert "pip install 'esper-lite[data]'" in grow(f"folder:{pictures}", fails=True).output
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    load_splits.cache_clear()
+    assert "pip install 'esper-lite[data]'" in grow("digits", *SHORT, fails=True).output
+    assert list(Path().iterdir()) == []
+
+
+def test_settings_of_a_data_set_can_be_set_like_any(pictures: Path) -> None:
+    config = load_grow_config(f"folder:{pictures}", None, ["learning_rate=0.1"], {})
+    assert config.learning_rate == 0.1
+    assert config.heuristic.blueprints == ("conv_heavy",)
+
+
+def test_help_and_doctor_name_the_kinds_of_tasks() -> None:
+    for command in (["grow", "--help"], ["doctor"]):
+        output = " ".join(CliRunner().invoke(app, command).output.split())
+        assert "hf:NAME" in output
+        assert "folder:PATH" in output
+    assert "label= and text= choose columns" in " ".join(
+        CliRunner().invoke(app, ["grow", "--help"]).output.split()
+    )
