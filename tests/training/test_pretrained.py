@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import esper
 from esper import SeedStage, SlotConfig
+from esper.lifecycle.stages import IllegalTransition
 from esper.seeds import BlueprintError, Family, blueprints
 from esper.seeds.transformer import MLPSeed
 from esper.training import DamagedFolderError
@@ -254,3 +255,16 @@ def test_a_folder_is_replaced_only_if_asked_and_kept_if_writing_fails(
     esper.from_pretrained(host, folder, example=INPUTS)
     assert host.scale == 5.0
     assert [path.name for path in folder.parent.iterdir()] == ["grown"]
+
+
+def test_a_seed_that_is_put_back_belongs_to_the_hosts_group():
+    committed = grown_host()["first"].committed[0]
+    slots = esper.attach(Host(), ["first"], example=INPUTS)
+    optimizer = torch.optim.AdamW(slots.model.parameters(), lr=0.01)
+    slots.bind(optimizer)
+    slots["first"].regrow(committed)
+    host_group = {id(parameter) for parameter in optimizer.param_groups[0]["params"]}
+    assert {id(parameter) for parameter in slots["first"].branches.parameters()} <= host_group
+    slots["first"].germinate("mlp")
+    with pytest.raises(IllegalTransition):
+        slots["first"].regrow(committed)

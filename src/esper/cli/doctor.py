@@ -22,7 +22,13 @@ from esper.tasks.named import TASKS
 from esper.telemetry.environment import describe_device, describe_environment
 
 _MIN_FREE_BYTES = 1 << 30
-_EXTRAS = (("sklearn", "data"), ("datasets", "data"), ("PIL", "data"), ("matplotlib", "report"))
+_EXTRAS = (
+    ("sklearn", "data"),
+    ("datasets", "data"),
+    ("PIL", "data"),
+    ("transformers", "hf"),
+    ("matplotlib", "report"),
+)
 """Modules that an extra brings."""
 
 

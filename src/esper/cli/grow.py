@@ -54,7 +54,7 @@ def grow(
         bool, typer.Option("--control", help="Also train the same host without growth.")
     ] = False,
     picture: Annotated[
-        Path | None, typer.Option(help="Write a PNG of the run (needs esper-lite[report]).")
+        Path | None, typer.Option(help=r"Write a PNG of the run (needs esper-lite\[report]).")
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print the run folder only.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines.")] = False,
