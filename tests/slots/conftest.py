@@ -213,7 +213,8 @@ def randomise() -> Callable[..., None]:
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for parameter in module.parameters():
-                parameter.normal_(0.0, 0.3, generator=generator)
+                values = torch.empty(parameter.shape).normal_(0.0, 0.3, generator=generator)
+                parameter.copy_(values)
 
     return fill
 

@@ -127,3 +127,26 @@ def test_a_slot_is_traced_in_one_graph(
         which = model if run is compiled else eager
         results.append([parameter.grad for parameter in which.parameters()])
     torch.testing.assert_close(results[0], results[1])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@every_blueprint
+def test_on_a_gpu_a_seed_is_the_identity_and_leaves_the_host_alone(
+    family: Family, name: str, randomise: Callable[..., None], grow: Any
+):
+    model, inputs = problem(family)
+    model, inputs = model.cuda().eval(), inputs.cuda()
+    alone = copy.deepcopy(model)
+    config = SlotConfig(isolation=Isolation.SHADOWING)
+    slot = esper.attach(model, "stem", example=inputs, config=config)["stem"]
+    grow(slot, name, SeedStage.PROBATIONARY)
+    assert torch.equal(model(inputs), alone(inputs))
+    slot.prune()
+    while slot.stage is not SeedStage.DORMANT:
+        slot.advance(force=True)
+    model.train()
+    alone.train()
+    grow(slot, name, SeedStage.TRAINING)
+    randomise(slot.seed)
+    torch.testing.assert_close(steps(model, inputs), steps(alone, inputs))
