@@ -104,9 +104,11 @@ def _only_task(argument: str | None, option: str | None) -> str:
 
 
 def _folder_name(task: str) -> str:
-    """Return a name for the run that every file system takes."""
-    plain = re.sub(r"[^A-Za-z0-9._-]+", "-", task)[:_MAX_TASK_CHARACTERS].strip("-.")
-    return f"{plain}-{datetime.now(UTC):%Y%m%d-%H%M%S-%f}"
+    """Return a name for the run that every file system takes; of a long path the end is kept."""
+    scheme, _, name = task.rpartition(":")
+    plain = re.sub(r"[^A-Za-z0-9._-]+", "-", name)[-_MAX_TASK_CHARACTERS:].strip("-.")
+    kind = f"{scheme}-" if scheme else ""
+    return f"{kind}{plain}-{datetime.now(UTC):%Y%m%d-%H%M%S-%f}"
 
 
 def _view(console: Console, settings: GrowConfig, *, quiet: bool, as_json: bool) -> RunView:
