@@ -5,6 +5,7 @@ from esper.slots.breaker import BreakerState, CircuitBreaker
 from esper.slots.config import SlotConfig
 from esper.slots.counterfactual import Variant, effective_alpha, fused_losses
 from esper.slots.germination import GerminationError
+from esper.slots.isolation_monitor import IsolationMonitor, IsolationReading
 from esper.slots.ownership import OwnershipError
 from esper.slots.slot import CommittedSeed, SeedSlot
 from esper.slots.slot_forward import ForwardMode
@@ -17,6 +18,8 @@ __all__ = [
     "CommittedSeed",
     "ForwardMode",
     "GerminationError",
+    "IsolationMonitor",
+    "IsolationReading",
     "OwnershipError",
     "SeedSlot",
     "SlotConfig",

@@ -44,14 +44,18 @@ class SeedBranch(nn.Module):
         """Parameters of the seed and its gate."""
         return sum(parameter.numel() for parameter in self.parameters())
 
-    def forward(self, features: Tensor, seed_input: Tensor) -> Tensor:
+    def forward(self, features: Tensor, seed_input: Tensor, *, severed: bool = False) -> Tensor:
         """Return `u`, shape and dtype of `features`.
 
         Args:
             features: h, what the increment is added to.
             seed_input: What the seed reads: `features`, or the same detached while isolated.
+            severed: Cut what the seed and its gate computed off the graph; the operator's own use
+                of `features` stays in it.
         """
         gate = None if self.gate is None else self.gate(seed_input)
-        return operator_increment(
-            self.blend_operator, features, self.seed.increment(seed_input), gate
-        )
+        increment = self.seed.increment(seed_input)
+        if severed:
+            increment = increment.detach()
+            gate = None if gate is None else gate.detach()
+        return operator_increment(self.blend_operator, features, increment, gate)
