@@ -4,6 +4,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from enum import Enum
 
 import torch
 from torch import Tensor, nn
@@ -61,20 +62,21 @@ class IsolationMonitor:
 
     A check covers one slot whose seed is isolated, in TRAINING or BLENDING. Beside the step it runs
     forward and backward twice on the same batch, once as the step will and once with what the seed
-    computes cut off the graph, and compares one random projection per host parameter. Both run
-    eagerly: two compiled graphs round differently, in bfloat16 by more than a leak. The step stays
-    bitwise what it is without a check.
+    computes cut off the graph, and compares a few random projections of each host parameter's
+    gradient. Both run eagerly: two compiled graphs round differently, in bfloat16 by more than a
+    leak. The step stays bitwise what it is without a check.
 
-    The first check of a seed falls on its second step in TRAINING (in the first, an output layer
-    that is still zero lets no gradient through), the next on the first step with alpha above 0;
-    after that one check falls in every `interval_steps`, the slots with such seeds taking turns. At
-    most one check is made per step, so that a violation is known to be its slot's.
+    A seed is checked on its second step in TRAINING (in the first, an output layer that is still
+    zero lets no gradient through), halfway to the steps that G2 asks for, and on the first step
+    with alpha above 0. Otherwise one check falls in every `interval_steps`, the slots with such
+    seeds taking turns. At most one check is made per step, so that a violation is known to be its
+    slot's.
 
-    A leak is found if its projection exceeds `relative_tolerance` times the norm of the parameter's
-    own gradient, or times 1 % of the norm of all gradients where that is more. The projection's
-    root mean square is the leak's norm: a leak of 100 times the tolerance into one matrix is found
-    by one check in more than 95 of 100 cases, whatever its rank. Leaks reach many parameters, and
-    signs change from check to check, so that smaller ones are found too, and later.
+    A leak is found if a projection of it exceeds `relative_tolerance` times the norm of the
+    parameter's own gradient, or times 1 % of the norm of all gradients where that is more. A
+    projection's root mean square is the leak's norm: a leak of 10 times the tolerance into one
+    matrix is found by one check in more than 99 of 100 cases, whatever its rank. Signs change from
+    check to check.
 
     Args:
         slots: From `esper.attach`.
@@ -115,12 +117,12 @@ class IsolationMonitor:
         if interval is None or last == step:
             return None
         slots = [slot for slot in self._slots.values() if _checkable(slot)]
-        new = [slot for slot in slots if self._checked_in_stage(slot) is None]
+        new = [slot for slot in slots if self._last_check(slot) is None]
         if new:
             return new[0]
         if not slots or (last is not None and step - last < interval):
             return None
-        return min(slots, key=lambda slot: self._checked_in_stage(slot) or 0)
+        return min(slots, key=lambda slot: self._last_check(slot) or 0)
 
     def check(self, loss: Callable[[], Tensor], *, step: int) -> None:
         """Make a check if one is due; call it before a step's forward, with nothing pending.
@@ -197,18 +199,27 @@ class IsolationMonitor:
         named = self._slots.model.named_parameters()
         return {name: value for name, value in named if value in host and value.requires_grad}
 
-    def _checked_in_stage(self, slot: SeedSlot) -> int | None:
+    def _last_check(self, slot: SeedSlot) -> int | None:
+        """Return the step of the seed's last check in the phase that it is in."""
         record = self._records.get(slot.path)
         if record is None or not record.is_of(slot):
             return None
-        return record.last_step.get(slot.stage)
+        return record.last_step.get(_phase(slot))
 
     def _record(self, slot: SeedSlot, step: int) -> "_Record":
         record = self._records.get(slot.path)
         if record is None or not record.is_of(slot):
             record = self._records[slot.path] = _Record(slot)
-        record.last_step[slot.stage] = step
+        record.last_step[_phase(slot)] = step
         return record
+
+
+class _Phase(Enum):
+    """Parts of a seed's life at whose beginning it is checked."""
+
+    YOUNG = 0
+    RIPE = 1
+    BLENDING = 2
 
 
 class _Record:
@@ -217,7 +228,7 @@ class _Record:
     def __init__(self, slot: SeedSlot) -> None:
         branch = slot.living
         assert branch is not None
-        self.last_step: dict[SeedStage, int] = {}
+        self.last_step: dict[_Phase, int] = {}
         self._branch = weakref.ref(branch)
         self._blueprint = branch.blueprint
         self._checks = 0
@@ -243,7 +254,7 @@ class _Record:
         norms = expected.norms(device)
         host_norm = torch.linalg.vector_norm(norms)
         scale = torch.maximum(norms, _NOISE_FLOOR * host_norm)
-        leak = (found.projections(device) - expected.projections(device)).abs_()
+        leak = (found.projections(device) - expected.projections(device)).abs_().amax(1)
         known = torch.isfinite(leak).all() & torch.isfinite(host_norm)
         reached = (leak > tolerance * scale) & known
         sizes = torch.where(reached, leak / scale, torch.zeros_like(leak))
@@ -285,3 +296,10 @@ def _checkable(slot: SeedSlot) -> bool:
     if slot.stage is SeedStage.TRAINING:
         return slot.measurements.training_steps > 0
     return slot.stage is SeedStage.BLENDING and slot.alpha > 0.0
+
+
+def _phase(slot: SeedSlot) -> _Phase:
+    if slot.stage is SeedStage.BLENDING:
+        return _Phase.BLENDING
+    ripe = 2 * slot.measurements.training_steps >= slot.config.thresholds.min_training_steps
+    return _Phase.RIPE if ripe else _Phase.YOUNG
