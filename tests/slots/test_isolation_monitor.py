@@ -16,7 +16,7 @@ from esper import SeedSlot, SeedStage, SlotConfig
 from esper.lifecycle.learning import Isolation
 from esper.seeds import Family, blueprints
 from esper.slots import IsolationMonitor
-from esper.slots.gradient_projection import NUM_PROJECTIONS, project
+from esper.slots.gradient_projection import NUM_PROJECTIONS, GradientProjections, project
 
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
 CHECKED_STAGES = [SeedStage.TRAINING, SeedStage.BLENDING]
@@ -655,3 +655,16 @@ def test_signs_are_fixed_by_the_seed_and_draw_from_no_shared_stream(
     assert bits_of(torch.get_rng_state()) == before
     assert torch.equal(first, again)
     assert len({bits_of(project(gradient, seed).abs()) for seed in range(40)}) > 2
+
+
+def test_signs_differ_from_name_to_name_and_from_check_to_check() -> None:
+    def projections(name: str, number: int) -> Tensor:
+        parameter = nn.Parameter(torch.ones(16, 16))
+        taken = GradientProjections({name: parameter}, number=number)
+        taken.take((parameter * torch.arange(256.0).reshape(16, 16)).sum())
+        return taken.projections(torch.device("cpu"))
+
+    first = projections("weight", 1)
+    assert torch.equal(projections("weight", 1), first)
+    assert not torch.equal(projections("weight", 2), first)
+    assert not torch.equal(projections("bias", 1), first)

@@ -219,3 +219,20 @@ def test_loss_that_is_not_finite_gives_no_verdict() -> None:
     (event,) = problem.recorder.of(IsolationChecked)
     assert event.without_verdict == 1
     assert event.violations == 0
+
+
+def test_the_next_seed_is_not_charged_with_what_was_found_of_a_pruned_one(
+    leaky_blueprint: None,
+) -> None:
+    problem = make_problem()
+    trainer = problem.trainer(Leaking(problem), epochs=2)
+    trainer.fit()
+    growth, slot = trainer.growth, problem.slots["embed"]
+    problem.model.train()
+    features, targets = problem.batches[0]
+    growth.isolation_monitor.interval_steps = 1
+    growth.check_isolation(lambda: mse_loss(problem.model(features), targets))
+    slot.prune()
+    growth.after_epoch(problem.held_out)
+    assert len(problem.recorder.of(IsolationViolated)) == 1
+    assert slot.measurements.isolation_leaks is None
