@@ -21,6 +21,8 @@ from esper.lifecycle.events import (
     EventSchemaError,
     GerminationFailed,
     GradientHealthMeasured,
+    IsolationChecked,
+    IsolationViolated,
     Priority,
     SeedFailed,
     SeedPruned,
@@ -177,6 +179,14 @@ def breaker(to_state: str) -> BreakerChanged:
         (health(vanishing=True, ratio=None), Priority.NORMAL),
         (health(exploding=True), Priority.WARNING),
         (health(nonfinite_gradients=1), Priority.WARNING),
+        (
+            IsolationViolated(slot="a", blueprint="b", reached={"w": 0.1}, num_reached=1),
+            Priority.CRITICAL,
+        ),
+        (
+            IsolationChecked(slot="a", blueprint="b", checks=3, violations=1, without_verdict=0),
+            Priority.NORMAL,
+        ),
         (breaker("open"), Priority.WARNING),
         (breaker("half_open"), Priority.NORMAL),
         (breaker("closed"), Priority.NORMAL),
@@ -198,6 +208,7 @@ CAN_BE_URGENT = {
     GerminationFailed,
     ActionRefused,
     GradientHealthMeasured,
+    IsolationViolated,
     BreakerChanged,
 }
 

@@ -70,8 +70,13 @@ CHECKS = {
         "gradient_ratio <= 1000",
         "line_search_gain_fraction >= 0.005",
     ],
-    G3: ["alpha == 1", "steps_at_target >= 20", "loss_increase_fraction <= 0.1"],
-    G4: ["contribution_fraction >= 0.01", "step_time_ratio <= 4"],
+    G3: [
+        "alpha == 1",
+        "steps_at_target >= 20",
+        "loss_increase_fraction <= 0.1",
+        "isolation_leaks == 0",
+    ],
+    G4: ["contribution_fraction >= 0.01", "step_time_ratio <= 4", "isolation_leaks == 0"],
     G5: ["trial_epochs >= 2", "worst_in_trial_window >= 0.01"],
 }
 
@@ -92,6 +97,8 @@ JUST_BEYOND = [
     (G3, "alpha", math.nextafter(1.0, 0.0), "alpha"),
     (G3, "steps_at_target", 19, "steps_at_target"),
     (G3, "loss_increase_fraction", math.nextafter(0.1, 1.0), "loss_increase_fraction"),
+    (G3, "isolation_leaks", 1, "isolation_leaks"),
+    (G4, "isolation_leaks", 1, "isolation_leaks"),
     (G4, "contribution_fraction", math.nextafter(0.01, 0.0), "contribution_fraction"),
     (G4, "step_time_ratio", math.nextafter(4.0, 5.0), "step_time_ratio"),
     (G5, "trial_contributions", (0.01,), "trial_epochs"),
@@ -201,6 +208,13 @@ def test_a_live_seed_is_judged_at_blending_by_identity_and_finite_parameters_onl
     assert names_of_failures(judge(G2, live=True, parameters_finite=False)) == ["parameters_finite"]
 
 
+@pytest.mark.parametrize("gate", [G3, G4])
+def test_a_live_seed_is_not_asked_for_isolation_that_it_never_had(gate: Gate):
+    result = judge(gate, live=True, isolation_leaks=None)
+    assert result.passed
+    assert "isolation_leaks" not in {check.name for check in result.checks}
+
+
 @given(
     measured=MEASURED,
     comparison=st.sampled_from([">=", "<=", "=="]),
@@ -304,7 +318,7 @@ def test_a_verdict_reads_as_a_sentence_with_every_value_in_it():
     result = judge(G3, steps_at_target=7, loss_increase_fraction=None)
     assert str(result) == (
         "G3 refused: alpha 1 == 1 ok; steps_at_target 7 >= 20 FAILS; "
-        "loss_increase_fraction not measured <= 0.1 FAILS"
+        "loss_increase_fraction not measured <= 0.1 FAILS; isolation_leaks 0 == 0 ok"
     )
     forced = result.model_copy(update={"forced": True})
     assert not forced.passed

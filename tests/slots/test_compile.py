@@ -12,6 +12,7 @@ from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 import esper
 from esper import SeedSlot, SeedStage, SlotConfig
 from esper.lifecycle.learning import Isolation
+from esper.slots import IsolationMonitor
 
 pytestmark = pytest.mark.filterwarnings(
     # torch's own tracer instantiates what it warns of
@@ -190,3 +191,47 @@ def test_alpha_stays_an_input_of_the_graph() -> None:
     assert not torch.allclose(outputs[0], outputs[1])
     assert not torch.allclose(outputs[1], outputs[2])
     assert twins.counter.frame_count == 1
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")
+@pytest.mark.parametrize(("backend", "precision"), [("aot_eager", None), ("inductor", "bfloat16")])
+def test_checks_of_isolation_cost_no_graph_and_blame_nobody_for_other_fusions(
+    backend: str, precision: str | None
+) -> None:
+    dtype = torch.bfloat16 if precision else None
+    twins = Twins(CompileCounterWithBackend(backend))
+    monitor = IsolationMonitor(twins.slots[1], interval_steps=1)
+    checks = 0
+
+    def loss() -> Tensor:
+        with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+            return twins.compiled(IMAGES).square().mean()
+
+    def graphs(steps: int) -> int:
+        for _ in range(steps):
+            nonlocal checks
+            checks += 1
+            monitor.check(loss, step=checks)
+            loss().backward()
+            twins.optimizers[1].step()
+            twins.optimizers[1].zero_grad()
+            twins.slots[1].tick()
+        return int(twins.counter.frame_count)
+
+    slots = twins.slots[1].values()
+    for slot in slots:
+        slot.germinate("conv_light")
+        slot.advance(force=True)
+    assert graphs(5) == 1
+    assert [(r.checks, r.violations) for r in monitor.read()] == [(2, 0)] * 2
+    for slot in slots:
+        slot.advance(force=True)
+        slot.set_alpha_target(1.0, 5)
+    assert graphs(7) == 2
+    assert [(r.checks, r.violations) for r in monitor.read()] == [(3, 0)] * 2
+
+    seed, weight = twins.slots[1][TARGETS[0]].seed, twins.models[1].first.weight
+    increment = seed.increment
+    seed.increment = lambda features: increment(features) + 1e-2 * weight.sum()
+    graphs(2)
+    assert [(r.checks, r.violations) for r in monitor.read()] == [(1, 1), (1, 0)]

@@ -21,6 +21,8 @@ from esper.slots import (
     branch,
     gradient_guard,
     gradient_health,
+    gradient_projection,
+    isolation_monitor,
     modes,
     optimizer_binding,
     slot,
@@ -28,6 +30,7 @@ from esper.slots import (
     slot_set,
 )
 from esper.slots.gradient_health import GradientHealth
+from esper.slots.isolation_monitor import IsolationMonitor
 
 STEP_PATH: dict[ModuleType, set[str] | None] = {
     slot: {"tick"},
@@ -35,8 +38,24 @@ STEP_PATH: dict[ModuleType, set[str] | None] = {
     slot_set: {"tick", "_before_step", "clip_grad_norm_", "host_parameters", "_living_seeds"},
     gradient_guard: None,
     gradient_health: {"before_step", "gradient_norm", "note_before_clipping"},
+    gradient_projection: None,
+    isolation_monitor: {
+        "due",
+        "check",
+        "judge",
+        "is_of",
+        "_run",
+        "_beside_the_step",
+        "_tolerance",
+        "_modes",
+        "_host_parameters",
+        "_last_check",
+        "_record",
+        "_checkable",
+        "_phase",
+    },
     optimizer_binding: {"_step_begins", "_step_ends", "_restore_learning_rates"},
-    modes: {"active", "forked_random_state"},
+    modes: {"active", "unchanged", "unchanged_buffers", "forked_random_state"},
     operators: None,
     straight_through: None,
     schedule: None,
@@ -186,6 +205,24 @@ def test_a_whole_step_reads_no_value_from_the_device(
         run.step()
     assert len(log.calls) > 20
     assert not WAITING_OPERATIONS.intersection(log.names)
+
+
+@pytest.mark.parametrize("operator", ["add", "multiply", "gate"])
+@pytest.mark.parametrize("stage", [SeedStage.TRAINING, SeedStage.BLENDING])
+def test_a_check_of_isolation_reads_no_value_from_the_device(
+    host: Any, stage: SeedStage, operator: str, grow: Any
+) -> None:
+    run = Run(host, stage, grow, blend_operator=operator)
+    monitor = IsolationMonitor(run.slots)
+
+    def loss() -> Tensor:
+        return F.cross_entropy(run.model(host.inputs()), host.labels())
+
+    with Log() as log:
+        monitor.check(loss, step=0)
+    assert len(log.calls) > 100
+    assert not WAITING_OPERATIONS.intersection(log.names)
+    assert [reading.checks for reading in monitor.read()] == [1]
 
 
 @pytest.mark.parametrize("plant", [lambda h: float(h.sum()), lambda h: bool(h.any())])

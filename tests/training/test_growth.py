@@ -61,6 +61,7 @@ def own_loop(problem: Problem, policy: esper.Policy, epochs: int) -> None:
     for _ in range(epochs):
         problem.model.train()
         for features, targets in problem.batches:
+            growth.check_isolation(lambda x=features, y=targets: mse_loss(problem.model(x), y))
             mse_loss(problem.model(features), targets).backward()
             problem.optimizer.step()
             problem.optimizer.zero_grad()

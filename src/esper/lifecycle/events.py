@@ -169,6 +169,36 @@ class GradientHealthMeasured(_Event):
         return Priority.WARNING if unhealthy else Priority.NORMAL
 
 
+class IsolationChecked(_Event):
+    """What the isolation monitor did in a slot since it was last read."""
+
+    type: Literal["isolation_checked"] = "isolation_checked"
+    slot: str
+    blueprint: str
+    checks: int
+    violations: int
+    """Checks in which a gradient of the isolated seed reached the host."""
+    without_verdict: int
+    """Checks in which a gradient was not finite."""
+
+
+class IsolationViolated(_Event):
+    """A gradient of an isolated seed reached the host."""
+
+    type: Literal["isolation_violated"] = "isolation_violated"
+    slot: str
+    blueprint: str
+    reached: dict[str, float]
+    """Host parameters, worst first, a few: the leak's projection over the norm of the gradient that
+    the parameter has without the seed."""
+    num_reached: int
+    """All host parameters that were reached."""
+
+    @property
+    def priority(self) -> Priority:
+        return Priority.CRITICAL
+
+
 class SeedCommitted(_Event):
     """A seed passed to the host for good."""
 
@@ -281,6 +311,8 @@ Event = Annotated[
     | SeedRescaled
     | ContributionMeasured
     | GradientHealthMeasured
+    | IsolationChecked
+    | IsolationViolated
     | SeedCommitted
     | SeedPruned
     | SeedFailed

@@ -85,7 +85,8 @@ class GateInputs(Record):
     """The seed has run once in the slot's shape on the slot's device."""
     breaker_closed: bool | None = None
     isolation_leaks: int | None = None
-    """Paths found on which a gradient of the isolated seed reaches the host."""
+    """Paths found at germination on which a gradient of the isolated seed reaches the host, and
+    checks at run time that found one."""
     live: bool = False
     """Inserted at alpha 1 without training behind the host."""
     training_steps: int = 0
@@ -168,6 +169,11 @@ def _holds(name: str, fact: bool | None) -> Check:
     return compare(name, None if fact is None else float(fact), "==", 1.0)
 
 
+def _still_isolated(inputs: GateInputs) -> list[Check]:
+    """A live seed is not isolated; its gradients belong in the host."""
+    return [] if inputs.live else [compare("isolation_leaks", inputs.isolation_leaks, "==", 0.0)]
+
+
 def _g0(inputs: GateInputs, _: GateThresholds) -> list[Check]:
     return [
         compare("identity_error", inputs.identity_error, "==", 0.0),
@@ -208,6 +214,7 @@ def _g3(inputs: GateInputs, limits: GateThresholds) -> list[Check]:
         compare("alpha", inputs.alpha, "==", 1.0),
         compare("steps_at_target", inputs.steps_at_target, ">=", limits.min_steps_at_target),
         compare("loss_increase_fraction", increase, "<=", limits.max_loss_increase_fraction),
+        *_still_isolated(inputs),
     ]
 
 
@@ -219,7 +226,7 @@ def _g4(inputs: GateInputs, limits: GateThresholds) -> list[Check]:
     if limits.max_step_time_ratio is not None:
         ratio = inputs.step_time_ratio
         checks.append(compare("step_time_ratio", ratio, "<=", limits.max_step_time_ratio))
-    return checks
+    return checks + _still_isolated(inputs)
 
 
 def _g5(inputs: GateInputs, limits: GateThresholds) -> list[Check]:

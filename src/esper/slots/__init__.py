@@ -7,6 +7,7 @@ from esper.slots.committed_seed import CommittedSeed
 from esper.slots.config import SlotConfig
 from esper.slots.counterfactual import Variant, effective_alpha, fused_losses
 from esper.slots.germination import GerminationError
+from esper.slots.isolation_monitor import IsolationMonitor, IsolationReading
 from esper.slots.ownership import OwnershipError
 from esper.slots.placement import SLOT_NAME
 from esper.slots.slot import SeedSlot
@@ -21,6 +22,8 @@ __all__ = [
     "ForwardMode",
     "GerminationError",
     "GrownModule",
+    "IsolationMonitor",
+    "IsolationReading",
     "OwnershipError",
     "SeedSlot",
     "SlotConfig",

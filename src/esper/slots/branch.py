@@ -56,7 +56,12 @@ class SeedBranch(nn.Module):
         return sum(parameter.numel() for parameter in self.parameters())
 
     def forward(
-        self, features: Tensor, seed_input: Tensor, call: CallArguments = NO_ARGUMENTS
+        self,
+        features: Tensor,
+        seed_input: Tensor,
+        call: CallArguments = NO_ARGUMENTS,
+        *,
+        severed: bool = False,
     ) -> Tensor:
         """Return `u`, shape and dtype of `features`.
 
@@ -64,10 +69,15 @@ class SeedBranch(nn.Module):
             features: h, what the increment is added to.
             seed_input: What the seed reads: `features`, or the same detached while isolated.
             call: What the module in front was called with, for a seed that reads it.
+            severed: Cut what the seed and its gate computed off the graph; the operator's own use
+                of `features` stays in it.
         """
         gate = None if self.gate is None else self.gate(seed_input)
         if isinstance(self.seed, ContextualSeed):
             increment = self.seed.increment(seed_input, *call.args, **call.kwargs)
         else:
             increment = self.seed.increment(seed_input)
+        if severed:
+            increment = increment.detach()
+            gate = None if gate is None else gate.detach()
         return operator_increment(self.blend_operator, features, increment, gate)

@@ -19,6 +19,7 @@ class SeedMeasurements:
     prewarmed: bool | None = None
     prewarm_ms: float = 0.0
     isolation_leaks: int | None = None
+    """As counted at germination, and one more for each violation that the monitor found since."""
     training_steps: int = 0
     gradient_ratio: float | None = None
     line_search_gain_fraction: float | None = None

@@ -77,3 +77,12 @@ class SeparateRandomStream:
             self._cpu_state = torch.get_rng_state()
             if device.type == "cuda":
                 self._cuda_state = torch.cuda.get_rng_state(device)
+
+    @contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """Let the stream go on afterwards as if nothing had been drawn inside the block."""
+        kept = self._cpu_state, self._cuda_state
+        try:
+            yield
+        finally:
+            self._cpu_state, self._cuda_state = kept

@@ -1,5 +1,7 @@
 """The forward half of a slot: what the host's features meet on their way."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import Enum
 
 import torch
@@ -48,6 +50,8 @@ class SlotForward(nn.Module):
         self.isolated = True
         self.active = False
         """Whether the forward does anything; the hook looks at nothing else."""
+        self.severed = False
+        """No gradient path leads through the blended seed; see `sever`."""
         self.num_committed = 0
         self.contextual = False
         """Whether a seed here reads the call's further arguments."""
@@ -96,15 +100,42 @@ class SlotForward(nn.Module):
                     alpha = forced.to(features.dtype).reshape(-1, *(1,) * (features.ndim - 1))
                     features = blend(features, increment, alpha)
             elif self.mode is ForwardMode.BLENDED:
-                if self.isolated:
-                    increment = self._try(branch, features, features.detach(), call.detached())
-                else:
-                    increment = self._try(branch, features, features, call)
+                source = features.detach() if self.isolated else features
+                read = call.detached() if self.isolated else call
+                increment = self._try(branch, features, source, read, severed=self.severed)
                 if increment is not None:
                     features = blend(features, increment, self.blend_alpha)
             elif self.mode is ForwardMode.STRAIGHT_THROUGH and self.training:
                 features = self._learn_behind(branch, features, call.detached())
         return features
+
+    @contextmanager
+    def sever(self) -> Iterator[None]:
+        """Run the forward with no gradient path through the living seed, values as ever.
+
+        Effects: a seed behind the host does not run, as before it began to train, so a compiled
+        host has the graph already; for a blended one it compiles one more.
+        """
+        before = self.mode, self.active
+        behind = self.mode is ForwardMode.STRAIGHT_THROUGH
+        if behind:
+            self.mode, self.active = ForwardMode.PASS_THROUGH, self.num_inlined > 0
+        self.severed = True
+        try:
+            yield
+        finally:
+            self.severed = False
+            if behind:
+                self.mode, self.active = before
+
+    @contextmanager
+    def unchanged_stream(self) -> Iterator[None]:
+        """Give the living seed's own random stream back its place afterwards."""
+        if self._stream is None:
+            yield
+        else:
+            with self._stream.unchanged():
+                yield
 
     def _learn_behind(self, branch: nn.Module, features: Tensor, call: CallArguments) -> Tensor:
         detached = features.detach()
@@ -124,14 +155,20 @@ class SlotForward(nn.Module):
         )
 
     def _try(
-        self, branch: nn.Module, features: Tensor, seed_input: Tensor, call: CallArguments
+        self,
+        branch: nn.Module,
+        features: Tensor,
+        seed_input: Tensor,
+        call: CallArguments,
+        *,
+        severed: bool = False,
     ) -> Tensor | None:
         """Run a seed; if a living one raises, the host goes on without it and `tick` prunes it."""
         if torch.compiler.is_compiling():
-            increment: Tensor = branch(features, seed_input, call)
+            increment: Tensor = branch(features, seed_input, call, severed=severed)
             return increment
         try:
-            increment = branch(features, seed_input, call)
+            increment = branch(features, seed_input, call, severed=severed)
         except Exception as error:  # whatever a living seed raises, the host must go on
             if branch is not self.living:
                 raise

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 from esper.lifecycle.actions import (
@@ -25,11 +26,14 @@ from esper.lifecycle.events import (
     EventRecord,
     GerminationFailed,
     GradientHealthMeasured,
+    IsolationChecked,
+    IsolationViolated,
     StageChanged,
 )
 from esper.lifecycle.learning import Isolation
 from esper.lifecycle.stages import SeedStage
 from esper.slots.germination import GerminationError
+from esper.slots.isolation_monitor import IsolationMonitor
 from esper.slots.slot import SeedSlot
 from esper.slots.slot_set import SlotSet
 from esper.telemetry.sink import Sink
@@ -37,6 +41,9 @@ from esper.training.held_out import Evaluate, metrics_of
 from esper.training.policy import Policy
 from esper.training.probing import probe_seeds
 from esper.training.step_timer import StepTimer
+
+_NAMED_PARAMETERS = 5
+"""How many of the parameters that a leak reached an event names."""
 
 
 class Growth:
@@ -74,6 +81,7 @@ class Growth:
         self.policy = policy
         self.max_epochs = max_epochs
         self.sinks = list(sinks)
+        self.isolation_monitor = IsolationMonitor(slots)
         self.epoch = 0
         self.step = 0
         self.losses: list[float] = []
@@ -82,6 +90,20 @@ class Growth:
         self._timer = StepTimer()
         self._step_seconds_before: dict[str, float | None] = {}
         slots.bind(optimizer, scheduler)
+
+    def check_isolation(self, loss: Callable[[], Tensor]) -> None:
+        """Prove now and then that no gradient of an isolated seed reaches the host.
+
+        Optional. Call it before a step's forward, with gradient accumulation before the last
+        micro-batch's; it does nothing unless a check is due. The step is bitwise the same with it
+        and without.
+
+        Args:
+            loss: Computes the step's loss as the step will: `lambda: criterion(model(x), y)`.
+
+        Effects: as `IsolationMonitor.check`.
+        """
+        self.isolation_monitor.check(loss, step=self.step)
 
     def after_step(self) -> None:
         """Let one optimizer step pass: alpha moves, ramps end, a failed seed is pruned.
@@ -116,6 +138,7 @@ class Growth:
         self.losses.append(metrics["loss"])
         self._note_losses(metrics["loss"])
         self.publish(self._read_gradient_health())
+        self.publish(self._read_isolation())
         self.publish(probe_seeds(self.slots.model, self.slots, evaluate))
         self._note_step_times()
         self.epoch += 1
@@ -173,6 +196,7 @@ class Growth:
         if isinstance(action, Germinate):
             self._germinate(slot, action)
         elif isinstance(action, Advance):
+            self.publish(self._read_isolation())
             events = slot.advance()
             self.publish(events)
             if _entered(events, SeedStage.BLENDING):
@@ -242,6 +266,33 @@ class Growth:
                     exploding=reading.exploding,
                 )
             )
+        return events
+
+    def _read_isolation(self) -> list[Event]:
+        events: list[Event] = []
+        for reading in self.isolation_monitor.read():
+            slot = self.slots[reading.slot]
+            if reading.seed_lives:
+                known = slot.measurements.isolation_leaks or 0
+                slot.measurements.isolation_leaks = known + reading.violations
+            events.append(
+                IsolationChecked(
+                    slot=reading.slot,
+                    blueprint=reading.blueprint,
+                    checks=reading.checks,
+                    violations=reading.violations,
+                    without_verdict=reading.without_verdict,
+                )
+            )
+            if reading.violations:
+                events.append(
+                    IsolationViolated(
+                        slot=reading.slot,
+                        blueprint=reading.blueprint,
+                        reached=dict(list(reading.reached.items())[:_NAMED_PARAMETERS]),
+                        num_reached=len(reading.reached),
+                    )
+                )
         return events
 
     def _note_step_times(self) -> None:

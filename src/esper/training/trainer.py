@@ -1,5 +1,6 @@
 """The training loop, growth included."""
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from esper.lifecycle.record import Record
 from esper.slots.counterfactual import call_model
+from esper.slots.isolation_monitor import DEFAULT_INTERVAL_STEPS
 from esper.training.governor import Governor
 from esper.training.growth import Growth
 from esper.training.held_out import Evaluate
@@ -32,6 +34,9 @@ class TrainerConfig(Record):
     """Clips host and seeds each on their own; None does not clip."""
     decision_interval_steps: AtLeastOne | None = None
     """Optimizer steps between growth decisions; None decides after each epoch."""
+    isolation_check_steps: AtLeastOne | None = DEFAULT_INTERVAL_STEPS
+    """Optimizer steps between two checks that no gradient of an isolated seed reaches the host;
+    None makes none."""
     matmul_precision: MatmulPrecision = "highest"
     scheduler_interval: Literal["step", "epoch"] = "epoch"
     """When the learning-rate scheduler steps."""
@@ -61,7 +66,7 @@ class Trainer:
         config: Settings of the loop.
         scheduler: Steps the learning rate; with ReduceLROnPlateau the held-out loss is passed.
 
-    Effects: sets the process's matmul precision.
+    Effects: sets the process's matmul precision, and how often `growth` checks isolation.
     """
 
     def __init__(
@@ -78,6 +83,7 @@ class Trainer:
         binding = growth.slots.binding
         if binding is None:
             raise ValueError("growth is not bound to an optimizer any more; make a new Growth")
+        growth.isolation_monitor.interval_steps = config.isolation_check_steps
         self.growth = growth
         self.model = growth.slots.model
         self.config = config
@@ -153,11 +159,13 @@ class Trainer:
     def _step(self, group: list[tuple[Any, Any]]) -> Tensor | None:
         """Make one optimizer step; None if the governor refused it."""
         total: Tensor | None = None
-        for inputs, targets in group:
-            with self._autocast():
-                loss = self._loss(call_model(self.model, inputs), targets) / len(group)
+        for number, (inputs, targets) in enumerate(group, start=1):
+            forward = functools.partial(self._forward, inputs, targets, len(group))
+            if number == len(group):
+                self._check_isolation(forward)
+            loss = forward()
             total = loss.detach() if total is None else total + loss.detach()
-            if inputs is group[-1][0]:
+            if number == len(group):
                 self.governor.look(total)
             self._scaler.scale(loss).backward()
         norm = None
@@ -178,6 +186,14 @@ class Trainer:
         if self.config.scheduler_interval == "step":
             self._step_scheduler()
         return None if refusal is not None else total
+
+    def _forward(self, inputs: Any, targets: Any, num_batches: int) -> Tensor:
+        """Return one batch's share of the step's loss."""
+        with self._autocast():
+            return self._loss(call_model(self.model, inputs), targets) / num_batches
+
+    def _check_isolation(self, forward: Callable[[], Tensor]) -> None:
+        self.growth.check_isolation(lambda: self._scaler.scale(forward()))
 
     def _reset_scaler(self) -> None:
         if self._scaler.is_enabled() and self.config.max_gradient_norm is not None:
