@@ -35,8 +35,8 @@ class LeakySeed(Seed):
         self.captured: Tensor | None = None
 
     @property
-    def output_layer(self) -> nn.Module | None:
-        return self.inner.output_layer
+    def output_layers(self) -> tuple[nn.Module, ...]:
+        return self.inner.output_layers
 
     def capture(self, module: nn.Module, args: Any, output: Tensor) -> None:
         self.captured = output
