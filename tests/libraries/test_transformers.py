@@ -219,3 +219,26 @@ def test_a_baked_model_is_exported(name: str):
     program = torch.export.export(plain, (), batch, strict=False)
     logits = program.module()(**batch).logits
     torch.testing.assert_close(logits, outputs_of(model, batch))
+
+
+@pytest.mark.parametrize(
+    ("make", "inner", "pattern", "paths"),
+    [
+        (gpt2, "transformer", "h.*", ["h.0", "h.1", "h.2"]),
+        (llama, "model", "layers.[0-3]", [f"layers.{index}" for index in range(4)]),
+    ],
+)
+def test_patterns_on_a_model_without_its_head(
+    make: Callable[[], nn.Module], inner: str, pattern: str, paths: list[str]
+):
+    model, batch = make().get_submodule(inner).eval(), padded_batch()
+    with torch.no_grad():
+        before = model(**batch).last_hidden_state
+    slots = attach(model, pattern, batch)
+    assert list(slots) == paths
+    for path, slot in slots.items():
+        slot.germinate("block", source=path)
+        while slot.stage is not esper.SeedStage.PROBATIONARY:
+            slot.advance(force=True)
+    with torch.no_grad():
+        assert torch.equal(model(**batch).last_hidden_state, before)
