@@ -523,6 +523,31 @@ def test_seed_whose_forward_raises_in_a_check_is_not_blamed_but_pruned(
     assert all(violations == 0 for _, violations in run.violations().values())
 
 
+def test_seed_that_raises_in_one_of_the_two_passes_only_is_not_blamed(
+    hosts: Any, grow: Any, randomise: Any
+) -> None:
+    run = Run(hosts["mlp"], SeedStage.BLENDING, grow, interval_steps=1000)
+    run.step(5)
+    slot = run.slots["first"]
+    randomise(slot.living)
+    clean, calls = slot.seed.increment, 0
+
+    def increment(features: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise ArithmeticError("planted failure")
+        return clean(features)
+
+    slot.seed.increment = increment
+    run.monitor.read()
+    run.monitor.interval_steps = 1
+    run.step(2)
+    assert calls == 2
+    assert slot.stage is SeedStage.PRUNED
+    assert all(violations == 0 for _, violations in run.violations().values())
+
+
 def test_sparse_complex_empty_and_frozen_parameters_do_no_harm(grow: Any) -> None:
     class Host(nn.Module):
         def __init__(self) -> None:
@@ -594,7 +619,7 @@ def test_a_severed_forward_computes_the_same_and_no_seed_learns(
     def outcome() -> tuple[bytes, bool]:
         with torch.random.fork_rng(devices=()):
             loss = run.loss()
-        reached = torch.autograd.grad(loss, list(slot.seed.parameters()), allow_unused=True)
+        reached = torch.autograd.grad(loss, list(slot.living.parameters()), allow_unused=True)
         return bits_of(loss), any(gradient is not None for gradient in reached)
 
     plain = outcome()
