@@ -459,10 +459,10 @@ def test_no_two_gradients_are_in_memory_at_once_and_none_is_kept(hosts: Any, gro
     for parameter in run.slots.host_parameters():
         parameter.register_hook(arrived)
 
-    def large_tensors() -> int:
+    def large_tensors() -> list[Tensor]:
         gc.collect()
-        objects = [thing for thing in gc.get_objects() if issubclass(type(thing), Tensor)]
-        return sum(tensor.untyped_storage().nbytes() > 64 for tensor in objects)
+        tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), Tensor)]
+        return [tensor for tensor in tensors if tensor.untyped_storage().nbytes() > 64]
 
     before = large_tensors()
     run.check()
@@ -470,7 +470,8 @@ def test_no_two_gradients_are_in_memory_at_once_and_none_is_kept(hosts: Any, gro
     # The gradients of a module's weight and bias come from one operation.
     assert max(alive) <= 1
     assert not any(ref() is not None for ref in seen)
-    assert large_tensors() == before
+    known = {id(tensor) for tensor in before}
+    assert not [tensor.shape for tensor in large_tensors() if id(tensor) not in known]
     host_targets = run.host.targets
     assert run.violations() == dict.fromkeys(host_targets, (1, 0))
 
