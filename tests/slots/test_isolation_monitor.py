@@ -459,10 +459,10 @@ def test_no_two_gradients_are_in_memory_at_once_and_none_is_kept(hosts: Any, gro
     for parameter in run.slots.host_parameters():
         parameter.register_hook(arrived)
 
-    def large_tensors() -> int:
+    def large_tensors() -> list[Tensor]:
         gc.collect()
-        objects = [thing for thing in gc.get_objects() if issubclass(type(thing), Tensor)]
-        return sum(tensor.untyped_storage().nbytes() > 64 for tensor in objects)
+        tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), Tensor)]
+        return [tensor for tensor in tensors if tensor.untyped_storage().nbytes() > 64]
 
     before = large_tensors()
     run.check()
@@ -470,7 +470,8 @@ def test_no_two_gradients_are_in_memory_at_once_and_none_is_kept(hosts: Any, gro
     # The gradients of a module's weight and bias come from one operation.
     assert max(alive) <= 1
     assert not any(ref() is not None for ref in seen)
-    assert large_tensors() == before
+    known = {id(tensor) for tensor in before}
+    assert not [tensor.shape for tensor in large_tensors() if id(tensor) not in known]
     host_targets = run.host.targets
     assert run.violations() == dict.fromkeys(host_targets, (1, 0))
 
@@ -520,6 +521,31 @@ def test_seed_whose_forward_raises_in_a_check_is_not_blamed_but_pruned(
     run = Run(hosts["mlp"], SeedStage.BLENDING, grow, blueprint="raises")
     run.step(12)
     assert all(slot.stage is SeedStage.PRUNED for slot in run.slots.values())
+    assert all(violations == 0 for _, violations in run.violations().values())
+
+
+def test_seed_that_raises_in_one_of_the_two_passes_only_is_not_blamed(
+    hosts: Any, grow: Any, randomise: Any
+) -> None:
+    run = Run(hosts["mlp"], SeedStage.BLENDING, grow, interval_steps=1000)
+    run.step(5)
+    slot = run.slots["first"]
+    randomise(slot.living)
+    clean, calls = slot.seed.increment, 0
+
+    def increment(features: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise ArithmeticError("planted failure")
+        return clean(features)
+
+    slot.seed.increment = increment
+    run.monitor.read()
+    run.monitor.interval_steps = 1
+    run.step(2)
+    assert calls == 2
+    assert slot.stage is SeedStage.PRUNED
     assert all(violations == 0 for _, violations in run.violations().values())
 
 
@@ -594,7 +620,7 @@ def test_a_severed_forward_computes_the_same_and_no_seed_learns(
     def outcome() -> tuple[bytes, bool]:
         with torch.random.fork_rng(devices=()):
             loss = run.loss()
-        reached = torch.autograd.grad(loss, list(slot.seed.parameters()), allow_unused=True)
+        reached = torch.autograd.grad(loss, list(slot.living.parameters()), allow_unused=True)
         return bits_of(loss), any(gradient is not None for gradient in reached)
 
     plain = outcome()
