@@ -4,7 +4,7 @@ import difflib
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import typer
 from pydantic import Field, FiniteFloat, ValidationError
@@ -98,11 +98,22 @@ def _parse_setting(setting: str) -> dict[str, Any]:
     try:
         value: Any = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
-        value = text
+        value = None if text == "none" and _may_be_none(key) else text
     for part in reversed(key.split(".")):
         value = {part: value}
     assert isinstance(value, dict)
     return value
+
+
+def _may_be_none(key: str) -> bool:
+    """Whether a dotted key takes None, which TOML has no word for."""
+    record: Any = GrowConfig
+    for part in key.split("."):
+        fields = record.model_fields if isinstance(record, type) else {}
+        if part not in fields:
+            return False
+        record = fields[part].annotation
+    return type(None) in get_args(record)
 
 
 def _explain(error: ValidationError) -> str:
