@@ -110,7 +110,7 @@ def test_the_host_keeps_its_full_gradient_and_the_increment_gets_alpha_of_it(
     [((4, 6), False), ((4, 6), True), ((4, 5, 6), False), ((4, 6, 3, 2), True)],
 )
 @given(seed=st.integers(0, 50), scale=st.sampled_from([1e-2, 1.0, 100.0]))
-def test_the_gate_is_one_number_in_zero_to_one_per_sample_and_of_that_sample_alone(
+def test_the_gate_is_one_number_in_zero_to_one_per_sample_or_token_and_of_that_alone(
     shape: tuple[int, ...], channels_first: bool, seed: int, scale: float
 ):
     gate = SampleGate(6, channels_first=channels_first)
@@ -119,15 +119,19 @@ def test_the_gate_is_one_number_in_zero_to_one_per_sample_and_of_that_sample_alo
             parameter.copy_(scale * normal(*parameter.shape, seed=seed))
     features = normal(*shape, seed=seed + 1)
     values = gate(features)
-    assert values.shape == (4, *(1,) * (len(shape) - 1))
+    per_token = len(shape) == 3
+    assert values.shape == ((4, 5, 1) if per_token else (4, *(1,) * (len(shape) - 1)))
     assert ((values >= 0.0) & (values <= 1.0)).all()
     pooled = features.movedim(1, -1) if channels_first else features
-    pooled = pooled.reshape(4, -1, 6).mean(dim=1)
+    pooled = pooled.reshape(20, 6) if per_token else pooled.reshape(4, -1, 6).mean(dim=1)
     expected = torch.sigmoid(pooled @ gate.linear.weight[0] + gate.linear.bias)
     torch.testing.assert_close(values.flatten(), expected)
     others = features.clone()
     others[1:] = -7.0
     torch.testing.assert_close(gate(others)[0], values[0])
+    if per_token:
+        features[:, 1:] = -7.0
+        torch.testing.assert_close(gate(features)[:, 0], values[:, 0])
 
 
 def test_a_fresh_gate_is_half_open_and_its_parameters_are_in_the_state_dict_and_learn():

@@ -242,3 +242,68 @@ def test_patterns_on_a_model_without_its_head(
             slot.advance(force=True)
     with torch.no_grad():
         assert torch.equal(model(**batch).last_hidden_state, before)
+
+
+@every_decoder
+def test_a_gated_seed_sees_no_later_token_and_generates_from_the_cache(name: str):
+    make, pattern, _ = DECODERS[name]
+    model, batch = make().eval(), padded_batch()
+    slots = attach(model, pattern, batch)
+    for slot in slots.values():
+        slot.germinate("lora", blend_operator="gate")
+        while slot.stage is not esper.SeedStage.FOSSILIZED:
+            slot.advance(force=True)
+        for parameter in slot.branches.parameters():
+            torch.nn.init.normal_(parameter)
+    other = {**batch, "input_ids": batch["input_ids"].clone()}
+    other["input_ids"][:, -1] = 3
+    assert torch.equal(outputs_of(model, batch)[:, :-1], outputs_of(model, other)[:, :-1])
+    prompt = {key: value[:2, :6] for key, value in batch.items()}
+    cached, exact = (
+        model.generate(**prompt, max_new_tokens=6, do_sample=False, use_cache=use)
+        for use in (True, False)
+    )
+    assert torch.equal(cached, exact)
+
+
+@every_decoder
+def test_a_copy_follows_when_the_model_changes_its_attention(name: str):
+    make, pattern, source = DECODERS[name]
+    model, batch = make().eval(), padded_batch()
+    slots = attach(model, pattern, batch)
+    for slot in slots.values():
+        slot.germinate("block", source=source)
+        while slot.stage is not esper.SeedStage.FOSSILIZED:
+            slot.advance(force=True)
+        torch.nn.init.ones_(slot.branches[0].seed.output_layers[0].weight)
+    plain = esper.bake(model)
+    seen = batch["attention_mask"].bool()  # what is computed for padding is anyone's affair
+    before = outputs_of(model, batch)[seen]
+    for which in (model, plain):
+        which.set_attn_implementation("eager")
+        torch.testing.assert_close(outputs_of(which, batch)[seen], before, rtol=1e-4, atol=1e-5)
+
+
+def test_a_copy_of_attention_that_is_called_by_name():
+    model, batch = llama().eval(), padded_batch()
+    before = outputs_of(model, batch)
+    slots = attach(model, "model.layers.1.self_attn", batch)
+    slots["model.layers.1.self_attn"].germinate("block", source="model.layers.2.self_attn")
+    while slots["model.layers.1.self_attn"].stage is not esper.SeedStage.PROBATIONARY:
+        slots["model.layers.1.self_attn"].advance(force=True)
+    assert torch.equal(outputs_of(model, batch), before)
+
+
+@pytest.mark.parametrize("target", ["model.layers.1", "model.layers.1.mlp"])
+@pytest.mark.parametrize("blueprint", ["mlp", "attention"])
+def test_a_model_that_recomputes_its_activations_keeps_its_seeds(target: str, blueprint: str):
+    model, batch = llama(), padded_batch()
+    model.activation_checkpointing_enable()
+    slot = attach(model, target, batch)[target]
+    slot.germinate(blueprint)
+    while slot.stage is not esper.SeedStage.PROBATIONARY:
+        slot.advance(force=True)
+        model.train()
+        model(**batch, labels=batch["input_ids"], use_cache=False).loss.backward()
+        assert slot.tick() == []
+    assert slot.seed is not None

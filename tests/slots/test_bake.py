@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 import esper
 from esper import SeedStage
@@ -264,3 +265,68 @@ def test_a_baked_model_runs_in_onnx(family: Family, grow: Any, randomise: Any, t
     (output,) = session.run(None, {session.get_inputs()[0].name: inputs.numpy()})
     expected = plain(inputs).detach()
     torch.testing.assert_close(torch.from_numpy(output), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_hooks_of_the_user_keep_their_place_and_a_copy_has_none(grown: Any, grow: Any):
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    calls: list[str] = []
+
+    def first(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        calls.append("first")
+        return output.tanh()
+
+    def last(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
+        calls.append("last")
+        return output.sigmoid()
+
+    model[0].register_forward_hook(first)
+    model, slots = grown(model, {"0": ["lora"], "1": []})
+    model[0].register_forward_hook(last, with_kwargs=True)
+    grow(slots["1"], "block", SeedStage.FOSSILIZED, source="0")
+    calls.clear()
+    expected = model(INPUTS)
+    assert calls == ["first", "last"]
+    for fold in (False, True):
+        plain = esper.bake(model, fold=fold)
+        assert torch.equal(plain(INPUTS), expected)
+        assert isinstance(plain[0], GrownModule)
+
+
+def test_a_copy_follows_the_hosts_config_and_learns_though_the_host_is_frozen(grow: Any):
+    class Configured(Layer):
+        def __init__(self, config: Any) -> None:
+            super().__init__("tensor")
+            self.config = config
+
+    config = {"attention": "eager"}
+    model = nn.Sequential(Configured(config), Configured(config)).requires_grad_(False)
+    slots = esper.attach(model, "1", example=INPUTS)
+    slots["1"].germinate("block", source="0")
+    assert slots["1"].seed.block.config is config
+    assert all(parameter.requires_grad for parameter in slots["1"].seed.parameters())
+
+
+@pytest.mark.parametrize("source", [nn.Linear(8, 1), nn.AdaptiveAvgPool1d(1)])
+def test_a_source_that_only_broadcasts_is_refused(source: nn.Module):
+    model = nn.Sequential(nn.Linear(8, 8), source)
+    slots = esper.attach(model, "0", example=INPUTS)
+    with pytest.raises(ValueError, match="it must keep the shape"):
+        slots["0"].germinate("block", source="1")
+
+
+def test_a_slot_inside_a_grown_module_is_baked_and_detached(grown: Any):
+    model, _ = grown(Host(), {"layers.0": ["lora"]})
+    plain = esper.bake(model)
+    again, _ = grown(plain, {"layers.0.module": ["mlp"]})
+    assert torch.equal(esper.bake(again)(INPUTS), again(INPUTS))
+    fresh = esper.bake(model)
+    esper.attach(fresh, "layers.0.module", example=INPUTS)
+    esper.detach(fresh)
+    assert torch.equal(fresh(INPUTS), model(INPUTS))
+
+
+def test_a_pruned_linear_layer_is_not_folded(grown: Any):
+    model = nn.Sequential(nn.Linear(8, 8))
+    prune.random_unstructured(model[0], "weight", 0.5)
+    model, _ = grown(model, {"0": ["lora"]})
+    assert isinstance(esper.bake(model, fold=True)[0], GrownModule)

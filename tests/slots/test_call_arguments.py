@@ -1,5 +1,6 @@
 """Seeds that read what the host gave to the module in front of them."""
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +12,7 @@ import esper
 from esper import SeedStage, SlotConfig
 from esper.lifecycle.learning import Isolation
 from esper.seeds import ContextualSeed, Family, Seed, blueprints, zero_initialise_
-from esper.slots.call_arguments import CallArguments
+from esper.slots.call_arguments import CallArguments, refuse_cached_tokens
 
 INPUTS = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(0))
 
@@ -145,12 +146,14 @@ def test_tokens_in_a_cache_are_refused_while_the_seed_is_in_the_path(slot: esper
 
 
 def test_the_first_argument_and_caches_are_left_out():
-    call = CallArguments.of_call((INPUTS, Cache(3), 1), {"cache": Cache(4), "mask": INPUTS})
+    call = CallArguments.of_call((INPUTS, Cache(3), 1), {"cache": Cache(4), "mask": INPUTS}, "x")
     assert call.args == (None, 1)
     assert call.kwargs["cache"] is None
     assert call.kwargs["mask"] is INPUTS
     assert call.has_tensors
-    assert not CallArguments.of_call((INPUTS,), {"flag": True}).has_tensors
+    assert not CallArguments.of_call((INPUTS,), {"flag": True}, "x").has_tensors
+    by_name = CallArguments.of_call((), {"x": INPUTS, "mask": 2}, "x")
+    assert (by_name.args, by_name.kwargs) == ((), {"mask": 2})
 
 
 def test_a_seed_that_changes_its_input_in_place_is_not_built():
@@ -168,3 +171,62 @@ def test_a_seed_that_changes_its_input_in_place_is_not_built():
         with pytest.raises(ValueError, match=r"'overwriting' changes its input in place"):
             slots["layer"].germinate("overwriting")
         assert slots["layer"].seed is None
+
+
+class StateCache(Cache):
+    def get_seq_length(self) -> int:
+        raise ValueError("only of attention layers")
+
+
+def test_caches_of_a_fixed_size_and_of_states_are_refused_by_name(slot: esper.SeedSlot):
+    """The one is recognised by the mask, as wide as the cache; the other has no length."""
+    advance_to(slot, SeedStage.PROBATIONARY)
+    wide = torch.zeros(3, 1, 5, 9)
+    layer, memory, mask = slot.owner.model.layer, torch.ones(4), torch.ones(3, 5, 1)
+    layer(INPUTS, memory, mask=mask, cache=None)
+    for options in ({"mask": mask, "cache": StateCache(0)}, {"mask": wide, "cache": Cache(5)}):
+        with pytest.raises(RuntimeError, match=r"use_cache=False"):
+            refuse_cached_tokens(INPUTS, (INPUTS, memory), options)
+    refuse_cached_tokens(INPUTS, (INPUTS, memory), {"mask": wide, "cache": None})
+
+
+def test_what_is_kept_of_an_example_is_small_its_own_and_gone_with_the_slot():
+    class Skipping(Layer):
+        def forward(self, tokens: Tensor, skip: Tensor, mask: Tensor) -> Tensor:
+            return self.linear(tokens) + skip
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = Skipping()
+            self.skip = torch.randn(16, 5, 4)
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            return self.layer(tokens, self.skip, torch.ones(5, 5))
+
+    host = Outer()
+    slot = esper.attach(host, "layer", example=torch.randn(16, 5, 4))["layer"]
+    skip, mask = slot.example_call.args
+    assert (skip.shape, mask.shape) == ((2, 5, 4), (5, 5))
+    assert skip.untyped_storage().nbytes() == skip.nbytes
+    assert skip.data_ptr() != host.skip.data_ptr()
+    assert not copy.deepcopy(host).layer.esper_slot.example_call.has_tensors
+    esper.detach(host)
+    assert not slot.example_call.has_tensors
+
+
+def test_a_copy_germinates_after_the_host_became_half_precision(slot: esper.SeedSlot):
+    host = Host()
+    slots = esper.attach(host, "layer", example=INPUTS)
+    host.to(torch.bfloat16)
+    slots["layer"].germinate("block", source="layer")
+    advance_to(slots["layer"], SeedStage.PROBATIONARY)
+    inputs = INPUTS.to(torch.bfloat16)
+    assert torch.equal(host(inputs), esper.bake(host_without(slots))(inputs))
+
+
+def host_without(slots: esper.SlotSet) -> nn.Module:
+    """Return a copy of the host whose seeds are committed."""
+    for slot in slots.values():
+        slot.commit()
+    return slots.model

@@ -190,7 +190,7 @@ def test_another_version_or_host_is_refused_and_the_host_left_alone(
     refuse(ValueError, r"has no module 'first'", folder, nn.Sequential(nn.Linear(8, 8)))
     narrow = nn.Sequential()
     narrow.first, narrow.second = nn.Linear(8, 4), nn.Linear(4, 8)
-    refuse(ValueError, r"'first' was transformer of width 8, and is .* width 4", folder, narrow)
+    refuse(ValueError, r"'first' was of width 8, and is of width 4", folder, narrow)
     refuse(ValueError, r"float32, in this Host .*float64", folder, half_double())
 
 
@@ -268,3 +268,87 @@ def test_a_seed_that_is_put_back_belongs_to_the_hosts_group():
     slots["first"].germinate("mlp")
     with pytest.raises(IllegalTransition):
         slots["first"].regrow(committed)
+
+
+def test_a_slot_of_another_family_than_its_features_suggest_comes_back(tmp_path: Path):
+    """Maps with features in the last dimension, as Swin has them."""
+    images = torch.randn(2, 4, 4, 8)
+    host = nn.Sequential(nn.Linear(8, 8))
+    slots = esper.attach(host, "0", example=images, family={"0": "transformer"})
+    slots["0"].germinate("mlp")
+    grow_to(slots["0"], SeedStage.FOSSILIZED)
+    esper.save_pretrained(slots, tmp_path / "grown")
+    fresh = nn.Sequential(nn.Linear(8, 8))
+    again = esper.from_pretrained(fresh, tmp_path / "grown", example=images)
+    assert (again["0"].family, again["0"].dim) == (Family.TRANSFORMER, 8)
+    assert torch.equal(fresh(images), host(images))
+    with pytest.raises(ValueError, match="family names '1', which are no slots"):
+        esper.attach(nn.Sequential(nn.Linear(8, 8)), "0", example=images, family={"1": "cnn"})
+
+
+def test_weights_that_were_two_are_not_loaded_into_one(tmp_path: Path):
+    torch.manual_seed(0)
+    untied = Host()
+    untied.head.weight = nn.Parameter(torch.randn(8, 8))
+    slots = esper.attach(untied, "first", example=INPUTS)
+    esper.save_pretrained(slots, tmp_path / "untied")
+    with pytest.raises(ValueError, match=r"'head.weight' and 'second.weight' are one tensor"):
+        esper.from_pretrained(Host(), tmp_path / "untied", example=INPUTS)
+
+
+def test_views_strides_empty_and_odd_state_on_disk(tmp_path: Path):
+    def host() -> Host:
+        made = Host()
+        whole = torch.randn(4, 8, 8)
+        made.first.weight = nn.Parameter(whole[1].t())  # a view, not contiguous
+        made.register_buffer("nothing", torch.empty(0))
+        made.register_buffer("neither", torch.empty(0))
+        return made
+
+    slots = esper.attach(host(), "first", example=INPUTS)
+    esper.save_pretrained(slots, tmp_path / "odd")
+    fresh = host()
+    esper.from_pretrained(fresh, tmp_path / "odd", example=INPUTS)
+    assert torch.equal(fresh(INPUTS), slots.model(INPUTS))
+
+    class Remembering(Host):
+        def get_extra_state(self) -> dict[str, int]:
+            return {"steps": 3}
+
+    slots = esper.attach(Remembering(), "first", example=INPUTS)
+    with pytest.raises(TypeError, match=r"'_extra_state' in the state dict is a dict"):
+        esper.save_pretrained(slots, tmp_path / "extra")
+
+
+def test_only_saved_folders_are_replaced(
+    saved: tuple[esper.SlotSet, Path], monkeypatch: pytest.MonkeyPatch
+):
+    slots, folder = saved
+    kept = {file.name: file.read_bytes() for file in folder.iterdir()}
+    other = folder.with_name("thesis")
+    other.mkdir()
+    (other / "thesis.txt").write_text("years of work")
+    file = folder.with_name("file")
+    file.write_text("a file")
+    (folder / "notes.txt").write_text("mine")
+    refusals = [(other, "not saved by"), (file, "not saved by"), (folder, "notes.txt")]
+    for target, match in refusals:
+        with pytest.raises(FileExistsError, match=match):
+            esper.save_pretrained(slots, target, overwrite=True)
+    assert (other / "thesis.txt").read_text() == "years of work"
+    (folder / "notes.txt").unlink()
+
+    rename = Path.rename
+
+    def fail_second(path: Path, target: Path) -> Path:
+        if target == folder and path.name.startswith(".grown") and fail_second.armed:
+            fail_second.armed = False
+            raise OSError("disk trouble")
+        return rename(path, target)
+
+    fail_second.armed = True
+    monkeypatch.setattr(Path, "rename", fail_second)
+    with pytest.raises(OSError, match="disk trouble"):
+        esper.save_pretrained(slots, folder, overwrite=True)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == kept
+    assert not [path for path in folder.parent.iterdir() if path.name.startswith(".")]

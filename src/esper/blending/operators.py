@@ -10,10 +10,10 @@ from esper.lifecycle.alpha import BlendOperator
 
 
 class SampleGate(nn.Module):
-    """A learned gate in [0, 1] per sample, half open at birth.
+    """A learned gate in [0, 1] per sample, or per token where there are tokens; half open at birth.
 
-    gate = sigmoid(linear(mean of the features over all but batch and channels)), with the linear
-    map zero at birth.
+    gate = sigmoid(linear(x)) with the linear map zero at birth, where x is a map's mean over its
+    pixels, or a token's own features: a mean over tokens would let each see later ones.
 
     Effects: its construction consumes the default random stream; slots wrap this in a forked one.
     """
@@ -26,9 +26,11 @@ class SampleGate(nn.Module):
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Return the gate, shape `B 1 … 1` with as many dimensions as `features`."""
-        dims = range(2, features.ndim) if self.channels_first else range(1, features.ndim - 1)
-        pooled = features.mean(dim=tuple(dims)) if len(dims) else features
+        """Return the gate, shape `B 1 … 1`, or `B … 1` with features in the last dimension."""
+        if not self.channels_first:
+            return torch.sigmoid(self.linear(features))
+        dims = tuple(range(2, features.ndim))
+        pooled = features.mean(dim=dims) if dims else features
         gate = torch.sigmoid(self.linear(pooled))
         return gate.reshape(-1, *(1 for _ in range(features.ndim - 1)))
 
@@ -44,7 +46,7 @@ def operator_increment(
         operator: Which formula.
         features: h, shape `B … C …` or `B … D`.
         seed_increment: f, shape of `features`.
-        gate: Per sample, broadcastable to `features`; needed by GATE only.
+        gate: Per sample or token, broadcastable to `features`; needed by GATE only.
 
     Returns:
         Shape and dtype of `features`, whatever the seed computed in.

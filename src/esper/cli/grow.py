@@ -47,7 +47,11 @@ def grow(
     config: Annotated[Path | None, typer.Option(help="TOML file of settings.")] = None,
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="One setting, as slot.ramp_steps=30; none where a setting can be off."),
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="One setting, as slot.ramp_steps=30; none switches off.",
+        ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder; default runs/TASK-TIME.")] = None,
     control: Annotated[

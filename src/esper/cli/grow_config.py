@@ -109,7 +109,7 @@ def _may_be_none(key: str) -> bool:
     """Whether a dotted key takes None, which TOML has no word for."""
     record: Any = GrowConfig
     for part in key.split("."):
-        fields = record.model_fields if isinstance(record, type) else {}
+        fields = getattr(record, "model_fields", {})
         if part not in fields:
             return False
         record = fields[part].annotation

@@ -96,8 +96,12 @@ class SelfAttention(nn.Module):
             block_masks.get_or_make(tokens, device)
 
     def _apply(self, *args: Any, **kwargs: Any) -> "SelfAttention":
-        block_masks.clear()  # the module may be on its way to another device
+        weight = self.project_in.weight
+        before = weight.device, weight.dtype
         super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+        weight = self.project_in.weight
+        if self.flex and before != (weight.device, weight.dtype):
+            block_masks.clear()
         return self
 
     def _runs_flex(self, device: torch.device) -> bool:

@@ -9,8 +9,6 @@ from esper.seeds.checkpointing import compute
 from esper.seeds.identity import zero_initialise_
 from esper.seeds.seed import ContextualSeed
 
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-
 
 class FeatureGain(nn.Module):
     """Multiplies each feature by a learned weight, one at first.
@@ -72,10 +70,10 @@ class CopiedBlockSeed(ContextualSeed):
         return (self.gain,)
 
     def train(self, mode: bool = True) -> "CopiedBlockSeed":
-        """Set the mode; BatchNorm stays in eval mode."""
+        """Set the mode; norms that keep running statistics stay in eval mode."""
         super().train(mode)
         for module in self.block.modules():
-            if isinstance(module, _BATCH_NORMS):
+            if getattr(module, "track_running_stats", False):
                 module.eval()
         return self
 
@@ -93,6 +91,11 @@ class CopiedBlockSeed(ContextualSeed):
         output = self.block(features, *args, **kwargs)
         if isinstance(output, (tuple, list)):
             output = output[0]
+        if output.shape != features.shape:
+            raise ValueError(
+                f"the copied block maps features of shape {tuple(features.shape)} to "
+                f"{tuple(output.shape)}; it must keep the shape"
+            )
         difference: Tensor = self.gain(output - features)
         return difference
 

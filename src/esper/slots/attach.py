@@ -10,6 +10,7 @@ from torch import nn
 
 from esper.lifecycle.stages import LIVING_STAGES
 from esper.seeds.registry import Family
+from esper.slots.call_arguments import first_parameter
 from esper.slots.config import SlotConfig, choose
 from esper.slots.placement import SLOT_NAME, place, remove_slots
 from esper.slots.probe import feature_layout, observe_features
@@ -25,7 +26,7 @@ def attach(
     *,
     example: Any,
     config: SlotConfig | Mapping[str, SlotConfig] | None = None,
-    family: Family | str | None = None,
+    family: Family | str | Mapping[str, Family | str] | None = None,
 ) -> SlotSet:
     """Put a slot behind each target module, without touching the host's code or keys.
 
@@ -37,6 +38,7 @@ def attach(
             mode without gradient; random streams are left as they were.
         config: For all slots, or by path; None is the default `SlotConfig`.
         family: None reads it off the features: `B C H W` is CNN, `B T D` and `B D` TRANSFORMER.
+            Or one by path, for those that it names.
 
     Returns:
         The slots by target path.
@@ -64,11 +66,11 @@ def attach(
     _refuse_shared(model, locations)
     features = observe_features(model, locations, example)
     configs = _configs(paths, config)
-    known_family = None if family is None else choose(Family, family, "family")
+    families = _families(paths, family)
     layouts = {}
     for path, calls in features.items():
         _refuse_unless_once(path, len(calls))
-        layouts[path] = feature_layout(path, calls[0], known_family)
+        layouts[path] = feature_layout(path, calls[0], families.get(path))
     slots = SlotSet(model)
     try:
         for path, location in locations.items():
@@ -79,6 +81,7 @@ def attach(
                 device=features[path][0].tensor.device,
                 dtype=features[path][0].tensor.dtype,
                 call=features[path][0].call,
+                first_parameter=first_parameter(location),
                 owner=slots,
             )
             place(slot, location)
@@ -252,6 +255,21 @@ def _refuse_chained(model: nn.Module, slots: SlotSet, example: Any) -> None:
                 f"module {path!r} runs all its children itself, and would run the slot as one of "
                 "them; name its last child instead"
             )
+
+
+def _families(
+    paths: Sequence[str], family: Family | str | Mapping[str, Family | str] | None
+) -> dict[str, Family]:
+    if family is None:
+        return {}
+    by_path = family if isinstance(family, Mapping) else dict.fromkeys(paths, family)
+    unknown = [path for path in by_path if path not in paths]
+    if unknown:
+        raise ValueError(
+            f"family names {', '.join(map(repr, unknown))}, which are no slots; slots: "
+            f"{', '.join(map(repr, paths))}"
+        )
+    return {path: choose(Family, value, "family") for path, value in by_path.items()}
 
 
 def _configs(

@@ -10,9 +10,14 @@ from torch import Tensor, nn
 from esper.lifecycle.alpha import BlendOperator
 from esper.slots.attach import find_slots, refuse_wrapped
 from esper.slots.branch import SeedBranch
-from esper.slots.call_arguments import NO_ARGUMENTS, CallArguments, refuse_cached_tokens
+from esper.slots.call_arguments import (
+    NO_ARGUMENTS,
+    CallArguments,
+    first_parameter,
+    refuse_cached_tokens,
+)
 from esper.slots.nested import replace_first
-from esper.slots.placement import remove_slots, slot_behind
+from esper.slots.placement import remove_slots, slot_behind, take_later_hooks
 
 
 class GrownModule(nn.Module):
@@ -31,6 +36,7 @@ class GrownModule(nn.Module):
         self.branches = nn.ModuleList(branches)
         self.contextual = any(branch.contextual for branch in branches)
         self.mixes_tokens = any(branch.mixes_tokens for branch in branches)
+        self.first_parameter = first_parameter(module)
         self.training = module.training
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -39,7 +45,9 @@ class GrownModule(nn.Module):
         features = output if isinstance(output, Tensor) else output[0]
         if self.mixes_tokens:
             refuse_cached_tokens(features, args, kwargs)
-        call = CallArguments.of_call(args, kwargs) if self.contextual else NO_ARGUMENTS
+        call = NO_ARGUMENTS
+        if self.contextual:
+            call = CallArguments.of_call(args, kwargs, self.first_parameter)
         for branch in self.branches:
             features = features + branch(features, features, call)
         return replace_first(output, features)
@@ -97,6 +105,11 @@ def bake(model: nn.Module, *, fold: bool = False) -> nn.Module:
         )
     plain = copy.deepcopy(model)
     grown = _committed_branches(plain)
+    later_hooks = {
+        path: take_later_hooks(module, slot)
+        for path in grown
+        if (slot := slot_behind(module := plain.get_submodule(path))) is not None
+    }
     remove_slots(plain)
     shared = _shared_parameters(plain)
     for path, branches in grown.items():
@@ -104,8 +117,11 @@ def bake(model: nn.Module, *, fold: bool = False) -> nn.Module:
         module = plain.get_submodule(path)
         if fold:
             branches = _fold(module, branches, shared)  # noqa: PLW2901 – what is left of them
+        whole = GrownModule(module, branches) if branches else module
+        for hook, with_kwargs in later_hooks[path]:
+            whole.register_forward_hook(hook, with_kwargs=with_kwargs)
         if branches:
-            plain.get_submodule(parent_path).add_module(name, GrownModule(module, branches))
+            plain.get_submodule(parent_path).add_module(name, whole)
     return plain
 
 
@@ -138,6 +154,9 @@ def _fold(
 @torch.no_grad()
 def _multiply(module: nn.Module, matrix: Tensor, shared: set[nn.Parameter]) -> bool:
     """Make a linear layer compute `(I + M)(W x + b)`; False if it is no such layer."""
+    hooked = module._forward_hooks or module._forward_pre_hooks  # noqa: SLF001 – no public list
+    if hooked:
+        return False  # a hook may change what the seeds would see
     if type(module) is nn.Linear:
         transposed = False
     elif type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
@@ -145,7 +164,8 @@ def _multiply(module: nn.Module, matrix: Tensor, shared: set[nn.Parameter]) -> b
     else:
         return False
     weight, bias = module.weight, module.bias
-    assert isinstance(weight, nn.Parameter)
+    if not isinstance(weight, nn.Parameter):
+        return False  # computed from others, as pruned and spectrally normalised weights are
     if any(parameter in shared for parameter in module.parameters(recurse=False)):
         return False  # a tied weight has another user, who must not see the seed
     exact = matrix.double() + torch.eye(len(matrix), dtype=torch.float64, device=matrix.device)

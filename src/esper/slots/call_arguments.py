@@ -1,10 +1,11 @@
 """What the host gave to the module in front of a slot, beyond the features."""
 
+import inspect
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from esper.slots.nested import map_tensors, tensors_in
 
@@ -19,11 +20,23 @@ class CallArguments(NamedTuple):
     kwargs: Mapping[str, Any] = {}
 
     @classmethod
-    def of_call(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> "CallArguments":
-        """Return what a module was called with, after its first argument."""
+    def of_call(
+        cls, args: tuple[Any, ...], kwargs: Mapping[str, Any], first: str | None
+    ) -> "CallArguments":
+        """Return what a module was called with, after its first argument.
+
+        Args:
+            args: By position.
+            kwargs: By name.
+            first: Name of the module's first parameter, which may have been passed by name.
+        """
         return cls(
             tuple(None if _is_cache(value) else value for value in args[1:]),
-            {name: None if _is_cache(value) else value for name, value in kwargs.items()},
+            {
+                name: None if _is_cache(value) else value
+                for name, value in kwargs.items()
+                if args or name != first
+            },
         )
 
     @property
@@ -37,14 +50,35 @@ class CallArguments(NamedTuple):
             return self
         return CallArguments(*map_tensors(Tensor.detach, (self.args, self.kwargs)))
 
-    def to(self, device: torch.device) -> "CallArguments":
-        """Return the same with every tensor on a device."""
-        return CallArguments(
-            *map_tensors(lambda tensor: tensor.to(device), (self.args, self.kwargs))
-        )
+    def to(self, device: torch.device, dtype: torch.dtype) -> "CallArguments":
+        """Return the same with every tensor on a device, floating-point ones of a dtype."""
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, dtype if tensor.is_floating_point() else None)
+
+        return CallArguments(*map_tensors(move, (self.args, self.kwargs)))
+
+    def kept(self, batch: int, samples: int) -> "CallArguments":
+        """Return copies on the CPU, of batched tensors the first samples only."""
+
+        def keep(tensor: Tensor) -> Tensor:
+            batched = tensor.ndim > 0 and tensor.shape[0] == batch
+            return (tensor[:samples] if batched else tensor).detach().cpu().clone()
+
+        return CallArguments(*map_tensors(keep, (self.args, self.kwargs)))
 
 
 NO_ARGUMENTS = CallArguments()
+
+_WITHOUT_CACHE = (
+    "a seed here mixes tokens and would not see those in the key-value cache; turn the cache off: "
+    "generate(…, use_cache=False), or use_cache=False in the forward"
+)
+
+
+def first_parameter(module: nn.Module) -> str | None:
+    """Return the name of the first parameter of a module's forward, which takes the features."""
+    return next(iter(inspect.signature(module.forward).parameters), None)
 
 
 def refuse_cached_tokens(
@@ -60,12 +94,27 @@ def refuse_cached_tokens(
     Raises:
         RuntimeError: A cache holds more than these T tokens.
     """
-    for value in (*args, *kwargs.values()):
-        if _is_cache(value) and value.get_seq_length() > features.shape[1]:
-            raise RuntimeError(
-                "a seed here mixes tokens and would not see those in the key-value cache; turn the "
-                "cache off: generate(…, use_cache=False), or use_cache=False in the forward"
-            )
+    values = (*args, *kwargs.values())
+    tokens = features.shape[1]
+    caches = [value for value in values if _is_cache(value)]
+    if not caches:
+        return
+    beyond = any(_cached_tokens(cache) > tokens for cache in caches)
+    # The mask of a cache of fixed size is as wide as the cache.
+    beyond = beyond or any(
+        isinstance(value, Tensor) and value.ndim == 4 and value.shape[-1] > tokens
+        for value in values
+    )
+    if beyond:
+        raise RuntimeError(_WITHOUT_CACHE)
+
+
+def _cached_tokens(cache: Any) -> int:
+    try:
+        count: int = cache.get_seq_length()
+    except ValueError as error:  # a cache of states rather than of tokens
+        raise RuntimeError(_WITHOUT_CACHE) from error
+    return count
 
 
 def _is_cache(value: Any) -> bool:

@@ -20,7 +20,7 @@ from esper.slots.modes import forked_random_state, seed_random_state
 SOURCE_OPTION = "source"
 """The option for which a slot passes a copy of the host's module that it names."""
 
-_PROBE_BATCH = 2
+_PROBE_SAMPLES = 2
 
 
 class GerminationError(RuntimeError):
@@ -66,6 +66,8 @@ class SeedOrder:
     """Returns a copy, without slots, of the host's module at a path."""
     call: CallArguments = NO_ARGUMENTS
     """What the host's module was called with on the example."""
+    samples: int = 1
+    """How many samples that call was for."""
 
     @property
     def copies_host(self) -> bool:
@@ -75,12 +77,20 @@ class SeedOrder:
         return blueprints.get(self.layout.family, self.blueprint).copies_host
 
     def random_features(self) -> Tensor:
-        """Return standard normal features: two samples, or as many as the call is for."""
-        batch = self.layout.shape[0]
-        if not self.call.has_tensors:
-            batch = min(batch, _PROBE_BATCH)
-        shape = (batch, *self.layout.shape[1:])
+        """Return standard normal features, as many samples as the call is for."""
+        shape = (self.samples, *self.layout.shape[1:])
         return torch.randn(shape, device=self.device, dtype=self.dtype)
+
+
+def probe_samples(shape: tuple[int, ...]) -> int:
+    """Return how many samples of an example to keep for building seeds.
+
+    Args:
+        shape: Of the features, batch first. Where the batch is as large as another dimension, a
+            mask `T T` cannot be told from a batched tensor, and all samples are kept.
+    """
+    batch, *others = shape
+    return batch if batch in others else min(batch, _PROBE_SAMPLES)
 
 
 def derive_random_seed(base: int, path: str, life: int) -> int:
@@ -140,7 +150,7 @@ def sprout(
         branch = build_branch(order)
         check_unshared(branch)  # before the move, which would change another owner's parameter
         branch.to(device=order.device, dtype=order.dtype)
-        call = order.call.to(order.device)
+        call = order.call.to(order.device, order.dtype)
         features = order.random_features()
         untouched = features.clone()
         before = _random_state(order.device)
@@ -218,7 +228,7 @@ def fits(order: SeedOrder) -> int | None:
         with torch.random.fork_rng(devices=()), torch.device("meta"):
             branch = build_branch(order).to(order.dtype)
             features = order.random_features()
-            increment = branch(features, features, order.call.to(features.device))
+            increment = branch(features, features, order.call.to(features.device, order.dtype))
     except (AssertionError, RuntimeError, TypeError, ValueError):
         return None
     return branch.param_count if increment.shape == features.shape else None

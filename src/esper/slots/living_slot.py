@@ -15,10 +15,10 @@ from esper.lifecycle.stages import LIVING_STAGES, SeedStage
 from esper.seeds.registry import Family
 from esper.seeds.seed import Seed
 from esper.slots.branch import SeedBranch
-from esper.slots.call_arguments import CallArguments
+from esper.slots.call_arguments import NO_ARGUMENTS, CallArguments
 from esper.slots.committed_seed import CommittedSeed
 from esper.slots.config import SlotConfig
-from esper.slots.germination import FeatureLayout
+from esper.slots.germination import FeatureLayout, probe_samples
 from esper.slots.gradient_guard import GradientGuard
 from esper.slots.life import SeedLife
 from esper.slots.measurements import SeedMeasurements
@@ -43,11 +43,14 @@ class LivingSlot(SlotForward):
         device: torch.device,
         dtype: torch.dtype,
         call: CallArguments,
+        first_parameter: str | None,
         owner: SlotOwner,
     ) -> None:
         super().__init__(layout, config, device=device, dtype=dtype)
         self.path = path
-        self.example_call = call
+        self.example_samples = probe_samples(layout.shape)
+        self.example_call = call.kept(layout.shape[0], self.example_samples)
+        self.first_parameter = first_parameter
         self.hook_handle: RemovableHandle | None = None
         self.committed: list[CommittedSeed] = []
         self.nonfinite_gradients: Tensor
@@ -181,6 +184,7 @@ class LivingSlot(SlotForward):
     def release(self) -> None:
         """Let go of the slot set; the slot cannot grow any more. `detach` does this."""
         self._owner = None
+        self.example_call = NO_ARGUMENTS
 
     def _new_life(self, number: int) -> SeedLife:
         return SeedLife(
@@ -238,7 +242,7 @@ class LivingSlot(SlotForward):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the slot set behind: a copied or pickled model runs, but does not grow."""
-        return {**self.__dict__, "_owner": None, "_guard": None}
+        return {**self.__dict__, "_owner": None, "_guard": None, "example_call": NO_ARGUMENTS}
 
     def extra_repr(self) -> str:
         return f"{self.path!r}, {self.stage.name}, alpha={self.alpha:g}"

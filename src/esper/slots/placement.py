@@ -21,8 +21,22 @@ def place(slot: SeedSlot, location: nn.Module) -> None:
 
 def slot_behind(module: nn.Module) -> SeedSlot | None:
     """Return the slot that stands behind this very module."""
-    slot = getattr(module, SLOT_NAME, None)
+    slot = dict(module.named_children()).get(SLOT_NAME)
     return slot if isinstance(slot, SeedSlot) else None
+
+
+def take_later_hooks(module: nn.Module, slot: SeedSlot) -> list[tuple[Any, bool]]:
+    """Remove the forward hooks that run after a slot's own, which see its seeds' work.
+
+    Returns:
+        Each hook, and whether it takes keyword arguments.
+    """
+    hooks = module._forward_hooks  # noqa: SLF001 – torch has no other way to list them
+    with_kwargs = module._forward_hooks_with_kwargs  # noqa: SLF001
+    assert slot.hook_handle is not None
+    order = list(hooks)
+    later = order[order.index(slot.hook_handle.id) + 1 :]
+    return [(hooks.pop(key), with_kwargs.pop(key, False)) for key in later]
 
 
 def remove_slots(model: nn.Module) -> None:
@@ -48,5 +62,9 @@ def _through_slot(
     features = output if isinstance(output, Tensor) else output[0]
     if slot.mixes_tokens:
         refuse_cached_tokens(features, args, kwargs)
-    call = CallArguments.of_call(args, kwargs) if slot.contextual else NO_ARGUMENTS
+    call = (
+        CallArguments.of_call(args, kwargs, slot.first_parameter)
+        if slot.contextual
+        else NO_ARGUMENTS
+    )
     return replace_first(output, slot(features, call))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from esper.seeds.registry import Family
-from esper.slots.call_arguments import CallArguments
+from esper.slots.call_arguments import CallArguments, first_parameter
 from esper.slots.germination import FeatureLayout
 from esper.slots.modes import evaluation_mode, forked_random_state, unchanged_buffers
 from esper.slots.nested import map_tensors
@@ -74,6 +74,11 @@ def first_tensor(output: Any, path: str) -> Tensor:
             f"module {path!r} returned {what}; a slot needs a floating-point tensor, or a tuple "
             "that begins with one: choose a module inside it"
         )
+    if features.is_nested:
+        raise _NoFeaturesError(
+            f"module {path!r} returned a nested tensor, which slots do not take; build the encoder "
+            "with enable_nested_tensor=False"
+        )
     return features
 
 
@@ -115,7 +120,7 @@ class Features:
 
     tensor: Tensor
     call: CallArguments
-    """What the module was called with, on the CPU."""
+    """What the module was called with besides."""
     overwritten: bool
     """A later operation of the host changed the tensor in place, or a later module with
     `inplace=True` received it, as a dropout does that acts in training only."""
@@ -134,9 +139,9 @@ def observe_features(
     handed_over: set[int] = set()
 
     def recorder(path: str) -> Callable[[nn.Module, Any, Any, Any], None]:
-        def record(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        def record(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             features = first_tensor(output, path)
-            call = CallArguments.of_call(args, kwargs).to(torch.device("cpu"))
+            call = CallArguments.of_call(args, kwargs, first_parameter(module))
             seen[path].append((features, call, _changes(features)))
 
         return record

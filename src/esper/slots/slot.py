@@ -147,6 +147,7 @@ class SeedSlot(LivingSlot):
             dtype=self.blend_alpha.dtype,
             find_source=self._attached().copy_of_host_module,
             call=self.example_call,
+            samples=self.example_samples,
         )
 
     def _register(self, life: SeedLife, branch: SeedBranch) -> Event:
@@ -328,7 +329,8 @@ class SeedSlot(LivingSlot):
         if branch.param_count != seed.param_count:
             raise ValueError(
                 f"slot {self.path!r}: blueprint {seed.blueprint!r} builds {branch.param_count} "
-                f"parameters now, {seed.param_count} when it was committed; it is another version"
+                f"parameters now, {seed.param_count} when it was committed: the blueprint or the "
+                "host is another one than it was then"
             )
         branch.train(self.training)
         self.branches = nn.ModuleList([*self.branches, branch])

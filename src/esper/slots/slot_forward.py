@@ -170,7 +170,8 @@ class SlotForward(nn.Module):
         try:
             increment = branch(features, seed_input, call, severed=severed)
         except Exception as error:  # whatever a living seed raises, the host must go on
-            if branch is not self.living:
+            stops_recomputation = type(error).__module__ == "torch.utils.checkpoint"
+            if branch is not self.living or stops_recomputation:
                 raise
             self._failure = f"{type(error).__name__}: {error}"
             self.mode = ForwardMode.PASS_THROUGH

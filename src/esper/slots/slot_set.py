@@ -205,13 +205,21 @@ class SlotSet(Mapping[str, SeedSlot]):
             raise ValueError(
                 f"source={name!r}: {type(self.model).__name__} has no such module{hint}"
             )
-        module = copy.deepcopy(self.model.get_submodule(name))
+        source = self.model.get_submodule(name)
+        # The host's switches, of the attention that it uses, say, reach a copy through its config.
+        configs = {id(config): config for config in map(_config_of, source.modules())}
+        module = copy.deepcopy(source, configs)
         remove_slots(module)
+        for part in module.modules():  # hooks are the host's or its user's, not a seed's
+            part._forward_hooks.clear()  # noqa: SLF001 – torch has no other way to drop them
+            part._forward_pre_hooks.clear()  # noqa: SLF001
         return module.requires_grad_(requires_grad=True)
 
     def seed_added(self, path: str, branch: SeedBranch) -> None:
         """Give a new seed to the optimizer."""
         self._host_parameters = None
+        for slot in self._slots.values():
+            slot.prepare_seeds()
         if self.binding is not None:
             self.binding.add(path, branch)
 
@@ -274,6 +282,7 @@ class SlotSet(Mapping[str, SeedSlot]):
             device=torch.device("meta"),
             dtype=slot.blend_alpha.dtype,
             call=slot.example_call,
+            samples=slot.example_samples,
         )
         own_call = slot.path if slot.example_call.has_tensors else None
         key = (
@@ -285,6 +294,11 @@ class SlotSet(Mapping[str, SeedSlot]):
             order.dtype,
         )
         return self._shape_probes.get_or_make(key, lambda: fits(order))
+
+
+def _config_of(module: nn.Module) -> Any:
+    """Return what a module of transformers is configured by; None for other modules."""
+    return None if isinstance(config := getattr(module, "config", None), nn.Module) else config
 
 
 def _owner_name(path: str) -> str:

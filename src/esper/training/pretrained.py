@@ -54,6 +54,7 @@ def save_pretrained(slots: SlotSet, folder: str | Path, *, overwrite: bool = Fal
     Raises:
         FileExistsError: The folder exists and `overwrite` is not set.
         ValueError: A living seed is in the forward path; commit or prune it first.
+        TypeError: The state dict holds something that is no tensor.
         pydantic_core.PydanticSerializationError: An option of a committed seed has no JSON form.
         In each case nothing is written.
     """
@@ -107,6 +108,7 @@ def from_pretrained(model: nn.Module, folder: str | Path, *, example: Any) -> Sl
         list(config.slots),
         example=example,
         config={path: saved.config for path, saved in config.slots.items()},
+        family={path: saved.family for path, saved in config.slots.items()},
     )
     try:
         for path, saved in config.slots.items():
@@ -130,6 +132,10 @@ def _weights_to_save(slots: SlotSet) -> dict[str, Tensor]:
     weights: dict[str, Tensor] = {}
     seen: set[tuple[int, torch.Size, tuple[int, ...]]] = set()
     for name, tensor in slots.model.state_dict().items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(
+                f"{name!r} in the state dict is a {type(tensor).__name__}; only tensors are saved"
+            )
         memory = (tensor.data_ptr(), tensor.shape, tensor.stride())
         if (living and name.startswith(living)) or (tensor.numel() > 0 and memory in seen):
             continue
@@ -153,10 +159,10 @@ def _read_config(file: Path) -> PretrainedConfig:
 
 
 def _regrow(slot: SeedSlot, saved: SavedSlot) -> None:
-    if (slot.family, slot.dim) != (saved.family, saved.dim):
+    if slot.dim != saved.dim:
         raise ValueError(
-            f"slot {slot.path!r} was {saved.family} of width {saved.dim}, and is {slot.family} of "
-            f"width {slot.dim} in this host; build it as it was"
+            f"slot {slot.path!r} was of width {saved.dim}, and is of width {slot.dim} in this "
+            "host; build it as it was"
         )
     for seed in saved.committed:
         slot.regrow(seed)
@@ -180,8 +186,15 @@ def _check_weights(model: nn.Module, file: Path) -> None:
                 f"{', '.join(missing[:5]) or 'nothing'} and has "
                 f"{', '.join(unexpected[:5]) or 'nothing'} beyond; build the host as it was"
             )
+        at: dict[tuple[int, torch.Size], str] = {}
         for name in sorted(names):
             tensor = stored.get_tensor(name)
+            other = at.setdefault((state[name].data_ptr(), state[name].shape), name)
+            if other != name and not torch.equal(stored.get_tensor(other), tensor):
+                raise ValueError(
+                    f"{other!r} and {name!r} are one tensor in this {type(model).__name__}, and "
+                    f"two in {file}; build the host as it was"
+                )
             if (tensor.shape, tensor.dtype) != (state[name].shape, state[name].dtype):
                 raise ValueError(
                     f"{name!r} in {file} is {tuple(tensor.shape)} {tensor.dtype}, in this "

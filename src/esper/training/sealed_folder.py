@@ -26,12 +26,12 @@ def sealed_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
     nothing is left and what stood at `folder` stays.
 
     Raises:
-        FileExistsError: `folder` exists and `overwrite` is not set.
+        FileExistsError: `folder` exists and `overwrite` is not set, or it holds anything that was
+            not sealed.
     """
-    if folder.exists() and not overwrite:
-        raise FileExistsError(
-            f"{folder} exists already; choose another folder, or pass overwrite=True"
-        )
+    folder = folder.resolve()
+    if folder.exists():
+        _refuse_to_replace(folder, overwrite=overwrite)
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}-{uuid.uuid4().hex}")
     temporary.mkdir()
@@ -112,5 +112,28 @@ def _replace(temporary: Path, folder: Path) -> None:
         return
     aside = folder.with_name(f".{folder.name}-{uuid.uuid4().hex}")
     folder.rename(aside)
-    temporary.rename(folder)
+    try:
+        temporary.rename(folder)
+    except BaseException:
+        aside.rename(folder)
+        raise
     shutil.rmtree(aside)
+
+
+def _refuse_to_replace(folder: Path, *, overwrite: bool) -> None:
+    if not overwrite:
+        raise FileExistsError(
+            f"{folder} exists already; choose another folder, or pass overwrite=True"
+        )
+    if not (folder / MANIFEST_FILE).is_file():
+        raise FileExistsError(
+            f"{folder} has no {MANIFEST_FILE}: it was not saved by esper, and is not replaced; "
+            "choose another folder"
+        )
+    sealed = {MANIFEST_FILE, *_read_manifest(folder / MANIFEST_FILE)}
+    foreign = sorted(path.name for path in folder.iterdir() if path.name not in sealed)
+    if foreign:
+        raise FileExistsError(
+            f"{folder} holds {', '.join(foreign[:5])} besides what was saved, and is not replaced; "
+            "move that elsewhere, or choose another folder"
+        )
