@@ -270,6 +270,7 @@ def test_a_gated_seed_sees_no_later_token_and_generates_from_the_cache(name: str
 def test_a_copy_follows_when_the_model_changes_its_attention(name: str):
     make, pattern, source = DECODERS[name]
     model, batch = make().eval(), padded_batch()
+    model.set_attn_implementation("eager")
     slots = attach(model, pattern, batch)
     for slot in slots.values():
         slot.germinate("block", source=source)
@@ -280,7 +281,7 @@ def test_a_copy_follows_when_the_model_changes_its_attention(name: str):
     seen = batch["attention_mask"].bool()  # what is computed for padding is anyone's affair
     before = outputs_of(model, batch)[seen]
     for which in (model, plain):
-        which.set_attn_implementation("eager")
+        which.set_attn_implementation("sdpa")
         torch.testing.assert_close(outputs_of(which, batch)[seen], before, rtol=1e-4, atol=1e-5)
 
 
@@ -307,3 +308,17 @@ def test_a_model_that_recomputes_its_activations_keeps_its_seeds(target: str, bl
         model(**batch, labels=batch["input_ids"], use_cache=False).loss.backward()
         assert slot.tick() == []
     assert slot.seed is not None
+
+
+@every_host
+def test_a_copy_germinates_in_a_model_that_became_half_precision(name: str):
+    make, pattern, source = HOSTS[name]
+    model, batch = make().eval(), padded_batch()
+    slots = attach(model, pattern, batch)
+    model.to(torch.bfloat16)
+    before = outputs_of(model, batch)
+    for slot in slots.values():
+        slot.germinate("block", source=source)
+        while slot.stage is not esper.SeedStage.PROBATIONARY:
+            slot.advance(force=True)
+    assert torch.equal(outputs_of(model, batch), before)

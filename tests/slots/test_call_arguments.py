@@ -213,20 +213,3 @@ def test_what_is_kept_of_an_example_is_small_its_own_and_gone_with_the_slot():
     assert not copy.deepcopy(host).layer.esper_slot.example_call.has_tensors
     esper.detach(host)
     assert not slot.example_call.has_tensors
-
-
-def test_a_copy_germinates_after_the_host_became_half_precision(slot: esper.SeedSlot):
-    host = Host()
-    slots = esper.attach(host, "layer", example=INPUTS)
-    host.to(torch.bfloat16)
-    slots["layer"].germinate("block", source="layer")
-    advance_to(slots["layer"], SeedStage.PROBATIONARY)
-    inputs = INPUTS.to(torch.bfloat16)
-    assert torch.equal(host(inputs), esper.bake(host_without(slots))(inputs))
-
-
-def host_without(slots: esper.SlotSet) -> nn.Module:
-    """Return a copy of the host whose seeds are committed."""
-    for slot in slots.values():
-        slot.commit()
-    return slots.model

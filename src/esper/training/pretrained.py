@@ -137,7 +137,7 @@ def _weights_to_save(slots: SlotSet) -> dict[str, Tensor]:
                 f"{name!r} in the state dict is a {type(tensor).__name__}; only tensors are saved"
             )
         memory = (tensor.data_ptr(), tensor.shape, tensor.stride())
-        if (living and name.startswith(living)) or (tensor.numel() > 0 and memory in seen):
+        if (living and name.startswith(living)) or memory in seen:
             continue
         seen.add(memory)
         alone = tensor.untyped_storage().nbytes() == tensor.nbytes
