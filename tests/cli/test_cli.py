@@ -149,6 +149,8 @@ def test_dry_run_prints_a_config_that_can_be_read_back_and_trains_nothing(tmp_pa
         "slot.ramp_steps=8",
         "--set",
         "slot.isolation=none",
+        "--set",
+        "trainer.isolation_check_steps=none",
         "--seed",
         "5",
         "--dry-run",
@@ -159,6 +161,7 @@ def test_dry_run_prints_a_config_that_can_be_read_back_and_trains_nothing(tmp_pa
     assert config["trainer"]["epochs"] == 9
     assert config["slot"]["ramp_steps"] == 8
     assert config["slot"]["isolation"] == "none"
+    assert config["trainer"]["isolation_check_steps"] is None
     assert config["random_seed"] == 5
     assert not (tmp_path / "runs").exists()
 

@@ -28,10 +28,10 @@ def increment(branch: SeedBranch, host: Tensor, seed_input: Tensor) -> Tensor:
         return host * torch.tanh(f)
     if branch.blend_operator is BlendOperator.GATE:
         assert branch.gate is not None
-        positions = tuple(range(2, host.ndim)) if branch.gate.channels_first else (1,)
-        pooled = seed_input.mean(positions) if host.ndim > 2 else seed_input
-        gate = torch.sigmoid(pooled @ branch.gate.linear.weight.T + branch.gate.linear.bias)
-        return f * gate.reshape(-1, *[1] * (host.ndim - 1))
+        weight, bias = branch.gate.linear.weight, branch.gate.linear.bias
+        if branch.gate.channels_first:
+            return f * torch.sigmoid(seed_input.mean((2, 3)) @ weight.T + bias)[:, :, None, None]
+        return f * torch.sigmoid(seed_input @ weight.T + bias)
     return f
 
 

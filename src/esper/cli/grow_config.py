@@ -106,14 +106,16 @@ def _parse_setting(setting: str) -> dict[str, Any]:
 
 
 def _may_be_none(key: str) -> bool:
-    """Whether a dotted key takes None, which TOML has no word for."""
+    """Whether a dotted key takes None, which TOML has no word for, and no word "none"."""
     record: Any = GrowConfig
     for part in key.split("."):
         fields = getattr(record, "model_fields", {})
         if part not in fields:
             return False
         record = fields[part].annotation
-    return type(None) in get_args(record)
+    kinds = get_args(record)
+    takes_words = any(isinstance(kind, type) and issubclass(kind, str) for kind in kinds)
+    return type(None) in kinds and not takes_words
 
 
 def _explain(error: ValidationError) -> str:

@@ -37,7 +37,7 @@ class GrownModule(nn.Module):
         self.contextual = any(branch.contextual for branch in branches)
         self.mixes_tokens = any(branch.mixes_tokens for branch in branches)
         self.first_parameter = first_parameter(module)
-        self.training = module.training
+        self.training = self.branches.training = module.training
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the module's output with the seeds applied to its features."""
