@@ -56,6 +56,7 @@ benchmarks: $(VENV)/.runtime
 	$(BIN)/python benchmarks/digits_growth.py
 	$(BIN)/python benchmarks/slot_overhead.py
 	$(BIN)/python benchmarks/slot_overhead.py --compile
+	$(BIN)/python benchmarks/isolation_monitor.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info src/*.egg-info .mypy_cache .ruff_cache .pytest_cache
