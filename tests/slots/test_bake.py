@@ -312,6 +312,8 @@ def test_a_source_that_only_broadcasts_is_refused(source: nn.Module):
     slots = esper.attach(model, "0", example=INPUTS)
     with pytest.raises(ValueError, match="it must keep the shape"):
         slots["0"].germinate("block", source="1")
+    with pytest.raises(ValueError, match=f"must be the path of a module .*{type(source).__name__}"):
+        slots["0"].germinate("block", source=source)
 
 
 def test_a_slot_inside_a_grown_module_is_baked_and_detached(grown: Any):

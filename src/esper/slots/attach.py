@@ -148,7 +148,8 @@ def refuse_wrapped(model: nn.Module, verb: str) -> None:
             continue
         raise RuntimeError(
             f"cannot {verb}: {where} is {problem}. Right order: esper.attach(model, …), "
-            "slots.bind(optimizer), then torch.compile, DDP or FSDP; detach on the plain model"
+            "slots.bind(optimizer), then torch.compile, DDP or FSDP; detach and bake the plain "
+            "model, which is inside"
         )
 
 

@@ -196,8 +196,12 @@ class SlotSet(Mapping[str, SeedSlot]):
         """Return a copy of a module of the host, without slots and seeds.
 
         Raises:
-            ValueError: The host has no such module; the nearest names are listed.
+            ValueError: The name is no string, or the host has no such module; the nearest names are listed.
         """
+        if not isinstance(name, str):
+            raise ValueError(  # noqa: TRY004 – as for any other value that names no module
+                f"source must be the path of a module of the host, got a {type(name).__name__}"
+            )
         names = [path for path, _ in self.model.named_modules() if path and SLOT_NAME not in path]
         if name not in names:
             nearest = difflib.get_close_matches(str(name), names, n=3, cutoff=0.3)
