@@ -196,7 +196,8 @@ class SlotSet(Mapping[str, SeedSlot]):
         """Return a copy of a module of the host, without slots and seeds.
 
         Raises:
-            ValueError: The name is no string, or the host has no such module; the nearest names are listed.
+            ValueError: The name is no string, or the host has no such module; the nearest ones are
+                listed.
         """
         if not isinstance(name, str):
             raise ValueError(  # noqa: TRY004 – as for any other value that names no module
