@@ -126,7 +126,7 @@ def bake(model: nn.Module, *, fold: bool = False) -> nn.Module:
 
 
 def _committed_branches(model: nn.Module) -> dict[str, list[SeedBranch]]:
-    """Return the committed seeds by the path of the module they stand behind, innermost last."""
+    """Return the committed seeds by the path of the module they stand behind, innermost first."""
     found = {}
     for path, module in model.named_modules():
         slot = slot_behind(module)
