@@ -3,6 +3,7 @@
 Nothing is downloaded.
 """
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -174,13 +175,13 @@ def test_generation_with_slots_and_after_baking(name: str, blueprint: str):
     exact = generate(model, use_cache=False)
     assert exact.shape == (2, 12)
     assert torch.equal(generate(plain, use_cache=False), exact)
-    for which in (model, plain):
+    for which, cache in itertools.product((model, plain), ({}, {"cache_implementation": "static"})):
         if blueprint == "lora":
-            assert torch.equal(generate(which), exact)
+            assert torch.equal(generate(which, **cache), exact)
         else:
             # What attends has no key-value cache of its own, and must not guess.
             with pytest.raises(RuntimeError, match="use_cache=False"):
-                generate(which)
+                generate(which, **cache)
 
 
 def test_a_living_seed_out_of_the_forward_path_does_not_disturb_generation():

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from esper.lifecycle.stages import SeedStage
-from esper.slots.nested import map_tensors
+from esper.slots.nested import map_tensors, tensors_in
 from esper.slots.slot import SeedSlot
 
 Variant = Mapping[str, float]
@@ -77,19 +77,14 @@ def call_model(model: nn.Module, inputs: Any) -> Any:
 
 
 def batch_size(inputs: Any) -> int:
-    """Return the first dimension of the first tensor found.
+    """Return the first dimension of the first tensor that has one.
 
     Raises:
         TypeError: There is no tensor.
     """
-    if isinstance(inputs, Tensor) and inputs.ndim > 0:
-        return inputs.shape[0]
-    if isinstance(inputs, Mapping):
-        inputs = list(inputs.values())
-    if isinstance(inputs, (tuple, list)):
-        for value in inputs:
-            if isinstance(value, (Tensor, tuple, list, Mapping)):
-                return batch_size(value)
+    for tensor in tensors_in(inputs):
+        if tensor.ndim > 0:
+            return tensor.shape[0]
     raise TypeError(f"found no batched tensor in {type(inputs).__name__}")
 
 
