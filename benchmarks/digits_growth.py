@@ -24,8 +24,8 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from esper.cli.grow_config import load_grow_config
-from esper.cli.growing import prepare
+from esper.experiments.config import load_run_config
+from esper.experiments.run import prepare
 
 LEARNING_RATES = (5e-3, 1e-2, 2e-2, 4e-2)
 ARMS = ("host", "grown", "static")
@@ -55,7 +55,7 @@ def train(arm: str, learning_rate: float, seed: int, topology: Topology) -> Resu
         "learning_rate": learning_rate,
         "policy": "heuristic" if arm == "grown" else "none",
     }
-    run = prepare(load_grow_config("digits", None, [], options), run_id=arm)
+    run = prepare(load_run_config("digits", None, [], options), run_id=arm)
     slots = run.growth.slots
     for path, blueprint in topology:
         slots[path].germinate(blueprint)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 
-from esper.cli.grow_config import known_keys
+from esper.experiments.config import known_keys
 from esper.telemetry import WEIGHTS_FILE, RunReader
 
 SHORT = ("--epochs", "7", "--seed", "1")

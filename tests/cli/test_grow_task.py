@@ -13,7 +13,7 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 from esper.cli.app import app
-from esper.cli.grow_config import load_grow_config
+from esper.experiments.config import load_run_config
 from esper.tasks.collection.source import open_source
 from esper.tasks.digits.data import load_splits
 from esper.telemetry import RunReader
@@ -153,7 +153,7 @@ def test_missing_extra_is_named_with_its_remedy(
 
 
 def test_settings_of_a_data_set_can_be_set_like_any(pictures: Path) -> None:
-    config = load_grow_config(f"folder:{pictures}", None, ["learning_rate=0.1"], {})
+    config = load_run_config(f"folder:{pictures}", None, ["learning_rate=0.1"], {})
     assert config.learning_rate == 0.1
     assert config.heuristic.blueprints == ("conv_heavy",)
 

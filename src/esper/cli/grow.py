@@ -11,10 +11,10 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from esper.cli.grow_config import GrowConfig, load_grow_config
-from esper.cli.growing import build_setup, prepare, stored_run
 from esper.cli.tables import networks_table, print_seeds
 from esper.cli.views import JsonView, LinesView, LiveView, QuietView, RunView
+from esper.experiments.config import RunConfig, SettingsError, load_run_config
+from esper.experiments.run import build_setup, prepare, stored_run
 from esper.policies.named import POLICY_NAMES
 from esper.report.picture import draw_run
 from esper.report.story import RunStory, tell
@@ -73,7 +73,10 @@ def grow(
     options: dict[str, Any] = {"policy": policy, "random_seed": seed}
     if epochs is not None:
         options["trainer"] = {"epochs": epochs}
-    settings = load_grow_config(name, config, set_ or [], options)
+    try:
+        settings = load_run_config(name, config, set_ or [], options)
+    except SettingsError as error:
+        raise typer.BadParameter(str(error)) from error
     if settings.policy not in POLICY_NAMES:
         raise typer.BadParameter(
             f"no policy {settings.policy!r}; policies: {', '.join(POLICY_NAMES)}"
@@ -115,7 +118,7 @@ def _folder_name(task: str) -> str:
     return f"{kind}{plain}-{datetime.now(UTC):%Y%m%d-%H%M%S-%f}"
 
 
-def _view(console: Console, settings: GrowConfig, *, quiet: bool, as_json: bool) -> RunView:
+def _view(console: Console, settings: RunConfig, *, quiet: bool, as_json: bool) -> RunView:
     if quiet:
         return QuietView()
     if as_json:
@@ -125,7 +128,7 @@ def _view(console: Console, settings: GrowConfig, *, quiet: bool, as_json: bool)
     return LinesView(console)
 
 
-def _train_grown(settings: GrowConfig, folder: Path, view: RunView) -> tuple[int, dict[str, float]]:
+def _train_grown(settings: RunConfig, folder: Path, view: RunView) -> tuple[int, dict[str, float]]:
     """Train and grow into a run folder; bad data or a taken folder is a wrong parameter."""
     try:
         setup = build_setup(settings)
@@ -143,7 +146,7 @@ def _train_grown(settings: GrowConfig, folder: Path, view: RunView) -> tuple[int
         raise typer.BadParameter(str(error)) from error
 
 
-def _train_control(settings: GrowConfig, view: RunView) -> tuple[int, dict[str, float]]:
+def _train_control(settings: RunConfig, view: RunView) -> tuple[int, dict[str, float]]:
     """Train the same host with the same data and steps, without growth."""
     run = prepare(settings.model_copy(update={"policy": "none"}), run_id="control")
     with view:

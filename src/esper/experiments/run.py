@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
-from esper.cli.grow_config import GrowConfig
+from esper.experiments.config import RunConfig
 from esper.lifecycle.events import RunFinished, RunStarted
 from esper.policies.heuristic import HeuristicPolicy
 from esper.policies.named import named_policy
@@ -46,7 +46,7 @@ class GrowingRun:
         return metrics
 
 
-def build_setup(config: GrowConfig) -> TaskSetup:
+def build_setup(config: RunConfig) -> TaskSetup:
     """Return the task's fresh host and its data.
 
     Raises:
@@ -57,7 +57,7 @@ def build_setup(config: GrowConfig) -> TaskSetup:
 
 
 def prepare(
-    config: GrowConfig,
+    config: RunConfig,
     *,
     run_id: str,
     sinks: Sequence[Sink] = (),
@@ -105,7 +105,7 @@ def prepare(
 
 @contextmanager
 def stored_run(
-    config: GrowConfig, folder: Path, setup: TaskSetup, sinks: Sequence[Sink] = ()
+    config: RunConfig, folder: Path, setup: TaskSetup, sinks: Sequence[Sink] = ()
 ) -> Iterator[GrowingRun]:
     """Open a run folder, and close it with weights and a status however the run ends.
 
@@ -145,7 +145,7 @@ def stored_run(
         store.close()
 
 
-def learning_rate_factor(config: GrowConfig, total_steps: int) -> Callable[[int], float]:
+def learning_rate_factor(config: RunConfig, total_steps: int) -> Callable[[int], float]:
     """Return the learning rate's factor by step, 1 at first."""
     decay_steps = max(1, round(config.decay_fraction * total_steps))
 
@@ -159,7 +159,7 @@ def learning_rate_factor(config: GrowConfig, total_steps: int) -> Callable[[int]
     return factor
 
 
-def _policy(config: GrowConfig) -> Policy:
+def _policy(config: RunConfig) -> Policy:
     if config.policy == HeuristicPolicy.name:
         return HeuristicPolicy(config.heuristic)
     return named_policy(config.policy, random_seed=config.random_seed)

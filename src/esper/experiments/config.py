@@ -1,4 +1,4 @@
-"""Everything that `esper grow` can be told, from a file, from `--set`, from options."""
+"""Everything that a run can be told, from a file, from `key=value` settings, from options."""
 
 import difflib
 import tomllib
@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-import typer
 from pydantic import Field, FiniteFloat, ValidationError
 
 from esper.lifecycle.record import Record
@@ -17,8 +16,12 @@ from esper.tasks.task import Task
 from esper.training.trainer import TrainerConfig
 
 
-class GrowConfig(Record):
-    """A run of `esper grow`, fully specified; kept as config.json in the run folder."""
+class SettingsError(ValueError):
+    """A setting, a file of settings or a task's name is wrong; the message says which and why."""
+
+
+class RunConfig(Record):
+    """A run, fully specified; kept as config.json in the run folder."""
 
     task: str
     policy: str = "heuristic"
@@ -38,7 +41,7 @@ class GrowConfig(Record):
 
 
 def task_defaults(task: Task) -> dict[str, Any]:
-    """Return the task's own settings, in the layout of `GrowConfig`."""
+    """Return the task's own settings, in the layout of `RunConfig`."""
     return {
         "task": task.name,
         "learning_rate": task.learning_rate,
@@ -49,29 +52,29 @@ def task_defaults(task: Task) -> dict[str, Any]:
     }
 
 
-def load_grow_config(
+def load_run_config(
     task: str, file: Path | None, settings: Sequence[str], options: Mapping[str, Any]
-) -> GrowConfig:
+) -> RunConfig:
     """Merge the task's defaults, a TOML file, `key=value` settings and options, later ones last.
 
     Raises:
-        typer.BadParameter: The file cannot be read, or a key or value is wrong; the key is named
+        SettingsError: The file cannot be read, or a key or value is wrong; the key is named
             with the nearest one that exists. The task does not exist, its data cannot be found, or
             it needs an extra that is not installed.
     """
     try:
         merged = task_defaults(named_task(task))
     except (ValueError, ModuleNotFoundError) as error:
-        raise typer.BadParameter(str(error)) from error
+        raise SettingsError(str(error)) from error
     if file is not None:
         _merge(merged, _read(file))
     for setting in settings:
         _merge(merged, _parse_setting(setting))
     _merge(merged, {key: value for key, value in options.items() if value is not None})
     try:
-        return GrowConfig.model_validate(merged)
+        return RunConfig.model_validate(merged)
     except ValidationError as error:
-        raise typer.BadParameter(_explain(error)) from error
+        raise SettingsError(_explain(error)) from error
 
 
 def _merge(base: dict[str, Any], update: Mapping[str, Any]) -> None:
@@ -86,15 +89,15 @@ def _read(file: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise typer.BadParameter(f"config file {file} cannot be read: {error}") from error
+        raise SettingsError(f"config file {file} cannot be read: {error}") from error
     except tomllib.TOMLDecodeError as error:
-        raise typer.BadParameter(f"config file {file} is not TOML: {error}") from error
+        raise SettingsError(f"config file {file} is not TOML: {error}") from error
 
 
 def _parse_setting(setting: str) -> dict[str, Any]:
     key, separator, text = setting.partition("=")
     if not separator or not key:
-        raise typer.BadParameter(f"--set takes key=value, got {setting!r}")
+        raise SettingsError(f"a setting is key=value, got {setting!r}")
     try:
         value: Any = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -107,7 +110,7 @@ def _parse_setting(setting: str) -> dict[str, Any]:
 
 def _may_be_none(key: str) -> bool:
     """Whether a dotted key takes None, which TOML has no word for, and no word "none"."""
-    record: Any = GrowConfig
+    record: Any = RunConfig
     for part in key.split("."):
         fields = getattr(record, "model_fields", {})
         if part not in fields:
@@ -133,7 +136,7 @@ def _explain(error: ValidationError) -> str:
 
 def known_keys() -> list[str]:
     """Return every key that a config may hold, dotted."""
-    return list(_keys(GrowConfig, ""))
+    return list(_keys(RunConfig, ""))
 
 
 def _keys(record: type[Record], prefix: str) -> list[str]:
