@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 import torch
@@ -17,6 +17,7 @@ from esper.training.governor import Governor
 from esper.training.growth import Growth
 from esper.training.held_out import Evaluate
 from esper.training.precision import MatmulPrecision, set_matmul_precision
+from esper.training.run_cost import CostMeter, RunCost
 
 Positive = Annotated[FiniteFloat, Field(gt=0.0)]
 AtLeastOne = Annotated[int, Field(ge=1)]
@@ -40,6 +41,8 @@ class TrainerConfig(Record):
     matmul_precision: MatmulPrecision = "highest"
     scheduler_interval: Literal["step", "epoch"] = "epoch"
     """When the learning-rate scheduler steps."""
+    count_flops: bool = False
+    """Whether floating-point operations are counted: one step of each structure runs slower."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +56,8 @@ class EpochReport:
     """Mean over the epoch's batches; NaN if every step was skipped."""
     metrics: dict[str, float]
     """As last evaluated."""
+    cost: RunCost
+    """Since the run began."""
 
 
 class Trainer:
@@ -88,6 +93,7 @@ class Trainer:
         self.model = growth.slots.model
         self.config = config
         self.governor = Governor()
+        self.meter = CostMeter(growth.slots, count_flops=config.count_flops)
         self._batches = batches
         self._loss = loss
         self._evaluate = evaluate
@@ -110,6 +116,7 @@ class Trainer:
     def run(self) -> Iterator[EpochReport]:
         """Train, yielding after each epoch, so that the caller can show progress."""
         for epoch in range(1, self.config.epochs + 1):
+            self.meter.start()
             yield self._epoch(epoch)
 
     def _epoch(self, epoch: int) -> EpochReport:
@@ -127,18 +134,25 @@ class Trainer:
         if self.config.scheduler_interval == "epoch":
             self._step_scheduler()
         train_loss = float(torch.stack(losses).mean()) if losses else math.nan
+        self.meter.stop()
+        cost = self.meter.cost
+        measured = {"train_loss": train_loss}
+        if cost.training_flops is not None and cost.decision_flops is not None:
+            measured["flops"] = float(cost.training_flops + cost.decision_flops)
         for sink in self.growth.sinks:
-            sink.measure(self.growth.epoch, self.growth.step, {"train_loss": train_loss})
+            sink.measure(self.growth.epoch, self.growth.step, measured)
         return EpochReport(
             epoch=epoch,
             epochs=self.config.epochs,
             step=self.growth.step,
             train_loss=train_loss,
             metrics=dict(self._metrics),
+            cost=replace(cost),
         )
 
     def _decide(self) -> None:
-        self._metrics = self.growth.after_epoch(self._evaluate)
+        with self.meter.decision():
+            self._metrics = self.growth.after_epoch(self._evaluate)
 
     def _step_scheduler(self) -> None:
         if isinstance(self._scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
@@ -163,11 +177,12 @@ class Trainer:
             forward = functools.partial(self._forward, inputs, targets, len(group))
             if number == len(group):
                 self._check_isolation(forward)
-            loss = forward()
-            total = loss.detach() if total is None else total + loss.detach()
-            if number == len(group):
-                self.governor.look(total)
-            self._scaler.scale(loss).backward()
+            with self.meter.batch((inputs, targets)):
+                loss = forward()
+                total = loss.detach() if total is None else total + loss.detach()
+                if number == len(group):
+                    self.governor.look(total)
+                self._scaler.scale(loss).backward()
         norm = None
         if self.config.max_gradient_norm is not None:
             self._scaler.unscale_(self._optimizer)
@@ -179,7 +194,8 @@ class Trainer:
             self.growth.publish([refusal])
             self._reset_scaler()
         else:
-            self._scaler.step(self._optimizer)
+            with self.meter.optimizer_step():
+                self._scaler.step(self._optimizer)
             self._scaler.update()
             self._optimizer.zero_grad(set_to_none=True)
         self.growth.after_step()
@@ -193,7 +209,9 @@ class Trainer:
             return self._loss(call_model(self.model, inputs), targets) / num_batches
 
     def _check_isolation(self, forward: Callable[[], Tensor]) -> None:
-        self.growth.check_isolation(lambda: self._scaler.scale(forward()))
+        if self.growth.isolation_monitor.due(self.growth.step) is not None:
+            with self.meter.decision():
+                self.growth.check_isolation(lambda: self._scaler.scale(forward()))
 
     def _reset_scaler(self) -> None:
         if self._scaler.is_enabled() and self.config.max_gradient_norm is not None:
