@@ -26,8 +26,8 @@ def policy() -> esper.SchedulePolicy:
     return esper.SchedulePolicy(plan, patience_epochs=4)
 
 
-def train(problem: Problem, **settings: bool) -> list[esper.training.EpochReport]:
-    return problem.trainer(policy(), EPOCHS, accumulation_steps=1, **settings).fit()
+def train(problem: Problem, *, count_flops: bool = False) -> list[esper.training.EpochReport]:
+    return problem.trainer(policy(), EPOCHS, count_flops=count_flops).fit()
 
 
 def test_counting_by_structure_equals_counting_every_operation() -> None:
@@ -36,10 +36,13 @@ def test_counting_by_structure_equals_counting_every_operation() -> None:
     with flop_counter() as everything:
         train(watched)
     cost = reports[-1].cost
-    assert cost.training_flops is not None
-    assert cost.decision_flops is not None
-    assert cost.training_flops > cost.decision_flops > 0
-    assert cost.training_flops + cost.decision_flops == everything.get_total_flops()
+    for part in (cost.training, cost.evaluation, cost.decision):
+        assert part.flops
+    assert cost.total.flops == everything.get_total_flops()
+    with flop_counter() as one_evaluation:
+        counted.held_out()  # with the seeds that were committed in the end
+    assert cost.evaluation.flops is not None
+    assert cost.evaluation.flops < EPOCHS * one_evaluation.get_total_flops()
     stages = {event.to_stage for event in counted.recorder.of(esper.lifecycle.events.StageChanged)}
     assert {SeedStage.FOSSILIZED, SeedStage.PRUNED} <= stages, "the run must meet both ends"
 
@@ -49,7 +52,7 @@ def test_counting_changes_no_bit() -> None:
     with_counts = train(counted, count_flops=True)
     without = train(plain)
     assert [report.train_loss for report in with_counts] == [r.train_loss for r in without]
-    assert without[-1].cost.training_flops is None
+    assert without[-1].cost.total.flops is None
     for one, other in zip(counted.model.parameters(), plain.model.parameters(), strict=True):
         assert torch.equal(one, other)
 
@@ -57,8 +60,7 @@ def test_counting_changes_no_bit() -> None:
 def test_flops_are_published_with_the_metrics(problem: Problem) -> None:
     reports = train(problem, count_flops=True)
     told = [metrics["flops"] for _, _, metrics in problem.recorder.metrics if "flops" in metrics]
-    spent = [(r.cost.training_flops or 0) + (r.cost.decision_flops or 0) for r in reports]
-    assert told == spent
+    assert told == [report.cost.total.flops for report in reports]
     assert told == sorted(told)
 
 
@@ -80,14 +82,17 @@ def ticking(seconds: list[float]) -> Callable[[], float]:
     return lambda: next(times)
 
 
-def test_seconds_of_decisions_are_kept_apart() -> None:
+def test_seconds_are_kept_apart() -> None:
     slots = esper.attach(nn.Sequential(nn.Linear(2, 2)), ["0"], example=torch.zeros(1, 2))
-    meter = CostMeter(slots, count_flops=False, clock=ticking([10.0, 11.0, 14.0, 16.0, 50.0, 51.0]))
+    meter = CostMeter(
+        slots, count_flops=False, clock=ticking([10.0, 11.0, 14.0, 18.0, 19.0, 21.0, 50.0, 58.0])
+    )
     meter.start()
-    with meter.decision():
+    with meter.decision(), meter.evaluation():
         pass
     meter.stop()
-    meter.start()  # 34 seconds of the caller's own
+    meter.start()  # the 29 seconds before it were the caller's own
     meter.stop()
-    assert meter.cost.training_seconds == 1.0 + 2.0 + 1.0
-    assert meter.cost.decision_seconds == 3.0
+    assert meter.cost.training.seconds == 1.0 + 2.0 + 8.0
+    assert meter.cost.decision.seconds == 3.0 + 1.0
+    assert meter.cost.evaluation.seconds == 4.0

@@ -35,6 +35,9 @@ class RunConfig(Record):
     """Share of the run in which wsd falls."""
     threads: Annotated[int, Field(ge=1)] | None = None
     """CPU threads of torch in this process; None leaves torch's choice."""
+    count_flops: bool = True
+    """Whether floating-point operations are counted; the first step of each structure and every
+    decision then run slower."""
     trainer: TrainerConfig
     slot: SlotConfig
     heuristic: HeuristicConfig

@@ -62,6 +62,7 @@ def prepare(
     run_id: str,
     sinks: Sequence[Sink] = (),
     setup: TaskSetup | None = None,
+    policy: Policy | None = None,
 ) -> GrowingRun:
     """Build host, slots, optimizer, policy and loop.
 
@@ -70,6 +71,7 @@ def prepare(
         run_id: Published with its start.
         sinks: Receive every event and metric.
         setup: From `build_setup`, used by one run only; None builds it.
+        policy: Decides instead of the one that `config` names.
 
     Effects: sets the process's matmul precision.
     """
@@ -83,9 +85,10 @@ def prepare(
     growth = Growth(
         slots,
         optimizer,
-        policy=_policy(config),
+        policy=policy or _policy(config),
         max_epochs=config.trainer.epochs,
         sinks=sinks,
+        count_flops=config.count_flops,
     )
     total_steps = config.trainer.epochs * len(setup.batches)
     scheduler = LambdaLR(optimizer, learning_rate_factor(config, total_steps))

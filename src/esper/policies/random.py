@@ -31,6 +31,7 @@ class RandomPolicy:
     """
 
     name = "random"
+    reads_losses = False
 
     def __init__(self, random_seed: int = 0) -> None:
         self._random = random.Random(random_seed)

@@ -17,6 +17,7 @@ class SchedulePolicy:
     """
 
     name = "schedule"
+    reads_losses = False
 
     def __init__(
         self,

@@ -17,5 +17,12 @@ class Policy(Protocol):
     def name(self) -> str:
         """How the policy is called on the command line and in the run record."""
 
+    @property
+    def reads_losses(self) -> bool:
+        """Whether it decides by the held-out loss itself, beside the gates' probes.
+
+        An evaluation is a cost of growing then, and otherwise none: one that watches.
+        """
+
     def decide(self, state: GrowthState) -> Sequence[Action]:
         """Return what to do now; an empty sequence waits."""

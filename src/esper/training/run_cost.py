@@ -1,9 +1,10 @@
-"""What a run has cost: floating-point operations and seconds, training apart from deciding."""
+"""What a run has cost: operations and seconds, training apart from evaluating and deciding."""
 
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from enum import Enum
 from types import MappingProxyType
 from typing import Any
 
@@ -14,23 +15,50 @@ from esper.slots.nested import tensors_in
 from esper.slots.slot_set import SlotSet
 
 
-@dataclass(kw_only=True)
-class RunCost:
-    """What has been spent so far.
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What something has cost.
 
     Attributes:
-        training_flops: Of forwards, backwards and optimizer steps, seeds included that were pruned
-            later; None where they are not counted.
-        decision_flops: Of isolation checks, evaluations, probes, building seeds and the policy;
-            None where they are not counted.
-        training_seconds: Wall time outside decisions, data included.
-        decision_seconds: Wall time of decisions; on a GPU with the work they waited for.
+        flops: Floating-point operations; None where they are not counted.
+        seconds: Wall time.
     """
 
-    training_flops: int | None
-    decision_flops: int | None
-    training_seconds: float = 0.0
-    decision_seconds: float = 0.0
+    flops: int | None
+    seconds: float
+
+    def __add__(self, other: "Cost") -> "Cost":
+        """Return both together; unknown with unknown operations."""
+        known = self.flops is not None and other.flops is not None
+        flops = (self.flops or 0) + (other.flops or 0) if known else None
+        return Cost(flops=flops, seconds=self.seconds + other.seconds)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunCost:
+    """What a run has spent so far.
+
+    Attributes:
+        training: Forwards, backwards and optimizer steps, of seeds too that were pruned later.
+        evaluation: The plain evaluations of the growing network, one per decision.
+        decision: All else that growth takes: probes, isolation checks, building seeds, the policy.
+            On a GPU seconds go to what waits for the device.
+    """
+
+    training: Cost
+    evaluation: Cost
+    decision: Cost
+
+    @property
+    def total(self) -> Cost:
+        """All of it."""
+        return self.training + self.evaluation + self.decision
+
+
+class _Purpose(Enum):
+    TRAINING = 0
+    EVALUATION = 1
+    DECISION = 2
 
 
 class CostMeter:
@@ -54,17 +82,38 @@ class CostMeter:
         count_flops: bool,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        start = 0 if count_flops else None
-        self.cost = RunCost(training_flops=start, decision_flops=start)
         self._slots = slots
         self._count = count_flops
         self._clock = clock
         self._known: dict[Hashable, int] = {}
+        self._flops = dict.fromkeys(_Purpose, 0)
+        self._seconds = dict.fromkeys(_Purpose, 0.0)
+        self._purpose = _Purpose.TRAINING
         self._mark: float | None = None
+
+    @property
+    def cost(self) -> RunCost:
+        """What has been spent so far."""
+        costs = {
+            purpose: Cost(
+                flops=self._flops[purpose] if self._count else None, seconds=self._seconds[purpose]
+            )
+            for purpose in _Purpose
+        }
+        return RunCost(
+            training=costs[_Purpose.TRAINING],
+            evaluation=costs[_Purpose.EVALUATION],
+            decision=costs[_Purpose.DECISION],
+        )
 
     def start(self) -> None:
         """Begin to take the time; what came before was setting up."""
         self._mark = self._clock()
+
+    def stop(self) -> None:
+        """Take the time up to now, and none until `start`."""
+        self._take_time()
+        self._mark = None
 
     @contextmanager
     def batch(self, batch: Any) -> Iterator[None]:
@@ -86,27 +135,36 @@ class CostMeter:
     @contextmanager
     def decision(self) -> Iterator[None]:
         """Count what is done in order to decide, and take its time apart."""
-        self._spend_training_time()
+        with self._apart(_Purpose.DECISION):
+            yield
+
+    @contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """Count a plain evaluation, and take its time apart; inside a decision it is none of it."""
+        with self._apart(_Purpose.EVALUATION):
+            yield
+
+    @contextmanager
+    def _apart(self, purpose: "_Purpose") -> Iterator[None]:
+        self._take_time()
+        around, self._purpose = self._purpose, purpose
         counter = flop_counter() if self._count else None
         try:
             with counter or nullcontext():
                 yield
         finally:
+            self._take_time()
+            self._purpose = around
             if counter is not None:
-                assert self.cost.decision_flops is not None
-                self.cost.decision_flops += counter.get_total_flops()
-            before, self._mark = self._mark, self._clock()
-            if before is not None:
-                self.cost.decision_seconds += self._mark - before
+                spent = counter.get_total_flops()
+                self._flops[purpose] += spent
+                if around is not _Purpose.TRAINING:  # its own counter has seen them too
+                    self._flops[around] -= spent
 
-    def stop(self) -> None:
-        """Take the time up to now."""
-        self._spend_training_time()
-
-    def _spend_training_time(self) -> None:
+    def _take_time(self) -> None:
         before, self._mark = self._mark, self._clock()
         if before is not None:
-            self.cost.training_seconds += self._mark - before
+            self._seconds[self._purpose] += self._mark - before
 
     @contextmanager
     def _counted(self, *what: Hashable) -> Iterator[None]:
@@ -120,8 +178,7 @@ class CostMeter:
             yield
         if counter is not None:
             self._known[key] = counter.get_total_flops()
-        assert self.cost.training_flops is not None
-        self.cost.training_flops += self._known[key]
+        self._flops[_Purpose.TRAINING] += self._known[key]
 
 
 def flop_counter() -> FlopCounterMode:

@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import torch
@@ -17,7 +17,7 @@ from esper.training.governor import Governor
 from esper.training.growth import Growth
 from esper.training.held_out import Evaluate
 from esper.training.precision import MatmulPrecision, set_matmul_precision
-from esper.training.run_cost import CostMeter, RunCost
+from esper.training.run_cost import RunCost
 
 Positive = Annotated[FiniteFloat, Field(gt=0.0)]
 AtLeastOne = Annotated[int, Field(ge=1)]
@@ -41,8 +41,6 @@ class TrainerConfig(Record):
     matmul_precision: MatmulPrecision = "highest"
     scheduler_interval: Literal["step", "epoch"] = "epoch"
     """When the learning-rate scheduler steps."""
-    count_flops: bool = False
-    """Whether floating-point operations are counted: one step of each structure runs slower."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +91,6 @@ class Trainer:
         self.model = growth.slots.model
         self.config = config
         self.governor = Governor()
-        self.meter = CostMeter(growth.slots, count_flops=config.count_flops)
         self._batches = batches
         self._loss = loss
         self._evaluate = evaluate
@@ -116,7 +113,7 @@ class Trainer:
     def run(self) -> Iterator[EpochReport]:
         """Train, yielding after each epoch, so that the caller can show progress."""
         for epoch in range(1, self.config.epochs + 1):
-            self.meter.start()
+            self.growth.meter.start()
             yield self._epoch(epoch)
 
     def _epoch(self, epoch: int) -> EpochReport:
@@ -134,11 +131,11 @@ class Trainer:
         if self.config.scheduler_interval == "epoch":
             self._step_scheduler()
         train_loss = float(torch.stack(losses).mean()) if losses else math.nan
-        self.meter.stop()
-        cost = self.meter.cost
+        self.growth.meter.stop()
+        cost = self.growth.meter.cost
         measured = {"train_loss": train_loss}
-        if cost.training_flops is not None and cost.decision_flops is not None:
-            measured["flops"] = float(cost.training_flops + cost.decision_flops)
+        if cost.total.flops is not None:
+            measured["flops"] = float(cost.total.flops)
         for sink in self.growth.sinks:
             sink.measure(self.growth.epoch, self.growth.step, measured)
         return EpochReport(
@@ -147,12 +144,11 @@ class Trainer:
             step=self.growth.step,
             train_loss=train_loss,
             metrics=dict(self._metrics),
-            cost=replace(cost),
+            cost=cost,
         )
 
     def _decide(self) -> None:
-        with self.meter.decision():
-            self._metrics = self.growth.after_epoch(self._evaluate)
+        self._metrics = self.growth.after_epoch(self._evaluate)
 
     def _step_scheduler(self) -> None:
         if isinstance(self._scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
@@ -177,7 +173,7 @@ class Trainer:
             forward = functools.partial(self._forward, inputs, targets, len(group))
             if number == len(group):
                 self._check_isolation(forward)
-            with self.meter.batch((inputs, targets)):
+            with self.growth.meter.batch((inputs, targets)):
                 loss = forward()
                 total = loss.detach() if total is None else total + loss.detach()
                 if number == len(group):
@@ -194,7 +190,7 @@ class Trainer:
             self.growth.publish([refusal])
             self._reset_scaler()
         else:
-            with self.meter.optimizer_step():
+            with self.growth.meter.optimizer_step():
                 self._scaler.step(self._optimizer)
             self._scaler.update()
             self._optimizer.zero_grad(set_to_none=True)
@@ -209,9 +205,7 @@ class Trainer:
             return self._loss(call_model(self.model, inputs), targets) / num_batches
 
     def _check_isolation(self, forward: Callable[[], Tensor]) -> None:
-        if self.growth.isolation_monitor.due(self.growth.step) is not None:
-            with self.meter.decision():
-                self.growth.check_isolation(lambda: self._scaler.scale(forward()))
+        self.growth.check_isolation(lambda: self._scaler.scale(forward()))
 
     def _reset_scaler(self) -> None:
         if self._scaler.is_enabled() and self.config.max_gradient_norm is not None:
