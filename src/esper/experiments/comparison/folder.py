@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import ValidationError
 
 from esper.experiments.comparison.config import CompareConfig
@@ -108,11 +107,13 @@ class ComparisonFolder:
                 f"{self.path} holds a comparison with other settings: {differences}; go on with "
                 "its own, or choose another folder"
             )
-        environment = json.loads((self.path / ENVIRONMENT_FILE).read_text(encoding="utf-8"))
-        if environment.get("torch") != torch.__version__:
+        kept_environment = json.loads((self.path / ENVIRONMENT_FILE).read_text(encoding="utf-8"))
+        begun_with = kept_environment["packages"]["torch"]
+        torch_now = describe_environment()["packages"]["torch"]
+        if begun_with != torch_now:
             raise ComparisonFolderError(
-                f"{self.path} was begun with torch {environment.get('torch')}, this is "
-                f"{torch.__version__}; figures of both would not compare, choose another folder"
+                f"{self.path} was begun with torch {begun_with}, this is {torch_now}; figures of "
+                "both would not compare, choose another folder"
             )
 
 

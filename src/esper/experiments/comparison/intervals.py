@@ -128,12 +128,11 @@ def crossing(curves: Mapping[int, Curve], targets: Mapping[int, tuple[float, flo
     reached = next((i for i, test in enumerate(tests) if test.mean <= 0.0), None)
     undecided = [i for i, test in enumerate(tests) if not (test.above_zero or test.below_zero)]
     above, below = reached is None, reached == 0
-    low = math.exp(grid[undecided[0]]) if undecided else None
-    high = math.exp(grid[undecided[-1]]) if undecided else None
+    ratio = None if reached is None or below else math.exp(grid[reached])
     return Crossing(
-        ratio=None if reached is None or below else math.exp(grid[reached]),
-        low=low,
-        high=high,
+        ratio=ratio,
+        low=math.exp(grid[undecided[0]]) if undecided else ratio,
+        high=math.exp(grid[undecided[-1]]) if undecided else ratio,
         low_open=bool(undecided) and undecided[0] == 0,
         high_open=bool(undecided) and undecided[-1] == _GRID,
         above=above,

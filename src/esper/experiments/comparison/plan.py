@@ -18,7 +18,7 @@ _SHORTEST_FRACTION = 0.4
 """An arm that beats the static network in fewer steps is shortened down to this share of them."""
 
 
-def intermediate(num_seeds: int) -> str:
+def intermediate(num_seeds: int | str) -> str:
     """Return the arm of the network with the first so many seeds from the start."""
     return f"static {num_seeds}"
 
@@ -178,6 +178,7 @@ class Comparison:
     def ahead(self) -> list[str]:
         """Return the arm of every run that is still to come, as far as can be told by now."""
         config, arms = self.config, self.arms
+        nothing_grew = bool(self.topologies) and STATIC not in arms
         if not self.topologies:  # a guess: two seeds are committed
             random = [RANDOM_TIMES] if config.random_times else []
             arms = [*arms, intermediate(1), STATIC, *random]
@@ -187,7 +188,7 @@ class Comparison:
         ahead: list[str] = []
         for arm in arms:
             known = len(self._missing_of(arm)) if arm in self.arms else usual
-            settled = known == 0 and self._complete(STATIC)
+            settled = known == 0 and (nothing_grew or self._complete(STATIC))
             done = sum(result.request.arm == arm for result in self.results.values())
             ahead += [arm] * (0 if settled else max(known, usual - done))
         return ahead
@@ -217,7 +218,7 @@ class Comparison:
         grown = self.topologies.get(seed)
         if grown is None or arm in (STATIC, RANDOM_TIMES):
             return grown
-        size = next(k for k in range(1, len(grown) + 1) if arm == intermediate(k))
+        size = int(arm.removeprefix(intermediate("")))
         return grown[:size] if size < len(grown) else None
 
     def _search_seeds(self, arm: str) -> list[int]:
