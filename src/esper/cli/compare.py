@@ -40,7 +40,7 @@ from esper.tasks.task import TaskDataError
 def compare(
     task: Annotated[
         str | None,
-        typer.Argument(help="What to train, as for esper grow; not with --out of before."),
+        typer.Argument(help="What to train, as for esper grow; a folder begun before knows."),
     ] = None,
     policy: Annotated[
         list[str] | None,

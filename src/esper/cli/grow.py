@@ -20,10 +20,11 @@ from esper.report.picture import draw_run
 from esper.report.story import RunStory, tell
 from esper.tasks.collection.address import SCHEMES, SETTINGS_HELP
 from esper.tasks.named import TASKS
+from esper.tasks.own import OWN_SCHEME
 from esper.tasks.task import TaskDataError
 from esper.telemetry.run_store import RunFolderError, RunReader
 
-_KNOWN_TASKS = (*TASKS, *SCHEMES)
+_KNOWN_TASKS = (*TASKS, *SCHEMES, OWN_SCHEME)
 _MAX_TASK_CHARACTERS = 80
 
 
