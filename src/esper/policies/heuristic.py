@@ -52,7 +52,6 @@ class HeuristicPolicy:
     """
 
     name = "heuristic"
-    reads_losses = True
 
     def __init__(self, config: HeuristicConfig | None = None) -> None:
         self.config = config or HeuristicConfig()

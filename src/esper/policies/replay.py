@@ -36,6 +36,10 @@ class ReplayPolicy:
         self._patience_epochs = patience_epochs
         self._fade_steps = fade_steps
 
+    def weighs(self, state: GrowthState) -> Sequence[str]:
+        """Return every slot: any gate may be tried."""
+        return [slot.path for slot in state.slots]
+
     def decide(self, state: GrowthState) -> Sequence[Action]:
         """Return what tends the growing seeds, then the germinations that are due."""
         actions: list[Action] = []

@@ -32,6 +32,10 @@ class SchedulePolicy:
         self._patience_epochs = patience_epochs
         self._fade_steps = fade_steps
 
+    def weighs(self, state: GrowthState) -> Sequence[str]:
+        """Return every slot: any gate may be tried."""
+        return [slot.path for slot in state.slots]
+
     def decide(self, state: GrowthState) -> Sequence[Action]:
         """Return this epoch's actions, after those that tend what grows."""
         planned = self._actions.get(state.epoch, [])

@@ -1,7 +1,7 @@
 """The growth engine: what a training loop calls after a step and after an epoch."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -38,7 +38,7 @@ from esper.slots.slot import SeedSlot
 from esper.slots.slot_set import SlotSet
 from esper.telemetry.sink import Sink
 from esper.training.held_out import Evaluate, metrics_of
-from esper.training.policy import Policy
+from esper.training.policy import FrugalPolicy, Policy
 from esper.training.probing import probe_seeds
 from esper.training.run_cost import CostMeter
 from esper.training.step_timer import StepTimer
@@ -152,7 +152,7 @@ class Growth:
         self._note_losses(metrics["loss"])
         self.publish(self._read_gradient_health())
         self.publish(self._read_isolation())
-        self.publish(probe_seeds(self.slots.model, self.slots, evaluate))
+        self.publish(probe_seeds(self.slots.model, self._weighed(), evaluate))
         self._note_step_times()
         self.epoch += 1
         median = self._timer.median_seconds
@@ -165,6 +165,13 @@ class Growth:
         for sink in self.sinks:
             sink.flush()
         return metrics
+
+    def _weighed(self) -> Mapping[str, SeedSlot]:
+        """Return the slots whose seeds the policy wants to be weighed now."""
+        if not isinstance(self.policy, FrugalPolicy):
+            return self.slots
+        state = self.state().model_copy(update={"epoch": self.epoch + 1})
+        return {path: self.slots[path] for path in self.policy.weighs(state)}
 
     def state(self) -> GrowthState:
         """Return what a policy sees now."""

@@ -14,6 +14,7 @@ from esper.lifecycle.record import Record
 from esper.policies.replay import ReplayPolicy, random_epochs
 from esper.slots.committed_seed import CommittedSeed
 from esper.slots.slot_set import SlotSet
+from esper.training.policy import FrugalPolicy
 from esper.training.run_cost import RunCost
 
 
@@ -178,7 +179,8 @@ def _result(request: RunRequest, run: GrowingRun, record: GrowthRecord, cost: Ru
     spent = cost.training
     if request.grows:
         spent += cost.decision
-        if run.growth.policy.reads_losses:
+        policy = run.growth.policy
+        if not isinstance(policy, FrugalPolicy) or policy.reads_losses:
             spent += cost.evaluation
     assert spent.flops is not None
     assert cost.training.flops is not None
