@@ -1,6 +1,5 @@
 """All slots of one model, and what they share: ownership, the optimizer, caches."""
 
-import copy
 import difflib
 import weakref
 from collections.abc import Iterator, Mapping
@@ -14,6 +13,7 @@ from esper.lifecycle.actions import BlueprintChoice
 from esper.lifecycle.events import CachesSwept, Event
 from esper.lifecycle.stages import SeedStage
 from esper.seeds.block_masks import block_masks
+from esper.seeds.copied_block import copy_module
 from esper.seeds.registry import blueprints
 from esper.slots.branch import SeedBranch
 from esper.slots.breaker import CircuitBreaker
@@ -210,10 +210,7 @@ class SlotSet(Mapping[str, SeedSlot]):
             raise ValueError(
                 f"source={name!r}: {type(self.model).__name__} has no such module{hint}"
             )
-        source = self.model.get_submodule(name)
-        # The host's switches, of the attention that it uses, say, reach a copy through its config.
-        configs = {id(config): config for config in map(_config_of, source.modules())}
-        module = copy.deepcopy(source, configs)
+        module = copy_module(self.model.get_submodule(name))
         remove_slots(module)
         for part in module.modules():  # hooks are the host's or its user's, not a seed's
             part._forward_hooks.clear()  # noqa: SLF001 – torch has no other way to drop them
@@ -299,11 +296,6 @@ class SlotSet(Mapping[str, SeedSlot]):
             order.dtype,
         )
         return self._shape_probes.get_or_make(key, lambda: fits(order))
-
-
-def _config_of(module: nn.Module) -> Any:
-    """Return what a module of transformers is configured by; None for other modules."""
-    return None if isinstance(config := getattr(module, "config", None), nn.Module) else config
 
 
 def _owner_name(path: str) -> str:
