@@ -217,13 +217,41 @@ class SlotSet(Mapping[str, SeedSlot]):
             part._forward_pre_hooks.clear()  # noqa: SLF001
         return module.requires_grad_(requires_grad=True)
 
-    def seed_added(self, path: str, branch: SeedBranch) -> None:
-        """Give a new seed to the optimizer."""
+    def seed_added(self, path: str, branch: SeedBranch, *, state_of: str | None = None) -> None:
+        """Give a new seed to the optimizer.
+
+        Args:
+            path: Of the slot.
+            branch: The seed with its operator.
+            state_of: Of the module whose optimizer state its copies begin with; None leaves the
+                whole seed without.
+
+        Raises:
+            ValueError: There is no optimizer or no state to copy; nothing has changed.
+        """
+        if state_of is not None:
+            self._copy_optimizer_state(state_of, branch)
         self._host_parameters = None
         for slot in self._slots.values():
             slot.prepare_seeds()
         if self.binding is not None:
             self.binding.add(path, branch)
+
+    def _copy_optimizer_state(self, source: str, branch: SeedBranch) -> None:
+        if self.binding is None:
+            raise ValueError(
+                f"there is no optimizer to copy the state of {source!r} in; call "
+                "slots.bind(optimizer) first, which esper.Growth does"
+            )
+        originals = dict(self.model.get_submodule(source).named_parameters())
+        self.binding.copy_state(
+            [
+                (originals[name], parameter)
+                for copied in branch.seed.copies
+                for name, parameter in copied.named_parameters()
+            ],
+            source=source,
+        )
 
     def seed_removed(self, path: str, branch: SeedBranch) -> None:
         """Take a pruned seed from the optimizer and remember what must be gone."""
