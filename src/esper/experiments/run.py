@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from esper.experiments.config import RunConfig
 from esper.lifecycle.events import RunFinished, RunStarted
+from esper.policies.depth_schedule import DepthSchedulePolicy
 from esper.policies.heuristic import HeuristicPolicy
 from esper.policies.named import named_policy
 from esper.slots.attach import attach
@@ -80,14 +81,16 @@ def prepare(
     optimizer = torch.optim.AdamW(
         setup.model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
     )
+    epoch_steps = math.ceil(len(setup.batches) / config.trainer.accumulation_steps)
+    total_steps = config.trainer.epochs * epoch_steps
+    interval_steps = config.trainer.decision_interval_steps or epoch_steps
     growth = Growth(
         slots,
         optimizer,
         policy=_policy(config),
-        max_epochs=config.trainer.epochs,
+        max_epochs=total_steps // interval_steps,
         sinks=sinks,
     )
-    total_steps = config.trainer.epochs * len(setup.batches)
     scheduler = LambdaLR(optimizer, learning_rate_factor(config, total_steps))
     trainer = Trainer(
         growth,
@@ -162,4 +165,6 @@ def learning_rate_factor(config: RunConfig, total_steps: int) -> Callable[[int],
 def _policy(config: RunConfig) -> Policy:
     if config.policy == HeuristicPolicy.name:
         return HeuristicPolicy(config.heuristic)
+    if config.policy == DepthSchedulePolicy.name:
+        return DepthSchedulePolicy(config.depth_schedule)
     return named_policy(config.policy, random_seed=config.random_seed)

@@ -6,7 +6,8 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from esper.policies.heuristic import HeuristicConfig
+from esper.policies.depth_schedule import DepthScheduleConfig
+from esper.policies.heuristic import HeuristicConfig, HeuristicPolicy
 from esper.slots.config import SlotConfig
 from esper.training.held_out import HeldOut
 
@@ -47,6 +48,7 @@ class Task:
     Attributes:
         build: Random seed to setup; the same seed gives the same host and data order.
         metric: Name of the metric that people quote, among those of the held-out data.
+        policy: The one that decides where none is named.
         threads: CPU threads that suit the host; None leaves torch's choice.
     """
 
@@ -58,4 +60,6 @@ class Task:
     learning_rate: float
     slot: SlotConfig
     heuristic: HeuristicConfig
+    depth_schedule: DepthScheduleConfig
+    policy: str = HeuristicPolicy.name
     threads: int | None = None
