@@ -163,12 +163,12 @@ class SeedSlot(LivingSlot):
 
     def _register(self, life: SeedLife, branch: SeedBranch, state_of: str | None) -> Event:
         branch.train(self.training)
-        committed = list(self.branches)
-        self.branches = nn.ModuleList([*committed, branch])
+        before = self.branches
+        self.branches = nn.ModuleList([*before, branch])
         try:
             self._attached().seed_added(self.path, branch, state_of=state_of)
         except BaseException:
-            self.branches = nn.ModuleList(committed)
+            self.branches = before
             raise
         self._life = life
         self.nonfinite_gradients.zero_()
