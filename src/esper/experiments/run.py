@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
-from esper.experiments.config import RunConfig
+from esper.experiments.config import RunConfig, SettingsError
 from esper.lifecycle.events import RunFinished, RunStarted
 from esper.policies.depth_schedule import DepthSchedulePolicy
 from esper.policies.heuristic import HeuristicPolicy
@@ -72,6 +72,9 @@ def prepare(
         sinks: Receive every event and metric.
         setup: From `build_setup`, used by one run only; None builds it.
 
+    Raises:
+        SettingsError: The depth schedule cannot be carried out on this host.
+
     Effects: sets the process's matmul precision.
     """
     setup = setup or build_setup(config)
@@ -84,13 +87,19 @@ def prepare(
     epoch_steps = math.ceil(len(setup.batches) / config.trainer.accumulation_steps)
     total_steps = config.trainer.epochs * epoch_steps
     interval_steps = config.trainer.decision_interval_steps or epoch_steps
+    policy = _policy(config)
     growth = Growth(
         slots,
         optimizer,
-        policy=_policy(config),
+        policy=policy,
         max_epochs=total_steps // interval_steps,
         sinks=sinks,
     )
+    if isinstance(policy, DepthSchedulePolicy):
+        try:
+            policy.check(growth.state())
+        except ValueError as error:
+            raise SettingsError(f"depth_schedule: {error}") from error
     scheduler = LambdaLR(optimizer, learning_rate_factor(config, total_steps))
     trainer = Trainer(
         growth,

@@ -145,6 +145,15 @@ class DepthSchedulePolicy:
             return state.slots
         return [state.slot(path) for path in self.config.slots]
 
+    def check(self, state: GrowthState) -> None:
+        """Raise if the plan cannot be carried out; `decide` does so too, after the first epoch.
+
+        Raises:
+            ValueError: As `decide`.
+        """
+        self._seed(state)
+        elapsed_fraction(state)
+
     def _seed(self, state: GrowthState) -> Germinate:
         """Return what germinates at each place, after checking that it can; the slot is the first.
 
