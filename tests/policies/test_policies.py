@@ -25,6 +25,7 @@ from esper.lifecycle import (
 )
 from esper.policies import (
     POLICY_NAMES,
+    DepthSchedulePolicy,
     HeuristicConfig,
     HeuristicPolicy,
     RandomPolicy,
@@ -283,6 +284,7 @@ def test_policies_are_made_by_name():
     made = {name: named_policy(name, random_seed=5) for name in POLICY_NAMES}
     assert {name: type(policy) for name, policy in made.items()} == {
         "heuristic": HeuristicPolicy,
+        "schedule": DepthSchedulePolicy,
         "random": RandomPolicy,
         "none": SchedulePolicy,
     }
@@ -296,5 +298,7 @@ def test_policies_are_made_by_name():
 def test_an_unknown_policy_is_refused_with_the_nearest_and_all_names():
     with pytest.raises(ValueError, match=r"no policy 'heuristics'; did you mean 'heuristic'\?"):
         named_policy("heuristics", random_seed=0)
-    with pytest.raises(ValueError, match=r"no policy 'x'; policies: heuristic, random, none"):
+    with pytest.raises(
+        ValueError, match=r"no policy 'x'; policies: heuristic, schedule, random, none"
+    ):
         named_policy("x", random_seed=0)

@@ -8,7 +8,7 @@ import esper
 from esper.lifecycle.actions import Germinate
 from esper.lifecycle.events import EventRecord, RunStarted
 from esper.lifecycle.gates import Gate
-from esper.lifecycle.stages import GROWTH_PATH
+from esper.lifecycle.stages import GROWTH_PATH, SeedStage
 from esper.report import RunStory, draw_run, tell
 from esper.telemetry import RunReader, RunStore
 from growth_problem import make_problem
@@ -65,6 +65,12 @@ def test_committed_seed_passed_every_stage_and_gate_in_order(story: RunStory) ->
     assert [visit.step for visit in seed.stages] == sorted(visit.step for visit in seed.stages)
     assert seed.end_epoch is not None
     assert seed.epoch < seed.end_epoch
+
+
+def test_every_seed_begins_with_its_own_birth(story: RunStory) -> None:
+    """Also one behind a committed seed, whose last stage is told after its commit."""
+    assert [seed.stages[0].stage for seed in story.seeds] == [SeedStage.GERMINATED] * 3
+    assert [seed.gates[0].event.result.gate for seed in story.seeds] == [Gate.G0] * 3
 
 
 def test_story_can_be_told_of_any_prefix_of_the_events(run_folder: Path) -> None:

@@ -39,7 +39,8 @@ def grow(
         str | None, typer.Option("--task", metavar="TASK", help="The same as the argument.")
     ] = None,
     policy: Annotated[
-        str | None, typer.Option(help=f"Who decides: {', '.join(POLICY_NAMES)}.")
+        str | None,
+        typer.Option(help=f"Who decides: {', '.join(POLICY_NAMES)}; default the task's own."),
     ] = None,
     epochs: Annotated[
         int | None, typer.Option(min=1, help="How many; growth is decided after each.")
@@ -131,7 +132,7 @@ def _view(console: Console, settings: RunConfig, *, quiet: bool, as_json: bool) 
 
 
 def _train_grown(settings: RunConfig, folder: Path, view: RunView) -> tuple[int, dict[str, float]]:
-    """Train and grow into a run folder; bad data or a taken folder is a wrong parameter."""
+    """Train and grow into a run folder; what data, folder or host refuse is a bad parameter."""
     try:
         setup = build_setup(settings)
     except (TaskDataError, ModuleNotFoundError) as error:
@@ -144,7 +145,7 @@ def _train_grown(settings: RunConfig, folder: Path, view: RunView) -> tuple[int,
                 view.epoch(report, run.growth.slots)
             metrics = run.finish()
             return run.param_count(), metrics
-    except RunFolderError as error:
+    except (RunFolderError, SettingsError) as error:
         raise typer.BadParameter(str(error)) from error
 
 

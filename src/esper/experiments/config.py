@@ -6,14 +6,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field, FiniteFloat, ValidationError
+from pydantic import Field, FiniteFloat, ValidationError, model_validator
 
 from esper.lifecycle.record import Record
-from esper.policies.heuristic import HeuristicConfig
+from esper.policies.depth_schedule import DepthScheduleConfig, DepthSchedulePolicy
+from esper.policies.heuristic import HeuristicConfig, HeuristicPolicy
 from esper.slots.config import SlotConfig
 from esper.tasks.named import named_task
 from esper.tasks.task import Task
 from esper.training.trainer import TrainerConfig
+
+_ROUNDING = 1e-9
 
 
 class SettingsError(ValueError):
@@ -24,7 +27,7 @@ class RunConfig(Record):
     """A run, fully specified; kept as config.json in the run folder."""
 
     task: str
-    policy: str = "heuristic"
+    policy: str = HeuristicPolicy.name
     random_seed: int = 0
     learning_rate: float
     weight_decay: float = 0.01
@@ -33,6 +36,8 @@ class RunConfig(Record):
     what grows in the stable phase has a full learning rate left."""
     decay_fraction: Annotated[FiniteFloat, Field(gt=0.0, le=1.0)] = 0.3
     """Share of the run in which wsd falls."""
+    warmup_fraction: Annotated[FiniteFloat, Field(ge=0.0, lt=1.0)] = 0.0
+    """Share of the run in which the learning rate first rises."""
     threads: Annotated[int, Field(ge=1)] | None = None
     """CPU threads of torch in this process; None leaves torch's choice."""
     count_flops: bool = True
@@ -41,17 +46,55 @@ class RunConfig(Record):
     trainer: TrainerConfig
     slot: SlotConfig
     heuristic: HeuristicConfig
+    depth_schedule: DepthScheduleConfig
+
+    @model_validator(mode="after")
+    def _grows_in_the_stable_phase(self) -> "RunConfig":
+        if self.policy == DepthSchedulePolicy.name:
+            _check_growth_times(self)
+        return self
+
+
+def _check_growth_times(config: RunConfig) -> None:
+    last = config.depth_schedule.fractions[-1]
+    if config.schedule == "cosine":
+        raise ValueError(
+            "schedule=cosine falls from the first step, and the policy schedule grows while the "
+            "learning rate is stable; choose schedule=wsd or schedule=constant"
+        )
+    if config.schedule == "wsd" and last + config.decay_fraction > 1.0 + _ROUNDING:
+        raise ValueError(
+            f"depth_schedule.fractions has {last}, when the learning rate is falling already: with "
+            f"decay_fraction={config.decay_fraction} it is stable up to "
+            f"{1.0 - config.decay_fraction:.4g} of the run; grow earlier, or let it fall later"
+        )
+    first = config.depth_schedule.fractions[0]
+    if first < config.warmup_fraction:
+        raise ValueError(
+            f"depth_schedule.fractions has {first}, when the learning rate is rising still: it is "
+            f"stable from warmup_fraction={config.warmup_fraction} of the run on; grow later"
+        )
+    trial = config.slot.thresholds.trial_epochs
+    if config.depth_schedule.patience_epochs <= trial:
+        raise ValueError(
+            f"depth_schedule.patience_epochs is {config.depth_schedule.patience_epochs}, and a "
+            f"trial takes slot.thresholds.trial_epochs={trial}: every seed would be pruned before "
+            "its trial is over; make patience_epochs larger"
+        )
 
 
 def task_defaults(task: Task) -> dict[str, Any]:
     """Return the task's own settings, in the layout of `RunConfig`."""
     return {
         "task": task.name,
+        "policy": task.policy,
         "learning_rate": task.learning_rate,
+        "warmup_fraction": task.warmup_fraction,
         "threads": task.threads,
         "trainer": {"epochs": task.epochs, "scheduler_interval": "step"},
         "slot": task.slot.model_dump(mode="json"),
         "heuristic": task.heuristic.model_dump(mode="json"),
+        "depth_schedule": task.depth_schedule.model_dump(mode="json"),
     }
 
 
@@ -132,6 +175,9 @@ def _explain(error: ValidationError) -> str:
             nearest = difflib.get_close_matches(path, known_keys(), n=1)
             hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
             lines.append(f"unknown key {path!r}{hint}")
+        elif issue["type"] == "value_error":  # says itself what came
+            message = str(issue["ctx"]["error"])
+            lines.append(f"{path}: {message}" if path else message)
         else:
             lines.append(f"{path}: {issue['msg']} (got {issue['input']!r})")
     return "; ".join(lines)

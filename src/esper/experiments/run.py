@@ -10,8 +10,9 @@ import safetensors.torch
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
-from esper.experiments.config import RunConfig
+from esper.experiments.config import RunConfig, SettingsError
 from esper.lifecycle.events import RunFinished, RunStarted
+from esper.policies.depth_schedule import DepthSchedulePolicy
 from esper.policies.heuristic import HeuristicPolicy
 from esper.policies.named import named_policy
 from esper.slots.attach import attach
@@ -73,6 +74,9 @@ def prepare(
         setup: From `build_setup`, used by one run only; None builds it.
         policy: Decides instead of the one that `config` names.
 
+    Raises:
+        SettingsError: The depth schedule cannot be carried out on this host.
+
     Effects: sets the process's matmul precision.
     """
     setup = setup or build_setup(config)
@@ -82,15 +86,23 @@ def prepare(
     optimizer = torch.optim.AdamW(
         setup.model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
     )
+    epoch_steps = math.ceil(len(setup.batches) / config.trainer.accumulation_steps)
+    total_steps = config.trainer.epochs * epoch_steps
+    interval_steps = config.trainer.decision_interval_steps or epoch_steps
+    policy = policy or _policy(config)
     growth = Growth(
         slots,
         optimizer,
-        policy=policy or _policy(config),
-        max_epochs=config.trainer.epochs,
+        policy=policy,
+        max_epochs=total_steps // interval_steps,
         sinks=sinks,
         count_flops=config.count_flops,
     )
-    total_steps = config.trainer.epochs * len(setup.batches)
+    if isinstance(policy, DepthSchedulePolicy):
+        try:
+            policy.check(growth.state())
+        except ValueError as error:
+            raise SettingsError(f"depth_schedule: {error}") from error
     scheduler = LambdaLR(optimizer, learning_rate_factor(config, total_steps))
     trainer = Trainer(
         growth,
@@ -149,15 +161,17 @@ def stored_run(
 
 
 def learning_rate_factor(config: RunConfig, total_steps: int) -> Callable[[int], float]:
-    """Return the learning rate's factor by step, 1 at first."""
+    """Return the learning rate's factor by step, at most 1."""
     decay_steps = max(1, round(config.decay_fraction * total_steps))
+    warmup_steps = round(config.warmup_fraction * total_steps)
 
     def factor(step: int) -> float:
+        rising = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
         if config.schedule == "wsd":
-            return min(1.0, max(0.0, (total_steps - step) / decay_steps))
+            return min(rising, max(0.0, (total_steps - step) / decay_steps))
         if config.schedule == "cosine":
-            return 0.5 * (1.0 + math.cos(math.pi * min(1.0, step / total_steps)))
-        return 1.0
+            return rising * 0.5 * (1.0 + math.cos(math.pi * min(1.0, step / total_steps)))
+        return rising
 
     return factor
 
@@ -165,4 +179,6 @@ def learning_rate_factor(config: RunConfig, total_steps: int) -> Callable[[int],
 def _policy(config: RunConfig) -> Policy:
     if config.policy == HeuristicPolicy.name:
         return HeuristicPolicy(config.heuristic)
+    if config.policy == DepthSchedulePolicy.name:
+        return DepthSchedulePolicy(config.depth_schedule)
     return named_policy(config.policy, random_seed=config.random_seed)

@@ -40,6 +40,8 @@ class Germinate(Record):
     options: dict[str, JsonValue] = Field(default_factory=dict)
     blend_operator: BlendOperator | None = None
     """`None`: the slot's configured operator."""
+    copy_optimizer_state: bool = False
+    """A copy of a host's module begins with that module's optimizer state; refused without one."""
 
 
 class Advance(Record):

@@ -1,13 +1,19 @@
 """Policies that decide when and where to grow (design names: Tamiyo, Simic)."""
 
+from esper.policies.depth_schedule import DepthScheduleConfig, DepthSchedulePolicy
 from esper.policies.heuristic import HeuristicConfig, HeuristicPolicy
 from esper.policies.named import POLICY_NAMES, named_policy
 from esper.policies.random import RandomPolicy
 from esper.policies.schedule import SchedulePolicy
 from esper.policies.tending import tend
+from esper.policies.timing import FractionTiming, GrowthTiming
 
 __all__ = [
     "POLICY_NAMES",
+    "DepthScheduleConfig",
+    "DepthSchedulePolicy",
+    "FractionTiming",
+    "GrowthTiming",
     "HeuristicConfig",
     "HeuristicPolicy",
     "RandomPolicy",

@@ -3,6 +3,7 @@
 import difflib
 from collections.abc import Callable, Mapping
 
+from esper.policies.depth_schedule import DepthSchedulePolicy
 from esper.policies.heuristic import HeuristicPolicy
 from esper.policies.random import RandomPolicy
 from esper.policies.schedule import SchedulePolicy
@@ -10,6 +11,7 @@ from esper.training.policy import Policy
 
 _MAKERS: Mapping[str, Callable[[int], Policy]] = {
     "heuristic": lambda _: HeuristicPolicy(),
+    "schedule": lambda _: DepthSchedulePolicy(),
     "random": RandomPolicy,
     "none": lambda _: SchedulePolicy({}),
 }

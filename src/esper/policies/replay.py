@@ -1,6 +1,5 @@
 """A policy that grows what another run grew, at times of its own."""
 
-import random
 from collections.abc import Sequence
 
 from esper.lifecycle.actions import (
@@ -59,15 +58,3 @@ class ReplayPolicy:
             taken.add(slot.path)
         self._waiting = later
         return actions
-
-
-def random_epochs(count: int, last_epoch: int, random_seed: int) -> list[int]:
-    """Return so many epochs between 1 and `last_epoch`, each equally likely, in rising order.
-
-    Raises:
-        ValueError: There is no such epoch.
-    """
-    if last_epoch < 1:
-        raise ValueError(f"the last epoch to grow at must be at least 1, got {last_epoch}")
-    draw = random.Random(random_seed)  # noqa: S311 – no secret
-    return sorted(draw.randint(1, last_epoch) for _ in range(count))

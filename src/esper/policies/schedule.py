@@ -9,6 +9,8 @@ from esper.policies.tending import tend
 class SchedulePolicy:
     """Carries out given actions at given epochs; without any, nothing ever grows.
 
+    For code. The policy called "schedule" on the command line is `DepthSchedulePolicy`.
+
     Args:
         actions: By epoch, counted from 1.
         tend_seeds: Also try gates and prune refused seeds, as the heuristic does.
@@ -16,7 +18,7 @@ class SchedulePolicy:
         fade_steps: Steps over which a seed in the forward path is faded out.
     """
 
-    name = "schedule"
+    name = "actions"
     reads_losses = False
 
     def __init__(

@@ -157,12 +157,12 @@ def _follow(
     seed = living.get(slot) if slot is not None else None
     if isinstance(event, (GateEvaluated, StageChanged)):
         visit = _visit(record, event)
-        if seed is None:
-            waiting.setdefault(event.slot, []).append(visit)
-        else:
+        if seed is not None:
             _take_over(seed, [visit])
-    if isinstance(event, StageChanged) and event.to_stage is SeedStage.DORMANT:
-        waiting.pop(event.slot, None)
+        elif isinstance(visit, GateVisit):
+            waiting[event.slot] = [visit]  # G0, with which a life begins
+        elif event.to_stage is SeedStage.GERMINATED:
+            waiting.setdefault(event.slot, []).append(visit)
     if seed is not None:
         _note(seed, record, living)
 

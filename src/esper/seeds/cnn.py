@@ -8,12 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from esper.seeds.checkpointing import compute
-from esper.seeds.copied_block import CopiedBlockSeed, check_source
+from esper.seeds.copied_block import copied_blocks
 from esper.seeds.identity import zero_initialise_
 from esper.seeds.noop import NoopSeed
 from esper.seeds.normalization import group_norm
 from esper.seeds.registry import Family, blueprints
 from esper.seeds.seed import Seed
+from esper.seeds.stacked import StackedSeed
 
 _BLOCK_KERNEL_SIZE = 7
 _BLOCK_EXPANSION = 4
@@ -191,17 +192,30 @@ def _block(
     dim: int,
     *,
     source: nn.Module | None = None,
+    depth: int = 1,
     kernel_size: int = _BLOCK_KERNEL_SIZE,
     expansion: int = _BLOCK_EXPANSION,
     checkpointing: bool = False,
 ) -> Seed:
-    """Whole residual block, fresh or copied from the host's module at `source`."""
+    """Whole residual blocks, fresh or copied from the host's module at `source`."""
+    if depth < 1:
+        raise ValueError(f"block: depth must be at least 1, got {depth}")
     if source is not None:
         if kernel_size != _BLOCK_KERNEL_SIZE or expansion != _BLOCK_EXPANSION:
             raise ValueError("block: a copy takes kernel_size and expansion from its source")
-        check_source(source, "block")
-        return CopiedBlockSeed(source, dim, channels_first=True, checkpointing=checkpointing)
+        return copied_blocks(
+            source,
+            dim,
+            blueprint="block",
+            depth=depth,
+            channels_first=True,
+            checkpointing=checkpointing,
+        )
     if expansion < 1:
         raise ValueError(f"block: expansion must be at least 1, got {expansion}")
-    depthwise = _conv(dim, dim, kernel_size, groups=dim)
-    return ConvNeXtBlockSeed(depthwise, dim * expansion, checkpointing=checkpointing)
+
+    def fresh() -> Seed:
+        depthwise = _conv(dim, dim, kernel_size, groups=dim)
+        return ConvNeXtBlockSeed(depthwise, dim * expansion, checkpointing=checkpointing)
+
+    return fresh() if depth == 1 else StackedSeed([fresh() for _ in range(depth)])

@@ -1,5 +1,6 @@
 """A copy of one of the host's own blocks as a seed: depth growth."""
 
+import copy
 from typing import Any
 
 import torch
@@ -7,7 +8,8 @@ from torch import Tensor, nn
 
 from esper.seeds.checkpointing import compute
 from esper.seeds.identity import zero_initialise_
-from esper.seeds.seed import ContextualSeed
+from esper.seeds.seed import ContextualSeed, Seed
+from esper.seeds.stacked import StackedContextualSeed
 
 
 class FeatureGain(nn.Module):
@@ -69,6 +71,10 @@ class CopiedBlockSeed(ContextualSeed):
     def output_layers(self) -> tuple[nn.Module, ...]:
         return (self.gain,)
 
+    @property
+    def copies(self) -> tuple[nn.Module, ...]:
+        return (self.block,)
+
     def train(self, mode: bool = True) -> "CopiedBlockSeed":
         """Set the mode; norms that keep running statistics stay in eval mode."""
         super().train(mode)
@@ -100,14 +106,49 @@ class CopiedBlockSeed(ContextualSeed):
         return difference
 
 
-def check_source(source: object, blueprint: str) -> None:
-    """Raise unless `source` is a module.
+def copied_blocks(
+    source: object,
+    dim: int,
+    *,
+    blueprint: str,
+    depth: int,
+    channels_first: bool,
+    checkpointing: bool,
+) -> Seed:
+    """Return a seed of `depth` copies of one module, each with a gain of its own.
+
+    Args:
+        source: The module; the first copy is itself.
+        dim: Number of features.
+        blueprint: Name for the error.
+        depth: How many copies run one after another.
+        channels_first: Features are dimension 1 rather than the last one.
+        checkpointing: Recompute each block's activations in the backward.
 
     Raises:
-        TypeError: It is something else, a path say.
+        TypeError: The source is no module, a path say.
     """
     if not isinstance(source, nn.Module):
         raise TypeError(
             f"{blueprint}: source must be a module to take over here, got {source!r}; a slot's "
             "germinate(…, source='path') looks paths up in its host and copies the module"
         )
+    blocks = [
+        CopiedBlockSeed(block, dim, channels_first=channels_first, checkpointing=checkpointing)
+        for block in (source, *(copy_module(source) for _ in range(depth - 1)))
+    ]
+    return blocks[0] if depth == 1 else StackedContextualSeed(blocks)
+
+
+def copy_module(module: nn.Module) -> nn.Module:
+    """Return a deep copy that shares the configs of transformers' modules with the original.
+
+    The host's switches, of the attention that it uses, say, reach a copy through its config.
+    """
+    configs = {id(config): config for config in map(_config_of, module.modules())}
+    return copy.deepcopy(module, configs)
+
+
+def _config_of(module: nn.Module) -> Any:
+    """Return what a module of transformers is configured by; None for other modules."""
+    return None if isinstance(config := getattr(module, "config", None), nn.Module) else config

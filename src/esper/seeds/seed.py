@@ -1,7 +1,7 @@
 """What every seed is: a module that adds an increment to its input."""
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ class Seed(nn.Module, ABC):
     `s(x) - x`: that costs no subtraction, and a committed seed equals the inlined module bitwise.
     """
 
-    mixes_tokens: ClassVar[bool] = False
+    mixes_tokens: bool = False
     """Whether a token's increment depends on other tokens. Such a seed keeps no key-value cache:
     slots refuse to run it on tokens whose predecessors are in one."""
 
@@ -29,6 +29,11 @@ class Seed(nn.Module, ABC):
 
         The amplitude search scales them. Empty for a seed that cannot learn.
         """
+
+    @property
+    def copies(self) -> tuple[nn.Module, ...]:
+        """The parts that are copies of the module given as `source`, whole, under its names."""
+        return ()
 
     def linear_map(self) -> Tensor | None:
         """Return M, shape `D D`, if `f(x) = M x` over the features; None for any other seed.

@@ -9,11 +9,12 @@ from torch import Tensor, nn
 
 from esper.seeds.attention import SelfAttention, head_count
 from esper.seeds.checkpointing import compute
-from esper.seeds.copied_block import CopiedBlockSeed, check_source
+from esper.seeds.copied_block import copied_blocks
 from esper.seeds.identity import zero_initialise_
 from esper.seeds.noop import NoopSeed
 from esper.seeds.registry import Family, blueprints
 from esper.seeds.seed import Seed
+from esper.seeds.stacked import StackedSeed
 
 _BLOCK_EXPANSION = 4
 
@@ -210,17 +211,30 @@ def _block(
     dim: int,
     *,
     source: nn.Module | None = None,
+    depth: int = 1,
     heads: int | None = None,
     expansion: int = _BLOCK_EXPANSION,
     causal: bool = True,
     checkpointing: bool = False,
 ) -> Seed:
-    """Whole transformer block, fresh or copied from the host's module at `source`."""
+    """Whole transformer blocks, fresh or copied from the host's module at `source`."""
+    _at_least_one(depth, "depth", "block")
     if source is not None:
         if heads is not None or expansion != _BLOCK_EXPANSION or not causal:
             raise ValueError("block: a copy takes heads, expansion and causal from its source")
-        check_source(source, "block")
-        return CopiedBlockSeed(source, dim, channels_first=False, checkpointing=checkpointing)
+        return copied_blocks(
+            source,
+            dim,
+            blueprint="block",
+            depth=depth,
+            channels_first=False,
+            checkpointing=checkpointing,
+        )
     hidden = dim * _at_least_one(expansion, "expansion", "block")
-    attention = SelfAttention(dim, head_count(dim, heads, "block"), causal=causal)
-    return TransformerBlockSeed(dim, hidden, attention, checkpointing=checkpointing)
+    count = head_count(dim, heads, "block")
+
+    def fresh() -> Seed:
+        attention = SelfAttention(dim, count, causal=causal)
+        return TransformerBlockSeed(dim, hidden, attention, checkpointing=checkpointing)
+
+    return fresh() if depth == 1 else StackedSeed([fresh() for _ in range(depth)])

@@ -20,6 +20,9 @@ from esper.slots.modes import forked_random_state, seed_random_state
 SOURCE_OPTION = "source"
 """The option for which a slot passes a copy of the host's module that it names."""
 
+OWN_SOURCE = "own"
+"""As a source: the module that the slot stands behind."""
+
 _PROBE_SAMPLES = 2
 
 
@@ -96,6 +99,36 @@ def probe_samples(shape: tuple[int, ...]) -> int:
 def derive_random_seed(base: int, path: str, life: int) -> int:
     """Return a random seed that depends on its arguments only, in [0, 2**32)."""
     return zlib.crc32(f"{base}:{path}:{life}".encode())
+
+
+def with_own_source(
+    family: Family, blueprint: str, options: Mapping[str, Any], *, own_path: str
+) -> Mapping[str, Any]:
+    """Return the options with the path of a slot's own module where its source is "own".
+
+    Raises:
+        BlueprintError: Unknown blueprint.
+    """
+    own = options.get(SOURCE_OPTION) == OWN_SOURCE
+    if own and blueprints.get(family, blueprint).copies_host:
+        return {**options, SOURCE_OPTION: own_path}
+    return options
+
+
+def state_source(order: SeedOrder, *, subject: str) -> str:
+    """Return the path of the host's module whose optimizer state a seed is to begin with.
+
+    Raises:
+        ValueError: The seed is no copy.
+    """
+    if not order.copies_host:
+        raise ValueError(
+            f"{subject}: copy_optimizer_state needs a source to copy from, and {order.blueprint!r} "
+            f"with options {dict(order.options)} is no copy; name one, as in germinate('block', "
+            "source='own', copy_optimizer_state=True), or leave it out: a fresh seed starts fresh"
+        )
+    path: str = order.options[SOURCE_OPTION]
+    return path
 
 
 def build_branch(order: SeedOrder) -> SeedBranch:

@@ -1,6 +1,6 @@
 """One parameter group per slot, made once, so that the number of groups never changes."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -99,6 +99,33 @@ class OptimizerBinding:
             group["param_names"].extend(f"{prefix}.{n}" for n, _ in branch.named_parameters())
         self._steps[path] = 0
 
+    def copy_state(
+        self, pairs: Sequence[tuple[nn.Parameter, nn.Parameter]], *, source: str
+    ) -> None:
+        """Let parameters begin with a copy of the optimizer state of others.
+
+        Args:
+            pairs: Original and copy, of the same shape.
+            source: What the originals belong to, for errors.
+
+        Raises:
+            ValueError: The optimizer holds no state of any original, or one that is more than
+                tensors and numbers. Nothing has changed.
+        """
+        optimizer = type(self.optimizer).__name__
+        states = {
+            copy: {key: _copied(value, key, optimizer) for key, value in state.items()}
+            for original, copy in pairs
+            if (state := self.optimizer.state.get(original))
+        }
+        if not states:
+            raise ValueError(
+                f"the {optimizer} holds no state of {source!r} to copy: it has not made a step "
+                "yet, keeps none, or the seed is no copy; leave copy_optimizer_state out"
+            )
+        for parameter, state in states.items():
+            self.optimizer.state[parameter] = state
+
     def remove(self, path: str, branch: SeedBranch) -> None:
         """Empty the slot's group and drop the seed's optimizer state."""
         self._empty(self._groups[path])
@@ -182,6 +209,18 @@ class OptimizerBinding:
         for group, learning_rate in self._restore:
             group["lr"] = learning_rate
         self._restore = []
+
+
+def _copied(value: Any, key: str, optimizer: str) -> Any:
+    """Return a copy of one entry of a parameter's optimizer state: a tensor, or a number."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if value is None or isinstance(value, (bool, int, float)):
+        return value
+    raise ValueError(
+        f"the {optimizer} keeps {key!r} per parameter, a {type(value).__name__}; only tensors and "
+        "numbers can be copied: leave copy_optimizer_state out"
+    )
 
 
 def _adopt_groups(scheduler: Any, before: int, after: int) -> None:

@@ -38,6 +38,8 @@ from esper.slots.germination import (
     derive_random_seed,
     parameters_finite,
     sprout,
+    state_source,
+    with_own_source,
 )
 from esper.slots.gradient_guard import GradientGuard
 from esper.slots.life import SeedLife
@@ -60,19 +62,27 @@ class SeedSlot(LivingSlot):
     # Growing
 
     def germinate(
-        self, blueprint: str, *, blend_operator: BlendOperator | str | None = None, **options: Any
+        self,
+        blueprint: str,
+        *,
+        blend_operator: BlendOperator | str | None = None,
+        copy_optimizer_state: bool = False,
+        **options: Any,
     ) -> list[Event]:
         """Build a seed, prove that it is the identity (G0), and register it.
 
         Args:
             blueprint: A name in the registry for this slot's family.
             blend_operator: None takes the slot's configured one.
-            options: Passed to the blueprint.
+            copy_optimizer_state: A copy begins with the optimizer state of what it is a copy of;
+                by default it starts fresh, as every seed does.
+            options: Passed to the blueprint; `source="own"` is the module in front of the slot.
 
         Raises:
             IllegalTransition: The slot holds a living seed, is cooling down or TERMINATED.
             BlueprintError: Unknown blueprint or option.
-            ValueError: Unknown operator, or the blueprint refuses an option's value or the width.
+            ValueError: Unknown operator, the blueprint refuses an option's value or the width, or
+                there is no optimizer state to copy.
             OwnershipError: The seed shares a parameter with another owner.
             GerminationError: Building raised, the breaker is open, or G0 refused.
             In each case the model is as it was.
@@ -84,6 +94,7 @@ class SeedSlot(LivingSlot):
         wanted = self.config.blend_operator if blend_operator is None else blend_operator
         operator = choose(BlendOperator, wanted, "blend operator")
         order = self._order(blueprint, options, operator)
+        state_of = state_source(order, subject=life.subject) if copy_optimizer_state else None
         random_seed = derive_random_seed(self.config.random_seed, self.path, life.number)
         breaker = owner.breaker(blueprint)
         if not breaker.allows:
@@ -118,14 +129,14 @@ class SeedSlot(LivingSlot):
         events.append(gate)
         if not gate.result.passed:
             raise GerminationError(f"{life.subject}: {gate.result}", events)
-        events.append(self._register(life, new.branch))
+        events.append(self._register(life, new.branch, state_of))
         draws = new.draws_random_numbers
         self._stream = SeparateRandomStream(random_seed) if draws else None
         events.append(
             SeedGerminated(
                 slot=self.path,
                 blueprint=blueprint,
-                options=options,
+                options=dict(order.options),
                 param_count=new.branch.param_count,
                 blend_operator=operator,
                 isolation=self.isolation,
@@ -140,7 +151,7 @@ class SeedSlot(LivingSlot):
     ) -> SeedOrder:
         return SeedOrder(
             blueprint=blueprint,
-            options=options,
+            options=with_own_source(self.family, blueprint, options, own_path=self.path),
             blend_operator=blend_operator,
             layout=self.layout,
             device=self.blend_alpha.device,
@@ -150,14 +161,14 @@ class SeedSlot(LivingSlot):
             samples=self.example_samples,
         )
 
-    def _register(self, life: SeedLife, branch: SeedBranch) -> Event:
+    def _register(self, life: SeedLife, branch: SeedBranch, state_of: str | None) -> Event:
         branch.train(self.training)
-        committed = list(self.branches)
-        self.branches = nn.ModuleList([*committed, branch])
+        before = self.branches
+        self.branches = nn.ModuleList([*before, branch])
         try:
-            self._attached().seed_added(self.path, branch)
+            self._attached().seed_added(self.path, branch, state_of=state_of)
         except BaseException:
-            self.branches = nn.ModuleList(committed)
+            self.branches = before
             raise
         self._life = life
         self.nonfinite_gradients.zero_()

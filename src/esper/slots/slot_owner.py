@@ -24,8 +24,14 @@ class SlotOwner(Protocol):
     def copy_of_host_module(self, name: str) -> nn.Module:
         """Return a copy of a module of the host, without slots and seeds."""
 
-    def seed_added(self, path: str, branch: SeedBranch) -> None:
-        """Take note that a seed was registered."""
+    def seed_added(self, path: str, branch: SeedBranch, *, state_of: str | None = None) -> None:
+        """Take note that a seed was registered.
+
+        Args:
+            path: Of the slot.
+            branch: The seed with its operator.
+            state_of: Of the module whose optimizer state its copies begin with.
+        """
 
     def seed_removed(self, path: str, branch: SeedBranch) -> None:
         """Take note that a seed was removed."""

@@ -1,6 +1,5 @@
 """All slots of one model, and what they share: ownership, the optimizer, caches."""
 
-import copy
 import difflib
 import weakref
 from collections.abc import Hashable, Iterator, Mapping
@@ -14,6 +13,7 @@ from esper.lifecycle.actions import BlueprintChoice
 from esper.lifecycle.events import CachesSwept, Event
 from esper.lifecycle.stages import SeedStage
 from esper.seeds.block_masks import block_masks
+from esper.seeds.copied_block import copy_module
 from esper.seeds.registry import blueprints
 from esper.slots.branch import SeedBranch
 from esper.slots.breaker import CircuitBreaker
@@ -219,24 +219,49 @@ class SlotSet(Mapping[str, SeedSlot]):
             raise ValueError(
                 f"source={name!r}: {type(self.model).__name__} has no such module{hint}"
             )
-        source = self.model.get_submodule(name)
-        # The host's switches, of the attention that it uses, say, reach a copy through its config.
-        configs = {id(config): config for config in map(_config_of, source.modules())}
-        module = copy.deepcopy(source, configs)
+        module = copy_module(self.model.get_submodule(name))
         remove_slots(module)
         for part in module.modules():  # hooks are the host's or its user's, not a seed's
             part._forward_hooks.clear()  # noqa: SLF001 – torch has no other way to drop them
             part._forward_pre_hooks.clear()  # noqa: SLF001
         return module.requires_grad_(requires_grad=True)
 
-    def seed_added(self, path: str, branch: SeedBranch) -> None:
-        """Give a new seed to the optimizer."""
+    def seed_added(self, path: str, branch: SeedBranch, *, state_of: str | None = None) -> None:
+        """Give a new seed to the optimizer.
+
+        Args:
+            path: Of the slot.
+            branch: The seed with its operator.
+            state_of: Of the module whose optimizer state its copies begin with; None leaves the
+                whole seed without.
+
+        Raises:
+            ValueError: There is no optimizer or no state to copy; nothing has changed.
+        """
+        if state_of is not None:
+            self._copy_optimizer_state(state_of, branch)
         self._host_parameters = None
         self._seeds_changed += 1
         for slot in self._slots.values():
             slot.prepare_seeds()
         if self.binding is not None:
             self.binding.add(path, branch)
+
+    def _copy_optimizer_state(self, source: str, branch: SeedBranch) -> None:
+        if self.binding is None:
+            raise ValueError(
+                f"there is no optimizer to copy the state of {source!r} in; call "
+                "slots.bind(optimizer) first, which esper.Growth does"
+            )
+        originals = dict(self.model.get_submodule(source).named_parameters())
+        self.binding.copy_state(
+            [
+                (originals[name], parameter)
+                for copied in branch.seed.copies
+                for name, parameter in copied.named_parameters()
+            ],
+            source=source,
+        )
 
     def seed_removed(self, path: str, branch: SeedBranch) -> None:
         """Take a pruned seed from the optimizer and remember what must be gone."""
@@ -310,11 +335,6 @@ class SlotSet(Mapping[str, SeedSlot]):
             order.dtype,
         )
         return self._shape_probes.get_or_make(key, lambda: fits(order))
-
-
-def _config_of(module: nn.Module) -> Any:
-    """Return what a module of transformers is configured by; None for other modules."""
-    return None if isinstance(config := getattr(module, "config", None), nn.Module) else config
 
 
 def _owner_name(path: str) -> str:

@@ -6,7 +6,8 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from esper.policies.heuristic import HeuristicConfig
+from esper.policies.depth_schedule import DepthScheduleConfig
+from esper.policies.heuristic import HeuristicConfig, HeuristicPolicy
 from esper.slots.config import SlotConfig
 from esper.training.held_out import HeldOut
 
@@ -47,6 +48,8 @@ class Task:
     Attributes:
         build: Random seed to setup; the same seed gives the same host and data order.
         metric: Name of the metric that people quote, among those of the held-out data.
+        policy: The one that decides where none is named.
+        warmup_fraction: Share of a run in which the learning rate rises.
         threads: CPU threads that suit the host; None leaves torch's choice.
     """
 
@@ -58,4 +61,7 @@ class Task:
     learning_rate: float
     slot: SlotConfig
     heuristic: HeuristicConfig
+    depth_schedule: DepthScheduleConfig
+    policy: str = HeuristicPolicy.name
+    warmup_fraction: float = 0.0
     threads: int | None = None

@@ -232,7 +232,10 @@ class Growth:
     def _germinate(self, slot: SeedSlot, action: Germinate) -> None:
         try:
             events = slot.germinate(
-                action.blueprint, blend_operator=action.blend_operator, **action.options
+                action.blueprint,
+                blend_operator=action.blend_operator,
+                copy_optimizer_state=action.copy_optimizer_state,
+                **action.options,
             )
         except (GerminationError, ValueError) as error:
             earlier = error.events if isinstance(error, GerminationError) else []

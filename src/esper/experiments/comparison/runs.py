@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import random
 from collections.abc import Mapping
 
 import torch
@@ -11,10 +12,12 @@ from esper.experiments.run import GrowingRun, build_setup, prepare
 from esper.lifecycle.actions import Germinate
 from esper.lifecycle.events import EventRecord, SeedCommitted, SeedGerminated, SeedPruned
 from esper.lifecycle.record import Record
-from esper.policies.replay import ReplayPolicy, random_epochs
+from esper.policies.depth_schedule import DepthSchedulePolicy
+from esper.policies.replay import ReplayPolicy
+from esper.policies.timing import FractionTiming
 from esper.slots.committed_seed import CommittedSeed
 from esper.slots.slot_set import SlotSet
-from esper.training.policy import FrugalPolicy
+from esper.training.policy import FrugalPolicy, Policy
 from esper.training.run_cost import RunCost
 
 
@@ -115,7 +118,7 @@ def execute(request: RunRequest, config: RunConfig) -> RunResult:
     setup = build_setup(configured)
     if not request.grows:  # evaluated once at most, in the end: nothing hangs on it
         configured = _deciding_every(configured, request.epochs * len(setup.batches))
-    policy = _replay(request, configured) if request.at_random_times else None
+    policy = _at_random_times(request, config) if request.at_random_times else None
     run = prepare(configured, run_id=request.key, sinks=[record], setup=setup, policy=policy)
     if policy is None:
         for grown in request.topology:
@@ -145,11 +148,16 @@ def _deciding_every(config: RunConfig, steps: int) -> RunConfig:
     return config.model_copy(update={"trainer": trainer})
 
 
-def _replay(request: RunRequest, config: RunConfig) -> ReplayPolicy:
+def _at_random_times(request: RunRequest, config: RunConfig) -> Policy:
     """Return a policy that grows the request's seeds in their order, at random times."""
+    draw = random.Random(request.random_seed)  # noqa: S311 – no secret
+    if config.policy == DepthSchedulePolicy.name:
+        stable = (config.warmup_fraction, 1.0 - config.decay_fraction)
+        events = sorted(draw.uniform(*stable) for _ in config.depth_schedule.fractions)
+        return DepthSchedulePolicy(config.depth_schedule, timing=FractionTiming(events))
     heuristic = config.heuristic
     last = max(1, int(heuristic.last_germination_fraction * request.epochs))
-    epochs = random_epochs(len(request.topology), last, request.random_seed)
+    epochs = sorted(draw.randint(1, last) for _ in request.topology)
     plan = [
         (
             epoch,

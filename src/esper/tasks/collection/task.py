@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from esper.policies.depth_schedule import DepthScheduleConfig
 from esper.policies.heuristic import HeuristicConfig
 from esper.slots.config import SlotConfig
 from esper.slots.modes import forked_random_state
@@ -42,6 +43,8 @@ def collection_task(name: str) -> Task:
             learning_rate=TEXT.learning_rate,
             slot=TEXT.slot,
             heuristic=TEXT.heuristic,
+            depth_schedule=TEXT.depth_schedule,
+            policy=TEXT.policy,
             threads=TEXT.threads,
         )
     return Task(
@@ -55,6 +58,7 @@ def collection_task(name: str) -> Task:
         heuristic=HeuristicConfig(
             blueprints=("conv_heavy",), warmup_epochs=3, plateau_fraction=1.0, max_living=2
         ),
+        depth_schedule=DepthScheduleConfig(blueprint="conv_heavy", factor=2),
     )
 
 

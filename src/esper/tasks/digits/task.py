@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from esper.policies.depth_schedule import DepthScheduleConfig
 from esper.policies.heuristic import HeuristicConfig
 from esper.slots.config import SlotConfig
 from esper.slots.modes import forked_random_state
@@ -58,6 +59,7 @@ DIGITS = Task(
     heuristic=HeuristicConfig(
         blueprints=("conv_heavy",), warmup_epochs=3, plateau_fraction=1.0, max_living=2
     ),
+    depth_schedule=DepthScheduleConfig(blueprint="conv_heavy", factor=2),
     threads=1,  # the steps are too short to share between cores
 )
 """Settings chosen on seeds 0 to 4 of the validation split; see benchmarks/digits_growth.py."""

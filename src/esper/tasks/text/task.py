@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from esper.lifecycle.gates import GateThresholds
+from esper.policies.depth_schedule import DepthScheduleConfig
 from esper.policies.heuristic import HeuristicConfig
 from esper.slots.config import SlotConfig
 from esper.slots.modes import forked_random_state
@@ -87,7 +88,9 @@ TEXT = Task(
     build=build,
     metric="bits_per_byte",
     epochs=56,
-    learning_rate=3e-3,
+    policy="schedule",
+    learning_rate=4e-3,
+    warmup_fraction=0.05,
     slot=SlotConfig(
         max_committed=2,
         thresholds=GateThresholds(min_contribution_fraction=0.0005),
@@ -100,6 +103,7 @@ TEXT = Task(
         max_living=2,
         patience_epochs=10,
     ),
+    depth_schedule=DepthScheduleConfig(),
     threads=1,  # two threads that wait for each other stall where others use the machine
 )
 """Settings chosen on seed 0 of the validation split. A block that pays in the end saves little at
