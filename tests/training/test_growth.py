@@ -391,3 +391,24 @@ def test_a_frugal_policy_has_only_those_seeds_weighed_that_it_asks_for() -> None
     late = [r.epoch for r in problem.recorder.records if isinstance(r.event, AmplitudeSearched)]
     assert min(searched) < 5
     assert late == [epoch for epoch in searched if epoch >= 5], "events count epochs from 0"
+
+
+@pytest.mark.parametrize(("interval", "decisions"), [(None, 2), (4, 8)])
+def test_a_policy_sees_the_mean_training_loss_since_its_last_decision(
+    interval: int | None, decisions: int
+) -> None:
+    class Watching(Script):
+        seen: tuple[float, ...] = ()
+
+        def decide(self, state: GrowthState) -> Sequence[Action]:
+            self.seen = state.train_losses
+            return []
+
+    policy = Watching({})
+    trainer = make_problem().trainer(policy, epochs=2, decision_interval_steps=interval)
+    reports = trainer.fit()
+    assert len(policy.seen) == decisions
+    per_epoch = decisions // 2
+    for report, start in zip(reports, (0, per_epoch), strict=True):
+        part = policy.seen[start : start + per_epoch]
+        assert sum(part) / per_epoch == pytest.approx(report.train_loss)

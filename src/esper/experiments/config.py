@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import Field, FiniteFloat, ValidationError, model_validator
 
 from esper.lifecycle.record import Record
-from esper.policies.depth_schedule import DepthScheduleConfig, DepthSchedulePolicy
+from esper.policies.depth_schedule import SLOPE, DepthScheduleConfig, DepthSchedulePolicy
 from esper.policies.heuristic import HeuristicConfig, HeuristicPolicy
 from esper.slots.config import SlotConfig
 from esper.tasks.named import named_task
@@ -50,13 +50,16 @@ class RunConfig(Record):
 
     @model_validator(mode="after")
     def _grows_in_the_stable_phase(self) -> "RunConfig":
+        schedule = self.depth_schedule
         if self.policy == DepthSchedulePolicy.name:
-            _check_growth_times(self)
+            _check_growth_times(self, "fractions", schedule.fractions[0], schedule.fractions[-1])
+        elif self.policy == SLOPE:
+            earliest, latest = schedule.earliest_fraction, schedule.latest_fraction
+            _check_growth_times(self, "earliest_fraction and latest_fraction", earliest, latest)
         return self
 
 
-def _check_growth_times(config: RunConfig) -> None:
-    last = config.depth_schedule.fractions[-1]
+def _check_growth_times(config: RunConfig, names: str, first: float, last: float) -> None:
     if config.schedule == "cosine":
         raise ValueError(
             "schedule=cosine falls from the first step, and the policy schedule grows while the "
@@ -64,15 +67,14 @@ def _check_growth_times(config: RunConfig) -> None:
         )
     if config.schedule == "wsd" and last + config.decay_fraction > 1.0 + _ROUNDING:
         raise ValueError(
-            f"depth_schedule.fractions has {last}, when the learning rate is falling already: with "
+            f"depth_schedule.{names}: at {last} the learning rate is falling already, with "
             f"decay_fraction={config.decay_fraction} it is stable up to "
             f"{1.0 - config.decay_fraction:.4g} of the run; grow earlier, or let it fall later"
         )
-    first = config.depth_schedule.fractions[0]
     if first < config.warmup_fraction:
         raise ValueError(
-            f"depth_schedule.fractions has {first}, when the learning rate is rising still: it is "
-            f"stable from warmup_fraction={config.warmup_fraction} of the run on; grow later"
+            f"depth_schedule.{names}: at {first} the learning rate is rising still; it is stable "
+            f"from warmup_fraction={config.warmup_fraction} of the run on, grow later"
         )
     trial = config.slot.thresholds.trial_epochs
     if config.depth_schedule.patience_epochs <= trial:

@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from esper.experiments.config import RunConfig, SettingsError
 from esper.lifecycle.events import RunFinished, RunStarted
-from esper.policies.depth_schedule import DepthSchedulePolicy
+from esper.policies.depth_schedule import SLOPE, DepthSchedulePolicy, slope_policy
 from esper.policies.heuristic import HeuristicPolicy
 from esper.policies.named import named_policy
 from esper.slots.attach import attach
@@ -181,4 +181,6 @@ def _policy(config: RunConfig) -> Policy:
         return HeuristicPolicy(config.heuristic)
     if config.policy == DepthSchedulePolicy.name:
         return DepthSchedulePolicy(config.depth_schedule)
+    if config.policy == SLOPE:
+        return slope_policy(config.depth_schedule)
     return named_policy(config.policy, random_seed=config.random_seed)

@@ -139,6 +139,8 @@ class GrowthState(Record):
     max_epochs: int | None = None
     losses: tuple[float, ...] = ()
     """Held-out loss after each epoch so far, oldest first."""
+    train_losses: tuple[float, ...] = ()
+    """Mean training loss of each epoch so far; empty where the loop does not tell it."""
     slots: tuple[SlotState, ...] = ()
 
     def slot(self, path: str) -> SlotState:

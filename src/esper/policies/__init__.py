@@ -1,12 +1,12 @@
 """Policies that decide when and where to grow (design names: Tamiyo, Simic)."""
 
-from esper.policies.depth_schedule import DepthScheduleConfig, DepthSchedulePolicy
+from esper.policies.depth_schedule import DepthScheduleConfig, DepthSchedulePolicy, slope_policy
 from esper.policies.heuristic import HeuristicConfig, HeuristicPolicy
 from esper.policies.named import POLICY_NAMES, named_policy
 from esper.policies.random import RandomPolicy
 from esper.policies.schedule import SchedulePolicy
 from esper.policies.tending import tend
-from esper.policies.timing import FractionTiming, GrowthTiming
+from esper.policies.timing import FractionTiming, GrowthTiming, SlopeTiming
 
 __all__ = [
     "POLICY_NAMES",
@@ -18,6 +18,8 @@ __all__ = [
     "HeuristicPolicy",
     "RandomPolicy",
     "SchedulePolicy",
+    "SlopeTiming",
     "named_policy",
+    "slope_policy",
     "tend",
 ]

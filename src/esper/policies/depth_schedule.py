@@ -17,8 +17,11 @@ from esper.lifecycle.alpha import AlphaMode
 from esper.lifecycle.record import Record
 from esper.lifecycle.stages import LIVING_STAGES, SeedStage
 from esper.policies.tending import tend
-from esper.policies.timing import FractionTiming, GrowthTiming, elapsed_fraction
+from esper.policies.timing import FractionTiming, GrowthTiming, SlopeTiming, elapsed_fraction
 from esper.seeds.registry import blueprints
+
+SLOPE = "slope"
+"""Name of the policy that grows as the schedule does, when the slope of the loss says so."""
 
 DEPTH_OPTION = "depth"
 """The option by which a blueprint takes how many blocks one seed is."""
@@ -42,6 +45,13 @@ class DepthScheduleConfig(Record):
     layer. The new blocks are shared evenly among events and slots."""
     fractions: Annotated[tuple[ShareOfRun, ...], Field(min_length=1)] = (0.25,)
     """Of the run, when it grows; one event each."""
+    max_drop_fraction: Annotated[FiniteFloat, Field(gt=0.0)] = 0.6
+    """By slope: it grows once the loss, falling on along its slope to the end of the run, would
+    fall by no more than this share of itself; a larger share grows earlier."""
+    earliest_fraction: ShareOfRun = 0.1
+    """By slope: of the run, before which it does not grow."""
+    latest_fraction: ShareOfRun = 0.5
+    """By slope: of the run, when it grows in any case."""
     min_layers: Annotated[int, Field(ge=1)] = 2
     """Slots there must be at least: depth grown from a single layer was measured to pay less than
     a network of the same compute from the start."""
@@ -64,6 +74,11 @@ class DepthScheduleConfig(Record):
             raise ValueError(
                 f"fractions must lie before verdict_fraction {self.verdict_fraction}, when seeds "
                 f"are judged for the last time; got {self.fractions}"
+            )
+        if not self.earliest_fraction <= self.latest_fraction < self.verdict_fraction:
+            raise ValueError(
+                "earliest_fraction, latest_fraction and verdict_fraction must rise, got "
+                f"{self.earliest_fraction}, {self.latest_fraction} and {self.verdict_fraction}"
             )
         if DEPTH_OPTION in self.options:
             raise ValueError(
@@ -96,7 +111,6 @@ class DepthSchedulePolicy:
     """
 
     name = "schedule"
-    reads_losses = False
 
     def __init__(
         self, config: DepthScheduleConfig | None = None, *, timing: GrowthTiming | None = None
@@ -105,6 +119,11 @@ class DepthSchedulePolicy:
         self.timing = timing or FractionTiming(self.config.fractions)
         self._num_past = 0
         self._pending: list[str] = []
+
+    @property
+    def reads_losses(self) -> bool:
+        """Whether its timing may: shares of the run and the training loss are known anyway."""
+        return not isinstance(self.timing, (FractionTiming, SlopeTiming))
 
     def weighs(self, state: GrowthState) -> Sequence[str]:
         """Return the slots whose verdict is called, and those that a gate may ask about anyway."""
@@ -197,6 +216,18 @@ class DepthSchedulePolicy:
             options=options,
             copy_optimizer_state=config.copy_optimizer_state,
         )
+
+
+def slope_policy(config: DepthScheduleConfig) -> DepthSchedulePolicy:
+    """Return the policy called "slope": the same growth, at the time that the loss tells."""
+    timing = SlopeTiming(
+        config.max_drop_fraction,
+        earliest_fraction=config.earliest_fraction,
+        latest_fraction=config.latest_fraction,
+    )
+    policy = DepthSchedulePolicy(config, timing=timing)
+    policy.name = SLOPE
+    return policy
 
 
 def _learns_live(slot: SlotState) -> bool:

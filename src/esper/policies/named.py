@@ -3,7 +3,12 @@
 import difflib
 from collections.abc import Callable, Mapping
 
-from esper.policies.depth_schedule import DepthSchedulePolicy
+from esper.policies.depth_schedule import (
+    SLOPE,
+    DepthScheduleConfig,
+    DepthSchedulePolicy,
+    slope_policy,
+)
 from esper.policies.heuristic import HeuristicPolicy
 from esper.policies.random import RandomPolicy
 from esper.policies.schedule import SchedulePolicy
@@ -12,6 +17,7 @@ from esper.training.policy import Policy
 _MAKERS: Mapping[str, Callable[[int], Policy]] = {
     "heuristic": lambda _: HeuristicPolicy(),
     "schedule": lambda _: DepthSchedulePolicy(),
+    SLOPE: lambda _: slope_policy(DepthScheduleConfig()),
     "random": RandomPolicy,
     "none": lambda _: SchedulePolicy({}),
 }

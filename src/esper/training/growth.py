@@ -92,6 +92,7 @@ class Growth:
         self.step = 0
         self.losses: list[float] = []
         """Held-out loss after each epoch."""
+        self.train_losses: list[float] = []
         self._clock = clock
         self._timer = StepTimer()
         self._step_seconds_before: dict[str, float | None] = {}
@@ -125,13 +126,16 @@ class Growth:
         if events:
             self.publish(events)
 
-    def after_epoch(self, evaluate: Evaluate) -> dict[str, float]:
+    def after_epoch(
+        self, evaluate: Evaluate, *, train_loss: float | None = None
+    ) -> dict[str, float]:
         """Evaluate, measure the seeds, let the policy decide, and carry that out.
 
         Args:
             evaluate: Returns the held-out loss, or metrics with a "loss". A `HeldOut` measures
                 seeds in one fused forward, and tells how certain the measurement is; any other
                 function is called once more per variant, with the model in eval mode.
+            train_loss: Mean over the epoch's steps, for policies that decide by it.
 
         Returns:
             The metrics, as evaluated before any decision.
@@ -141,6 +145,8 @@ class Growth:
 
         Effects: waits for the device. Structure may change: the next backward must be a new step.
         """
+        if train_loss is not None:
+            self.train_losses.append(train_loss)
         with self.meter.decision():
             return self._decide(evaluate)
 
@@ -180,6 +186,7 @@ class Growth:
             step=self.step,
             max_epochs=self.max_epochs,
             losses=tuple(self.losses),
+            train_losses=tuple(self.train_losses),
             slots=tuple(slot.state() for slot in self.slots.values()),
         )
 

@@ -119,18 +119,21 @@ class Trainer:
     def _epoch(self, epoch: int) -> EpochReport:
         interval = self.config.decision_interval_steps
         losses: list[Tensor] = []
+        undecided = 0
         for group in self._accumulation_groups():
             self.model.train()
             loss = self._step(group)
             if loss is not None:
                 losses.append(loss)
+                undecided += 1
             if interval is not None and self.growth.step % interval == 0:
-                self._decide()
+                self._decide(losses[len(losses) - undecided :])
+                undecided = 0
         if interval is None:
-            self._decide()
+            self._decide(losses)
         if self.config.scheduler_interval == "epoch":
             self._step_scheduler()
-        train_loss = float(torch.stack(losses).mean()) if losses else math.nan
+        train_loss = _mean(losses)
         self.growth.meter.stop()
         cost = self.growth.meter.cost
         measured = {"train_loss": train_loss}
@@ -147,8 +150,8 @@ class Trainer:
             cost=cost,
         )
 
-    def _decide(self) -> None:
-        self._metrics = self.growth.after_epoch(self._evaluate)
+    def _decide(self, losses: list[Tensor]) -> None:
+        self._metrics = self.growth.after_epoch(self._evaluate, train_loss=_mean(losses))
 
     def _step_scheduler(self) -> None:
         if isinstance(self._scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
@@ -215,3 +218,8 @@ class Trainer:
         names = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
         dtype = names[self.config.precision]
         return torch.autocast(self._device.type, dtype=dtype, enabled=dtype is not None)
+
+
+def _mean(losses: list[Tensor]) -> float:
+    """Return the mean loss of steps; NaN where there is none. Waits for the device."""
+    return float(torch.stack(losses).mean()) if losses else math.nan

@@ -12,7 +12,7 @@ from esper.experiments.run import GrowingRun, build_setup, prepare
 from esper.lifecycle.actions import Germinate
 from esper.lifecycle.events import EventRecord, SeedCommitted, SeedGerminated, SeedPruned
 from esper.lifecycle.record import Record
-from esper.policies.depth_schedule import DepthSchedulePolicy
+from esper.policies.depth_schedule import SLOPE, DepthSchedulePolicy
 from esper.policies.replay import ReplayPolicy
 from esper.policies.timing import FractionTiming
 from esper.slots.committed_seed import CommittedSeed
@@ -151,7 +151,7 @@ def _deciding_every(config: RunConfig, steps: int) -> RunConfig:
 def _at_random_times(request: RunRequest, config: RunConfig) -> Policy:
     """Return a policy that grows the request's seeds in their order, at random times."""
     draw = random.Random(request.random_seed)  # noqa: S311 – no secret
-    if config.policy == DepthSchedulePolicy.name:
+    if config.policy in (DepthSchedulePolicy.name, SLOPE):
         stable = (config.warmup_fraction, 1.0 - config.decay_fraction)
         events = sorted(draw.uniform(*stable) for _ in config.depth_schedule.fractions)
         return DepthSchedulePolicy(config.depth_schedule, timing=FractionTiming(events))
