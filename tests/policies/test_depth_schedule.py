@@ -247,6 +247,8 @@ def test_a_run_of_unknown_length_is_refused():
         ({"fractions": (0.0,)}, "greater than 0"),
         ({"fractions": (0.4, 0.2)}, "fractions must rise"),
         ({"fractions": (0.7,)}, "before verdict_fraction 0.7"),
+        ({"slots": ()}, "slots must name each slot once and at least one"),
+        ({"slots": ("a", "b", "a")}, "slots must name each slot once and at least one"),
         ({"options": {"depth": 2}}, "must leave out 'depth'"),
         ({"copy_optimizer_state": True}, "needs copies"),
     ],

@@ -65,6 +65,11 @@ class DepthScheduleConfig(Record):
                 f"fractions must lie before verdict_fraction {self.verdict_fraction}, when seeds "
                 f"are judged for the last time; got {self.fractions}"
             )
+        if self.slots is not None and (not self.slots or len(set(self.slots)) < len(self.slots)):
+            raise ValueError(
+                f"slots must name each slot once and at least one, got {self.slots}; leave it out "
+                "for all of them"
+            )
         if DEPTH_OPTION in self.options:
             raise ValueError(
                 f"options must leave out {DEPTH_OPTION!r}, which follows from factor, fractions "
