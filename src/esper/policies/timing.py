@@ -11,7 +11,7 @@ class GrowthTiming(Protocol):
 
     @property
     def num_events(self) -> int:
-        """How many events there will be in a run, at least 1; the new depth is shared among them."""
+        """How many events a run has, at least 1; the new depth is shared among them."""
 
     def due(self, state: GrowthState, *, num_past: int) -> bool:
         """Return whether the next event is due.
