@@ -58,6 +58,7 @@ class Problem:
     def trainer(self, policy: esper.Policy, epochs: int, **settings: Any) -> esper.Trainer:
         scheduler = settings.pop("scheduler", None)
         evaluate = settings.pop("evaluate", self.held_out)
+        count_flops = settings.pop("count_flops", False)
         growth = esper.Growth(
             self.slots,
             self.optimizer,
@@ -66,6 +67,7 @@ class Problem:
             max_epochs=epochs,
             sinks=[self.recorder],
             clock=lambda: 0.0,
+            count_flops=count_flops,
         )
         config = esper.TrainerConfig(epochs=epochs, **settings)
         return esper.Trainer(

@@ -373,3 +373,21 @@ def test_step_time_budget_is_judged_where_one_is_set(budget: float, committed: i
         e.result for e in problem.recorder.of(GateEvaluated) if e.result.gate is Gate.G4
     ]
     assert "step_time_ratio" in {check.name for check in judged.checks}
+
+
+def test_a_frugal_policy_has_only_those_seeds_weighed_that_it_asks_for() -> None:
+    class Late(Script):
+        reads_losses = False
+
+        def weighs(self, state: GrowthState) -> list[str]:
+            return ["embed"] if state.epoch >= 6 else []
+
+    script = {2: [Germinate(slot="embed", blueprint="mlp")]}
+    problem = make_problem()
+    problem.trainer(Late(script), epochs=7).fit()
+    every = make_problem()
+    every.trainer(Script(script), epochs=7).fit()
+    searched = [r.epoch for r in every.recorder.records if isinstance(r.event, AmplitudeSearched)]
+    late = [r.epoch for r in problem.recorder.records if isinstance(r.event, AmplitudeSearched)]
+    assert min(searched) < 5
+    assert late == [epoch for epoch in searched if epoch >= 5], "events count epochs from 0"

@@ -3,6 +3,7 @@
 import typer
 
 from esper.cli.blueprints import blueprints
+from esper.cli.compare import compare
 from esper.cli.doctor import doctor
 from esper.cli.grow import grow
 from esper.cli.inspecting import inspect
@@ -15,6 +16,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(grow)
+app.command()(compare)
 app.command()(inspect)
 app.command()(blueprints)
 app.command()(doctor)

@@ -20,10 +20,11 @@ from esper.report.picture import draw_run
 from esper.report.story import RunStory, tell
 from esper.tasks.collection.address import SCHEMES, SETTINGS_HELP
 from esper.tasks.named import TASKS
+from esper.tasks.own import OWN_SCHEME
 from esper.tasks.task import TaskDataError
 from esper.telemetry.run_store import RunFolderError, RunReader
 
-_KNOWN_TASKS = (*TASKS, *SCHEMES)
+_KNOWN_TASKS = (*TASKS, *SCHEMES, OWN_SCHEME)
 _MAX_TASK_CHARACTERS = 80
 
 
@@ -70,7 +71,7 @@ def grow(
     """Train TASK and grow its network while it trains."""
     if quiet and as_json:
         raise typer.BadParameter("--quiet and --json exclude each other")
-    name = _only_task(task, task_option)
+    name = only_task(task, task_option)
     options: dict[str, Any] = {"policy": policy, "random_seed": seed}
     if epochs is not None:
         options["trainer"] = {"epochs": epochs}
@@ -86,7 +87,7 @@ def grow(
     if dry_run:
         console.out(settings.model_dump_json(indent=2), highlight=False)
         return
-    folder = out or Path("runs") / _folder_name(settings.task)
+    folder = out or Path("runs") / folder_name(settings.task, datetime.now(UTC))
     view = _view(console, settings, quiet=quiet, as_json=as_json)
     networks = {"grown": _train_grown(settings, folder, view)}
     if control:
@@ -101,7 +102,8 @@ def grow(
     _conclude(console, folder, story, networks, quiet=quiet, as_json=as_json)
 
 
-def _only_task(argument: str | None, option: str | None) -> str:
+def only_task(argument: str | None, option: str | None) -> str:
+    """Return the one task that is named, as an argument or as an option."""
     if (argument is None) == (option is None):
         given = "is missing" if argument is None else f"is given twice: {argument}, --task {option}"
         raise typer.BadParameter(
@@ -111,12 +113,12 @@ def _only_task(argument: str | None, option: str | None) -> str:
     return argument or option or ""
 
 
-def _folder_name(task: str) -> str:
+def folder_name(task: str, time: datetime) -> str:
     """Return a name for the run that every file system takes; of a long path the end is kept."""
     scheme, _, name = task.rpartition(":")
     plain = re.sub(r"[^A-Za-z0-9._-]+", "-", name)[-_MAX_TASK_CHARACTERS:].strip("-.")
     kind = f"{scheme}-" if scheme else ""
-    return f"{kind}{plain}-{datetime.now(UTC):%Y%m%d-%H%M%S-%f}"
+    return f"{kind}{plain}-{time:%Y%m%d-%H%M%S-%f}"
 
 
 def _view(console: Console, settings: RunConfig, *, quiet: bool, as_json: bool) -> RunView:
@@ -197,11 +199,11 @@ def _conclude(
     console.print()
     console.print("run folder  ", end="")
     console.print(str(folder), style="bold", highlight=False, soft_wrap=True)
-    story_command = f"{_program()} inspect {folder}"
+    story_command = f"{program()} inspect {folder}"
     console.print(f"its story    {story_command}", highlight=False, soft_wrap=True)
 
 
-def _program() -> str:
+def program() -> str:
     """Return how this program can be called again: by name if it is on the path."""
     if shutil.which("esper") is not None:
         return "esper"

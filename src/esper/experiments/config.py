@@ -36,8 +36,13 @@ class RunConfig(Record):
     what grows in the stable phase has a full learning rate left."""
     decay_fraction: Annotated[FiniteFloat, Field(gt=0.0, le=1.0)] = 0.3
     """Share of the run in which wsd falls."""
+    warmup_fraction: Annotated[FiniteFloat, Field(ge=0.0, lt=1.0)] = 0.0
+    """Share of the run in which the learning rate first rises."""
     threads: Annotated[int, Field(ge=1)] | None = None
     """CPU threads of torch in this process; None leaves torch's choice."""
+    count_flops: bool = True
+    """Whether floating-point operations are counted; the first step of each structure and every
+    decision then run slower."""
     trainer: TrainerConfig
     slot: SlotConfig
     heuristic: HeuristicConfig
@@ -63,6 +68,12 @@ def _check_growth_times(config: RunConfig) -> None:
             f"decay_fraction={config.decay_fraction} it is stable up to "
             f"{1.0 - config.decay_fraction:.4g} of the run; grow earlier, or let it fall later"
         )
+    first = config.depth_schedule.fractions[0]
+    if first < config.warmup_fraction:
+        raise ValueError(
+            f"depth_schedule.fractions has {first}, when the learning rate is rising still: it is "
+            f"stable from warmup_fraction={config.warmup_fraction} of the run on; grow later"
+        )
     trial = config.slot.thresholds.trial_epochs
     if config.depth_schedule.patience_epochs <= trial:
         raise ValueError(
@@ -78,6 +89,7 @@ def task_defaults(task: Task) -> dict[str, Any]:
         "task": task.name,
         "policy": task.policy,
         "learning_rate": task.learning_rate,
+        "warmup_fraction": task.warmup_fraction,
         "threads": task.threads,
         "trainer": {"epochs": task.epochs, "scheduler_interval": "step"},
         "slot": task.slot.model_dump(mode="json"),

@@ -63,6 +63,7 @@ def prepare(
     run_id: str,
     sinks: Sequence[Sink] = (),
     setup: TaskSetup | None = None,
+    policy: Policy | None = None,
 ) -> GrowingRun:
     """Build host, slots, optimizer, policy and loop.
 
@@ -71,6 +72,7 @@ def prepare(
         run_id: Published with its start.
         sinks: Receive every event and metric.
         setup: From `build_setup`, used by one run only; None builds it.
+        policy: Decides instead of the one that `config` names.
 
     Raises:
         SettingsError: The depth schedule cannot be carried out on this host.
@@ -87,13 +89,14 @@ def prepare(
     epoch_steps = math.ceil(len(setup.batches) / config.trainer.accumulation_steps)
     total_steps = config.trainer.epochs * epoch_steps
     interval_steps = config.trainer.decision_interval_steps or epoch_steps
-    policy = _policy(config)
+    policy = policy or _policy(config)
     growth = Growth(
         slots,
         optimizer,
         policy=policy,
         max_epochs=total_steps // interval_steps,
         sinks=sinks,
+        count_flops=config.count_flops,
     )
     if isinstance(policy, DepthSchedulePolicy):
         try:
@@ -158,15 +161,17 @@ def stored_run(
 
 
 def learning_rate_factor(config: RunConfig, total_steps: int) -> Callable[[int], float]:
-    """Return the learning rate's factor by step, 1 at first."""
+    """Return the learning rate's factor by step, at most 1."""
     decay_steps = max(1, round(config.decay_fraction * total_steps))
+    warmup_steps = round(config.warmup_fraction * total_steps)
 
     def factor(step: int) -> float:
+        rising = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
         if config.schedule == "wsd":
-            return min(1.0, max(0.0, (total_steps - step) / decay_steps))
+            return min(rising, max(0.0, (total_steps - step) / decay_steps))
         if config.schedule == "cosine":
-            return 0.5 * (1.0 + math.cos(math.pi * min(1.0, step / total_steps)))
-        return 1.0
+            return rising * 0.5 * (1.0 + math.cos(math.pi * min(1.0, step / total_steps)))
+        return rising
 
     return factor
 

@@ -101,6 +101,7 @@ class DepthSchedulePolicy:
     """
 
     name = "schedule"
+    reads_losses = False
 
     def __init__(
         self, config: DepthScheduleConfig | None = None, *, timing: GrowthTiming | None = None
@@ -110,6 +111,11 @@ class DepthSchedulePolicy:
         self._num_past = 0
         self._pending: list[str] = []
 
+    def weighs(self, state: GrowthState) -> Sequence[str]:
+        """Return the slots whose verdict is called, and those that a gate may ask about anyway."""
+        called = self._last_call(state) or bool(self._pending) or self._due(state)
+        return [slot.path for slot in state.slots if called or not slot.live]
+
     def decide(self, state: GrowthState) -> Sequence[Action]:
         """Return what tends the living seeds, then the germinations of an event that is due.
 
@@ -118,10 +124,8 @@ class DepthSchedulePolicy:
                 cannot be shared evenly, or the blueprint does not fit or take its options.
         """
         seed = self._seed(state)
-        last_call = elapsed_fraction(state) >= self.config.verdict_fraction
-        if self._num_past < self.timing.num_events and self.timing.due(
-            state, num_past=self._num_past
-        ):
+        last_call = self._last_call(state)
+        if self._due(state):
             self._num_past += 1
             self._pending = [slot.path for slot in self._places(state)]
         actions: list[Action] = []
@@ -131,6 +135,13 @@ class DepthSchedulePolicy:
         ready = [path for path in self._pending if path not in waiting]
         self._pending = waiting
         return [*actions, *(seed.model_copy(update={"slot": path}) for path in ready)]
+
+    def _last_call(self, state: GrowthState) -> bool:
+        return elapsed_fraction(state) >= self.config.verdict_fraction
+
+    def _due(self, state: GrowthState) -> bool:
+        past = self._num_past
+        return past < self.timing.num_events and self.timing.due(state, num_past=past)
 
     def _tend(self, slot: SlotState, *, judged: bool) -> Sequence[Action]:
         patience, fade = self.config.patience_epochs, self.config.fade_steps

@@ -31,9 +31,14 @@ class RandomPolicy:
     """
 
     name = "random"
+    reads_losses = False
 
     def __init__(self, random_seed: int = 0) -> None:
         self._random = random.Random(random_seed)
+
+    def weighs(self, state: GrowthState) -> Sequence[str]:
+        """Return every slot: any gate may be tried."""
+        return [slot.path for slot in state.slots]
 
     def decide(self, state: GrowthState) -> Sequence[Action]:
         """Return one legal action."""

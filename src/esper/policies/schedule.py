@@ -19,6 +19,7 @@ class SchedulePolicy:
     """
 
     name = "actions"
+    reads_losses = False
 
     def __init__(
         self,
@@ -32,6 +33,10 @@ class SchedulePolicy:
         self._tend_seeds = tend_seeds
         self._patience_epochs = patience_epochs
         self._fade_steps = fade_steps
+
+    def weighs(self, state: GrowthState) -> Sequence[str]:
+        """Return every slot: any gate may be tried."""
+        return [slot.path for slot in state.slots]
 
     def decide(self, state: GrowthState) -> Sequence[Action]:
         """Return this epoch's actions, after those that tend what grows."""

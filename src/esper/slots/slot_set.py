@@ -2,7 +2,7 @@
 
 import difflib
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -46,6 +46,7 @@ class SlotSet(Mapping[str, SeedSlot]):
         )
         self._removed: dict[str, list[weakref.ref[nn.Parameter]]] = {}
         self._host_parameters: list[nn.Parameter] | None = None
+        self._seeds_changed = 0
 
     def __getitem__(self, path: str) -> SeedSlot:
         try:
@@ -149,6 +150,14 @@ class SlotSet(Mapping[str, SeedSlot]):
             self._host_parameters = self.ledger.host_parameters()
         return self._host_parameters
 
+    def structure(self) -> Hashable:
+        """Return what a step's operations depend on, apart from its batch.
+
+        While it stays equal a step runs the same operations on the same shapes.
+        """
+        modes = [(slot.mode, slot.isolated, slot.num_inlined) for slot in self._slots.values()]
+        return (self._seeds_changed, *modes)
+
     def read_gradient_health(self, slot: SeedSlot) -> GradientReading | None:
         """Return the slot's gradient norms since the last reading. Waits for the device."""
         branch = slot.living
@@ -232,6 +241,7 @@ class SlotSet(Mapping[str, SeedSlot]):
         if state_of is not None:
             self._copy_optimizer_state(state_of, branch)
         self._host_parameters = None
+        self._seeds_changed += 1
         for slot in self._slots.values():
             slot.prepare_seeds()
         if self.binding is not None:
@@ -256,6 +266,7 @@ class SlotSet(Mapping[str, SeedSlot]):
     def seed_removed(self, path: str, branch: SeedBranch) -> None:
         """Take a pruned seed from the optimizer and remember what must be gone."""
         self._host_parameters = None
+        self._seeds_changed += 1
         self._removed[path] = [weakref.ref(parameter) for parameter in branch.parameters()]
         self.gradient_health.forget(_owner_name(path))
         self._renew_block_masks()

@@ -2,6 +2,7 @@
 
 from esper.tasks.collection import SCHEMES
 from esper.tasks.named import TASKS, named_task
+from esper.tasks.own import OWN_SCHEME
 from esper.tasks.task import Task, TaskDataError, TaskSetup
 
-__all__ = ["SCHEMES", "TASKS", "Task", "TaskDataError", "TaskSetup", "named_task"]
+__all__ = ["OWN_SCHEME", "SCHEMES", "TASKS", "Task", "TaskDataError", "TaskSetup", "named_task"]

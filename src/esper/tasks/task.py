@@ -49,6 +49,7 @@ class Task:
         build: Random seed to setup; the same seed gives the same host and data order.
         metric: Name of the metric that people quote, among those of the held-out data.
         policy: The one that decides where none is named.
+        warmup_fraction: Share of a run in which the learning rate rises.
         threads: CPU threads that suit the host; None leaves torch's choice.
     """
 
@@ -62,4 +63,5 @@ class Task:
     heuristic: HeuristicConfig
     depth_schedule: DepthScheduleConfig
     policy: str = HeuristicPolicy.name
+    warmup_fraction: float = 0.0
     threads: int | None = None

@@ -3,7 +3,7 @@
 from esper.training.governor import Governor
 from esper.training.growth import Growth
 from esper.training.held_out import Evaluate, HeldOut, VariantEvaluator
-from esper.training.policy import Policy
+from esper.training.policy import FrugalPolicy, Policy
 from esper.training.precision import matmul_settings, set_matmul_precision
 from esper.training.pretrained import from_pretrained, save_pretrained
 from esper.training.probing import AMPLITUDES, probe_seeds
@@ -15,6 +15,7 @@ __all__ = [
     "DamagedFolderError",
     "EpochReport",
     "Evaluate",
+    "FrugalPolicy",
     "Governor",
     "Growth",
     "HeldOut",

@@ -1,7 +1,7 @@
 """The growth engine: what a training loop calls after a step and after an epoch."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -38,8 +38,9 @@ from esper.slots.slot import SeedSlot
 from esper.slots.slot_set import SlotSet
 from esper.telemetry.sink import Sink
 from esper.training.held_out import Evaluate, metrics_of
-from esper.training.policy import Policy
+from esper.training.policy import FrugalPolicy, Policy
 from esper.training.probing import probe_seeds
+from esper.training.run_cost import CostMeter
 from esper.training.step_timer import StepTimer
 
 _NAMED_PARAMETERS = 5
@@ -60,6 +61,8 @@ class Growth:
         max_epochs: How many decisions will come, for policies that plan by it.
         sinks: Receive every event and metric.
         clock: Unix seconds, for event records.
+        count_flops: Whether `meter` counts operations besides taking times: the first step of each
+            structure then runs slower, and so do decisions.
 
     Raises:
         ValueError: The optimizer holds none of the host's parameters, or a scheduler exists that
@@ -76,12 +79,15 @@ class Growth:
         max_epochs: int | None = None,
         sinks: Sequence[Sink] = (),
         clock: Callable[[], float] = time.time,
+        count_flops: bool = False,
     ) -> None:
         self.slots = slots
         self.policy = policy
         self.max_epochs = max_epochs
         self.sinks = list(sinks)
         self.isolation_monitor = IsolationMonitor(slots)
+        self.meter = CostMeter(slots, count_flops=count_flops)
+        """What the run costs; a loop of one's own wraps its batches in `meter.batch`."""
         self.epoch = 0
         self.step = 0
         self.losses: list[float] = []
@@ -103,7 +109,9 @@ class Growth:
 
         Effects: as `IsolationMonitor.check`.
         """
-        self.isolation_monitor.check(loss, step=self.step)
+        if self.isolation_monitor.due(self.step) is not None:
+            with self.meter.decision():
+                self.isolation_monitor.check(loss, step=self.step)
 
     def after_step(self) -> None:
         """Let one optimizer step pass: alpha moves, ramps end, a failed seed is pruned.
@@ -133,13 +141,18 @@ class Growth:
 
         Effects: waits for the device. Structure may change: the next backward must be a new step.
         """
+        with self.meter.decision():
+            return self._decide(evaluate)
+
+    def _decide(self, evaluate: Evaluate) -> dict[str, float]:
         self._timer.pause()
-        metrics = metrics_of(evaluate())
+        with self.meter.evaluation():
+            metrics = metrics_of(evaluate())
         self.losses.append(metrics["loss"])
         self._note_losses(metrics["loss"])
         self.publish(self._read_gradient_health())
         self.publish(self._read_isolation())
-        self.publish(probe_seeds(self.slots.model, self.slots, evaluate))
+        self.publish(probe_seeds(self.slots.model, self._weighed(), evaluate))
         self._note_step_times()
         self.epoch += 1
         median = self._timer.median_seconds
@@ -152,6 +165,13 @@ class Growth:
         for sink in self.sinks:
             sink.flush()
         return metrics
+
+    def _weighed(self) -> Mapping[str, SeedSlot]:
+        """Return the slots whose seeds the policy wants to be weighed now."""
+        if not isinstance(self.policy, FrugalPolicy):
+            return self.slots
+        state = self.state().model_copy(update={"epoch": self.epoch + 1})
+        return {path: self.slots[path] for path in self.policy.weighs(state)}
 
     def state(self) -> GrowthState:
         """Return what a policy sees now."""

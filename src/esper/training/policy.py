@@ -1,7 +1,7 @@
 """What decides when and where to grow."""
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Collection, Sequence
+from typing import Protocol, runtime_checkable
 
 from esper.lifecycle.actions import Action, GrowthState
 
@@ -19,3 +19,22 @@ class Policy(Protocol):
 
     def decide(self, state: GrowthState) -> Sequence[Action]:
         """Return what to do now; an empty sequence waits."""
+
+
+@runtime_checkable
+class FrugalPolicy(Policy, Protocol):
+    """A policy that says what has to be measured for it; for any other everything is."""
+
+    @property
+    def reads_losses(self) -> bool:
+        """Whether it decides by the held-out loss itself, beside the gates' probes.
+
+        An evaluation is a cost of growing then, and otherwise none: one that watches.
+        """
+
+    def weighs(self, state: GrowthState) -> Collection[str]:
+        """Return the paths of slots whose seeds are to be weighed before `decide` is asked.
+
+        Args:
+            state: As `decide` will see it, but for what is weighed now.
+        """

@@ -17,6 +17,7 @@ from esper.training.governor import Governor
 from esper.training.growth import Growth
 from esper.training.held_out import Evaluate
 from esper.training.precision import MatmulPrecision, set_matmul_precision
+from esper.training.run_cost import RunCost
 
 Positive = Annotated[FiniteFloat, Field(gt=0.0)]
 AtLeastOne = Annotated[int, Field(ge=1)]
@@ -53,6 +54,8 @@ class EpochReport:
     """Mean over the epoch's batches; NaN if every step was skipped."""
     metrics: dict[str, float]
     """As last evaluated."""
+    cost: RunCost
+    """Since the run began."""
 
 
 class Trainer:
@@ -110,6 +113,7 @@ class Trainer:
     def run(self) -> Iterator[EpochReport]:
         """Train, yielding after each epoch, so that the caller can show progress."""
         for epoch in range(1, self.config.epochs + 1):
+            self.growth.meter.start()
             yield self._epoch(epoch)
 
     def _epoch(self, epoch: int) -> EpochReport:
@@ -127,14 +131,20 @@ class Trainer:
         if self.config.scheduler_interval == "epoch":
             self._step_scheduler()
         train_loss = float(torch.stack(losses).mean()) if losses else math.nan
+        self.growth.meter.stop()
+        cost = self.growth.meter.cost
+        measured = {"train_loss": train_loss}
+        if cost.total.flops is not None:
+            measured["flops"] = float(cost.total.flops)
         for sink in self.growth.sinks:
-            sink.measure(self.growth.epoch, self.growth.step, {"train_loss": train_loss})
+            sink.measure(self.growth.epoch, self.growth.step, measured)
         return EpochReport(
             epoch=epoch,
             epochs=self.config.epochs,
             step=self.growth.step,
             train_loss=train_loss,
             metrics=dict(self._metrics),
+            cost=cost,
         )
 
     def _decide(self) -> None:
@@ -163,11 +173,12 @@ class Trainer:
             forward = functools.partial(self._forward, inputs, targets, len(group))
             if number == len(group):
                 self._check_isolation(forward)
-            loss = forward()
-            total = loss.detach() if total is None else total + loss.detach()
-            if number == len(group):
-                self.governor.look(total)
-            self._scaler.scale(loss).backward()
+            with self.growth.meter.batch((inputs, targets)):
+                loss = forward()
+                total = loss.detach() if total is None else total + loss.detach()
+                if number == len(group):
+                    self.governor.look(total)
+                self._scaler.scale(loss).backward()
         norm = None
         if self.config.max_gradient_norm is not None:
             self._scaler.unscale_(self._optimizer)
@@ -179,7 +190,8 @@ class Trainer:
             self.growth.publish([refusal])
             self._reset_scaler()
         else:
-            self._scaler.step(self._optimizer)
+            with self.growth.meter.optimizer_step():
+                self._scaler.step(self._optimizer)
             self._scaler.update()
             self._optimizer.zero_grad(set_to_none=True)
         self.growth.after_step()

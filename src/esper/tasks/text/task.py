@@ -88,7 +88,9 @@ TEXT = Task(
     build=build,
     metric="bits_per_byte",
     epochs=56,
-    learning_rate=3e-3,
+    policy="schedule",
+    learning_rate=4e-3,
+    warmup_fraction=0.05,
     slot=SlotConfig(
         max_committed=2,
         thresholds=GateThresholds(min_contribution_fraction=0.0005),

@@ -1,0 +1,193 @@
+"""`esper compare`: does growth pay on a task?"""
+
+import os
+import shlex
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from pydantic import ValidationError
+from rich.console import Console
+
+from esper.cli.compare_views import (
+    CompareView,
+    JsonCompareView,
+    LinesCompareView,
+    LiveCompareView,
+    QuietCompareView,
+    print_comparison,
+    summary_record,
+)
+from esper.cli.grow import folder_name, only_task, program
+from esper.experiments.comparison import (
+    MIN_SEEDS_FOR_A_CLAIM,
+    CompareConfig,
+    Comparison,
+    ComparisonFolder,
+    ComparisonFolderError,
+    WorkerDiedError,
+    draw_comparison,
+    judge,
+    run_missing,
+    summarise,
+)
+from esper.experiments.config import SettingsError, load_run_config
+from esper.policies.named import POLICY_NAMES
+from esper.tasks.task import TaskDataError
+
+
+def compare(
+    task: Annotated[
+        str | None,
+        typer.Argument(help="What to train, as for esper grow; a folder begun before knows."),
+    ] = None,
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(help="Who grows; the first is judged, more are arms beside it. Repeatable."),
+    ] = None,
+    seeds: Annotated[
+        int, typer.Option(min=2, help="Random seeds, the same for every arm.")
+    ] = MIN_SEEDS_FOR_A_CLAIM,
+    first_seed: Annotated[int, typer.Option(help="The lowest of them.")] = 0,
+    rates: Annotated[
+        int, typer.Option(min=1, help="Learning rates that every arm tries; 1 searches none.")
+    ] = 3,
+    search_seeds: Annotated[
+        int, typer.Option(min=1, help="Seeds that a learning rate is chosen on.")
+    ] = 1,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Length of a run.")] = None,
+    config: Annotated[Path | None, typer.Option(help="TOML file of settings.")] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="One setting, as for esper grow."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder; one begun before goes on where it was.")
+    ] = None,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="Runs at a time; default one per CPU.")
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print the folder only.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the settings and stop.")
+    ] = False,
+) -> None:
+    """Train TASK's network grown and at every size from the start: does growth pay?"""
+    if quiet and as_json:
+        raise typer.BadParameter("--quiet and --json exclude each other")
+    if task is None and out is not None:
+        settings = _kept(out)
+    else:
+        options = {"policy": policy, "seeds": seeds, "first_seed": first_seed}
+        options |= {"rates": rates, "search_seeds": search_seeds, "epochs": epochs}
+        settings = _settings(only_task(task, None), config, set_ or [], options)
+    console = Console()
+    if dry_run:
+        console.out(settings.model_dump_json(indent=2), highlight=False)
+        return
+    path = out or Path("runs") / f"compare-{folder_name(settings.run.task, datetime.now(UTC))}"
+    try:
+        folder = ComparisonFolder(path, settings)
+        view = _view(console, settings, quiet=quiet, as_json=as_json)
+        comparison = _run(settings, folder, view, processes or os.cpu_count() or 1)
+    except (ComparisonFolderError, TaskDataError, ModuleNotFoundError) as error:
+        raise typer.BadParameter(str(error)) from error
+    except WorkerDiedError as error:
+        console.print(f"{error}\n{_go_on(path)}", style="red", highlight=False, soft_wrap=True)
+        raise typer.Exit(1) from error
+    except KeyboardInterrupt:
+        if not (quiet or as_json):
+            print_comparison(console, Comparison(settings, folder.results()))
+        console.print(f"stopped; go on with: {_go_on(path)}", highlight=False, soft_wrap=True)
+        raise typer.Exit(130) from None
+    _conclude(console, folder, comparison, quiet=quiet, as_json=as_json)
+
+
+def _kept(folder: Path) -> CompareConfig:
+    try:
+        return ComparisonFolder.config_of(folder)
+    except ComparisonFolderError as error:
+        raise typer.BadParameter(f"{error}; name a task to begin one there") from error
+
+
+def _settings(
+    task: str, file: Path | None, settings: list[str], options: dict[str, Any]
+) -> CompareConfig:
+    chosen = options["policy"] or [None]
+    run_options: dict[str, Any] = {"policy": chosen[0]}
+    if options["epochs"] is not None:
+        run_options["trainer"] = {"epochs": options["epochs"]}
+    try:
+        run = load_run_config(task, file, settings, run_options)
+    except SettingsError as error:
+        raise typer.BadParameter(str(error)) from error
+    for name in (run.policy, *chosen[1:]):
+        if name not in POLICY_NAMES:
+            raise typer.BadParameter(f"no policy {name!r}; policies: {', '.join(POLICY_NAMES)}")
+    first = options["first_seed"]
+    try:
+        return CompareConfig(
+            run=run,
+            policies=tuple(chosen[1:]),
+            random_seeds=tuple(range(first, first + options["seeds"])),
+            search_rates=options["rates"],
+            search_seeds=options["search_seeds"],
+        )
+    except ValidationError as error:
+        raise typer.BadParameter("; ".join(issue["msg"] for issue in error.errors())) from error
+
+
+def _view(console: Console, settings: CompareConfig, *, quiet: bool, as_json: bool) -> CompareView:
+    if quiet:
+        return QuietCompareView()
+    if as_json:
+        return JsonCompareView(console)
+    if console.is_terminal:
+        return LiveCompareView(console, settings)
+    return LinesCompareView(console)
+
+
+def _run(
+    settings: CompareConfig, folder: ComparisonFolder, view: CompareView, processes: int
+) -> Comparison:
+    with view:
+        return run_missing(settings, folder, processes=processes, on_change=view.change)
+
+
+def _conclude(
+    console: Console,
+    folder: ComparisonFolder,
+    comparison: Comparison,
+    *,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    summaries, verdict = summarise(comparison), judge(comparison)
+    record = summary_record(comparison)
+    folder.summarise(record)
+    drawn = True
+    try:
+        draw_comparison(comparison.config.run.task, summaries, verdict, folder.picture)
+    except ModuleNotFoundError as error:
+        drawn = False
+        if not (quiet or as_json):
+            console.print(f"no picture: {error}", highlight=False)
+    if quiet:
+        console.out(str(folder.path), highlight=False)
+        return
+    if as_json:
+        console.print_json(
+            data={"kind": "summary", "folder": str(folder.path), **record}, indent=None
+        )
+        return
+    print_comparison(console, comparison)
+    console.print()
+    if drawn:
+        console.print(f"picture  {folder.picture}", highlight=False, soft_wrap=True)
+    console.print(f"folder   {folder.path}", highlight=False, soft_wrap=True)
+
+
+def _go_on(folder: Path) -> str:
+    return f"{program()} compare --out {shlex.quote(str(folder))}"

@@ -1,0 +1,251 @@
+"""How a comparison shows itself: while it goes on, and as a table."""
+
+import json
+from dataclasses import asdict
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+from rich.console import Console
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from esper.experiments.comparison import (
+    ArmSummary,
+    CompareConfig,
+    Comparison,
+    Outcome,
+    Outlook,
+    RunResult,
+    at_equal_flops,
+    judge,
+    summarise,
+)
+from esper.experiments.comparison.intervals import Crossing, Interval
+from esper.tasks.named import named_task
+
+_OUTCOME_STYLES = {
+    Outcome.PAYS: "bold green",
+    Outcome.DOES_NOT_PAY: "bold red",
+    Outcome.UNDECIDED: "bold yellow",
+}
+_WIDE_COLUMNS = 110
+_BAR_CELLS = 30
+
+
+class CompareView(Protocol):
+    """Shows how far a comparison is."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None: ...
+
+    def change(self, outlook: Outlook, result: RunResult | None) -> None:
+        """Show a start, or a finished run."""
+
+
+class QuietCompareView:
+    """Shows nothing."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        return
+
+    def change(self, outlook: Outlook, result: RunResult | None) -> None:
+        """Show nothing."""
+
+
+class LinesCompareView(QuietCompareView):
+    """One line per finished run, for pipes and logs."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+
+    def change(self, outlook: Outlook, result: RunResult | None) -> None:
+        """Print a finished run."""
+        if result is not None:
+            line = f"{_count(outlook)}  {_left(outlook)}  {_finished(result)}"
+            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+class JsonCompareView(QuietCompareView):
+    """One JSON object per finished run."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+
+    def change(self, outlook: Outlook, result: RunResult | None) -> None:
+        """Print a finished run."""
+        if result is not None:
+            record = {
+                "kind": "run",
+                "finished": outlook.finished,
+                "expected": outlook.expected,
+                "seconds_left": outlook.seconds_left,
+                "result": json.loads(result.model_dump_json()),
+            }
+            self._console.out(json.dumps(record), highlight=False)
+
+
+class LiveCompareView(QuietCompareView):
+    """A bar with the time left, what is running, and the last finished runs."""
+
+    def __init__(self, console: Console, settings: CompareConfig) -> None:
+        self._console = console
+        self._task = settings.run.task
+        self._live = Live(console=console, refresh_per_second=4, transient=True)
+
+    def __enter__(self) -> Self:
+        self._live.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._live.stop()
+
+    def change(self, outlook: Outlook, result: RunResult | None) -> None:
+        """Print a finished run, and renew what stands below."""
+        if result is not None:
+            self._live.console.print(_finished(result), style="dim", highlight=False)
+        table = Table.grid(padding=(0, 2))
+        bar = ProgressBar(outlook.expected, outlook.finished, width=_BAR_CELLS)
+        table.add_row(f"comparing {self._task}", bar, _count(outlook), _left(outlook))
+        running = ", ".join(f"{r.arm} (seed {r.random_seed})" for r in outlook.running)
+        grid = Table.grid()
+        grid.add_row(table)
+        grid.add_row(Text(f"running: {running}", style="dim"))
+        self._live.update(grid)
+
+
+def _count(outlook: Outlook) -> str:
+    return f"{outlook.finished} of about {outlook.expected} runs"
+
+
+def _left(outlook: Outlook) -> str:
+    if outlook.seconds_left is None:
+        return "time left not known yet"
+    minutes, seconds = divmod(round(outlook.seconds_left), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"about {hours} h {minutes:02} min left"
+    return f"about {minutes} min left" if minutes else f"about {seconds} s left"
+
+
+def _finished(result: RunResult) -> str:
+    request = result.request
+    return (
+        f"{request.arm}, seed {request.random_seed}, rate {request.learning_rate:g}, "
+        f"{request.epochs} epochs: test loss {result.test['loss']:.4f}, {result.flops:.3g} FLOPs, "
+        f"{result.seconds:.0f} s"
+    )
+
+
+def print_comparison(console: Console, comparison: Comparison) -> None:
+    """Print the table of arms, and the verdict with its reasons."""
+    summaries, verdict = summarise(comparison), judge(comparison)
+    console.print()
+    if summaries:
+        console.print(_table(comparison, summaries, wide=console.width >= _WIDE_COLUMNS))
+        for note in _notes(comparison, summaries):
+            console.print(note, style="dim", highlight=False)
+        console.print()
+    console.print(verdict.outcome, style=_OUTCOME_STYLES[verdict.outcome], highlight=False)
+    for reason in verdict.reasons:
+        console.print(f"– {reason}", highlight=False)
+
+
+def _table(comparison: Comparison, summaries: list[ArmSummary], *, wide: bool) -> Table:
+    metric = named_task(comparison.config.run.task).metric
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column("arm", no_wrap=True)
+    for name in ("rate", "params", "steps") if wide else ():
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("FLOPs", justify="right", no_wrap=True)
+    table.add_column("test loss", justify="right", no_wrap=True)
+    if wide:
+        table.add_column(f"test {metric}", justify="right", no_wrap=True)
+    for name in ("loss to static", "FLOPs to static", "time to static"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for summary in summaries:
+        details = [
+            f"{summary.learning_rate:g}{'*' if summary.rate_at_edge else ''}",
+            f"{summary.param_count:,.0f}",
+            f"{summary.steps:,.0f}",
+        ]
+        table.add_row(
+            summary.arm,
+            *(details if wide else []),
+            f"{summary.flops:.3g}"
+            if summary.flops_fraction is None
+            else f"{summary.flops_fraction:.3f}",
+            spread(summary.test_loss),
+            *([spread(summary.metrics[metric])] if wide else []),
+            "" if summary.difference is None else spread(summary.difference, signed=True),
+            reached(summary.flops_to_static),
+            reached(summary.seconds_to_static),
+        )
+    return table
+
+
+def _notes(comparison: Comparison, summaries: list[ArmSummary]) -> list[str]:
+    seeds = {summary.num_seeds for summary in summaries}
+    notes = [
+        f"mean ± half of the 95 % interval over {'/'.join(map(str, sorted(seeds)))} seeds, at "
+        f"equal steps ({comparison.epochs} epochs); static: the grown size from the start; static "
+        "1, 2 …: with the first so many of its seeds",
+        "FLOPs: share of static's, growing arms with pruned seeds, probes and decisions; loss to "
+        "static: the difference, seed by seed",
+        "FLOPs, time to static: share of static's at which an arm reaches its loss, every point a "
+        "run to its end",
+    ]
+    if any(summary.rate_at_edge for summary in summaries):
+        notes.append("* the best learning rate is the last one tried on its side; more: --rates")
+    return notes
+
+
+def spread(interval: Interval, *, signed: bool = False) -> str:
+    """Return a mean and half its interval."""
+    mean = f"{interval.mean:+.4f}" if signed else f"{interval.mean:.4f}"
+    return mean if interval.high is None else f"{mean} ± {interval.high - interval.mean:.4f}"
+
+
+def reached(found: Crossing | None) -> str:
+    """Return at which share of a cost a loss is reached, with its interval."""
+    if found is None:
+        return ""
+    if found.above:
+        return f"> {found.last:.2f}"
+    if found.ratio is None:
+        return f"< {found.first:.2f}"
+    low = "?" if found.low is None else f"{'≤' if found.low_open else ''}{found.low:.2f}"
+    high = "?" if found.high is None else f"{'≥' if found.high_open else ''}{found.high:.2f}"
+    return f"{found.ratio:.2f} ({low}–{high})"
+
+
+def summary_record(comparison: Comparison) -> dict[str, Any]:
+    """Return the table, the verdict and its reasons as JSON values."""
+    verdict, equal = judge(comparison), at_equal_flops(comparison)
+    return {
+        "task": comparison.config.run.task,
+        "outcome": verdict.outcome.value,
+        "reasons": list(verdict.reasons),
+        "arms": [asdict(summary) for summary in summarise(comparison)],
+        "equal_flops": None if equal is None else asdict(equal),
+    }

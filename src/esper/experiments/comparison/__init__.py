@@ -1,0 +1,36 @@
+"""Whether growth pays: a grown network against every network that never grew."""
+
+from esper.experiments.comparison.config import MIN_SEEDS_FOR_A_CLAIM, CompareConfig
+from esper.experiments.comparison.folder import ComparisonFolder, ComparisonFolderError
+from esper.experiments.comparison.picture import draw_comparison
+from esper.experiments.comparison.plan import Comparison
+from esper.experiments.comparison.runs import RunRequest, RunResult
+from esper.experiments.comparison.scheduler import Outlook, WorkerDiedError, run_missing
+from esper.experiments.comparison.summary import (
+    ArmSummary,
+    Outcome,
+    Verdict,
+    at_equal_flops,
+    judge,
+    summarise,
+)
+
+__all__ = [
+    "MIN_SEEDS_FOR_A_CLAIM",
+    "ArmSummary",
+    "CompareConfig",
+    "Comparison",
+    "ComparisonFolder",
+    "ComparisonFolderError",
+    "Outcome",
+    "Outlook",
+    "RunRequest",
+    "RunResult",
+    "Verdict",
+    "WorkerDiedError",
+    "at_equal_flops",
+    "draw_comparison",
+    "judge",
+    "run_missing",
+    "summarise",
+]

@@ -1,0 +1,159 @@
+"""Means with 95 % confidence intervals, and where two curves meet."""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+CONFIDENCE = 0.95
+_GRID = 400
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interval:
+    """A mean and where it lies with 95 % confidence; without bounds where there is one value."""
+
+    mean: float
+    low: float | None
+    high: float | None
+
+    @property
+    def above_zero(self) -> bool:
+        """Whether the whole interval lies above 0."""
+        return self.low is not None and self.low > 0.0
+
+    @property
+    def below_zero(self) -> bool:
+        """Whether the whole interval lies below 0."""
+        return self.high is not None and self.high < 0.0
+
+
+def mean_interval(values: Sequence[float]) -> Interval:
+    """Return the mean with Student's interval.
+
+    Args:
+        values: Independent, one per random seed; at least one.
+    """
+    mean = statistics.fmean(values)
+    if len(values) == 1 or not math.isfinite(mean):
+        return Interval(mean=mean, low=None, high=None)
+    error = statistics.stdev(values) / math.sqrt(len(values))
+    reach = student_quantile(len(values) - 1) * error
+    return Interval(mean=mean, low=mean - reach, high=mean + reach)
+
+
+def student_quantile(degrees: int, probability: float = 0.5 + CONFIDENCE / 2) -> float:
+    """Return the quantile of Student's t distribution.
+
+    Args:
+        degrees: Of freedom, at least 1.
+        probability: Between 0.5 and 1.
+
+    Source: the distribution's finite series, Abramowitz and Stegun 26.7.3 and 26.7.4.
+    """
+    low, high = 0.0, 1.0
+    while _student_probability(high, degrees) < probability:
+        high *= 2.0
+    for _ in range(80):
+        middle = 0.5 * (low + high)
+        if _student_probability(middle, degrees) < probability:
+            low = middle
+        else:
+            high = middle
+    return high
+
+
+def _student_probability(value: float, degrees: int) -> float:
+    """Return the probability that t does not exceed a positive value."""
+    angle = math.atan(value / math.sqrt(degrees))
+    sine, square = math.sin(angle), math.cos(angle) ** 2
+    odd = degrees % 2
+    term = math.cos(angle) if odd else 1.0
+    series = term if degrees > 1 else 0.0
+    for k in range(2 if odd else 1, degrees - 1, 2):
+        term *= square * k / (k + 1)
+        series += term
+    within = 2.0 / math.pi * (angle + sine * series) if odd else sine * series
+    return 0.5 + 0.5 * within
+
+
+@dataclass(frozen=True, kw_only=True)
+class Crossing:
+    """The cost at which a curve meets a target, relative to what the target's owner spent.
+
+    Attributes:
+        ratio: None if the curve lies on one side of the target all along.
+        low: Lower end of the 95 % interval; `low_open` if it may lie lower still.
+        high: Upper end; `high_open` if it may lie higher still.
+        above: The curve is worse than the target all along.
+        below: The curve is at least as good as the target all along.
+        first: The lowest cost that the curve was measured at.
+        last: The highest.
+    """
+
+    ratio: float | None
+    low: float | None
+    high: float | None
+    low_open: bool
+    high_open: bool
+    above: bool
+    below: bool
+    first: float
+    last: float
+
+
+Curve = Sequence[tuple[float, float]]
+"""Pairs of cost and loss at rising costs, each the end of a run of its own."""
+
+
+def crossing(curves: Mapping[int, Curve], targets: Mapping[int, tuple[float, float]]) -> Crossing:
+    """Return at which share of the target's cost the curves reach the target's loss.
+
+    Between two points the loss is taken as linear in the logarithm of the cost. The interval holds
+    every cost at which the paired differences over the seeds have a mean that a t-test does not
+    tell from zero.
+
+    Args:
+        curves: By random seed.
+        targets: By random seed, the cost and the loss to be reached.
+    """
+    shifted = {
+        seed: [(math.log(cost / targets[seed][0]), loss - targets[seed][1]) for cost, loss in curve]
+        for seed, curve in curves.items()
+    }
+    first = statistics.fmean(points[0][0] for points in shifted.values())
+    last = statistics.fmean(points[-1][0] for points in shifted.values())
+    grid = [first + (last - first) * step / _GRID for step in range(_GRID + 1)]
+    tests = [mean_interval([_at(points, place) for points in shifted.values()]) for place in grid]
+    reached = next((i for i, test in enumerate(tests) if test.mean <= 0.0), None)
+    undecided = [i for i, test in enumerate(tests) if not (test.above_zero or test.below_zero)]
+    above, below = reached is None, reached == 0
+    ratio = None if reached is None or below else math.exp(grid[reached])
+    return Crossing(
+        ratio=ratio,
+        low=math.exp(grid[undecided[0]]) if undecided else ratio,
+        high=math.exp(grid[undecided[-1]]) if undecided else ratio,
+        low_open=bool(undecided) and undecided[0] == 0,
+        high_open=bool(undecided) and undecided[-1] == _GRID,
+        above=above,
+        below=below,
+        first=math.exp(first),
+        last=math.exp(last),
+    )
+
+
+def loss_at(curve: Curve, cost: float) -> float:
+    """Return the loss at a cost, linear in its logarithm between two points and beyond the last."""
+    return _at([(math.log(spent), loss) for spent, loss in curve], math.log(cost))
+
+
+def _at(points: Curve, place: float) -> float:
+    """Return the ordinate at `place` of a line through points; of one point, its own."""
+    if len(points) == 1:
+        return points[0][1]
+    right = next((i for i, point in enumerate(points) if point[0] >= place), len(points) - 1)
+    right = max(1, right)
+    (x0, y0), (x1, y1) = points[right - 1], points[right]
+    if x1 == x0:
+        return y1
+    return y0 + (y1 - y0) * (place - x0) / (x1 - x0)

@@ -1,0 +1,102 @@
+"""A comparison as one picture: loss over compute, every point a run to its end."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from esper.experiments.comparison.plan import GROWN, HOST, STATIC
+from esper.experiments.comparison.summary import ArmSummary, Verdict
+
+_INK = "#22303c"
+_QUIET = "#8a97a3"
+_STATIC = "#3d85c6"
+_GROWN = "#2e8b57"
+_OTHERS = ("#e8743b", "#8e7cc3", "#b3261e", "#f2b134")
+
+
+def draw_comparison(
+    title: str, summaries: Sequence[ArmSummary], verdict: Verdict, target: Path
+) -> None:
+    """Write a PNG: test loss over operations, arms that never grew joined by a line.
+
+    Args:
+        title: What was compared.
+        summaries: Of every arm.
+        verdict: Written above the plot.
+        target: File to write.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+        OSError: The file cannot be written.
+    """
+    try:
+        from matplotlib.figure import Figure  # noqa: PLC0415 – an optional extra
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "pictures need matplotlib: pip install 'esper-lite[report]'"
+        ) from error
+    figure = Figure(figsize=(9.0, 5.4), dpi=130)
+    figure.patch.set_facecolor("white")
+    axis = figure.subplots()
+    others = iter(_OTHERS * len(summaries))
+    static = [s for s in summaries if s.arm == HOST or s.arm.startswith(STATIC)]
+    _join(axis, static)
+    for summary in summaries:
+        known = {GROWN: _GROWN} | dict.fromkeys((s.arm for s in static), _STATIC)
+        _draw_arm(axis, summary, known.get(summary.arm) or next(others))
+    axis.set_xscale("log")
+    axis.xaxis.set_minor_formatter("{x:.0e}")
+    axis.set_xlabel("floating-point operations of one run", color=_INK)
+    axis.set_ylabel("test loss, 95 % over seeds", color=_INK)
+    axis.tick_params(colors=_QUIET, which="both", labelsize=8)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.spines[["left", "bottom"]].set_color(_QUIET)
+    axis.legend(frameon=False, labelcolor=_INK, fontsize=9)
+    axis.set_title(
+        f"{title}: {verdict.outcome}", loc="left", color=_INK, fontsize=12, weight="bold"
+    )
+    figure.savefig(target, bbox_inches="tight", metadata={"Software": None})
+
+
+def _join(axis: Any, static: Sequence[ArmSummary]) -> None:
+    points = sorted((summary.flops, summary.test_loss.mean) for summary in static)
+    axis.plot(*zip(*points, strict=True), color=_STATIC, linewidth=1.0, alpha=0.5, zorder=1)
+
+
+def _draw_arm(axis: Any, summary: ArmSummary, colour: str) -> None:
+    loss = summary.test_loss
+    reach = 0.0 if loss.high is None else loss.high - loss.mean
+    axis.errorbar(
+        [summary.flops],
+        [loss.mean],
+        yerr=[reach],
+        color=colour,
+        fmt="o",
+        capsize=3,
+        zorder=3,
+        label=None if summary.arm.startswith(f"{STATIC} ") else _legend(summary.arm),
+    )
+    if len(summary.curve) > 1:
+        x, y = zip(*summary.curve, strict=True)
+        axis.plot(x, y, color=colour, linewidth=1.0, linestyle=":", zorder=2)
+        others = [point for point in summary.curve if point[0] != summary.flops]
+        axis.scatter(
+            *zip(*others, strict=True), s=14, facecolor="white", edgecolor=colour, zorder=3
+        )
+    axis.annotate(
+        summary.arm,
+        (summary.flops, loss.mean),
+        xytext=(6, 6),
+        textcoords="offset points",
+        fontsize=8,
+        color=colour,
+    )
+
+
+def _legend(arm: str) -> str:
+    names = {
+        HOST: "never grew, by size (line: equal steps)",
+        GROWN: "grown (open: other budgets)",
+        STATIC: None,
+    }
+    return names.get(arm, arm) or "_"

@@ -1,0 +1,233 @@
+"""Which runs a comparison still needs: a pure function of those that are finished."""
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+
+from esper.experiments.comparison.config import CompareConfig
+from esper.experiments.comparison.runs import RunRequest, RunResult, Topology
+from esper.experiments.comparison.search import best_rate, next_rate
+
+HOST = "host"
+GROWN = "grown"
+STATIC = "static"
+RANDOM_TIMES = "random times"
+
+_SHORTER = 0.8
+_SHORTEST_FRACTION = 0.4
+"""An arm that beats the static network in fewer steps is shortened down to this share of them."""
+
+
+def intermediate(num_seeds: int | str) -> str:
+    """Return the arm of the network with the first so many seeds from the start."""
+    return f"static {num_seeds}"
+
+
+def policy_arm(policy: str) -> str:
+    """Return the arm of a further policy."""
+    return f"policy {policy}"
+
+
+class Comparison:
+    """The finished runs, by what they are, and what is missing.
+
+    Args:
+        config: Of the comparison.
+        results: Finished runs, in any order.
+    """
+
+    def __init__(self, config: CompareConfig, results: Iterable[RunResult]) -> None:
+        self.config = config
+        self.results = {result.request.key: result for result in results}
+
+    # What there is
+
+    @property
+    def arms(self) -> list[str]:
+        """Every arm known so far, cheapest networks first, in the order of a table."""
+        config = self.config
+        largest = max((len(topology) for topology in self.topologies.values()), default=0)
+        sizes = [intermediate(k) for k in range(1, largest)] if config.intermediate_sizes else []
+        static = [*sizes, STATIC] if largest else []
+        random = [RANDOM_TIMES] if config.random_times and largest else []
+        return [HOST, *static, GROWN, *random, *map(policy_arm, config.policies)]
+
+    @property
+    def epochs(self) -> int:
+        """What equal steps are, in epochs."""
+        return self.config.run.trainer.epochs
+
+    def rates(self, arm: str) -> dict[float, float]:
+        """Return the mean validation loss on the search's seeds, by learning rate tried in full."""
+        wanted = self._search_seeds(arm)
+        losses: dict[float, dict[int, float]] = {}
+        for result in self.results.values():
+            request = result.request
+            if request.arm == arm and request.epochs == self.epochs:
+                by_seed = losses.setdefault(request.learning_rate, {})
+                by_seed[request.random_seed] = result.validation["loss"]
+        return {
+            rate: statistics.mean(by_seed[seed] for seed in wanted)
+            for rate, by_seed in losses.items()
+            if wanted and by_seed.keys() >= set(wanted)
+        }
+
+    def chosen_rate(self, arm: str) -> float | None:
+        """Return the arm's learning rate; None while the search goes on."""
+        scores = self.rates(arm)
+        if next_rate(scores, self.config.run.learning_rate, self.config.search_rates) is not None:
+            return None
+        return best_rate(scores)
+
+    def runs(self, arm: str) -> dict[int, list[RunResult]]:
+        """Return the arm's finished runs at its chosen rate: by random seed, shortest first."""
+        rate = self.chosen_rate(arm)
+        found: dict[int, list[RunResult]] = {}
+        for seed in self.config.random_seeds:
+            topology = self._topology(arm, seed)
+            if topology is None or rate is None:
+                continue
+            runs = [
+                result
+                for result in self.results.values()
+                if result.request.arm == arm
+                and result.request.random_seed == seed
+                and result.request.learning_rate == rate
+                and result.request.topology == topology
+            ]
+            found[seed] = sorted(runs, key=lambda result: result.request.epochs)
+        return found
+
+    def at_equal_steps(self, arm: str) -> dict[int, RunResult]:
+        """Return the arm's runs of the configured length, by random seed."""
+        return {
+            seed: result
+            for seed, results in self.runs(arm).items()
+            for result in results
+            if result.request.epochs == self.epochs
+        }
+
+    # What is missing
+
+    def missing(self) -> list[RunRequest]:
+        """Return the runs that can be made now, those that others wait for first."""
+        missing: list[RunRequest] = []
+        for arm in sorted(self.arms, key=lambda arm: arm != GROWN):
+            missing += self._missing_of(arm)
+        return missing
+
+    def _missing_of(self, arm: str) -> list[RunRequest]:
+        rate = self.chosen_rate(arm)
+        if rate is None:
+            scores = self.rates(arm)
+            wanted = next_rate(scores, self.config.run.learning_rate, self.config.search_rates)
+            assert wanted is not None
+            return self._absent(arm, wanted, dict.fromkeys(self._search_seeds(arm), self.epochs))
+        at_full = dict.fromkeys(self.config.random_seeds, self.epochs)
+        absent = self._absent(arm, rate, at_full)
+        return absent or self._absent(arm, rate, self._further_budgets(arm))
+
+    def _absent(self, arm: str, rate: float, epochs: Mapping[int, int]) -> list[RunRequest]:
+        requests = []
+        for seed, length in epochs.items():
+            topology = self._topology(arm, seed)
+            if topology is None:
+                continue
+            request = RunRequest(
+                arm=arm,
+                random_seed=seed,
+                learning_rate=rate,
+                epochs=length,
+                policy=self._policy(arm),
+                topology=topology,
+                at_random_times=arm == RANDOM_TIMES,
+            )
+            if request.key not in self.results:
+                requests.append(request)
+        return requests
+
+    def _further_budgets(self, arm: str) -> dict[int, int]:
+        """Return epochs by random seed of the next budget that the arm has to be run at."""
+        if not self.config.equal_flops or not self._complete(STATIC):
+            return {}
+        runs, reference = self.runs(arm), self.at_equal_steps(GROWN if arm == STATIC else STATIC)
+        if not reference.keys() >= runs.keys():
+            return {}
+        equal = {
+            seed: self._epochs_for(results, reference[seed].flops) for seed, results in runs.items()
+        }
+        if any(length not in _lengths(runs[seed]) for seed, length in equal.items()):
+            return equal
+        if arm == STATIC:
+            return {}
+        shortest = {seed: results[0] for seed, results in runs.items()}
+        ahead = statistics.mean(
+            result.test["loss"] - reference[seed].test["loss"] for seed, result in shortest.items()
+        )
+        if ahead >= 0.0:
+            return {}
+        shorter = {seed: round(_SHORTER * r.request.epochs) for seed, r in shortest.items()}
+        floor = _SHORTEST_FRACTION * self.epochs
+        return shorter if min(shorter.values()) >= max(floor, 1.0) else {}
+
+    def _epochs_for(self, results: Sequence[RunResult], flops: float) -> int:
+        """Return how many epochs cost so much, from what the run of equal steps cost."""
+        (full,) = (result for result in results if result.request.epochs == self.epochs)
+        return max(1, round(self.epochs * flops / full.flops))
+
+    def ahead(self) -> list[str]:
+        """Return the arm of every run that is still to come, as far as can be told by now."""
+        config, arms = self.config, self.arms
+        nothing_grew = bool(self.topologies) and STATIC not in arms
+        if not self.topologies:  # a guess: two seeds are committed
+            random = [RANDOM_TIMES] if config.random_times else []
+            arms = [*arms, intermediate(1), STATIC, *random]
+        budgets = 2 if config.equal_flops else 1
+        usual = config.search_seeds * (config.search_rates - 1)
+        usual += budgets * len(config.random_seeds)
+        ahead: list[str] = []
+        for arm in arms:
+            known = len(self._missing_of(arm)) if arm in self.arms else usual
+            settled = known == 0 and (nothing_grew or self._complete(STATIC))
+            done = sum(result.request.arm == arm for result in self.results.values())
+            ahead += [arm] * (0 if settled else max(known, usual - done))
+        return ahead
+
+    # What grew
+
+    def _policy(self, arm: str) -> str:
+        if arm == GROWN:
+            return self.config.run.policy
+        for policy in self.config.policies:
+            if arm == policy_arm(policy):
+                return policy
+        return "none"
+
+    @cached_property
+    def topologies(self) -> dict[int, Topology]:
+        """What the default policy grew, by random seed; empty until all of them are known."""
+        grown = self.at_equal_steps(GROWN)
+        if len(grown) < len(self.config.random_seeds):
+            return {}
+        return {seed: result.committed for seed, result in grown.items()}
+
+    def _topology(self, arm: str, seed: int) -> Topology | None:
+        """Return what the arm's network has from the start; None if that is not known, or none."""
+        if arm in (HOST, GROWN) or arm.startswith(policy_arm("")):
+            return ()
+        grown = self.topologies.get(seed)
+        if grown is None or arm in (STATIC, RANDOM_TIMES):
+            return grown
+        size = int(arm.removeprefix(intermediate("")))
+        return grown[:size] if size < len(grown) else None
+
+    def _search_seeds(self, arm: str) -> list[int]:
+        seeds = [s for s in self.config.random_seeds if self._topology(arm, s) is not None]
+        return seeds[: self.config.search_seeds]
+
+    def _complete(self, arm: str) -> bool:
+        return self.at_equal_steps(arm).keys() >= set(self.config.random_seeds)
+
+
+def _lengths(results: Sequence[RunResult]) -> set[int]:
+    return {result.request.epochs for result in results}

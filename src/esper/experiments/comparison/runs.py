@@ -1,0 +1,215 @@
+"""One run of one arm: what is asked, what came out, and doing it."""
+
+import hashlib
+import math
+import random
+from collections.abc import Mapping
+
+import torch
+
+from esper.experiments.config import RunConfig
+from esper.experiments.run import GrowingRun, build_setup, prepare
+from esper.lifecycle.actions import Germinate
+from esper.lifecycle.events import EventRecord, SeedCommitted, SeedGerminated, SeedPruned
+from esper.lifecycle.record import Record
+from esper.policies.depth_schedule import DepthSchedulePolicy
+from esper.policies.replay import ReplayPolicy
+from esper.policies.timing import FractionTiming
+from esper.slots.committed_seed import CommittedSeed
+from esper.slots.slot_set import SlotSet
+from esper.training.policy import FrugalPolicy, Policy
+from esper.training.run_cost import RunCost
+
+
+class GrownSeed(Record):
+    """A seed that a run committed, with its place."""
+
+    slot: str
+    seed: CommittedSeed
+
+
+Topology = tuple[GrownSeed, ...]
+"""What grew, in the order of the commits."""
+
+
+class RunRequest(Record):
+    """One run to be made: an arm, a random seed, a learning rate, a budget."""
+
+    arm: str
+    random_seed: int
+    learning_rate: float
+    epochs: int
+    policy: str = "none"
+    topology: Topology = ()
+    """Grown before the first step, a network of that size from the start; with `at_random_times`
+    grown while it trains."""
+    at_random_times: bool = False
+
+    @property
+    def grows(self) -> bool:
+        """Whether anything is decided while it trains."""
+        return self.at_random_times or self.policy != "none"
+
+    @property
+    def key(self) -> str:
+        """Name that no other request has, fit for a file."""
+        digest = hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:12]
+        return f"{self.arm.replace(' ', '-')}-seed{self.random_seed}-{digest}"
+
+
+class RunResult(Record):
+    """What came out of a request."""
+
+    request: RunRequest
+    param_count: int
+    steps: int
+    flops: float
+    """All that the run had to spend: training, and what growth took to decide. A plain evaluation
+    counts where the policy decides by its loss, and nowhere else: watching is not growth's."""
+    seconds: float
+    """As `flops`, in wall time."""
+    training_flops: float
+    validation: dict[str, float]
+    test: dict[str, float]
+    committed: Topology
+    num_germinated: int
+    num_pruned: int
+
+
+class GrowthRecord:
+    """A sink that keeps what grew."""
+
+    def __init__(self) -> None:
+        self.commits: list[str] = []
+        self.num_germinated = 0
+        self.num_pruned = 0
+
+    def publish(self, record: EventRecord) -> None:
+        """Count seeds, and note the order of commits."""
+        if isinstance(record.event, SeedCommitted):
+            self.commits.append(record.event.slot)
+        self.num_germinated += isinstance(record.event, SeedGerminated)
+        self.num_pruned += isinstance(record.event, SeedPruned)
+
+    def measure(self, epoch: int, step: int, metrics: Mapping[str, float]) -> None:
+        """Nothing of the run's course is kept."""
+
+    def flush(self) -> None:
+        """Nothing is kept back."""
+
+    def topology(self, slots: SlotSet) -> Topology:
+        """Return the committed seeds in the order of their commits."""
+        waiting = {path: iter(slot.committed) for path, slot in slots.items()}
+        return tuple(GrownSeed(slot=path, seed=next(waiting[path])) for path in self.commits)
+
+
+def execute(request: RunRequest, config: RunConfig) -> RunResult:
+    """Make one run.
+
+    Args:
+        request: What differs from run to run.
+        config: What all runs share.
+
+    Effects: sets the process's number of threads and matmul precision.
+    """
+    torch.set_num_threads(config.threads or 1)
+    record = GrowthRecord()
+    configured = _configured(request, config)
+    setup = build_setup(configured)
+    if not request.grows:  # evaluated once at most, in the end: nothing hangs on it
+        configured = _deciding_every(configured, request.epochs * len(setup.batches))
+    policy = _at_random_times(request, config) if request.at_random_times else None
+    run = prepare(configured, run_id=request.key, sinks=[record], setup=setup, policy=policy)
+    if policy is None:
+        for grown in request.topology:
+            _grow_at_once(run.growth.slots, grown)
+    cost = None
+    for report in run.reports:
+        cost = report.cost
+    assert cost is not None
+    return _result(request, run, record, cost)
+
+
+def _configured(request: RunRequest, config: RunConfig) -> RunConfig:
+    trainer = {"epochs": request.epochs}
+    return config.model_copy(
+        update={
+            "random_seed": request.random_seed,
+            "learning_rate": request.learning_rate,
+            "policy": request.policy,
+            "count_flops": True,
+            "trainer": config.trainer.model_copy(update=trainer),
+        }
+    )
+
+
+def _deciding_every(config: RunConfig, steps: int) -> RunConfig:
+    trainer = config.trainer.model_copy(update={"decision_interval_steps": steps})
+    return config.model_copy(update={"trainer": trainer})
+
+
+def _at_random_times(request: RunRequest, config: RunConfig) -> Policy:
+    """Return a policy that grows the request's seeds in their order, at random times."""
+    draw = random.Random(request.random_seed)  # noqa: S311 – no secret
+    if config.policy == DepthSchedulePolicy.name:
+        stable = (config.warmup_fraction, 1.0 - config.decay_fraction)
+        events = sorted(draw.uniform(*stable) for _ in config.depth_schedule.fractions)
+        return DepthSchedulePolicy(config.depth_schedule, timing=FractionTiming(events))
+    heuristic = config.heuristic
+    last = max(1, int(heuristic.last_germination_fraction * request.epochs))
+    epochs = sorted(draw.randint(1, last) for _ in request.topology)
+    plan = [
+        (
+            epoch,
+            Germinate(
+                slot=grown.slot,
+                blueprint=grown.seed.blueprint,
+                options=grown.seed.options,
+                blend_operator=grown.seed.blend_operator,
+            ),
+        )
+        for epoch, grown in zip(epochs, request.topology, strict=True)
+    ]
+    return ReplayPolicy(
+        plan, patience_epochs=heuristic.patience_epochs, fade_steps=heuristic.fade_steps
+    )
+
+
+def _grow_at_once(slots: SlotSet, grown: GrownSeed) -> None:
+    """Put a seed into the network for good, as born: zero in its last layers."""
+    slot, seed = slots[grown.slot], grown.seed
+    slot.germinate(seed.blueprint, blend_operator=seed.blend_operator, **seed.options)
+    while slot.living is not None:
+        slot.advance(force=True)
+
+
+def _result(request: RunRequest, run: GrowingRun, record: GrowthRecord, cost: RunCost) -> RunResult:
+    spent = cost.training
+    if request.grows:
+        spent += cost.decision
+        policy = run.growth.policy
+        if not isinstance(policy, FrugalPolicy) or policy.reads_losses:
+            spent += cost.evaluation
+    assert spent.flops is not None
+    assert cost.training.flops is not None
+    return RunResult(
+        request=request,
+        param_count=run.param_count(),
+        steps=run.growth.step,
+        flops=spent.flops,
+        seconds=spent.seconds,
+        training_flops=cost.training.flops,
+        validation=_finite(run.setup.validation()),
+        test=_finite(run.setup.test()),
+        committed=record.topology(run.growth.slots),
+        num_germinated=record.num_germinated,
+        num_pruned=record.num_pruned,
+    )
+
+
+def _finite(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Return metrics with a loss that is not a number as infinite: the run has diverged."""
+    return {
+        name: math.inf if name == "loss" and math.isnan(value) else value
+        for name, value in metrics.items()
+    }

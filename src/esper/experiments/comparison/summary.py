@@ -1,0 +1,308 @@
+"""A comparison in figures: one row per arm, and the verdict."""
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from esper.experiments.comparison.config import MIN_SEEDS_FOR_A_CLAIM
+from esper.experiments.comparison.intervals import (
+    Crossing,
+    Curve,
+    Interval,
+    crossing,
+    loss_at,
+    mean_interval,
+)
+from esper.experiments.comparison.plan import GROWN, HOST, RANDOM_TIMES, STATIC, Comparison
+from esper.experiments.comparison.runs import RunResult
+from esper.experiments.comparison.search import at_edge
+
+_REACH = 1.02
+"""How far beyond its last run a curve still stands for its arm: budgets are whole epochs."""
+
+Runs = Mapping[int, Sequence[RunResult]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArmSummary:
+    """One arm at equal steps, and what it takes to reach the static network's loss.
+
+    Figures relative to the static network are None where nothing grew.
+
+    Attributes:
+        learning_rate: Chosen by validation loss.
+        rate_at_edge: The best rate is the lowest or highest tried: a better one may lie beyond.
+        flops_fraction: Mean share of what the static network spent on the same seed.
+        difference: Paired test loss minus the static network's.
+        flops_to_static: Share of the static network's operations at which its loss is reached.
+        seconds_to_static: The same in wall time.
+        curve: Mean cost in operations and mean test loss of every budget, rising.
+    """
+
+    arm: str
+    num_seeds: int
+    learning_rate: float
+    rate_at_edge: bool
+    param_count: float
+    steps: float
+    flops: float
+    seconds: float
+    flops_fraction: float | None
+    test_loss: Interval
+    metrics: Mapping[str, Interval]
+    difference: Interval | None
+    flops_to_static: Crossing | None
+    seconds_to_static: Crossing | None
+    curve: Curve
+    mean_germinated: float
+    mean_pruned: float
+
+
+class Outcome(StrEnum):
+    """What a comparison says."""
+
+    PAYS = "growth pays here"
+    DOES_NOT_PAY = "growth does not pay here"
+    UNDECIDED = "not decided"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """The outcome with its reasons, each a sentence."""
+
+    outcome: Outcome
+    reasons: Sequence[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EqualFlops:
+    """The grown network beside the best one of the same compute that never grew.
+
+    Attributes:
+        rival: The arm with the lowest mean loss at the grown runs' operations.
+        difference: Paired test loss of the grown network minus the rival's.
+    """
+
+    rival: str
+    difference: Interval
+
+
+def summarise(comparison: Comparison) -> list[ArmSummary]:
+    """Return every arm that has finished runs of the configured length."""
+    summaries = []
+    reference = comparison.at_equal_steps(STATIC)
+    for arm in comparison.arms:
+        full = comparison.at_equal_steps(arm)
+        if full:
+            summaries.append(_summarise_arm(comparison, arm, full, reference))
+    return summaries
+
+
+def _summarise_arm(
+    comparison: Comparison,
+    arm: str,
+    full: Mapping[int, RunResult],
+    reference: Mapping[int, RunResult],
+) -> ArmSummary:
+    runs = {seed: runs for seed, runs in comparison.runs(arm).items() if seed in full}
+    paired = [seed for seed in full if seed in reference]
+    static = {seed: reference[seed] for seed in paired}
+    rates = comparison.rates(arm)
+    first = next(iter(full.values()))
+
+    def mean(value: Callable[[RunResult], float]) -> float:
+        return statistics.fmean(value(result) for result in full.values())
+
+    def reached(cost: Callable[[RunResult], float]) -> Crossing | None:
+        curves = {seed: curve_of(runs[seed], cost) for seed in paired}
+        targets = {seed: (cost(run), run.test["loss"]) for seed, run in static.items()}
+        return crossing(curves, targets) if paired and arm != STATIC else None
+
+    return ArmSummary(
+        arm=arm,
+        num_seeds=len(full),
+        learning_rate=first.request.learning_rate,
+        rate_at_edge=at_edge(rates),
+        param_count=mean(lambda run: run.param_count),
+        steps=mean(lambda run: run.steps),
+        flops=mean(lambda run: run.flops),
+        seconds=mean(lambda run: run.seconds),
+        flops_fraction=(
+            statistics.fmean(full[seed].flops / static[seed].flops for seed in paired)
+            if paired
+            else None
+        ),
+        test_loss=mean_interval([run.test["loss"] for run in full.values()]),
+        metrics={
+            name: mean_interval([run.test[name] for run in full.values()]) for name in first.test
+        },
+        difference=(
+            mean_interval([full[s].test["loss"] - static[s].test["loss"] for s in paired])
+            if paired and arm != STATIC
+            else None
+        ),
+        flops_to_static=reached(lambda run: run.flops),
+        seconds_to_static=reached(lambda run: run.seconds),
+        curve=_mean_curve(runs),
+        mean_germinated=mean(lambda run: run.num_germinated),
+        mean_pruned=mean(lambda run: run.num_pruned),
+    )
+
+
+def curve_of(runs: Sequence[RunResult], cost: Callable[[RunResult], float]) -> Curve:
+    """Return one seed's budgets as pairs of cost and test loss, rising."""
+    return sorted((cost(run), run.test["loss"]) for run in runs)
+
+
+def _mean_curve(runs: Runs) -> Curve:
+    """Return mean cost and loss of each budget that every seed has."""
+    shortest = min(len(results) for results in runs.values())
+    columns = [[results[index] for results in runs.values()] for index in range(shortest)]
+    return [
+        (
+            statistics.fmean(run.flops for run in column),
+            statistics.fmean(run.test["loss"] for run in column),
+        )
+        for column in columns
+    ]
+
+
+def at_equal_flops(comparison: Comparison, arm: str = GROWN) -> EqualFlops | None:
+    """Return an arm beside the best network of the same compute that never grew.
+
+    Every size counts, the host included, at a budget that its runs enclose; taking the best of
+    several afterwards favours them, not growth. None where no size has such runs on every seed.
+    """
+    grown = comparison.at_equal_steps(arm)
+    candidates: dict[str, list[float]] = {}
+    for rival in comparison.arms:
+        if rival != HOST and not rival.startswith(STATIC):
+            continue
+        losses = _losses_at(comparison.runs(rival), grown)
+        if losses is not None:
+            candidates[rival] = losses
+    if not candidates:
+        return None
+    best = min(candidates, key=lambda rival: statistics.fmean(candidates[rival]))
+    differences = [
+        run.test["loss"] - loss for run, loss in zip(grown.values(), candidates[best], strict=True)
+    ]
+    return EqualFlops(rival=best, difference=mean_interval(differences))
+
+
+def _losses_at(runs: Runs, grown: Mapping[int, RunResult]) -> list[float] | None:
+    """Return an arm's losses at the grown runs' operations; None where its runs do not reach."""
+    losses = []
+    for seed, run in grown.items():
+        curve = curve_of(runs.get(seed, ()), lambda result: result.flops)
+        if not curve or not curve[0][0] / _REACH <= run.flops <= curve[-1][0] * _REACH:
+            return None
+        losses.append(loss_at(curve, run.flops))
+    return losses
+
+
+def judge(comparison: Comparison) -> Verdict:
+    """Return whether growth pays: at the cost to the static network's loss, and at equal cost."""
+    summaries = {summary.arm: summary for summary in summarise(comparison)}
+    grown = summaries.get(GROWN)
+    if comparison.missing() or grown is None:
+        return _undecided("runs are missing yet")
+    num_seeds = len(comparison.config.random_seeds)
+    if STATIC not in summaries:
+        return Verdict(
+            outcome=Outcome.DOES_NOT_PAY,
+            reasons=[
+                f"nothing was committed on any of {num_seeds} seeds: the host stayed as it is"
+            ],
+        )
+    reasons, better, worse = [], [], []
+    to_static, equal = grown.flops_to_static, at_equal_flops(comparison)
+    assert to_static is not None
+    reasons.append(_tell_cost(to_static))
+    better.append(_costs_less(to_static))
+    worse.append(_costs_more(to_static))
+    if equal is not None:
+        reasons.append(_tell_equal(equal))
+        better.append(equal.difference.mean <= 0.0 and not equal.difference.above_zero)
+        worse.append(equal.difference.above_zero)
+    if num_seeds < MIN_SEEDS_FOR_A_CLAIM:
+        return _undecided(
+            f"{num_seeds} seeds are too few for a claim, which takes {MIN_SEEDS_FOR_A_CLAIM}",
+            *reasons,
+        )
+    reasons += _tell_timing(summaries)
+    if any(worse):
+        return Verdict(outcome=Outcome.DOES_NOT_PAY, reasons=reasons)
+    if equal is not None and all(better):
+        return Verdict(outcome=Outcome.PAYS, reasons=reasons)
+    return Verdict(outcome=Outcome.UNDECIDED, reasons=reasons)
+
+
+def _undecided(*reasons: str) -> Verdict:
+    return Verdict(outcome=Outcome.UNDECIDED, reasons=reasons)
+
+
+def _costs_less(found: Crossing) -> bool:
+    """Whether the loss is reached before the static network's cost, with confidence."""
+    if found.high is None:
+        return found.below
+    return found.high < 1.0
+
+
+def _costs_more(found: Crossing) -> bool:
+    """Whether the loss is reached only beyond the static network's cost, with confidence."""
+    if found.low is None:
+        return found.above
+    return found.low > 1.0
+
+
+def _tell_cost(found: Crossing) -> str:
+    if found.above:
+        return (
+            "the grown network does not reach the static network's loss with "
+            f"{found.last:.2f} of its FLOPs"
+        )
+    if found.ratio is None:
+        return (
+            "the grown network reaches the static network's loss with less than "
+            f"{found.first:.2f} of its FLOPs"
+        )
+    return (
+        f"the grown network reaches the static network's loss with {found.ratio:.2f} of its FLOPs "
+        f"(95 %: {_bound(found.low, found.low_open, '≤')} to "
+        f"{_bound(found.high, found.high_open, '≥')})"
+    )
+
+
+def _bound(value: float | None, is_open: bool, sign: str) -> str:
+    if value is None:
+        return "?"
+    return f"{sign} {value:.2f}" if is_open else f"{value:.2f}"
+
+
+def _tell_equal(equal: EqualFlops) -> str:
+    difference = equal.difference
+    direction = "lower" if difference.mean <= 0.0 else "higher"
+    return (
+        f"at equal FLOPs its loss is {abs(difference.mean):.4f} {direction} than that of the best "
+        f"network that never grew ({equal.rival}; 95 %: {_range(difference)})"
+    )
+
+
+def _tell_timing(summaries: Mapping[str, ArmSummary]) -> list[str]:
+    random, grown = summaries.get(RANDOM_TIMES), summaries[GROWN]
+    if random is None:
+        return []
+    gap = random.test_loss.mean - grown.test_loss.mean
+    direction = "higher" if gap >= 0.0 else "lower"
+    return [
+        f"grown at random times its loss is {abs(gap):.4f} {direction}, with "
+        f"{random.flops / grown.flops:.2f} of the FLOPs"
+    ]
+
+
+def _range(interval: Interval) -> str:
+    if interval.low is None or interval.high is None:
+        return "unknown"
+    return f"{interval.low:+.4f} to {interval.high:+.4f}"

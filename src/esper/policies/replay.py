@@ -1,0 +1,60 @@
+"""A policy that grows what another run grew, at times of its own."""
+
+from collections.abc import Sequence
+
+from esper.lifecycle.actions import (
+    Action,
+    Germinate,
+    GrowthState,
+    Operation,
+    legal_operations,
+)
+from esper.policies.tending import tend
+
+
+class ReplayPolicy:
+    """Germinates given seeds, each once its epoch has come and its slot is free, and tends them.
+
+    Args:
+        plan: Pairs of epoch and seed, in the order in which a slot takes its seeds.
+        patience_epochs: Epochs in one stage after which a refused seed is pruned.
+        fade_steps: Steps over which a seed in the forward path is faded out.
+    """
+
+    name = "replay"
+    reads_losses = False
+
+    def __init__(
+        self,
+        plan: Sequence[tuple[int, Germinate]],
+        *,
+        patience_epochs: int,
+        fade_steps: int,
+    ) -> None:
+        self._waiting = list(plan)
+        self._patience_epochs = patience_epochs
+        self._fade_steps = fade_steps
+
+    def weighs(self, state: GrowthState) -> Sequence[str]:
+        """Return every slot: any gate may be tried."""
+        return [slot.path for slot in state.slots]
+
+    def decide(self, state: GrowthState) -> Sequence[Action]:
+        """Return what tends the growing seeds, then the germinations that are due."""
+        actions: list[Action] = []
+        for slot in state.slots:
+            actions += tend(
+                slot, patience_epochs=self._patience_epochs, fade_steps=self._fade_steps
+            )
+        taken: set[str] = set()
+        later: list[tuple[int, Germinate]] = []
+        for epoch, germinate in self._waiting:
+            slot = state.slot(germinate.slot)
+            free = slot.path not in taken and Operation.GERMINATE in legal_operations(slot)
+            if epoch <= state.epoch and free:
+                actions.append(germinate)
+            else:
+                later.append((epoch, germinate))
+            taken.add(slot.path)
+        self._waiting = later
+        return actions

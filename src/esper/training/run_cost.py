@@ -1,0 +1,212 @@
+"""What a run has cost: operations and seconds, training apart from evaluating and deciding."""
+
+import time
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from enum import Enum
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from esper.slots.nested import tensors_in
+from esper.slots.slot_set import SlotSet
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What something has cost.
+
+    Attributes:
+        flops: Floating-point operations; None where they are not counted.
+        seconds: Wall time.
+    """
+
+    flops: int | None
+    seconds: float
+
+    def __add__(self, other: "Cost") -> "Cost":
+        """Return both together; unknown with unknown operations."""
+        known = self.flops is not None and other.flops is not None
+        flops = (self.flops or 0) + (other.flops or 0) if known else None
+        return Cost(flops=flops, seconds=self.seconds + other.seconds)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunCost:
+    """What a run has spent so far.
+
+    Attributes:
+        training: Forwards, backwards and optimizer steps, of seeds too that were pruned later.
+        evaluation: The plain evaluations of the growing network, one per decision.
+        decision: All else that growth takes: probes, isolation checks, building seeds, the policy.
+            On a GPU seconds go to what waits for the device.
+    """
+
+    training: Cost
+    evaluation: Cost
+    decision: Cost
+
+    @property
+    def total(self) -> Cost:
+        """All of it."""
+        return self.training + self.evaluation + self.decision
+
+
+class _Purpose(Enum):
+    TRAINING = 0
+    EVALUATION = 1
+    DECISION = 2
+
+
+class CostMeter:
+    """Measures what training costs while it goes on.
+
+    Operations are counted by torch's `FlopCounterMode`: matrix products, convolutions and
+    attention, a multiplication and an addition each one operation; elementwise work counts as none.
+    A step is counted the first time that a structure meets batches of a shape, and has the same
+    figure from then on; what a decision does is counted each time. Counting changes no result.
+
+    Args:
+        slots: Whose structure a step depends on.
+        count_flops: Whether operations are counted, or seconds alone.
+        clock: Monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        slots: SlotSet,
+        *,
+        count_flops: bool,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._slots = slots
+        self._count = count_flops
+        self._clock = clock
+        self._known: dict[Hashable, int] = {}
+        self._flops = dict.fromkeys(_Purpose, 0)
+        self._seconds = dict.fromkeys(_Purpose, 0.0)
+        self._purpose = _Purpose.TRAINING
+        self._mark: float | None = None
+
+    @property
+    def cost(self) -> RunCost:
+        """What has been spent so far."""
+        costs = {
+            purpose: Cost(
+                flops=self._flops[purpose] if self._count else None, seconds=self._seconds[purpose]
+            )
+            for purpose in _Purpose
+        }
+        return RunCost(
+            training=costs[_Purpose.TRAINING],
+            evaluation=costs[_Purpose.EVALUATION],
+            decision=costs[_Purpose.DECISION],
+        )
+
+    def start(self) -> None:
+        """Begin to take the time; what came before was setting up."""
+        self._mark = self._clock()
+
+    def stop(self) -> None:
+        """Take the time up to now, and none until `start`."""
+        self._take_time()
+        self._mark = None
+
+    @contextmanager
+    def batch(self, batch: Any) -> Iterator[None]:
+        """Count a batch's forward and backward.
+
+        Args:
+            batch: Its tensors' shapes, with the slots' structure, are what the count depends on.
+        """
+        shapes = tuple(tensor.shape for tensor in tensors_in(batch)) if self._count else ()
+        with self._counted("batch", shapes):
+            yield
+
+    @contextmanager
+    def optimizer_step(self) -> Iterator[None]:
+        """Count an optimizer's step: nothing for elementwise ones, matrix products for others."""
+        with self._counted("optimizer"):
+            yield
+
+    @contextmanager
+    def decision(self) -> Iterator[None]:
+        """Count what is done in order to decide, and take its time apart."""
+        with self._apart(_Purpose.DECISION):
+            yield
+
+    @contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """Count a plain evaluation, and take its time apart; inside a decision it is none of it."""
+        with self._apart(_Purpose.EVALUATION):
+            yield
+
+    @contextmanager
+    def _apart(self, purpose: "_Purpose") -> Iterator[None]:
+        self._take_time()
+        around, self._purpose = self._purpose, purpose
+        counter = flop_counter() if self._count else None
+        try:
+            with counter or nullcontext():
+                yield
+        finally:
+            self._take_time()
+            self._purpose = around
+            if counter is not None:
+                spent = counter.get_total_flops()
+                self._flops[purpose] += spent
+                if around is not _Purpose.TRAINING:  # its own counter has seen them too
+                    self._flops[around] -= spent
+
+    def _take_time(self) -> None:
+        before, self._mark = self._mark, self._clock()
+        if before is not None:
+            self._seconds[self._purpose] += self._mark - before
+
+    @contextmanager
+    def _counted(self, *what: Hashable) -> Iterator[None]:
+        if not self._count:
+            yield
+            return
+        key = (self._slots.structure(), *what)
+        counter = None if key in self._known else flop_counter()
+        running: AbstractContextManager[object] = counter or nullcontext()
+        with running:
+            yield
+        if counter is not None:
+            self._known[key] = counter.get_total_flops()
+        self._flops[_Purpose.TRAINING] += self._known[key]
+
+
+def flop_counter() -> FlopCounterMode:
+    """Return torch's counter, with the attention that torch runs on a CPU counted as on a GPU."""
+    return FlopCounterMode(display=False, custom_mapping=dict(_CPU_ATTENTION))
+
+
+def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    """Return the operations of softmax(Q Kᵀ) V; a causal mask saves none, as in torch's formula."""
+    batch, heads, queries, head_dim = query
+    keys, value_dim = key[2], value[3]
+    return 2 * int(batch * heads * queries * keys * (head_dim + value_dim))
+
+
+def _attention_backward_flops(
+    _gradient: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any
+) -> int:
+    """Return the operations of attention's backward, scores recomputed, as in torch's formula."""
+    batch, heads, queries, head_dim = query
+    keys, value_dim = key[2], value[3]
+    return 2 * int(batch * heads * queries * keys * (3 * head_dim + 2 * value_dim))
+
+
+_CPU_ATTENTION_NAME = "_scaled_dot_product_flash_attention_for_cpu"
+_CPU_ATTENTION: Mapping[Any, Callable[..., int]] = MappingProxyType(
+    {
+        getattr(torch.ops.aten, _CPU_ATTENTION_NAME): _attention_flops,
+        getattr(torch.ops.aten, f"{_CPU_ATTENTION_NAME}_backward"): _attention_backward_flops,
+    }
+)
+"""torch 2.13 has no formula for these two: without them attention on a CPU would cost nothing."""

@@ -1,0 +1,223 @@
+"""Which runs a comparison makes, and what it says: worlds in which the answer is known."""
+
+import math
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import pytest
+from pydantic import ValidationError
+
+from esper.experiments import load_run_config
+from esper.experiments.comparison import (
+    CompareConfig,
+    Comparison,
+    Outcome,
+    RunRequest,
+    RunResult,
+    at_equal_flops,
+    judge,
+    summarise,
+)
+from esper.experiments.comparison.runs import GrownSeed
+from esper.lifecycle.alpha import BlendOperator
+from esper.slots.committed_seed import CommittedSeed
+
+EPOCHS = 100
+BEST_RATE = 0.01
+
+
+def grown_seed(number: int) -> GrownSeed:
+    seed = CommittedSeed(
+        blueprint="conv_heavy",
+        options={"number": number},
+        blend_operator=BlendOperator.ADD,
+        param_count=10,
+        contribution_fraction=0.1,
+    )
+    return GrownSeed(slot="stage1", seed=seed)
+
+
+@dataclass(frozen=True)
+class World:
+    """Losses by size and compute: a law that all networks obey, and what growth adds to it."""
+
+    growth_bonus: float = 0.0
+    """Loss that a grown network saves beside one of its size that never grew."""
+    num_seeds: Callable[[int], int] = lambda _: 3
+    """Seeds that the default commits, by random seed."""
+    noise: float = 0.002
+
+    def make(self, request: RunRequest) -> RunResult:
+        """Return what a run would have come to."""
+        grows = request.policy != "none" or request.at_random_times
+        seed = request.random_seed
+        committed = (
+            tuple(map(grown_seed, range(self.num_seeds(seed))))
+            if request.policy != "none"
+            else request.topology
+        )
+        size = 1.0 + len(committed)
+        flops = request.epochs * (0.8 if grows else 1.0) * size * 1e6
+        draw = random.Random(request.key).gauss(0.0, self.noise)
+        missed = 0.05 * abs(math.log2(request.learning_rate / BEST_RATE))
+        loss = 1.0 - 0.05 * math.log2(size) - 0.05 * math.log2(request.epochs / EPOCHS) + missed
+        loss += draw + 0.1 * seed - (self.growth_bonus if request.policy != "none" else 0.0)
+        return RunResult(
+            request=request,
+            param_count=round(100 * size),
+            steps=request.epochs,
+            flops=flops,
+            seconds=flops / 1e6,
+            training_flops=flops,
+            validation={"loss": loss, "accuracy": 0.5},
+            test={"loss": loss, "accuracy": 0.5},
+            committed=committed,
+            num_germinated=len(committed),
+            num_pruned=0,
+        )
+
+
+@cache
+def config(seeds: int = 5, **settings: object) -> CompareConfig:
+    run = load_run_config(
+        "digits", None, [], {"learning_rate": BEST_RATE, "trainer": {"epochs": EPOCHS}}
+    )
+    return CompareConfig(run=run, random_seeds=tuple(range(seeds)), **settings)
+
+
+def played(world: World, settings: CompareConfig) -> Comparison:
+    """Return the comparison after every run that it asked for, one at a time."""
+    comparison = Comparison(settings, [])
+    while missing := comparison.missing():
+        results = [*comparison.results.values(), world.make(missing[0])]
+        assert len(results) < 400, "a comparison must come to an end"
+        comparison = Comparison(settings, results)
+    return comparison
+
+
+def test_every_arm_is_there_with_equal_budgets() -> None:
+    comparison = played(World(), config(policies=("random",)))
+    assert comparison.arms == [
+        *("host", "static 1", "static 2", "static", "grown", "random times", "policy random")
+    ]
+    for arm in comparison.arms:
+        assert len(comparison.rates(arm)) == 3, arm
+        assert comparison.chosen_rate(arm) == BEST_RATE, arm
+        assert comparison.at_equal_steps(arm).keys() == set(range(5)), arm
+    assert not comparison.ahead()
+
+
+def test_arms_are_also_compared_at_equal_flops() -> None:
+    comparison = played(World(), config())
+    static, grown = comparison.at_equal_steps("static"), comparison.at_equal_steps("grown")
+    for arm in ("host", "static 1", "grown", "random times"):
+        for seed, runs in comparison.runs(arm).items():
+            nearest = min(runs, key=lambda run: abs(run.flops - static[seed].flops))
+            assert nearest.flops == pytest.approx(static[seed].flops, rel=0.02), arm
+    for seed, runs in comparison.runs("static").items():
+        assert runs[0].request.epochs < EPOCHS, "cut short"
+        assert runs[0].flops == pytest.approx(grown[seed].flops, rel=0.02)
+
+
+def test_what_is_missing_does_not_depend_on_the_order_of_what_is_there() -> None:
+    comparison = played(World(), config())
+    results = list(comparison.results.values())
+    for keep in (7, 20, 33):
+        part = results[:keep]
+        expected = {request.key for request in Comparison(config(), part).missing()}
+        random.Random(keep).shuffle(part)
+        assert {request.key for request in Comparison(config(), part).missing()} == expected
+
+
+def test_static_networks_wait_until_it_is_known_what_grew() -> None:
+    assert {request.arm for request in Comparison(config(), []).missing()} == {"host", "grown"}
+
+
+def test_growth_that_pays_is_found_to_pay() -> None:
+    comparison = played(World(growth_bonus=0.01), config())
+    verdict = judge(comparison)
+    assert verdict.outcome is Outcome.PAYS, verdict.reasons
+    grown = {summary.arm: summary for summary in summarise(comparison)}["grown"]
+    assert grown.flops_to_static is not None
+    expected = 0.8 * 2 ** (-0.01 / 0.05)
+    assert grown.flops_to_static.ratio == pytest.approx(expected, rel=0.05)
+    assert f"{grown.flops_to_static.ratio:.2f} of its FLOPs" in verdict.reasons[0]
+
+
+def test_growth_that_loses_is_said_to_lose() -> None:
+    verdict = judge(played(World(growth_bonus=-0.05), config()))
+    assert verdict.outcome is Outcome.DOES_NOT_PAY
+    assert "does not reach" in verdict.reasons[0]
+
+
+def test_what_beats_the_large_network_but_not_a_smaller_one_does_not_pay() -> None:
+    """Width that buys nothing: the host alone is as good, for a fraction of the compute."""
+
+    class Flat(World):
+        def make(self, request: RunRequest) -> RunResult:
+            result = super().make(request)
+            loss = 1.0 + 0.1 * request.random_seed
+            loss += 0.05 * abs(math.log2(request.learning_rate / BEST_RATE))
+            loss -= 0.05 * math.log2(request.epochs / EPOCHS)
+            loss -= 0.002 if request.arm == "grown" else 0.0
+            return result.model_copy(update={"test": {**result.test, "loss": loss}})
+
+    comparison = played(Flat(), config())
+    equal = at_equal_flops(comparison)
+    assert equal is not None
+    assert equal.rival == "host"
+    assert judge(comparison).outcome is Outcome.DOES_NOT_PAY
+
+
+def test_noise_is_not_decided_upon() -> None:
+    verdict = judge(played(World(growth_bonus=-0.015, noise=0.02), config()))
+    assert verdict.outcome is Outcome.UNDECIDED
+
+
+def test_few_seeds_are_no_claim() -> None:
+    verdict = judge(played(World(growth_bonus=0.05), config(seeds=3)))
+    assert verdict.outcome is Outcome.UNDECIDED
+    assert "too few" in verdict.reasons[0]
+
+
+def test_nothing_committed_does_not_pay() -> None:
+    comparison = played(World(num_seeds=lambda _: 0), config())
+    assert comparison.arms == ["host", "grown"]
+    assert judge(comparison).outcome is Outcome.DOES_NOT_PAY
+
+
+def test_networks_that_grew_differently_are_compared_with_their_own_size() -> None:
+    sizes = {0: 1, 1: 3, 2: 0, 3: 2, 4: 3}
+    comparison = played(World(num_seeds=sizes.__getitem__), config())
+    static = comparison.at_equal_steps("static")
+    assert {seed: len(run.request.topology) for seed, run in static.items()} == sizes
+    assert comparison.at_equal_steps("static 1").keys() == {1, 3, 4}
+    assert comparison.at_equal_steps("static 2").keys() == {1, 4}
+
+
+def test_a_better_rate_than_the_configured_one_is_used() -> None:
+    settings = config(search_rates=4)
+    run = settings.run.model_copy(update={"learning_rate": 4 * BEST_RATE})
+    comparison = played(World(), settings.model_copy(update={"run": run}))
+    assert comparison.chosen_rate("host") == pytest.approx(BEST_RATE)
+    (host,) = (s for s in summarise(comparison) if s.arm == "host")
+    assert host.rate_at_edge
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"random_seeds": (1,)}, "at least two"),
+        ({"random_seeds": (1, 1)}, "different numbers"),
+        ({"search_seeds": 6}, "5 random seeds"),
+        ({"search_rates": 2}, "at least 3"),
+        ({"policies": ("heuristic",)}, "compared anyway"),
+    ],
+)
+def test_settings_that_make_no_comparison_are_refused(
+    settings: dict[str, object], words: str
+) -> None:
+    with pytest.raises(ValidationError, match=words):
+        CompareConfig(**{"run": config().run, "random_seeds": (0, 1, 2, 3, 4), **settings})

@@ -1,0 +1,165 @@
+"""Comparisons that really run: processes, a folder, a kill in the middle."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from esper.experiments import load_run_config
+from esper.experiments.comparison import (
+    CompareConfig,
+    ComparisonFolder,
+    ComparisonFolderError,
+    Outlook,
+    RunRequest,
+    RunResult,
+    run_missing,
+)
+from esper.experiments.comparison.runs import execute
+from esper.tasks.digits import DIGITS
+
+
+def config(epochs: int, **settings: object) -> CompareConfig:
+    run = load_run_config("digits", None, [], {"trainer": {"epochs": epochs}})
+    return CompareConfig(run=run, random_seeds=(0, 1), search_rates=1, **settings)
+
+
+def test_a_network_of_the_grown_size_is_the_host_with_the_seeds_from_the_start() -> None:
+    settings = config(epochs=14)
+    request = RunRequest(
+        arm="grown", random_seed=0, learning_rate=0.01, epochs=14, policy="heuristic"
+    )
+    grown = execute(request, settings.run)
+    assert grown.committed, "14 epochs are enough for the default to commit something"
+    static = execute(
+        request.model_copy(update={"arm": "static", "policy": "none", "topology": grown.committed}),
+        settings.run,
+    )
+    assert static.param_count == grown.param_count
+    assert static.steps == grown.steps
+    assert static.flops == static.training_flops < grown.flops
+    assert grown.training_flops < static.training_flops, "the grown one was small at first"
+    again = execute(request, settings.run)
+    assert again.model_dump(exclude={"seconds"}) == grown.model_dump(exclude={"seconds"})
+
+
+def test_seeds_grown_at_random_times_are_those_that_the_default_grew() -> None:
+    settings = config(epochs=20)
+    grown = execute(
+        RunRequest(arm="grown", random_seed=0, learning_rate=0.01, epochs=20, policy="heuristic"),
+        settings.run,
+    )
+    randomly = execute(
+        RunRequest(
+            arm="random times",
+            random_seed=0,
+            learning_rate=0.01,
+            epochs=20,
+            topology=grown.committed,
+            at_random_times=True,
+        ),
+        settings.run,
+    )
+    assert 0 < randomly.num_germinated <= len(grown.committed)
+    assert randomly.flops > randomly.training_flops, "probes cost"
+
+
+def test_every_run_is_kept_once_and_progress_is_told(tmp_path: Path) -> None:
+    settings = config(epochs=2)
+    folder = ComparisonFolder(tmp_path / "compare", settings)
+    told: list[tuple[Outlook, RunResult | None]] = []
+    comparison = run_missing(
+        settings, folder, processes=2, on_change=lambda *change: told.append(change)
+    )
+    finished = [result for _, result in told if result is not None]
+    assert len(finished) == len(comparison.results) == 4, "host and grown, two seeds each"
+    assert not comparison.missing()
+    last, _ = told[-1]
+    assert (last.finished, last.expected, last.running, last.seconds_left) == (4, 4, (), 0.0)
+    assert max(len(outlook.running) for outlook, _ in told) == 2
+    kept = ComparisonFolder(tmp_path / "compare", settings).results()
+    assert {result.request.key for result in kept} == set(comparison.results)
+
+
+def test_a_run_that_raises_names_itself_and_keeps_the_others(tmp_path: Path) -> None:
+    settings = config(epochs=2)
+    run = settings.run.model_copy(
+        update={"heuristic": DIGITS.heuristic.model_copy(update={"blueprints": ("nonesuch",)})}
+    )
+    run = run.model_copy(update={"trainer": run.trainer.model_copy(update={"epochs": 8})})
+    settings = settings.model_copy(update={"run": run})
+    folder = ComparisonFolder(tmp_path / "compare", settings)
+    with pytest.raises(ValueError, match="nonesuch") as caught:
+        run_missing(settings, folder, processes=1, on_change=lambda *_: None)
+    assert any("arm 'grown', random seed 0" in note for note in caught.value.__notes__)
+
+
+def test_another_comparison_is_not_mixed_in(tmp_path: Path) -> None:
+    ComparisonFolder(tmp_path / "compare", config(epochs=2))
+    with pytest.raises(ComparisonFolderError, match=r"run\.trainer\.epochs is 2 there, 3 here"):
+        ComparisonFolder(tmp_path / "compare", config(epochs=3))
+    environment = tmp_path / "compare" / "environment.json"
+    kept = json.loads(environment.read_text())
+    environment.write_text(json.dumps({**kept, "packages": {"torch": "1.0"}}))
+    with pytest.raises(ComparisonFolderError, match=r"begun with torch 1\.0"):
+        ComparisonFolder(tmp_path / "compare", config(epochs=2))
+    (tmp_path / "else").mkdir()
+    (tmp_path / "else" / "file").touch()
+    with pytest.raises(ComparisonFolderError, match="not empty"):
+        ComparisonFolder(tmp_path / "else", config(epochs=2))
+    with pytest.raises(ComparisonFolderError, match="no comparison"):
+        ComparisonFolder.config_of(tmp_path / "else")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_killed_comparison_leaves_no_process_and_goes_on_where_it_was(tmp_path: Path) -> None:
+    folder = tmp_path / "compare"
+    command = [
+        *(sys.executable, "-m", "esper", "compare", "digits", "--epochs", "3", "--seeds", "2"),
+        *("--rates", "1", "--processes", "1", "--out", str(folder), "--json"),
+    ]
+    first = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert first.stdout is not None
+    assert json.loads(first.stdout.readline())["kind"] == "run"
+    children = descendants(first.pid)
+    assert children
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    first.stdout.close()
+    kept = {file.name: file.stat().st_mtime_ns for file in (folder / "runs").glob("*.json")}
+    assert kept
+    deadline = time.monotonic() + 60.0
+    while any(map(alive, children)):  # they notice by themselves
+        assert time.monotonic() < deadline, "an orphan is left"
+        os.sched_yield()
+    second = subprocess.run(
+        [sys.executable, "-m", "esper", "compare", "--out", str(folder), "--json"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    lines = [json.loads(line) for line in second.stdout.splitlines()]
+    assert [line["kind"] for line in lines].count("run") == 4 - len(kept)
+    assert lines[-1]["outcome"] == "growth does not pay here" or "too few" in str(lines[-1])
+    assert (folder / "compare.png").exists()
+    for name, written in kept.items():
+        assert (folder / "runs" / name).stat().st_mtime_ns == written
+
+
+def descendants(process: int) -> list[int]:
+    children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+    found = [int(child) for child in children]
+    return found + [pid for child in found for pid in descendants(child)]
+
+
+def alive(process: int) -> bool:
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"

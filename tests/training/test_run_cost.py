@@ -1,0 +1,98 @@
+"""What a run has cost: counted once per structure, yet equal to counting everything."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
+
+import esper
+from esper.lifecycle.actions import Germinate
+from esper.lifecycle.stages import SeedStage
+from esper.training.run_cost import CostMeter, flop_counter
+from growth_problem import Problem, make_problem
+
+EPOCHS = 30
+
+
+def policy() -> esper.SchedulePolicy:
+    """One seed that is committed, one that is pruned, one that lives at the end."""
+    plan = {
+        2: [Germinate(slot="embed", blueprint="mlp")],
+        20: [Germinate(slot="embed", blueprint="noop")],
+        29: [Germinate(slot="embed", blueprint="mlp")],
+    }
+    return esper.SchedulePolicy(plan, patience_epochs=4)
+
+
+def train(problem: Problem, *, count_flops: bool = False) -> list[esper.training.EpochReport]:
+    return problem.trainer(policy(), EPOCHS, count_flops=count_flops).fit()
+
+
+def test_counting_by_structure_equals_counting_every_operation() -> None:
+    counted, watched = make_problem(), make_problem()
+    reports = train(counted, count_flops=True)
+    with flop_counter() as everything:
+        train(watched)
+    cost = reports[-1].cost
+    for part in (cost.training, cost.evaluation, cost.decision):
+        assert part.flops
+    assert cost.total.flops == everything.get_total_flops()
+    with flop_counter() as one_evaluation:
+        counted.held_out()  # with the seeds that were committed in the end
+    assert cost.evaluation.flops is not None
+    assert cost.evaluation.flops < EPOCHS * one_evaluation.get_total_flops()
+    stages = {event.to_stage for event in counted.recorder.of(esper.lifecycle.events.StageChanged)}
+    assert {SeedStage.FOSSILIZED, SeedStage.PRUNED} <= stages, "the run must meet both ends"
+
+
+def test_counting_changes_no_bit() -> None:
+    counted, plain = make_problem(), make_problem()
+    with_counts = train(counted, count_flops=True)
+    without = train(plain)
+    assert [report.train_loss for report in with_counts] == [r.train_loss for r in without]
+    assert without[-1].cost.total.flops is None
+    for one, other in zip(counted.model.parameters(), plain.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_flops_are_published_with_the_metrics(problem: Problem) -> None:
+    reports = train(problem, count_flops=True)
+    told = [metrics["flops"] for _, _, metrics in problem.recorder.metrics if "flops" in metrics]
+    assert told == [report.cost.total.flops for report in reports]
+    assert told == sorted(told)
+
+
+@pytest.mark.parametrize("heads", [1, 4])
+def test_attention_on_a_cpu_costs_its_matrix_products(heads: int) -> None:
+    shape = (2, heads, 16, 8)
+    query, key, value = (torch.randn(shape, requires_grad=True) for _ in range(3))
+    one_product = 2 * 2 * heads * 16 * 16 * 8
+    with flop_counter() as forward:
+        output = scaled_dot_product_attention(query, key, value, is_causal=True)
+    assert forward.get_total_flops() == 2 * one_product
+    with flop_counter() as backward:
+        output.sum().backward()
+    assert backward.get_total_flops() == 5 * one_product
+
+
+def ticking(seconds: list[float]) -> Callable[[], float]:
+    times: Iterator[float] = iter(seconds)
+    return lambda: next(times)
+
+
+def test_seconds_are_kept_apart() -> None:
+    slots = esper.attach(nn.Sequential(nn.Linear(2, 2)), ["0"], example=torch.zeros(1, 2))
+    meter = CostMeter(
+        slots, count_flops=False, clock=ticking([10.0, 11.0, 14.0, 18.0, 19.0, 21.0, 50.0, 58.0])
+    )
+    meter.start()
+    with meter.decision(), meter.evaluation():
+        pass
+    meter.stop()
+    meter.start()  # the 29 seconds before it were the caller's own
+    meter.stop()
+    assert meter.cost.training.seconds == 1.0 + 2.0 + 8.0
+    assert meter.cost.decision.seconds == 3.0 + 1.0
+    assert meter.cost.evaluation.seconds == 4.0
