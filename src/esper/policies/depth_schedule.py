@@ -101,7 +101,6 @@ class DepthSchedulePolicy:
     """
 
     name = "schedule"
-    reads_losses = False
 
     def __init__(
         self, config: DepthScheduleConfig | None = None, *, timing: GrowthTiming | None = None
@@ -110,6 +109,11 @@ class DepthSchedulePolicy:
         self.timing = timing or FractionTiming(self.config.fractions)
         self._num_past = 0
         self._pending: list[str] = []
+
+    @property
+    def reads_losses(self) -> bool:
+        """Whether it decides by the held-out loss itself: its timing may."""
+        return self.timing.reads_losses
 
     def weighs(self, state: GrowthState) -> Sequence[str]:
         """Return the slots whose verdict is called, and those that a gate may ask about anyway."""

@@ -13,6 +13,10 @@ class GrowthTiming(Protocol):
     def num_events(self) -> int:
         """How many events a run has, at least 1; the new depth is shared among them."""
 
+    @property
+    def reads_losses(self) -> bool:
+        """Whether it goes by the held-out loss, whose evaluation is a cost of growing then."""
+
     def due(self, state: GrowthState, *, num_past: int) -> bool:
         """Return whether the next event is due.
 
@@ -28,6 +32,8 @@ class FractionTiming:
     Args:
         fractions: Of the decisions of the run, rising.
     """
+
+    reads_losses = False
 
     def __init__(self, fractions: Sequence[float]) -> None:
         self._fractions = tuple(fractions)
