@@ -143,17 +143,21 @@ def test_growth_that_pays_is_found_to_pay() -> None:
     assert grown.flops_to_static is not None
     expected = 0.8 * 2 ** (-0.01 / 0.05)
     assert grown.flops_to_static.ratio == pytest.approx(expected, rel=0.05)
-    assert f"{grown.flops_to_static.ratio:.2f} of its FLOPs" in verdict.reasons[0]
+    assert f"{grown.flops_to_static.ratio:.2f} of its FLOPs" in verdict.reasons[1]
 
 
 def test_growth_that_loses_is_said_to_lose() -> None:
     verdict = judge(played(World(growth_bonus=-0.05), config()))
     assert verdict.outcome is Outcome.DOES_NOT_PAY
-    assert "does not reach" in verdict.reasons[0]
+    assert "does not reach" in verdict.reasons[1]
 
 
-def test_what_beats_the_large_network_but_not_a_smaller_one_does_not_pay() -> None:
-    """Width that buys nothing: the host alone is as good, for a fraction of the compute."""
+@pytest.mark.parametrize(
+    ("bonus", "outcome"),
+    [(0.002, Outcome.PAYS_PER_STEP), (0.0, Outcome.UNDECIDED), (-0.002, Outcome.DOES_NOT_PAY)],
+)
+def test_where_size_buys_nothing_the_host_is_the_rival(bonus: float, outcome: Outcome) -> None:
+    """Compute is better spent on more steps of the host, and in as many it is hardly worse."""
 
     class Flat(World):
         def make(self, request: RunRequest) -> RunResult:
@@ -161,14 +165,15 @@ def test_what_beats_the_large_network_but_not_a_smaller_one_does_not_pay() -> No
             loss = 1.0 + 0.1 * request.random_seed
             loss += 0.05 * abs(math.log2(request.learning_rate / BEST_RATE))
             loss -= 0.05 * math.log2(request.epochs / EPOCHS)
-            loss -= 0.002 if request.arm == "grown" else 0.0
+            loss -= bonus if request.arm == "grown" else 0.0
             return result.model_copy(update={"test": {**result.test, "loss": loss}})
 
     comparison = played(Flat(), config())
     equal = at_equal_flops(comparison)
     assert equal is not None
     assert equal.rival == "host"
-    assert judge(comparison).outcome is Outcome.DOES_NOT_PAY
+    assert equal.any_steps.above_zero
+    assert judge(comparison).outcome is outcome
 
 
 def test_noise_is_not_decided_upon() -> None:

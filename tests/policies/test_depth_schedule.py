@@ -97,11 +97,14 @@ def test_when_to_grow_is_exchangeable():
         """Due whenever the loss is below a limit that falls with each event."""
 
         num_events = 2
+        reads_losses = True
 
         def due(self, state: GrowthState, *, num_past: int) -> bool:
             return bool(state.losses) and state.losses[-1] < (4.0, 2.0)[num_past]
 
     schedule = DepthSchedulePolicy(timing=AfterLossesBelow())
+    assert schedule.reads_losses
+    assert not policy().reads_losses
     seen = []
     for epoch, loss in enumerate((5.0, 3.0, 3.0, 1.0, 1.0), start=1):
         losses = state(*AB, epoch=epoch).model_copy(update={"losses": (loss,)})
@@ -247,6 +250,8 @@ def test_a_run_of_unknown_length_is_refused():
         ({"fractions": (0.0,)}, "greater than 0"),
         ({"fractions": (0.4, 0.2)}, "fractions must rise"),
         ({"fractions": (0.7,)}, "before verdict_fraction 0.7"),
+        ({"slots": ()}, "slots must name each slot once and at least one"),
+        ({"slots": ("a", "b", "a")}, "slots must name each slot once and at least one"),
         ({"options": {"depth": 2}}, "must leave out 'depth'"),
         ({"copy_optimizer_state": True}, "needs copies"),
     ],

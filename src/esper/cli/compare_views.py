@@ -27,6 +27,7 @@ from esper.tasks.named import named_task
 
 _OUTCOME_STYLES = {
     Outcome.PAYS: "bold green",
+    Outcome.PAYS_PER_STEP: "bold green",
     Outcome.DOES_NOT_PAY: "bold red",
     Outcome.UNDECIDED: "bold yellow",
 }

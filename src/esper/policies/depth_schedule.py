@@ -80,6 +80,11 @@ class DepthScheduleConfig(Record):
                 "earliest_fraction, latest_fraction and verdict_fraction must rise, got "
                 f"{self.earliest_fraction}, {self.latest_fraction} and {self.verdict_fraction}"
             )
+        if self.slots is not None and (not self.slots or len(set(self.slots)) < len(self.slots)):
+            raise ValueError(
+                f"slots must name each slot once and at least one, got {self.slots}; leave it out "
+                "for all of them"
+            )
         if DEPTH_OPTION in self.options:
             raise ValueError(
                 f"options must leave out {DEPTH_OPTION!r}, which follows from factor, fractions "
@@ -122,8 +127,8 @@ class DepthSchedulePolicy:
 
     @property
     def reads_losses(self) -> bool:
-        """Whether its timing may: shares of the run and the training loss are known anyway."""
-        return not isinstance(self.timing, (FractionTiming, SlopeTiming))
+        """Whether it decides by the held-out loss itself: its timing may."""
+        return self.timing.reads_losses
 
     def weighs(self, state: GrowthState) -> Sequence[str]:
         """Return the slots whose verdict is called, and those that a gate may ask about anyway."""

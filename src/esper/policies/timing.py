@@ -15,13 +15,17 @@ class GrowthTiming(Protocol):
 
     @property
     def num_events(self) -> int:
-        """How many events there will be in a run; the new depth is shared among them."""
+        """How many events a run has, at least 1; the new depth is shared among them."""
+
+    @property
+    def reads_losses(self) -> bool:
+        """Whether it goes by the held-out loss, whose evaluation is a cost of growing then."""
 
     def due(self, state: GrowthState, *, num_past: int) -> bool:
         """Return whether the next event is due.
 
         Args:
-            state: After an epoch, with the held-out losses so far.
+            state: After an epoch, with the losses so far.
             num_past: Events that have been due before, less than `num_events`.
         """
 
@@ -32,6 +36,8 @@ class FractionTiming:
     Args:
         fractions: Of the decisions of the run, rising.
     """
+
+    reads_losses = False
 
     def __init__(self, fractions: Sequence[float]) -> None:
         self._fractions = tuple(fractions)
@@ -65,6 +71,7 @@ class SlopeTiming:
     """
 
     num_events = 1
+    reads_losses = False
 
     def __init__(
         self, max_drop_fraction: float, *, earliest_fraction: float, latest_fraction: float

@@ -63,6 +63,7 @@ class Outcome(StrEnum):
     """What a comparison says."""
 
     PAYS = "growth pays here"
+    PAYS_PER_STEP = "growth pays here, if data is what is short"
     DOES_NOT_PAY = "growth does not pay here"
     UNDECIDED = "not decided"
 
@@ -77,15 +78,18 @@ class Verdict:
 
 @dataclass(frozen=True, kw_only=True)
 class EqualFlops:
-    """The grown network beside the best one of the same compute that never grew.
+    """The grown network beside networks that never grew, at the operations that it took.
 
     Attributes:
-        rival: The arm with the lowest mean loss at the grown runs' operations.
-        difference: Paired test loss of the grown network minus the rival's.
+        same_steps: Paired test loss of the grown network minus that of a size in between, which
+            takes as many operations in as many steps; None where the sizes do not enclose it.
+        rival: The arm with the lowest mean loss at those operations, in however many steps.
+        any_steps: Paired test loss of the grown network minus the rival's.
     """
 
+    same_steps: Interval | None
     rival: str
-    difference: Interval
+    any_steps: Interval
 
 
 def summarise(comparison: Comparison) -> list[ArmSummary]:
@@ -169,33 +173,44 @@ def _mean_curve(runs: Runs) -> Curve:
 
 
 def at_equal_flops(comparison: Comparison, arm: str = GROWN) -> EqualFlops | None:
-    """Return an arm beside the best network of the same compute that never grew.
+    """Return an arm beside networks of the same compute that never grew.
 
     Every size counts, the host included, at a budget that its runs enclose; taking the best of
     several afterwards favours them, not growth. None where no size has such runs on every seed.
     """
     grown = comparison.at_equal_steps(arm)
+    static = [r for r in comparison.arms if r == HOST or r.startswith(STATIC)]
     candidates: dict[str, list[float]] = {}
-    for rival in comparison.arms:
-        if rival != HOST and not rival.startswith(STATIC):
-            continue
-        losses = _losses_at(comparison.runs(rival), grown)
+    for rival in static:
+        losses = _losses_at({s: comparison.runs(rival).get(s, ()) for s in grown}, grown)
         if losses is not None:
             candidates[rival] = losses
     if not candidates:
         return None
     best = min(candidates, key=lambda rival: statistics.fmean(candidates[rival]))
-    differences = [
-        run.test["loss"] - loss for run, loss in zip(grown.values(), candidates[best], strict=True)
-    ]
-    return EqualFlops(rival=best, difference=mean_interval(differences))
+    sizes = {
+        seed: [full[seed] for full in map(comparison.at_equal_steps, static) if seed in full]
+        for seed in grown
+    }
+    between = _losses_at(sizes, grown)
+    return EqualFlops(
+        same_steps=None if between is None else _difference(grown, between),
+        rival=best,
+        any_steps=_difference(grown, candidates[best]),
+    )
+
+
+def _difference(grown: Mapping[int, RunResult], losses: Sequence[float]) -> Interval:
+    return mean_interval(
+        [run.test["loss"] - loss for run, loss in zip(grown.values(), losses, strict=True)]
+    )
 
 
 def _losses_at(runs: Runs, grown: Mapping[int, RunResult]) -> list[float] | None:
-    """Return an arm's losses at the grown runs' operations; None where its runs do not reach."""
+    """Return losses at the grown runs' operations, seed by seed; None where runs do not reach."""
     losses = []
     for seed, run in grown.items():
-        curve = curve_of(runs.get(seed, ()), lambda result: result.flops)
+        curve = curve_of(runs[seed], lambda result: result.flops)
         if not curve or not curve[0][0] / _REACH <= run.flops <= curve[-1][0] * _REACH:
             return None
         losses.append(loss_at(curve, run.flops))
@@ -203,7 +218,13 @@ def _losses_at(runs: Runs, grown: Mapping[int, RunResult]) -> list[float] | None
 
 
 def judge(comparison: Comparison) -> Verdict:
-    """Return whether growth pays: at the cost to the static network's loss, and at equal cost."""
+    """Return whether growth pays.
+
+    It does if the grown network is better than the host, reaches the static network's loss with
+    fewer operations, and is not worse than networks that never grew at the operations that it took:
+    neither than a size in between in as many steps, nor than a smaller one in more. If only the
+    latter are better it pays where data, not compute, is short.
+    """
     summaries = {summary.arm: summary for summary in summarise(comparison)}
     grown = summaries.get(GROWN)
     if comparison.missing() or grown is None:
@@ -212,31 +233,41 @@ def judge(comparison: Comparison) -> Verdict:
     if STATIC not in summaries:
         return Verdict(
             outcome=Outcome.DOES_NOT_PAY,
-            reasons=[
-                f"nothing was committed on any of {num_seeds} seeds: the host stayed as it is"
-            ],
+            reasons=[f"nothing was committed on any of {num_seeds} seeds; the host stayed alone"],
         )
-    reasons, better, worse = [], [], []
     to_static, equal = grown.flops_to_static, at_equal_flops(comparison)
     assert to_static is not None
-    reasons.append(_tell_cost(to_static))
-    better.append(_costs_less(to_static))
-    worse.append(_costs_more(to_static))
-    if equal is not None:
-        reasons.append(_tell_equal(equal))
-        better.append(equal.difference.mean <= 0.0 and not equal.difference.above_zero)
-        worse.append(equal.difference.above_zero)
+    host = comparison.at_equal_steps(HOST)
+    to_host = _difference(
+        comparison.at_equal_steps(GROWN), [run.test["loss"] for run in host.values()]
+    )
+    reasons = [
+        f"in as many steps the grown network's loss is {_tell_difference(to_host)} the host's",
+        _tell_cost(to_static),
+        *_tell_equal(equal),
+        *_tell_timing(summaries),
+    ]
     if num_seeds < MIN_SEEDS_FOR_A_CLAIM:
         return _undecided(
             f"{num_seeds} seeds are too few for a claim, which takes {MIN_SEEDS_FOR_A_CLAIM}",
             *reasons,
         )
-    reasons += _tell_timing(summaries)
-    if any(worse):
-        return Verdict(outcome=Outcome.DOES_NOT_PAY, reasons=reasons)
-    if equal is not None and all(better):
-        return Verdict(outcome=Outcome.PAYS, reasons=reasons)
-    return Verdict(outcome=Outcome.UNDECIDED, reasons=reasons)
+    return Verdict(outcome=_outcome(to_host, to_static, equal), reasons=reasons)
+
+
+def _outcome(to_host: Interval, to_static: Crossing, equal: EqualFlops | None) -> Outcome:
+    same_steps = None if equal is None else equal.same_steps
+    if _costs_more(to_static) or to_host.above_zero:
+        return Outcome.DOES_NOT_PAY
+    if same_steps is not None and same_steps.above_zero:
+        return Outcome.DOES_NOT_PAY
+    if equal is None or same_steps is None or same_steps.mean > 0.0:
+        return Outcome.UNDECIDED
+    if not (to_host.below_zero and _costs_less(to_static)):
+        return Outcome.UNDECIDED
+    if equal.any_steps.above_zero:
+        return Outcome.PAYS_PER_STEP
+    return Outcome.PAYS if equal.any_steps.mean <= 0.0 else Outcome.UNDECIDED
 
 
 def _undecided(*reasons: str) -> Verdict:
@@ -259,17 +290,11 @@ def _costs_more(found: Crossing) -> bool:
 
 def _tell_cost(found: Crossing) -> str:
     if found.above:
-        return (
-            "the grown network does not reach the static network's loss with "
-            f"{found.last:.2f} of its FLOPs"
-        )
+        return f"it does not reach the static network's loss with {found.last:.2f} of its FLOPs"
     if found.ratio is None:
-        return (
-            "the grown network reaches the static network's loss with less than "
-            f"{found.first:.2f} of its FLOPs"
-        )
+        return f"it reaches the static network's loss with less than {found.first:.2f} of its FLOPs"
     return (
-        f"the grown network reaches the static network's loss with {found.ratio:.2f} of its FLOPs "
+        f"it reaches the static network's loss with {found.ratio:.2f} of its FLOPs "
         f"(95 %: {_bound(found.low, found.low_open, '≤')} to "
         f"{_bound(found.high, found.high_open, '≥')})"
     )
@@ -281,13 +306,25 @@ def _bound(value: float | None, is_open: bool, sign: str) -> str:
     return f"{sign} {value:.2f}" if is_open else f"{value:.2f}"
 
 
-def _tell_equal(equal: EqualFlops) -> str:
-    difference = equal.difference
-    direction = "lower" if difference.mean <= 0.0 else "higher"
-    return (
-        f"at equal FLOPs its loss is {abs(difference.mean):.4f} {direction} than that of the best "
-        f"network that never grew ({equal.rival}; 95 %: {_range(difference)})"
+def _tell_equal(equal: EqualFlops | None) -> list[str]:
+    if equal is None:
+        return []
+    told = []
+    if equal.same_steps is not None:
+        told.append(
+            f"its loss is {_tell_difference(equal.same_steps)} that of a size in between, from the "
+            "start, with the same FLOPs and steps"
+        )
+    told.append(
+        f"it is {_tell_difference(equal.any_steps)} that of the best network with the same FLOPs "
+        f"in however many steps ({equal.rival})"
     )
+    return told
+
+
+def _tell_difference(difference: Interval) -> str:
+    direction = "below" if difference.mean <= 0.0 else "above"
+    return f"{abs(difference.mean):.4f} (95 %: {_range(difference)}) {direction}"
 
 
 def _tell_timing(summaries: Mapping[str, ArmSummary]) -> list[str]:
