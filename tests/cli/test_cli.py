@@ -79,7 +79,7 @@ def test_run_folder_holds_config_environment_events_and_weights(grown: tuple[Pat
     assert types[0] == "run_started"
     assert types[-1] == "run_finished"
     names = {row.name for row in reader.metrics()}
-    assert names == {"loss", "accuracy", "train_loss", "step_seconds"}
+    assert names == {"loss", "accuracy", "train_loss", "step_seconds", "flops"}
     weights = safetensors.torch.load_file(grown[0] / WEIGHTS_FILE)
     assert "stage1.0.weight" in weights
     assert any("esper_slot" in name for name in weights)

@@ -84,9 +84,7 @@ def test_text_grows_end_to_end(suffix: str, tmp_path: Path) -> None:
             (folder / f"{number}.txt").write_text(text, encoding="utf-8")
     else:
         datasets.Dataset.from_dict({"text": texts}).to_parquet(folder / "data.parquet")
-    early = ("heuristic.warmup_epochs=1", "heuristic.last_germination_fraction=1.0")
-    settings = [word for setting in early for word in ("--set", setting)]
-    output = grow(f"folder:{folder}", *SHORT, *settings, "--json").output
+    output = grow(f"folder:{folder}", *SHORT, "--json").output
     documents = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
     assert {"kind": "note", "text": "test: 2 of 20 rows taken from train, as it has no split"} in (
         documents
@@ -94,7 +92,7 @@ def test_text_grows_end_to_end(suffix: str, tmp_path: Path) -> None:
     bits = [document["metrics"]["bits_per_byte"] for document in documents if "metrics" in document]
     assert bits[1] < bits[0] < 8.0
     (summary,) = [document for document in documents if document["kind"] == "summary"]
-    assert [seed["blueprint"] for seed in summary["seeds"]] == ["block"]
+    assert [seed["blueprint"] for seed in summary["seeds"]] == ["block", "block"]
 
 
 def test_text_task_runs_without_any_data_set() -> None:
