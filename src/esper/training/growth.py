@@ -139,7 +139,8 @@ class Growth:
         self._note_losses(metrics["loss"])
         self.publish(self._read_gradient_health())
         self.publish(self._read_isolation())
-        self.publish(probe_seeds(self.slots.model, self.slots, evaluate))
+        host_learns = any(parameter.requires_grad for parameter in self.slots.host_parameters())
+        self.publish(probe_seeds(self.slots.model, self.slots, evaluate, host_learns=host_learns))
         self._note_step_times()
         self.epoch += 1
         median = self._timer.median_seconds
