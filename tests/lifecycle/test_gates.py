@@ -28,6 +28,7 @@ LIMITS = GateThresholds(
     min_steps_at_target=20,
     max_loss_increase_fraction=0.1,
     min_contribution_fraction=0.01,
+    min_over_linear_fraction=0.002,
     max_step_time_ratio=4.0,
     trial_epochs=2,
 )
@@ -43,12 +44,15 @@ AT_THE_EDGE = GateInputs(
     training_steps=40,
     gradient_ratio=0.001,
     line_search_gain_fraction=0.005,
+    line_search_over_linear_fraction=0.002,
     alpha=1.0,
     steps_at_target=20,
     loss_increase_fraction=0.1,
     contribution_fraction=0.01,
+    contribution_over_linear_fraction=0.002,
     step_time_ratio=4.0,
     trial_contributions=(0.01, 0.01),
+    trial_over_linear=(0.002, 0.002),
 )
 """Passes every gate, with nothing to spare where there is a threshold."""
 
@@ -69,6 +73,7 @@ CHECKS = {
         "gradient_ratio >= 0.001",
         "gradient_ratio <= 1000",
         "line_search_gain_fraction >= 0.005",
+        "line_search_over_linear_fraction >= 0.002",
     ],
     G3: [
         "alpha == 1",
@@ -76,8 +81,19 @@ CHECKS = {
         "loss_increase_fraction <= 0.1",
         "isolation_leaks == 0",
     ],
-    G4: ["contribution_fraction >= 0.01", "step_time_ratio <= 4", "isolation_leaks == 0"],
-    G5: ["trial_epochs >= 2", "worst_in_trial_window >= 0.01"],
+    G4: [
+        "contribution_fraction >= 0.01",
+        "contribution_over_linear_fraction >= 0.002",
+        "loss_increase_fraction <= 0.1",
+        "step_time_ratio <= 4",
+        "isolation_leaks == 0",
+    ],
+    G5: [
+        "trial_epochs >= 2",
+        "worst_in_trial_window >= 0.01",
+        "worst_over_linear_in_window >= 0.002",
+        "loss_increase_fraction <= 0.1",
+    ],
 }
 
 JUST_BEYOND = [
@@ -94,25 +110,46 @@ JUST_BEYOND = [
     (G2, "gradient_ratio", math.nextafter(0.001, 0.0), "gradient_ratio"),
     (G2, "gradient_ratio", math.nextafter(1000.0, math.inf), "gradient_ratio"),
     (G2, "line_search_gain_fraction", math.nextafter(0.005, 0.0), "line_search_gain_fraction"),
+    (
+        G2,
+        "line_search_over_linear_fraction",
+        math.nextafter(0.002, 0.0),
+        "line_search_over_linear_fraction",
+    ),
     (G3, "alpha", math.nextafter(1.0, 0.0), "alpha"),
     (G3, "steps_at_target", 19, "steps_at_target"),
     (G3, "loss_increase_fraction", math.nextafter(0.1, 1.0), "loss_increase_fraction"),
     (G3, "isolation_leaks", 1, "isolation_leaks"),
     (G4, "isolation_leaks", 1, "isolation_leaks"),
     (G4, "contribution_fraction", math.nextafter(0.01, 0.0), "contribution_fraction"),
+    (
+        G4,
+        "contribution_over_linear_fraction",
+        math.nextafter(0.002, 0.0),
+        "contribution_over_linear_fraction",
+    ),
+    (G4, "loss_increase_fraction", math.nextafter(0.1, 1.0), "loss_increase_fraction"),
     (G4, "step_time_ratio", math.nextafter(4.0, 5.0), "step_time_ratio"),
     (G5, "trial_contributions", (0.01,), "trial_epochs"),
+    (G5, "trial_over_linear", (0.002,), "trial_epochs"),
+    (G5, "trial_over_linear", (0.5, math.nextafter(0.002, 0.0)), "worst_over_linear_in_window"),
+    (G5, "trial_over_linear", (math.nextafter(0.002, 0.0), 0.5), "worst_over_linear_in_window"),
     (G5, "trial_contributions", (0.5, math.nextafter(0.01, 0.0)), "worst_in_trial_window"),
     (G5, "trial_contributions", (math.nextafter(0.01, 0.0), 0.5), "worst_in_trial_window"),
+    (G5, "loss_increase_fraction", math.nextafter(0.1, 1.0), "loss_increase_fraction"),
 ]
 
 READ_AS_NUMBERS = [
     (G0, "identity_error"),
     (G2, "gradient_ratio"),
     (G2, "line_search_gain_fraction"),
+    (G2, "line_search_over_linear_fraction"),
     (G3, "alpha"),
     (G3, "loss_increase_fraction"),
     (G4, "contribution_fraction"),
+    (G4, "contribution_over_linear_fraction"),
+    (G4, "loss_increase_fraction"),
+    (G5, "loss_increase_fraction"),
     (G4, "step_time_ratio"),
 ]
 MAY_BE_MISSING = sorted(
@@ -191,11 +228,14 @@ def test_a_non_finite_trial_measurement_in_the_window_fails(value: float, place:
     trial[place] = value
     result = judge(G5, trial_contributions=tuple(trial))
     assert names_of_failures(result) == ["worst_in_trial_window"]
+    result = judge(G5, trial_over_linear=tuple(trial))
+    assert names_of_failures(result) == ["worst_over_linear_in_window"]
 
 
 def test_the_trial_window_is_the_last_measurements_and_forgets_those_before():
-    assert judge(G5, trial_contributions=(-1.0, math.nan, 0.01, 0.01)).passed
-    assert not judge(G5, trial_contributions=(0.5, 0.5, 0.5, 0.0)).passed
+    for trial in ("trial_contributions", "trial_over_linear"):
+        assert judge(G5, **{trial: (-1.0, math.nan, 0.01, 0.01)}).passed
+        assert not judge(G5, **{trial: (0.5, 0.5, 0.5, 0.0)}).passed
 
 
 def test_a_live_seed_is_judged_at_blending_by_identity_and_finite_parameters_only():
@@ -247,9 +287,19 @@ def test_a_better_measurement_never_turns_a_pass_into_a_failure(
 
 
 BETTER = {
-    G2: {"training_steps": 1, "line_search_gain_fraction": 1},
+    G2: {
+        "training_steps": 1,
+        "line_search_gain_fraction": 1,
+        "line_search_over_linear_fraction": 1,
+    },
     G3: {"steps_at_target": 1, "loss_increase_fraction": -1},
-    G4: {"contribution_fraction": 1, "step_time_ratio": -1},
+    G4: {
+        "contribution_fraction": 1,
+        "contribution_over_linear_fraction": 1,
+        "loss_increase_fraction": -1,
+        "step_time_ratio": -1,
+    },
+    G5: {"loss_increase_fraction": -1},
 }
 
 
@@ -298,7 +348,9 @@ def test_the_gradient_ratio_passes_inside_its_range_and_nowhere_else(ratio: floa
         alpha=st.floats(),
         loss_increase_fraction=MEASURED,
         contribution_fraction=MEASURED,
+        contribution_over_linear_fraction=MEASURED,
         trial_contributions=st.lists(st.floats(), max_size=4).map(tuple),
+        trial_over_linear=st.lists(st.floats(), max_size=4).map(tuple),
     ),
 )
 def test_a_gate_is_pure_and_its_verdict_is_that_of_its_checks(gate: Gate, inputs: GateInputs):
@@ -344,6 +396,7 @@ def test_thresholds_out_of_range_or_misspelt_are_refused():
         {"min_training_steps": -1},
         {"min_gradient_ratio": -1e-9},
         {"max_step_time_ratio": -1.0},
+        {"standard_errors": -0.5},
         {"trial_epochs": 0},
         {"min_trainings_steps": 4},
     ):

@@ -96,7 +96,8 @@ def test_a_seed_that_is_refused_for_too_long_is_pruned_with_the_reason(stage: st
 
 
 def test_nothing_germinates_before_the_warm_up_ends():
-    policy = HeuristicPolicy(HeuristicConfig(warmup_epochs=7, plateau_epochs=2))
+    config = HeuristicConfig(warmup_epochs=7, plateau_epochs=2, max_refusals=None)
+    policy = HeuristicPolicy(config)
     epochs = [epoch for epoch in range(12) if grown(policy, state(slot(), epoch=epoch))]
     assert epochs[0] == 7
     assert epochs == list(range(7, 12))
@@ -156,6 +157,29 @@ def test_slots_and_blueprints_are_tried_evenly_cheapest_first_and_never_the_free
     tried = grown(HeuristicPolicy(), *[both] * 8)
     round_of_four = [("a", "norm"), ("a", "conv_light"), ("b", "norm"), ("b", "conv_light")]
     assert tried == round_of_four * 2
+
+
+def test_what_was_refused_too_often_in_a_slot_is_left_alone_until_something_is_committed():
+    policy = HeuristicPolicy(HeuristicConfig(blueprints=("norm",), max_refusals=2))
+    growing = slot("a", SeedStage.TRAINING)
+    cycle = [state(slot("a")), state(growing), state(growing), state(slot("a"))]
+    assert grown(policy, *cycle[:3]) == [("a", "norm")]
+    assert grown(policy, *cycle * 3) == [("a", "norm")]
+    assert grown(policy, state(slot("a"), slot("b"))) == [("b", "norm")]
+    committed = slot("b", SeedStage.FOSSILIZED, committed=1, max_committed=1)
+    assert grown(policy, state(slot("a"), committed)) == [("a", "norm")]
+    assert grown(policy, *cycle) == [("a", "norm")]
+    assert grown(policy, *cycle * 3) == []
+
+
+def test_a_commit_is_no_refusal_and_without_a_limit_nothing_is_left_alone():
+    policy = HeuristicPolicy(HeuristicConfig(blueprints=("norm",), max_refusals=1))
+    for committed in range(1, 4):
+        before = slot("a", SeedStage.FOSSILIZED, committed=committed, max_committed=9)
+        assert grown(policy, state(before)) == [("a", "norm")]
+        assert grown(policy, state(slot("a", SeedStage.TRAINING, committed=committed))) == []
+    endless = HeuristicPolicy(HeuristicConfig(blueprints=("norm",), max_refusals=None))
+    assert grown(endless, *[state(slot("a"))] * 9) == [("a", "norm")] * 9
 
 
 def test_only_the_named_blueprints_are_tried_in_the_order_given():

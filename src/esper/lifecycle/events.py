@@ -126,7 +126,12 @@ class AmplitudeSearched(_Event):
     host_loss: float
     best_amplitude: float
     gain_fraction: float
-    """Saving at the best amplitude relative to `host_loss`, one standard error below its mean."""
+    """Saving at the best amplitude relative to `host_loss`, standard errors below its mean."""
+    linear_loss: float | None = None
+    """With the best linear map of the features in the seed's place, at the best amplitude; None
+    where nothing of the host learns."""
+    over_linear_fraction: float | None = None
+    """Saving relative to `linear_loss`, standard errors below its mean."""
 
 
 class SeedRescaled(_Event):
@@ -149,6 +154,12 @@ class ContributionMeasured(_Event):
     """Saving relative to `loss_without`, mean over samples."""
     standard_error_fraction: float | None
     """Of that mean; None where losses per sample are not known."""
+    linear_loss: float | None = None
+    """With the best linear map of the features in the seed's place; None where nothing of the host
+    learns."""
+    over_linear_fraction: float | None = None
+    """Saving relative to `linear_loss`, mean over samples."""
+    over_linear_standard_error_fraction: float | None = None
 
 
 class GradientHealthMeasured(_Event):

@@ -53,13 +53,18 @@ class GateThresholds(Record):
     max_gradient_ratio: NonNegative = 1e3
     """G2: upper end of the seed's normalised gradient ratio."""
     min_line_search_gain_fraction: FiniteFloat = 0.005
-    """G2: held-out loss saved at the best amplitude before blending, less a standard error."""
+    """G2: held-out loss saved at the best amplitude before blending."""
     min_steps_at_target: Count = 20
     """G3: steps that alpha has stood at its target."""
     max_loss_increase_fraction: NonNegative = 0.10
-    """G3: held-out loss since just before blending began."""
+    """G3 to G5: held-out loss since just before blending began."""
     min_contribution_fraction: FiniteFloat = 0.01
-    """G4 and G5: held-out loss saved by the seed, one standard error below its mean."""
+    """G4 and G5: held-out loss saved by the seed."""
+    min_over_linear_fraction: FiniteFloat = 0.01
+    """G2, G4 and G5: held-out loss saved by the seed beyond what the best linear map of the same
+    features saves in its place."""
+    standard_errors: NonNegative = 2.0
+    """How far below its mean a saving is judged, where losses per sample are known."""
     max_step_time_ratio: NonNegative | None = None
     """G4: median step time against that before germination. None sets no budget: a verdict by the
     wall clock makes a run depend on what else the machine does."""
@@ -93,14 +98,22 @@ class GateInputs(Record):
     gradient_ratio: float | None = None
     """Seed's gradient norm over the host's, normalised by sqrt(host params / seed params)."""
     line_search_gain_fraction: float | None = None
+    line_search_over_linear_fraction: float | None = None
+    """The same against the best linear map of the features in the seed's place, at the same
+    amplitude; against the host alone where nothing of the host learns."""
     alpha: float = 0.0
     steps_at_target: int = 0
     loss_increase_fraction: float | None = None
     contribution_fraction: float | None = None
-    """Where losses per sample are known, one standard error below the mean; else the mean."""
+    """Where losses per sample are known, standard errors below the mean; else the mean."""
+    contribution_over_linear_fraction: float | None = None
+    """The same against the best linear map of the features in the seed's place; against the host
+    alone where nothing of the host learns."""
     step_time_ratio: float | None = None
     trial_contributions: tuple[float, ...] = ()
     """Contribution fractions measured while PROBATIONARY, oldest first."""
+    trial_over_linear: tuple[float, ...] = ()
+    """Contributions over the linear map measured while PROBATIONARY, oldest first."""
 
 
 class Check(Record):
@@ -174,6 +187,11 @@ def _still_isolated(inputs: GateInputs) -> list[Check]:
     return [] if inputs.live else [compare("isolation_leaks", inputs.isolation_leaks, "==", 0.0)]
 
 
+def _not_harmed(inputs: GateInputs, limits: GateThresholds) -> Check:
+    increase = inputs.loss_increase_fraction
+    return compare("loss_increase_fraction", increase, "<=", limits.max_loss_increase_fraction)
+
+
 def _g0(inputs: GateInputs, _: GateThresholds) -> list[Check]:
     return [
         compare("identity_error", inputs.identity_error, "==", 0.0),
@@ -197,7 +215,7 @@ def _g2(inputs: GateInputs, limits: GateThresholds) -> list[Check]:
             compare("identity_error", inputs.identity_error, "==", 0.0),
             _holds("parameters_finite", inputs.parameters_finite),
         ]
-    gain = inputs.line_search_gain_fraction
+    gain, over_linear = inputs.line_search_gain_fraction, inputs.line_search_over_linear_fraction
     return [
         compare("training_steps", inputs.training_steps, ">=", limits.min_training_steps),
         _holds("parameters_finite", inputs.parameters_finite),
@@ -205,23 +223,30 @@ def _g2(inputs: GateInputs, limits: GateThresholds) -> list[Check]:
         compare("gradient_ratio", inputs.gradient_ratio, ">=", limits.min_gradient_ratio),
         compare("gradient_ratio", inputs.gradient_ratio, "<=", limits.max_gradient_ratio),
         compare("line_search_gain_fraction", gain, ">=", limits.min_line_search_gain_fraction),
+        compare(
+            "line_search_over_linear_fraction", over_linear, ">=", limits.min_over_linear_fraction
+        ),
     ]
 
 
 def _g3(inputs: GateInputs, limits: GateThresholds) -> list[Check]:
-    increase = inputs.loss_increase_fraction
     return [
         compare("alpha", inputs.alpha, "==", 1.0),
         compare("steps_at_target", inputs.steps_at_target, ">=", limits.min_steps_at_target),
-        compare("loss_increase_fraction", increase, "<=", limits.max_loss_increase_fraction),
+        _not_harmed(inputs, limits),
         *_still_isolated(inputs),
     ]
 
 
 def _g4(inputs: GateInputs, limits: GateThresholds) -> list[Check]:
     contribution = inputs.contribution_fraction
+    over_linear = inputs.contribution_over_linear_fraction
     checks = [
-        compare("contribution_fraction", contribution, ">=", limits.min_contribution_fraction)
+        compare("contribution_fraction", contribution, ">=", limits.min_contribution_fraction),
+        compare(
+            "contribution_over_linear_fraction", over_linear, ">=", limits.min_over_linear_fraction
+        ),
+        _not_harmed(inputs, limits),
     ]
     if limits.max_step_time_ratio is not None:
         ratio = inputs.step_time_ratio
@@ -230,15 +255,20 @@ def _g4(inputs: GateInputs, limits: GateThresholds) -> list[Check]:
 
 
 def _g5(inputs: GateInputs, limits: GateThresholds) -> list[Check]:
-    trial = inputs.trial_contributions
-    window = trial[-limits.trial_epochs :]
-    worst = min(
-        window, default=None, key=lambda value: value if math.isfinite(value) else -math.inf
-    )
+    contribution = _worst(inputs.trial_contributions[-limits.trial_epochs :])
+    over_linear = _worst(inputs.trial_over_linear[-limits.trial_epochs :])
+    epochs = min(len(inputs.trial_contributions), len(inputs.trial_over_linear))
     return [
-        compare("trial_epochs", len(trial), ">=", limits.trial_epochs),
-        compare("worst_in_trial_window", worst, ">=", limits.min_contribution_fraction),
+        compare("trial_epochs", epochs, ">=", limits.trial_epochs),
+        compare("worst_in_trial_window", contribution, ">=", limits.min_contribution_fraction),
+        compare("worst_over_linear_in_window", over_linear, ">=", limits.min_over_linear_fraction),
+        _not_harmed(inputs, limits),
     ]
+
+
+def _worst(window: tuple[float, ...]) -> float | None:
+    """Return the least value; one that is not finite is the worst there is."""
+    return min(window, default=None, key=lambda value: value if math.isfinite(value) else -math.inf)
 
 
 _CHECKS: Mapping[Gate, Callable[[GateInputs, GateThresholds], list[Check]]] = {

@@ -38,6 +38,9 @@ class HeuristicConfig(Record):
     """Seeds that may grow at the same time."""
     patience_epochs: Annotated[int, Field(ge=1)] = 6
     """Epochs in one stage after which a seed that its gate refuses is pruned."""
+    max_refusals: Annotated[int, Field(ge=1)] | None = 2
+    """How often a blueprint may be refused in a slot before it is left alone there, until something
+    is committed anywhere. None sets no limit. Each try is another chance to pass by luck."""
     fade_steps: Count = 20
     """Steps over which a seed in the forward path is faded out."""
     last_germination_fraction: Fraction = 0.7
@@ -48,7 +51,8 @@ class HeuristicPolicy:
     """Germinates when the held-out loss stops falling, and tends what grows.
 
     Slots and blueprints are tried evenly: the pair tried least goes first, and what has been
-    committed anywhere is preferred to what has not.
+    committed anywhere is preferred to what has not. A pair that was refused too often since the
+    last commit is left alone.
     """
 
     name = "heuristic"
@@ -56,6 +60,7 @@ class HeuristicPolicy:
     def __init__(self, config: HeuristicConfig | None = None) -> None:
         self.config = config or HeuristicConfig()
         self._tried: Counter[tuple[str, str]] = Counter()
+        self._refused: Counter[tuple[str, str]] = Counter()
         self._committed: Counter[str] = Counter()
         self._last_committed: dict[str, int] = {}
         self._living: dict[str, str] = {}
@@ -66,7 +71,7 @@ class HeuristicPolicy:
         Raises:
             ValueError: A configured blueprint fits no slot.
         """
-        self._note_commits(state)
+        self._note_ends(state)
         config = self.config
         actions: list[Action] = []
         for slot in state.slots:
@@ -100,6 +105,7 @@ class HeuristicPolicy:
             for slot in state.slots
             if Operation.GERMINATE in legal_operations(slot)
             for blueprint in self._candidates(slot)
+            if not self._given_up(slot.path, blueprint)
         ]
         if not pairs:
             return None
@@ -109,6 +115,10 @@ class HeuristicPolicy:
         self._tried[slot, blueprint] += 1
         self._living[slot] = blueprint
         return Germinate(slot=slot, blueprint=blueprint)
+
+    def _given_up(self, path: str, blueprint: str) -> bool:
+        limit = self.config.max_refusals
+        return limit is not None and self._refused[path, blueprint] >= limit
 
     def _candidates(self, slot: SlotState) -> list[str]:
         fitting = [choice.name for choice in slot.choices if choice.param_count > 0]
@@ -125,8 +135,16 @@ class HeuristicPolicy:
                 f"{', '.join(sorted(known)) or 'none'}"
             )
 
-    def _note_commits(self, state: GrowthState) -> None:
+    def _note_ends(self, state: GrowthState) -> None:
+        """Count what became of the seeds that do not live any more."""
+        commits = [
+            slot for slot in state.slots if slot.committed > self._last_committed.get(slot.path, 0)
+        ]
+        for slot in commits:
+            self._committed[self._living.pop(slot.path, "")] += 1
         for slot in state.slots:
-            if slot.committed > self._last_committed.get(slot.path, 0):
-                self._committed[self._living.get(slot.path, "")] += 1
             self._last_committed[slot.path] = slot.committed
+            if slot.path in self._living and slot.stage not in LIVING_STAGES:
+                self._refused[slot.path, self._living.pop(slot.path)] += 1
+        if commits:
+            self._refused.clear()

@@ -5,7 +5,14 @@ from esper.slots.bake import GrownModule, bake
 from esper.slots.breaker import BreakerState, CircuitBreaker
 from esper.slots.committed_seed import CommittedSeed
 from esper.slots.config import SlotConfig
-from esper.slots.counterfactual import Variant, effective_alpha, fused_losses
+from esper.slots.counterfactual import (
+    Imitated,
+    Variant,
+    effective_alpha,
+    fitting_imitations,
+    fused_losses,
+    weigh,
+)
 from esper.slots.germination import GerminationError
 from esper.slots.isolation_monitor import IsolationMonitor, IsolationReading
 from esper.slots.ownership import OwnershipError
@@ -22,6 +29,7 @@ __all__ = [
     "ForwardMode",
     "GerminationError",
     "GrownModule",
+    "Imitated",
     "IsolationMonitor",
     "IsolationReading",
     "OwnershipError",
@@ -34,5 +42,7 @@ __all__ = [
     "detach",
     "effective_alpha",
     "find_slots",
+    "fitting_imitations",
     "fused_losses",
+    "weigh",
 ]

@@ -1,18 +1,30 @@
 """What would the loss be with other alphas: many variants in one forward."""
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from esper.lifecycle.stages import SeedStage
+from esper.seeds.registry import Family
+from esper.slots.linear_imitation import ImitationFit, LinearImitation
 from esper.slots.nested import map_tensors, tensors_in
 from esper.slots.slot import SeedSlot
 
-Variant = Mapping[str, float]
-"""Alpha by slot path; a slot that a variant does not name keeps its own."""
+
+@dataclass(frozen=True)
+class Imitated:
+    """An imitation of the seed's increment in place of the seed's own."""
+
+    alpha: float
+    by: LinearImitation
+
+
+Variant = Mapping[str, float | Imitated]
+"""Alpha by slot path, of the seed or of its imitation; a slot that is not named keeps its own."""
 
 
 def effective_alpha(slot: SeedSlot) -> float:
@@ -55,8 +67,8 @@ def fused_losses(
         for path in paths:
             slot = slots[path]
             own = effective_alpha(slot)
-            alphas = torch.tensor([variant.get(path, own) for variant in variants])
-            stack.enter_context(slot.force_alpha(alphas.repeat_interleave(batch)))
+            chosen = [variant.get(path, own) for variant in variants]
+            stack.enter_context(_weigh_each(slot, chosen, copies=batch))
         outputs = call_model(model, _repeat(inputs, batch, count))
         losses = loss(outputs, _repeat(targets, batch, count))
     if losses.shape != (count * batch,):
@@ -65,6 +77,70 @@ def fused_losses(
             f"{tuple(losses.shape)}; use reduction='none'"
         )
     return losses.reshape(count, batch)
+
+
+@contextmanager
+def weigh(slot: SeedSlot, choice: float | Imitated) -> Iterator[None]:
+    """Run a slot's seed, or an imitation of it, at one alpha for all samples."""
+    alpha = choice.alpha if isinstance(choice, Imitated) else choice
+    with ExitStack() as stack:
+        stack.enter_context(slot.force_alpha(alpha))
+        if isinstance(choice, Imitated):
+            stack.enter_context(slot.measure_as(_Mixture(choice.by, torch.tensor([True]))))
+        yield
+
+
+@contextmanager
+def _weigh_each(
+    slot: SeedSlot, choices: Sequence[float | Imitated], *, copies: int
+) -> Iterator[None]:
+    """Run a slot's seed, or its imitation, at several alphas, `copies` samples of each."""
+    alphas = [choice.alpha if isinstance(choice, Imitated) else choice for choice in choices]
+    imitations = [choice.by for choice in choices if isinstance(choice, Imitated)]
+    with ExitStack() as stack:
+        stack.enter_context(slot.force_alpha(torch.tensor(alphas).repeat_interleave(copies)))
+        if imitations:
+            if any(other is not imitations[0] for other in imitations):
+                raise ValueError(
+                    f"slot {slot.path!r}: variants of one forward must share an imitation; measure "
+                    "others in a forward of their own"
+                )
+            where = torch.tensor([isinstance(choice, Imitated) for choice in choices])
+            mixture = _Mixture(imitations[0], where.repeat_interleave(copies))
+            stack.enter_context(slot.measure_as(mixture))
+        yield
+
+
+class _Mixture:
+    """Takes an imitation for some samples, and the seed's increment for the others."""
+
+    def __init__(self, by: LinearImitation, where: Tensor) -> None:
+        self._by = by
+        self._where = where.to(by.weight.device)
+
+    def __call__(self, features: Tensor, increment: Tensor) -> Tensor:
+        samples = self._where.reshape(-1, *(1,) * (features.ndim - 1))
+        return torch.where(samples, self._by(features), increment)
+
+
+@contextmanager
+def fitting_imitations(slots: Mapping[str, SeedSlot]) -> Iterator[Mapping[str, ImitationFit]]:
+    """Collect what imitates each slot's seed, from every forward inside in which alpha is forced.
+
+    Args:
+        slots: By path; each holds a living seed.
+    """
+    fits = {}
+    with ExitStack() as stack:
+        for path, slot in slots.items():
+            fit = ImitationFit(
+                slot.dim,
+                feature_dim=1 if slot.family is Family.CNN else -1,
+                device=slot.blend_alpha.device,
+            )
+            stack.enter_context(slot.measure_as(fit))
+            fits[path] = fit
+        yield fits
 
 
 def call_model(model: nn.Module, inputs: Any) -> Any:

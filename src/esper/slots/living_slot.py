@@ -1,6 +1,6 @@
 """A slot with a life in it: what it knows of its seed, and a forward that follows the stage."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -175,6 +175,20 @@ class LivingSlot(SlotForward):
             yield
         finally:
             self.forced_alpha, self.active = before, was_active
+
+    @contextmanager
+    def measure_as(self, increment: Callable[[Tensor, Tensor], Tensor]) -> Iterator[None]:
+        """Mix in something else than the seed's increment wherever alpha is forced in the block.
+
+        Args:
+            increment: From the features and the seed's increment, of the same shape.
+        """
+        before = self.measured_as
+        self.measured_as = increment
+        try:
+            yield
+        finally:
+            self.measured_as = before
 
     @property
     def owner(self) -> SlotOwner | None:

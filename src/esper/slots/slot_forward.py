@@ -1,6 +1,6 @@
 """The forward half of a slot: what the host's features meet on their way."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum
 
@@ -60,6 +60,8 @@ class SlotForward(nn.Module):
         self.num_inlined = 0
         """Branches, from the first, that run as `h + u`: the committed and one on probation."""
         self.forced_alpha: Tensor | None = None
+        self.measured_as: Callable[[Tensor, Tensor], Tensor] | None = None
+        """With `forced_alpha`: from features and the living seed's increment, what is mixed in."""
         self.blend_alpha: Tensor
         alpha = torch.zeros((), device=device, dtype=dtype)
         self.register_buffer("blend_alpha", alpha, persistent=False)
@@ -97,6 +99,8 @@ class SlotForward(nn.Module):
             elif forced is not None:
                 increment = self._try(branch, features, features, call)
                 if increment is not None:
+                    if self.measured_as is not None:
+                        increment = self.measured_as(features, increment)
                     alpha = forced.to(features.dtype).reshape(-1, *(1,) * (features.ndim - 1))
                     features = blend(features, increment, alpha)
             elif self.mode is ForwardMode.BLENDED:

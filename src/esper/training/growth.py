@@ -158,7 +158,9 @@ class Growth:
         self._note_losses(metrics["loss"])
         self.publish(self._read_gradient_health())
         self.publish(self._read_isolation())
-        self.publish(probe_seeds(self.slots.model, self._weighed(), evaluate))
+        host_learns = any(parameter.requires_grad for parameter in self.slots.host_parameters())
+        weighed = self._weighed()
+        self.publish(probe_seeds(self.slots.model, weighed, evaluate, host_learns=host_learns))
         self._note_step_times()
         self.epoch += 1
         median = self._timer.median_seconds

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from esper.lifecycle.events import AmplitudeSearched, ContributionMeasured, Event
 from esper.lifecycle.stages import SeedStage
-from esper.slots.counterfactual import Variant
+from esper.slots.counterfactual import Imitated, Variant, fitting_imitations, weigh
 from esper.slots.modes import evaluation_mode
 from esper.slots.slot import SeedSlot
 from esper.training.held_out import Evaluate, VariantEvaluator, metrics_of
@@ -29,10 +29,9 @@ class Saving:
     standard_error_fraction: float | None
     """Of that mean; None where losses per sample are not known."""
 
-    @property
-    def lower_fraction(self) -> float:
-        """One standard error below the mean; the mean itself where the error is not known."""
-        return self.fraction - (self.standard_error_fraction or 0.0)
+    def lower_fraction(self, standard_errors: float) -> float:
+        """So many standard errors below the mean; the mean where the error is not known."""
+        return self.fraction - standard_errors * (self.standard_error_fraction or 0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,34 +72,81 @@ def losses_of(
     for variant in variants:
         with ExitStack() as stack:
             stack.enter_context(evaluation_mode(model))
-            for path, alpha in variant.items():
-                stack.enter_context(slots[path].force_alpha(alpha))
+            for path, choice in variant.items():
+                stack.enter_context(weigh(slots[path], choice))
             loss = metrics_of(evaluate())["loss"]
         results.append(Losses(mean=loss, per_sample=None))
     return results
 
 
-def probe_seeds(model: nn.Module, slots: Mapping[str, SeedSlot], evaluate: Evaluate) -> list[Event]:
+def probe_seeds(
+    model: nn.Module, slots: Mapping[str, SeedSlot], evaluate: Evaluate, *, host_learns: bool
+) -> list[Event]:
     """Measure every living seed that can be measured, and write it into its slot's measurements.
 
     A TRAINING seed that has trained long enough gets an amplitude line search; a seed at alpha 1
-    gets its contribution, the loss without it against the loss with it.
+    gets its contribution, the loss without it against the loss with it. Both are also measured
+    against the best linear map of the features in the seed's place: the host's own layers around a
+    slot are linear maps of the same features, so that what such a map does, a rescaling say, is
+    nothing that a host lacks.
+
+    Args:
+        model: The host with its slots.
+        slots: By path.
+        evaluate: As `Growth.after_epoch`.
+        host_learns: Whether any of the host's own parameters does. A frozen host cannot take over
+            what a linear map does.
     """
     trained = [path for path, slot in slots.items() if _searchable(slot)]
     weighable = [path for path, slot in slots.items() if _at_full_alpha(slot)]
     if not trained and not weighable:
         return []
-    present = dict.fromkeys(trained, 0.0) | dict.fromkeys(weighable, 1.0)
-    variants: list[dict[str, float]] = [present]
-    variants += [{**present, path: 0.0} for path in weighable]
-    variants += [{**present, path: a} for path in trained for a in AMPLITUDES]
-    losses = losses_of(model, slots, evaluate, variants)
-    base, rest = losses[0], iter(losses[1:])
-    events = [_note_contribution(slots[path], base, next(rest)) for path in weighable]
-    for path in trained:
-        tried = [next(rest) for _ in AMPLITUDES]
-        events.append(_note_amplitudes(slots[path], base, tried))
+    present: dict[str, float] = dict.fromkeys(trained, 0.0) | dict.fromkeys(weighable, 1.0)
+    measured = {path: slots[path] for path in present}
+    with fitting_imitations(measured if host_learns else {}) as fits:
+        (base,) = losses_of(model, slots, evaluate, [present])
+    alphas = dict.fromkeys(weighable, (0.0,)) | dict.fromkeys(trained, AMPLITUDES)
+    without = _losses_by_path(
+        model, slots, evaluate, present, {path: list(tried) for path, tried in alphas.items()}
+    )
+    best = {path: _best_amplitude(without[path]) for path in trained}
+    imitated = _losses_by_path(
+        model,
+        slots,
+        evaluate,
+        present,
+        {
+            path: [Imitated(best.get(path, 1.0), imitation)]
+            for path, fit in fits.items()
+            if (imitation := fit.solve()) is not None
+        },
+    )
+    linear = {path: losses for path, (losses,) in imitated.items()}
+    events = []
+    for path, slot in measured.items():
+        own = without[path]
+        if not host_learns:
+            linear[path] = own[0] if path in weighable else base
+        if path in weighable:
+            events.append(_note_contribution(slot, base, own[0], linear.get(path)))
+        else:
+            events.append(_note_amplitudes(slot, base, own, best[path], linear.get(path)))
     return events
+
+
+def _losses_by_path(
+    model: nn.Module,
+    slots: Mapping[str, SeedSlot],
+    evaluate: Evaluate,
+    present: Mapping[str, float],
+    choices: Mapping[str, Sequence[float | Imitated]],
+) -> dict[str, list[Losses]]:
+    """Return the losses with one slot at a time at each of its choices, all others as present."""
+    variants: list[Variant] = [
+        {**present, path: choice} for path, tried in choices.items() for choice in tried
+    ]
+    losses = iter(losses_of(model, slots, evaluate, variants) if variants else [])
+    return {path: [next(losses) for _ in tried] for path, tried in choices.items()}
 
 
 def _searchable(slot: SeedSlot) -> bool:
@@ -112,12 +158,25 @@ def _at_full_alpha(slot: SeedSlot) -> bool:
     return slot.stage in _WEIGHABLE and slot.alpha == 1.0 and not slot.fading
 
 
-def _note_contribution(slot: SeedSlot, with_seed: Losses, without: Losses) -> Event:
+def _best_amplitude(tried: Sequence[Losses]) -> float:
+    finite = [index for index, losses in enumerate(tried) if math.isfinite(losses.mean)]
+    return AMPLITUDES[min(finite, key=lambda index: tried[index].mean, default=0)]
+
+
+def _note_contribution(
+    slot: SeedSlot, with_seed: Losses, without: Losses, linear: Losses | None
+) -> Event:
+    errors = slot.config.thresholds.standard_errors
     saving = with_seed.saving_over(without)
+    over_linear = None if linear is None else with_seed.saving_over(linear)
+    lower = saving.lower_fraction(errors)
+    lower_over_linear = math.nan if over_linear is None else over_linear.lower_fraction(errors)
     measured = slot.measurements
-    measured.contribution_fraction = saving.lower_fraction
+    measured.contribution_fraction = lower
+    measured.contribution_over_linear_fraction = lower_over_linear
     if slot.stage is SeedStage.PROBATIONARY:
-        measured.trial_contributions.append(saving.lower_fraction)
+        measured.trial_contributions.append(lower)
+        measured.trial_over_linear.append(lower_over_linear)
     return ContributionMeasured(
         slot=slot.path,
         stage=slot.stage,
@@ -125,21 +184,32 @@ def _note_contribution(slot: SeedSlot, with_seed: Losses, without: Losses) -> Ev
         loss_without=without.mean,
         contribution_fraction=saving.fraction,
         standard_error_fraction=saving.standard_error_fraction,
+        linear_loss=None if linear is None else linear.mean,
+        over_linear_fraction=None if over_linear is None else over_linear.fraction,
+        over_linear_standard_error_fraction=(
+            None if over_linear is None else over_linear.standard_error_fraction
+        ),
     )
 
 
-def _note_amplitudes(slot: SeedSlot, host: Losses, tried: Sequence[Losses]) -> Event:
-    finite = [index for index, losses in enumerate(tried) if math.isfinite(losses.mean)]
-    best = min(finite, key=lambda index: tried[index].mean, default=0)
-    saving = tried[best].saving_over(host)
+def _note_amplitudes(
+    slot: SeedSlot, host: Losses, tried: Sequence[Losses], best: float, linear: Losses | None
+) -> Event:
+    errors = slot.config.thresholds.standard_errors
+    at_best = tried[AMPLITUDES.index(best)]
+    gain = at_best.saving_over(host).lower_fraction(errors)
+    over_linear = None if linear is None else at_best.saving_over(linear).lower_fraction(errors)
     measured = slot.measurements
-    measured.best_amplitude = AMPLITUDES[best]
-    measured.line_search_gain_fraction = saving.lower_fraction
+    measured.best_amplitude = best
+    measured.line_search_gain_fraction = gain
+    measured.line_search_over_linear_fraction = over_linear
     return AmplitudeSearched(
         slot=slot.path,
         amplitudes=AMPLITUDES,
         losses=tuple(losses.mean for losses in tried),
         host_loss=host.mean,
-        best_amplitude=AMPLITUDES[best],
-        gain_fraction=saving.lower_fraction,
+        best_amplitude=best,
+        gain_fraction=gain,
+        linear_loss=None if linear is None else linear.mean,
+        over_linear_fraction=over_linear,
     )

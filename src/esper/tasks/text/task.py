@@ -93,7 +93,9 @@ TEXT = Task(
     warmup_fraction=0.05,
     slot=SlotConfig(
         max_committed=2,
-        thresholds=GateThresholds(min_contribution_fraction=0.0005),
+        thresholds=GateThresholds(
+            min_contribution_fraction=0.0005, min_over_linear_fraction=0.00001, standard_errors=1.0
+        ),
     ),
     heuristic=HeuristicConfig(
         blueprints=BLUEPRINTS,

@@ -1,0 +1,104 @@
+"""What a linear map of the features could do in a seed's place.
+
+Legend: N rows (samples, times pixels or tokens), D features, h features, u increment.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_ROWS_PER_COEFFICIENT = 4
+"""Below this the full map would fit the rows rather than the seed."""
+_RIDGE = 1e-6
+"""Relative to features scaled to a mean square of 1."""
+
+
+@dataclass(frozen=True)
+class LinearImitation:
+    """The affine map of the features that comes nearest to an increment.
+
+    Attributes:
+        weight: Shape `D D`, float32; applied from the right.
+        bias: Shape `D`, float32.
+        feature_dim: Where the features are: 1 for maps, -1 for tokens.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    feature_dim: int
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """Return the map's increment: shape and dtype of `features`."""
+        rows = features.movedim(self.feature_dim, -1)
+        imitated = rows.float() @ self.weight + self.bias
+        return imitated.to(features.dtype).movedim(-1, self.feature_dim)
+
+
+class ImitationFit:
+    """Collects what least squares needs while a seed runs.
+
+    Only sums are kept, (D + 1) (2 D + 1) numbers, however many rows there are.
+
+    Args:
+        dim: D.
+        feature_dim: 1 for maps `B C H W`, -1 for features in the last dimension.
+        device: Of the features.
+    """
+
+    def __init__(self, dim: int, *, feature_dim: int, device: torch.device) -> None:
+        self._feature_dim = feature_dim
+        self._num_rows = 0
+        self._gram = torch.zeros(dim + 1, dim + 1, device=device)
+        self._cross = torch.zeros(dim + 1, dim, device=device)
+
+    def __call__(self, features: Tensor, increment: Tensor) -> Tensor:
+        """Add what a forward computed, h and u of the same shape, and return u."""
+        rows = self._rows(features)
+        rows = torch.cat([rows, torch.ones_like(rows[:, :1])], dim=1)
+        self._num_rows += len(rows)
+        self._gram += rows.T @ rows
+        self._cross += rows.T @ self._rows(increment)
+        return increment
+
+    def solve(self) -> LinearImitation | None:
+        """Return the map with the least squared error over all rows so far. Waits for the device.
+
+        With fewer than four rows per coefficient of one output, (D + 1), each output is fitted from
+        its own feature alone, a gain and a shift. None if a value was not finite.
+        """
+        gram, cross = self._gram.double().cpu(), self._cross.double().cpu()
+        if not (gram.isfinite().all() and cross.isfinite().all()):
+            return None
+        dim = cross.shape[1]
+        if self._num_rows >= _ROWS_PER_COEFFICIENT * (dim + 1):
+            solution = _least_squares(gram, cross)
+            weight, bias = solution[:-1], solution[-1]
+        else:
+            weight, bias = _gain_and_shift(gram, cross)
+        device = self._gram.device
+        return LinearImitation(
+            weight.float().to(device), bias.float().to(device), self._feature_dim
+        )
+
+    def _rows(self, features: Tensor) -> Tensor:
+        return features.detach().movedim(self._feature_dim, -1).flatten(0, -2).float()
+
+
+def _least_squares(gram: Tensor, cross: Tensor) -> Tensor:
+    """Return the coefficients; the ridge keeps directions without variance at none."""
+    scale = gram.diagonal().sqrt()
+    scale = scale.where(scale > 0, torch.ones_like(scale))
+    scaled = gram / torch.outer(scale, scale) + _RIDGE * torch.eye(len(gram), dtype=gram.dtype)
+    solution = torch.cholesky_solve(cross / scale[:, None], torch.linalg.cholesky(scaled))
+    return solution / scale[:, None]
+
+
+def _gain_and_shift(gram: Tensor, cross: Tensor) -> tuple[Tensor, Tensor]:
+    gains, shifts = [], []
+    for feature in range(cross.shape[1]):
+        both = torch.tensor([feature, len(gram) - 1])
+        gain, shift = _least_squares(gram[both][:, both], cross[both, feature : feature + 1])
+        gains.append(gain)
+        shifts.append(shift)
+    return torch.diag(torch.cat(gains)), torch.cat(shifts)
