@@ -86,7 +86,7 @@ def test_the_policy_knows_how_many_decisions_will_come(setting: str, decisions: 
         (("schedule=cosine",), "schedule=cosine falls from the first step"),
         (
             ("decay_fraction=0.8",),
-            "fractions has 0.25, when the learning rate is falling already: with "
+            "depth_schedule.fractions: at 0.25 the learning rate is falling already, with "
             "decay_fraction=0.8 it is stable up to 0.2 of the run",
         ),
         (("depth_schedule.fractions=[0.5, 0.2]",), "depth_schedule: fractions must rise"),

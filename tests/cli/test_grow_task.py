@@ -118,7 +118,10 @@ def test_argument_and_option_name_the_same_task() -> None:
     [
         ((), "the task is missing; name it once"),
         (("digits", "--task", "text"), "the task is given twice: digits, --task text"),
-        (("tex",), "did you mean 'text'? tasks: digits, text, hf:NAME, folder:PATH"),
+        (
+            ("tex",),
+            "did you mean 'text'? tasks: digits, teacher, text, hf:NAME, folder:PATH, python:",
+        ),
         (("hff:x",), "there are hf:NAME and folder:PATH"),
         (("folder:nowhere",), "folder 'nowhere' does not exist"),
         (("hf:me/mine",), "data set 'me/mine' cannot be loaded: ConnectionError: Couldn't reach"),

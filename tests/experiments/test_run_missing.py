@@ -23,19 +23,28 @@ from esper.experiments.comparison import (
 from esper.experiments.comparison.runs import execute
 from esper.tasks.digits import DIGITS
 
+QUICK = (
+    *("slot.ramp_steps=5", "slot.thresholds.min_steps_at_target=1"),
+    *("slot.thresholds.min_line_search_gain_fraction=-1e9", "slot.thresholds.trial_epochs=1"),
+    *("slot.thresholds.min_over_linear_fraction=-1e9", "slot.thresholds.min_training_steps=1"),
+    *("slot.thresholds.min_contribution_fraction=-1e9", "heuristic.plateau_epochs=1"),
+    *("slot.thresholds.max_loss_increase_fraction=1e9", "heuristic.warmup_epochs=1"),
+)
+"""Gates that let everything through, so that seeds are committed within a few epochs."""
+
 
 def config(epochs: int, **settings: object) -> CompareConfig:
-    run = load_run_config("digits", None, [], {"trainer": {"epochs": epochs}})
+    run = load_run_config("digits", None, QUICK, {"trainer": {"epochs": epochs}})
     return CompareConfig(run=run, random_seeds=(0, 1), search_rates=1, **settings)
 
 
 def test_a_network_of_the_grown_size_is_the_host_with_the_seeds_from_the_start() -> None:
-    settings = config(epochs=14)
+    settings = config(epochs=9)
     request = RunRequest(
-        arm="grown", random_seed=0, learning_rate=0.01, epochs=14, policy="heuristic"
+        arm="grown", random_seed=0, learning_rate=0.01, epochs=9, policy="heuristic"
     )
     grown = execute(request, settings.run)
-    assert grown.committed, "14 epochs are enough for the default to commit something"
+    assert grown.committed, "nothing is refused"
     static = execute(
         request.model_copy(update={"arm": "static", "policy": "none", "topology": grown.committed}),
         settings.run,
@@ -49,9 +58,9 @@ def test_a_network_of_the_grown_size_is_the_host_with_the_seeds_from_the_start()
 
 
 def test_seeds_grown_at_random_times_are_those_that_the_default_grew() -> None:
-    settings = config(epochs=20)
+    settings = config(epochs=9)
     grown = execute(
-        RunRequest(arm="grown", random_seed=0, learning_rate=0.01, epochs=20, policy="heuristic"),
+        RunRequest(arm="grown", random_seed=0, learning_rate=0.01, epochs=9, policy="heuristic"),
         settings.run,
     )
     randomly = execute(
@@ -59,7 +68,7 @@ def test_seeds_grown_at_random_times_are_those_that_the_default_grew() -> None:
             arm="random times",
             random_seed=0,
             learning_rate=0.01,
-            epochs=20,
+            epochs=9,
             topology=grown.committed,
             at_random_times=True,
         ),

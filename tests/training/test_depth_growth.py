@@ -18,7 +18,10 @@ from growth_problem import Recorder
 
 EPOCHS, EPOCH_STEPS, EVENT = 20, 6, 5
 ANY = GateThresholds(
-    min_steps_at_target=1, max_loss_increase_fraction=1e9, min_contribution_fraction=-1e9
+    min_steps_at_target=1,
+    max_loss_increase_fraction=1e9,
+    min_contribution_fraction=-1e9,
+    min_over_linear_fraction=-1e9,
 )
 """These runs are too short for a block to pay; that gates can refuse is tested with `NONE`."""
 NONE = ANY.model_copy(update={"min_contribution_fraction": 1e9})

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
+from esper.policies.depth_schedule import DepthScheduleConfig
 from esper.policies.heuristic import HeuristicConfig
 from esper.slots.config import SlotConfig
 from esper.slots.modes import forked_random_state
@@ -69,5 +70,6 @@ TEACHER = Task(
     learning_rate=5e-3,
     slot=SlotConfig(),
     heuristic=HeuristicConfig(blueprints=("mlp",), max_living=4),
+    depth_schedule=DepthScheduleConfig(blueprint="mlp", factor=2),
     threads=1,  # the steps are too short to share between cores
 )
