@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import esper
-from esper.lifecycle.events import AmplitudeSearched, ContributionMeasured
+from esper.lifecycle.events import ContributionMeasured
 from esper.lifecycle.stages import SeedStage
 from esper.slots import SeedSlot
 from esper.training.held_out import Evaluate
@@ -57,7 +57,15 @@ def test_a_seed_that_rescales_saves_nothing_over_a_linear_map_whatever_it_contri
         assert abs(event.contribution_fraction) > 0.01
         assert event.over_linear_fraction == pytest.approx(0.0, abs=1e-4)
         assert event.linear_loss == pytest.approx(event.loss_with, rel=1e-4)
-        assert slot.measurements.contribution_over_linear_fraction == pytest.approx(0.0, abs=1e-4)
+        assert slot.measurements.over_linear_fraction == pytest.approx(0.0, abs=1e-4)
+        assert event.linear_share == slot.measurements.linear_share == pytest.approx(1.0, abs=1e-4)
+
+
+def test_a_seed_that_adds_nothing_is_all_linear() -> None:
+    problem, slot = grown("noop", SeedStage.SHADOWING)
+    weighed(problem)
+    assert slot.measurements.linear_share == 1.0
+    assert slot.measurements.contribution_fraction == 0.0
 
 
 def test_a_seed_that_is_not_linear_is_weighed_against_the_map_nearest_to_it() -> None:
@@ -68,46 +76,24 @@ def test_a_seed_that_is_not_linear_is_weighed_against_the_map_nearest_to_it() ->
     assert event.linear_loss != pytest.approx(event.loss_without, rel=1e-2)
 
 
-def test_the_amplitude_search_weighs_against_the_map_at_the_same_amplitude() -> None:
-    problem, slot = grown("gain_and_shift", SeedStage.TRAINING)
-    event = weighed(problem)
-    assert isinstance(event, AmplitudeSearched)
-    best = event.losses[event.amplitudes.index(event.best_amplitude)]
-    assert best == min(event.losses)
-    assert event.linear_loss == pytest.approx(best, rel=1e-4)
-    assert slot.measurements.line_search_over_linear_fraction == pytest.approx(0.0, abs=1e-4)
-    problem, slot = grown("mlp", SeedStage.TRAINING)
-    assert slot.measurements.line_search_over_linear_fraction is None
-    event = weighed(problem)
-    assert slot.measurements.line_search_over_linear_fraction == event.over_linear_fraction
-    assert abs(event.over_linear_fraction) > 0.01
-
-
-@pytest.mark.parametrize("stage", [SeedStage.TRAINING, SeedStage.SHADOWING])
-def test_a_frozen_host_takes_nothing_over_so_the_host_alone_is_what_counts(
-    stage: SeedStage,
-) -> None:
-    problem, slot = grown("gain_and_shift", stage)
+def test_a_frozen_host_takes_nothing_over_so_the_host_alone_is_what_counts() -> None:
+    problem, slot = grown("gain_and_shift", SeedStage.SHADOWING)
     event = weighed(problem, host_learns=False)
     measured = slot.measurements
-    if stage is SeedStage.TRAINING:
-        assert measured.line_search_over_linear_fraction == measured.line_search_gain_fraction
-        assert event.linear_loss == event.host_loss
-    else:
-        assert measured.contribution_over_linear_fraction == measured.contribution_fraction
-        assert event.linear_loss == event.loss_without
+    assert measured.over_linear_fraction == measured.contribution_fraction
+    assert measured.linear_share == 0.0
+    assert event.linear_loss == event.loss_without
 
 
-@pytest.mark.parametrize("stage", [SeedStage.TRAINING, SeedStage.SHADOWING])
 @pytest.mark.parametrize("blueprint", ["mlp", "gain_and_shift"])
-def test_a_plain_evaluation_weighs_the_same(blueprint: str, stage: SeedStage) -> None:
-    problem, _ = grown(blueprint, stage)
+def test_a_plain_evaluation_weighs_the_same(blueprint: str) -> None:
+    problem, _ = grown(blueprint, SeedStage.SHADOWING)
     fused, alone = weighed(problem), weighed(problem, plain(problem))
     assert alone.linear_loss == pytest.approx(fused.linear_loss, rel=1e-4)
-    if stage is SeedStage.SHADOWING:
-        assert alone.over_linear_fraction == pytest.approx(fused.over_linear_fraction, abs=1e-4)
-        assert fused.over_linear_standard_error_fraction is not None
-        assert alone.over_linear_standard_error_fraction is None
+    assert alone.linear_share == pytest.approx(fused.linear_share, rel=1e-4)
+    assert alone.over_linear_fraction == pytest.approx(fused.over_linear_fraction, abs=1e-4)
+    assert fused.over_linear_standard_error_fraction is not None
+    assert alone.over_linear_standard_error_fraction is None
 
 
 @pytest.mark.parametrize("freeze", [True, False])
@@ -134,7 +120,8 @@ def test_a_seed_that_is_not_finite_is_imitated_by_nothing_and_passes_nothing() -
         next(slot.living.parameters()).fill_(math.nan)
     event = weighed(problem)
     assert event.linear_loss is None
-    assert math.isnan(slot.measurements.contribution_over_linear_fraction or 0.0)
+    assert math.isnan(slot.measurements.over_linear_fraction or 0.0)
+    assert slot.measurements.linear_share is None
 
 
 def test_more_standard_errors_judge_a_saving_lower() -> None:
@@ -152,7 +139,7 @@ def test_more_standard_errors_judge_a_saving_lower() -> None:
                 event.standard_error_fraction,
             ),
             (
-                measured.contribution_over_linear_fraction,
+                measured.over_linear_fraction,
                 event.over_linear_fraction,
                 event.over_linear_standard_error_fraction,
             ),
