@@ -47,14 +47,14 @@ USEFUL = {"digits": "conv_heavy", "teacher": "mlp", "decoder": "block"}
 LIVE_EPOCHS = 12
 """A live seed is committed or refused sooner."""
 CELLS = (
-    ("digits, own gates", "shadowing"),
-    ("digits", "shadowing"),
-    ("digits", "none"),
-    ("teacher", "shadowing"),
-    ("teacher", "none"),
-    ("decoder", "none"),
+    ("digits, own gates", "shadowing", USELESS),
+    ("digits", "shadowing", ("random_output",)),
+    ("digits", "none", USELESS),
+    ("teacher", "shadowing", USELESS),
+    ("teacher", "none", USELESS),
+    ("decoder", "none", USELESS),
 )
-"""Gates are the default ones but where a task has its own."""
+"""Task, isolation, and what is planted. Gates are the default ones but where a task has its own."""
 
 DEFAULT_GATES = [
     f"slot.thresholds.{name}={'none' if value is None else value}"
@@ -200,8 +200,8 @@ def jobs_of(runs: int, only: str | None) -> Iterator[tuple[str, str, str, int]]:
             yield "teacher", "own", "grown", seed
             yield "teacher", "own", "grown", runs + seed
         if only != "teacher":
-            for task, isolation in CELLS:
-                for kind in ("useful", *USELESS) if seed < USEFUL_RUNS else USELESS:
+            for task, isolation, kinds in CELLS:
+                for kind in ("useful", *kinds) if seed < USEFUL_RUNS else kinds:
                     yield task, isolation, kind, seed
 
 
