@@ -34,6 +34,7 @@ from esper.lifecycle.events import (
     SeedGerminated,
     SeedPruned,
 )
+from esper.lifecycle.gates import GateThresholds
 from esper.policies import tend
 from esper.tasks.teacher.task import missing_slot, teacher_loss
 from planted_seeds import USELESS, planted
@@ -43,24 +44,39 @@ EPOCHS = 16
 FIRST_EPOCH = 2
 USEFUL_RUNS = 5
 USEFUL = {"digits": "conv_heavy", "teacher": "mlp", "decoder": "block"}
+LIVE_EPOCHS = 12
+"""A live seed is committed or refused sooner."""
 CELLS = (
-    ("digits", "shadowing"),
-    ("digits", "none"),
-    ("teacher", "shadowing"),
-    ("teacher", "none"),
-    ("decoder", "none"),
+    ("digits, own gates", "shadowing", USELESS),
+    ("digits", "shadowing", ("random_output",)),
+    ("digits", "none", USELESS),
+    ("teacher", "shadowing", USELESS),
+    ("teacher", "none", USELESS),
+    ("decoder", "none", USELESS),
 )
+"""Task, isolation, and what is planted. Gates are the default ones but where a task has its own."""
+
+DEFAULT_GATES = [
+    f"slot.thresholds.{name}={'none' if value is None else value}"
+    for name, value in GateThresholds().model_dump().items()
+]
 
 Row = dict[str, Any]
 
 
 class Planter:
-    """Plants one blueprint in every free slot, and tends it as the heuristic does."""
+    """Plants one blueprint in every free slot, and tends it as the heuristic does.
+
+    Args:
+        blueprint: What to plant.
+        but_in: A slot that is left alone.
+    """
 
     name = "planter"
 
-    def __init__(self, blueprint: str) -> None:
+    def __init__(self, blueprint: str, *, but_in: str | None = None) -> None:
         self._blueprint = blueprint
+        self._but_in = but_in
 
     def decide(self, state: GrowthState) -> Sequence[Action]:
         """Return advances, prunes and commits, then a germination for each free slot."""
@@ -71,7 +87,11 @@ class Planter:
         ]
         if state.epoch < FIRST_EPOCH:
             return actions
-        free = [slot for slot in state.slots if Operation.GERMINATE in legal_operations(slot)]
+        free = [
+            slot
+            for slot in state.slots
+            if Operation.GERMINATE in legal_operations(slot) and slot.path != self._but_in
+        ]
         return actions + [Germinate(slot=slot.path, blueprint=self._blueprint) for slot in free]
 
 
@@ -109,7 +129,7 @@ def run_planted(
     """Train one host with one kind of seed planted in it.
 
     Args:
-        task: digits, teacher or decoder.
+        task: digits, teacher, decoder; or digits with its own gates.
         isolation: Of every slot.
         kind: A blueprint, or useful.
         seed: Fixes everything.
@@ -118,21 +138,25 @@ def run_planted(
     Effects: seeds the default random stream, which planted seeds draw from.
     """
     torch.manual_seed(seed)
-    blueprint = USEFUL[task] if kind == "useful" else kind
-    decoder = task == "decoder"
+    name = task.partition(",")[0]
+    blueprint = USEFUL[name] if kind == "useful" else kind
+    decoder = name == "decoder"
     all_settings = [
+        *(DEFAULT_GATES if name == task else ()),
         f"slot.isolation={isolation}",
-        f"trainer.epochs={EPOCHS}",
+        f"trainer.epochs={LIVE_EPOCHS if isolation == 'none' else EPOCHS}",
         "trainer.isolation_check_steps=none",  # not what is measured here
         *settings,
     ]
     config = load_run_config(
-        "teacher" if decoder else task, None, all_settings, {"random_seed": seed}
+        "teacher" if decoder else name, None, all_settings, {"random_seed": seed}
     )
     tally = Tally()
     setup = decoder_setup(seed) if decoder else None
     run = prepare(config, run_id=kind, sinks=[tally], setup=setup)
-    run.growth.policy = Planter(blueprint)
+    # Where something is missing, random features that are not linear are of real use.
+    is_of_use = task == "teacher" and kind == "random_output"
+    run.growth.policy = Planter(blueprint, but_in=missing_slot(seed) if is_of_use else None)
     for _ in run.reports:
         pass
     return {
@@ -176,8 +200,8 @@ def jobs_of(runs: int, only: str | None) -> Iterator[tuple[str, str, str, int]]:
             yield "teacher", "own", "grown", seed
             yield "teacher", "own", "grown", runs + seed
         if only != "teacher":
-            for task, isolation in CELLS:
-                for kind in ("useful", *USELESS) if seed < USEFUL_RUNS else USELESS:
+            for task, isolation, kinds in CELLS:
+                for kind in ("useful", *kinds) if seed < USEFUL_RUNS else kinds:
                     yield task, isolation, kind, seed
 
 
@@ -216,7 +240,7 @@ def planted_table(rows: Sequence[Row]) -> Table:
     for (kind, task, isolation), found in sorted(cells.items(), key=lambda item: item[0][0]):
         refused = sum((Counter(row["refused"]) for row in found), Counter())
         table.add_row(
-            f"useful: {USEFUL[task]}" if kind == "useful" else kind,
+            f"useful: {USEFUL[task.partition(',')[0]]}" if kind == "useful" else kind,
             task,
             isolation,
             str(len(found)),

@@ -28,6 +28,7 @@ LIMITS = GateThresholds(
     min_steps_at_target=20,
     max_loss_increase_fraction=0.1,
     min_contribution_fraction=0.01,
+    max_linear_share=0.99,
     min_over_linear_fraction=0.002,
     max_step_time_ratio=4.0,
     trial_epochs=2,
@@ -44,12 +45,12 @@ AT_THE_EDGE = GateInputs(
     training_steps=40,
     gradient_ratio=0.001,
     line_search_gain_fraction=0.005,
-    line_search_over_linear_fraction=0.002,
     alpha=1.0,
     steps_at_target=20,
     loss_increase_fraction=0.1,
     contribution_fraction=0.01,
-    contribution_over_linear_fraction=0.002,
+    linear_share=0.99,
+    over_linear_fraction=0.002,
     step_time_ratio=4.0,
     trial_contributions=(0.01, 0.01),
     trial_over_linear=(0.002, 0.002),
@@ -73,7 +74,6 @@ CHECKS = {
         "gradient_ratio >= 0.001",
         "gradient_ratio <= 1000",
         "line_search_gain_fraction >= 0.005",
-        "line_search_over_linear_fraction >= 0.002",
     ],
     G3: [
         "alpha == 1",
@@ -83,7 +83,8 @@ CHECKS = {
     ],
     G4: [
         "contribution_fraction >= 0.01",
-        "contribution_over_linear_fraction >= 0.002",
+        "linear_share <= 0.99",
+        "over_linear_fraction >= 0.002",
         "loss_increase_fraction <= 0.1",
         "step_time_ratio <= 4",
         "isolation_leaks == 0",
@@ -110,28 +111,17 @@ JUST_BEYOND = [
     (G2, "gradient_ratio", math.nextafter(0.001, 0.0), "gradient_ratio"),
     (G2, "gradient_ratio", math.nextafter(1000.0, math.inf), "gradient_ratio"),
     (G2, "line_search_gain_fraction", math.nextafter(0.005, 0.0), "line_search_gain_fraction"),
-    (
-        G2,
-        "line_search_over_linear_fraction",
-        math.nextafter(0.002, 0.0),
-        "line_search_over_linear_fraction",
-    ),
     (G3, "alpha", math.nextafter(1.0, 0.0), "alpha"),
     (G3, "steps_at_target", 19, "steps_at_target"),
     (G3, "loss_increase_fraction", math.nextafter(0.1, 1.0), "loss_increase_fraction"),
     (G3, "isolation_leaks", 1, "isolation_leaks"),
     (G4, "isolation_leaks", 1, "isolation_leaks"),
     (G4, "contribution_fraction", math.nextafter(0.01, 0.0), "contribution_fraction"),
-    (
-        G4,
-        "contribution_over_linear_fraction",
-        math.nextafter(0.002, 0.0),
-        "contribution_over_linear_fraction",
-    ),
+    (G4, "linear_share", math.nextafter(0.99, 1.0), "linear_share"),
+    (G4, "over_linear_fraction", math.nextafter(0.002, 0.0), "over_linear_fraction"),
     (G4, "loss_increase_fraction", math.nextafter(0.1, 1.0), "loss_increase_fraction"),
     (G4, "step_time_ratio", math.nextafter(4.0, 5.0), "step_time_ratio"),
     (G5, "trial_contributions", (0.01,), "trial_epochs"),
-    (G5, "trial_over_linear", (0.002,), "trial_epochs"),
     (G5, "trial_over_linear", (0.5, math.nextafter(0.002, 0.0)), "worst_over_linear_in_window"),
     (G5, "trial_over_linear", (math.nextafter(0.002, 0.0), 0.5), "worst_over_linear_in_window"),
     (G5, "trial_contributions", (0.5, math.nextafter(0.01, 0.0)), "worst_in_trial_window"),
@@ -143,11 +133,11 @@ READ_AS_NUMBERS = [
     (G0, "identity_error"),
     (G2, "gradient_ratio"),
     (G2, "line_search_gain_fraction"),
-    (G2, "line_search_over_linear_fraction"),
     (G3, "alpha"),
     (G3, "loss_increase_fraction"),
     (G4, "contribution_fraction"),
-    (G4, "contribution_over_linear_fraction"),
+    (G4, "linear_share"),
+    (G4, "over_linear_fraction"),
     (G4, "loss_increase_fraction"),
     (G5, "loss_increase_fraction"),
     (G4, "step_time_ratio"),
@@ -248,6 +238,16 @@ def test_a_live_seed_is_judged_at_blending_by_identity_and_finite_parameters_onl
     assert names_of_failures(judge(G2, live=True, parameters_finite=False)) == ["parameters_finite"]
 
 
+@pytest.mark.parametrize("gate", [G4, G5])
+def test_a_saving_over_the_linear_map_is_asked_for_unless_told_not_to(gate: Gate):
+    limits = LIMITS.model_copy(update={"min_over_linear_fraction": None})
+    nothing = {"over_linear_fraction": None, "trial_over_linear": ()}
+    assert not judge(gate, **nothing).passed
+    result = evaluate_gate(gate, AT_THE_EDGE.model_copy(update=nothing), limits)
+    assert result.passed
+    assert not any("over_linear" in check.name for check in result.checks)
+
+
 @pytest.mark.parametrize("gate", [G3, G4])
 def test_a_live_seed_is_not_asked_for_isolation_that_it_never_had(gate: Gate):
     result = judge(gate, live=True, isolation_leaks=None)
@@ -287,15 +287,12 @@ def test_a_better_measurement_never_turns_a_pass_into_a_failure(
 
 
 BETTER = {
-    G2: {
-        "training_steps": 1,
-        "line_search_gain_fraction": 1,
-        "line_search_over_linear_fraction": 1,
-    },
+    G2: {"training_steps": 1, "line_search_gain_fraction": 1},
     G3: {"steps_at_target": 1, "loss_increase_fraction": -1},
     G4: {
         "contribution_fraction": 1,
-        "contribution_over_linear_fraction": 1,
+        "linear_share": -1,
+        "over_linear_fraction": 1,
         "loss_increase_fraction": -1,
         "step_time_ratio": -1,
     },
@@ -348,7 +345,8 @@ def test_the_gradient_ratio_passes_inside_its_range_and_nowhere_else(ratio: floa
         alpha=st.floats(),
         loss_increase_fraction=MEASURED,
         contribution_fraction=MEASURED,
-        contribution_over_linear_fraction=MEASURED,
+        linear_share=MEASURED,
+        over_linear_fraction=MEASURED,
         trial_contributions=st.lists(st.floats(), max_size=4).map(tuple),
         trial_over_linear=st.lists(st.floats(), max_size=4).map(tuple),
     ),

@@ -70,6 +70,18 @@ def test_what_is_not_linear_is_left_over() -> None:
     torch.testing.assert_close(imitated, best, rtol=1e-3, atol=1e-3)
 
 
+def test_the_share_is_what_the_map_explains_of_the_sum_of_squares() -> None:
+    features = torch.randn(400, D)
+    linear = features @ torch.randn(D, D) + torch.randn(D)
+    assert solved(fit_of(features, linear)).share == pytest.approx(1.0, abs=1e-4)
+    assert solved(fit_of(features, torch.zeros(400, D))).share == 1.0
+    mixed = linear + 2.0 * torch.randn(400, D)
+    imitation = solved(fit_of(features, mixed))
+    expected = 1.0 - (mixed - imitation(features)).square().sum() / mixed.square().sum()
+    assert imitation.share == pytest.approx(float(expected), abs=1e-3)
+    assert 0.1 < imitation.share < 0.9
+
+
 def test_with_few_rows_each_feature_has_a_gain_and_a_shift_and_no_more() -> None:
     features, gain, shift = torch.randn(4 * (D + 1) - 1, D), torch.randn(D), torch.randn(D)
     imitation = solved(fit_of(features, features * gain + shift))
@@ -154,7 +166,7 @@ def test_imitations_of_different_fits_in_one_forward_are_refused(
     grown: tuple[nn.Module, esper.SlotSet],
 ) -> None:
     model, slots = grown
-    one, other = (LinearImitation(torch.eye(D), torch.zeros(D), -1) for _ in range(2))
+    one, other = (LinearImitation(torch.eye(D), torch.zeros(D), -1, 1.0) for _ in range(2))
     variants = [{"first": Imitated(1.0, one)}, {"first": Imitated(1.0, other)}]
     with pytest.raises(ValueError, match="variants of one forward must share an imitation"):
         fused_losses(model, slots, torch.randn(4, 3), torch.zeros(4), sample_losses, variants)

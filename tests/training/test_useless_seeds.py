@@ -44,8 +44,13 @@ def test_no_useless_seed_is_committed_from_behind_a_student(kind: str) -> None:
 
 
 def test_it_is_the_linear_map_that_refuses_what_rescales() -> None:
-    blind = ["slot.thresholds.min_over_linear_fraction=-1e9"]
+    blind = [
+        "slot.thresholds.min_over_linear_fraction=none",
+        "slot.thresholds.max_linear_share=1.1",
+    ]
     assert run_planted("digits", "none", "rescale", seed=1, settings=blind)["committed"]
+    for seeing in blind:
+        assert not run_planted("digits", "none", "rescale", seed=1, settings=[seeing])["committed"]
 
 
 def test_attention_that_a_decoder_lacks_is_committed() -> None:

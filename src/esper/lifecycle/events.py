@@ -127,11 +127,6 @@ class AmplitudeSearched(_Event):
     best_amplitude: float
     gain_fraction: float
     """Saving at the best amplitude relative to `host_loss`, standard errors below its mean."""
-    linear_loss: float | None = None
-    """With the best linear map of the features in the seed's place, at the best amplitude; None
-    where nothing of the host learns."""
-    over_linear_fraction: float | None = None
-    """Saving relative to `linear_loss`, standard errors below its mean."""
 
 
 class SeedRescaled(_Event):
@@ -155,8 +150,10 @@ class ContributionMeasured(_Event):
     standard_error_fraction: float | None
     """Of that mean; None where losses per sample are not known."""
     linear_loss: float | None = None
-    """With the best linear map of the features in the seed's place; None where nothing of the host
-    learns."""
+    """With the best linear map of the features in the seed's place; without it where nothing of
+    the host learns; None if the seed's increment was not finite."""
+    linear_share: float | None = None
+    """Of the seed's increment, what that map explains."""
     over_linear_fraction: float | None = None
     """Saving relative to `linear_loss`, mean over samples."""
     over_linear_standard_error_fraction: float | None = None

@@ -60,9 +60,11 @@ class GateThresholds(Record):
     """G3 to G5: held-out loss since just before blending began."""
     min_contribution_fraction: FiniteFloat = 0.01
     """G4 and G5: held-out loss saved by the seed."""
-    min_over_linear_fraction: FiniteFloat = 0.01
-    """G2, G4 and G5: held-out loss saved by the seed beyond what the best linear map of the same
-    features saves in its place."""
+    max_linear_share: NonNegative = 0.99
+    """G4: of the seed's increment, what a linear map of the same features explains."""
+    min_over_linear_fraction: FiniteFloat | None = 0.02
+    """G4 and G5: held-out loss saved by the seed over the best linear map of the same features in
+    its place. None does not ask: what a seed does best after its trial cannot be seen in it."""
     standard_errors: NonNegative = 2.0
     """How far below its mean a saving is judged, where losses per sample are known."""
     max_step_time_ratio: NonNegative | None = None
@@ -98,15 +100,15 @@ class GateInputs(Record):
     gradient_ratio: float | None = None
     """Seed's gradient norm over the host's, normalised by sqrt(host params / seed params)."""
     line_search_gain_fraction: float | None = None
-    line_search_over_linear_fraction: float | None = None
-    """The same against the best linear map of the features in the seed's place, at the same
-    amplitude; against the host alone where nothing of the host learns."""
     alpha: float = 0.0
     steps_at_target: int = 0
     loss_increase_fraction: float | None = None
     contribution_fraction: float | None = None
     """Where losses per sample are known, standard errors below the mean; else the mean."""
-    contribution_over_linear_fraction: float | None = None
+    linear_share: float | None = None
+    """Of the increment's sum of squares, what the best linear map of the same features explains; 0
+    where nothing of the host learns, which could not take such a map over."""
+    over_linear_fraction: float | None = None
     """The same against the best linear map of the features in the seed's place; against the host
     alone where nothing of the host learns."""
     step_time_ratio: float | None = None
@@ -215,17 +217,14 @@ def _g2(inputs: GateInputs, limits: GateThresholds) -> list[Check]:
             compare("identity_error", inputs.identity_error, "==", 0.0),
             _holds("parameters_finite", inputs.parameters_finite),
         ]
-    gain, over_linear = inputs.line_search_gain_fraction, inputs.line_search_over_linear_fraction
+    gain, least = inputs.line_search_gain_fraction, limits.min_line_search_gain_fraction
     return [
         compare("training_steps", inputs.training_steps, ">=", limits.min_training_steps),
         _holds("parameters_finite", inputs.parameters_finite),
         compare("isolation_leaks", inputs.isolation_leaks, "==", 0.0),
         compare("gradient_ratio", inputs.gradient_ratio, ">=", limits.min_gradient_ratio),
         compare("gradient_ratio", inputs.gradient_ratio, "<=", limits.max_gradient_ratio),
-        compare("line_search_gain_fraction", gain, ">=", limits.min_line_search_gain_fraction),
-        compare(
-            "line_search_over_linear_fraction", over_linear, ">=", limits.min_over_linear_fraction
-        ),
+        compare("line_search_gain_fraction", gain, ">=", least),
     ]
 
 
@@ -239,15 +238,15 @@ def _g3(inputs: GateInputs, limits: GateThresholds) -> list[Check]:
 
 
 def _g4(inputs: GateInputs, limits: GateThresholds) -> list[Check]:
-    contribution = inputs.contribution_fraction
-    over_linear = inputs.contribution_over_linear_fraction
+    contribution, least = inputs.contribution_fraction, limits.min_contribution_fraction
     checks = [
-        compare("contribution_fraction", contribution, ">=", limits.min_contribution_fraction),
-        compare(
-            "contribution_over_linear_fraction", over_linear, ">=", limits.min_over_linear_fraction
-        ),
-        _not_harmed(inputs, limits),
+        compare("contribution_fraction", contribution, ">=", least),
+        compare("linear_share", inputs.linear_share, "<=", limits.max_linear_share),
     ]
+    if limits.min_over_linear_fraction is not None:
+        over_linear, least = inputs.over_linear_fraction, limits.min_over_linear_fraction
+        checks.append(compare("over_linear_fraction", over_linear, ">=", least))
+    checks.append(_not_harmed(inputs, limits))
     if limits.max_step_time_ratio is not None:
         ratio = inputs.step_time_ratio
         checks.append(compare("step_time_ratio", ratio, "<=", limits.max_step_time_ratio))
@@ -255,15 +254,16 @@ def _g4(inputs: GateInputs, limits: GateThresholds) -> list[Check]:
 
 
 def _g5(inputs: GateInputs, limits: GateThresholds) -> list[Check]:
-    contribution = _worst(inputs.trial_contributions[-limits.trial_epochs :])
-    over_linear = _worst(inputs.trial_over_linear[-limits.trial_epochs :])
-    epochs = min(len(inputs.trial_contributions), len(inputs.trial_over_linear))
-    return [
-        compare("trial_epochs", epochs, ">=", limits.trial_epochs),
-        compare("worst_in_trial_window", contribution, ">=", limits.min_contribution_fraction),
-        compare("worst_over_linear_in_window", over_linear, ">=", limits.min_over_linear_fraction),
-        _not_harmed(inputs, limits),
+    epochs, least = limits.trial_epochs, limits.min_contribution_fraction
+    worst = _worst(inputs.trial_contributions[-epochs:])
+    checks = [
+        compare("trial_epochs", len(inputs.trial_contributions), ">=", epochs),
+        compare("worst_in_trial_window", worst, ">=", least),
     ]
+    if limits.min_over_linear_fraction is not None:
+        worst, least = _worst(inputs.trial_over_linear[-epochs:]), limits.min_over_linear_fraction
+        checks.append(compare("worst_over_linear_in_window", worst, ">=", least))
+    return [*checks, _not_harmed(inputs, limits)]
 
 
 def _worst(window: tuple[float, ...]) -> float | None:

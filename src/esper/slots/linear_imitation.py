@@ -22,11 +22,14 @@ class LinearImitation:
         weight: Shape `D D`, float32; applied from the right.
         bias: Shape `D`, float32.
         feature_dim: Where the features are: 1 for maps, -1 for tokens.
+        share: Of the increment's sum of squares, what the map explains, in [0, 1]; 1 for an
+            increment of zeros.
     """
 
     weight: Tensor
     bias: Tensor
     feature_dim: int
+    share: float
 
     def __call__(self, features: Tensor) -> Tensor:
         """Return the map's increment: shape and dtype of `features`."""
@@ -38,7 +41,7 @@ class LinearImitation:
 class ImitationFit:
     """Collects what least squares needs while a seed runs.
 
-    Only sums are kept, (D + 1) (2 D + 1) numbers, however many rows there are.
+    Only sums are kept, about (D + 1) (2 D + 1) numbers, however many rows there are.
 
     Args:
         dim: D.
@@ -51,6 +54,7 @@ class ImitationFit:
         self._num_rows = 0
         self._gram = torch.zeros(dim + 1, dim + 1, device=device)
         self._cross = torch.zeros(dim + 1, dim, device=device)
+        self._squares = torch.zeros((), device=device)
 
     def __call__(self, features: Tensor, increment: Tensor) -> Tensor:
         """Add what a forward computed, h and u of the same shape, and return u."""
@@ -58,7 +62,9 @@ class ImitationFit:
         rows = torch.cat([rows, torch.ones_like(rows[:, :1])], dim=1)
         self._num_rows += len(rows)
         self._gram += rows.T @ rows
-        self._cross += rows.T @ self._rows(increment)
+        wanted = self._rows(increment)
+        self._cross += rows.T @ wanted
+        self._squares += wanted.square().sum()
         return increment
 
     def solve(self) -> LinearImitation | None:
@@ -70,15 +76,19 @@ class ImitationFit:
         gram, cross = self._gram.double().cpu(), self._cross.double().cpu()
         if not (gram.isfinite().all() and cross.isfinite().all()):
             return None
+        squares = float(self._squares)
         dim = cross.shape[1]
         if self._num_rows >= _ROWS_PER_COEFFICIENT * (dim + 1):
             solution = _least_squares(gram, cross)
             weight, bias = solution[:-1], solution[-1]
         else:
             weight, bias = _gain_and_shift(gram, cross)
+        coefficients = torch.cat([weight, bias[None]])
+        left_over = squares - float((coefficients * (2.0 * cross - gram @ coefficients)).sum())
+        share = 1.0 - min(max(left_over / squares, 0.0), 1.0) if squares > 0.0 else 1.0
         device = self._gram.device
         return LinearImitation(
-            weight.float().to(device), bias.float().to(device), self._feature_dim
+            weight.float().to(device), bias.float().to(device), self._feature_dim, share
         )
 
     def _rows(self, features: Tensor) -> Tensor:

@@ -23,13 +23,13 @@ class SeedMeasurements:
     training_steps: int = 0
     gradient_ratio: float | None = None
     line_search_gain_fraction: float | None = None
-    line_search_over_linear_fraction: float | None = None
     best_amplitude: float | None = None
     reference_loss: float | None = None
     """Held-out loss before the seed entered the forward path."""
     loss_increase_fraction: float | None = None
     contribution_fraction: float | None = None
-    contribution_over_linear_fraction: float | None = None
+    linear_share: float | None = None
+    over_linear_fraction: float | None = None
     step_time_ratio: float | None = None
     trial_contributions: list[float] = field(default_factory=list)
     trial_over_linear: list[float] = field(default_factory=list)
@@ -50,12 +50,12 @@ class SeedMeasurements:
             training_steps=self.training_steps,
             gradient_ratio=self.gradient_ratio,
             line_search_gain_fraction=self.line_search_gain_fraction,
-            line_search_over_linear_fraction=self.line_search_over_linear_fraction,
             alpha=alpha,
             steps_at_target=steps_at_target,
             loss_increase_fraction=self.loss_increase_fraction,
             contribution_fraction=self.contribution_fraction,
-            contribution_over_linear_fraction=self.contribution_over_linear_fraction,
+            linear_share=self.linear_share,
+            over_linear_fraction=self.over_linear_fraction,
             step_time_ratio=self.step_time_ratio,
             trial_contributions=tuple(self.trial_contributions),
             trial_over_linear=tuple(self.trial_over_linear),

@@ -84,69 +84,47 @@ def probe_seeds(
 ) -> list[Event]:
     """Measure every living seed that can be measured, and write it into its slot's measurements.
 
-    A TRAINING seed that has trained long enough gets an amplitude line search; a seed at alpha 1
-    gets its contribution, the loss without it against the loss with it. Both are also measured
-    against the best linear map of the features in the seed's place: the host's own layers around a
-    slot are linear maps of the same features, so that what such a map does, a rescaling say, is
-    nothing that a host lacks.
+    A TRAINING seed that has trained long enough gets an amplitude line search. A seed at alpha 1
+    gets its contribution, the loss without it against the loss with it; and the same against the
+    loss with the best linear map of the features in its place. The layers around a slot are linear
+    maps of the same features, so what such a map does, a rescaling say, is nothing that a host
+    lacks.
 
     Args:
         model: The host with its slots.
         slots: By path.
         evaluate: As `Growth.after_epoch`.
         host_learns: Whether any of the host's own parameters does. A frozen host cannot take over
-            what a linear map does.
+            what a linear map does: its seeds are weighed against the host without them only.
     """
     trained = [path for path, slot in slots.items() if _searchable(slot)]
     weighable = [path for path, slot in slots.items() if _at_full_alpha(slot)]
     if not trained and not weighable:
         return []
     present: dict[str, float] = dict.fromkeys(trained, 0.0) | dict.fromkeys(weighable, 1.0)
-    measured = {path: slots[path] for path in present}
-    with fitting_imitations(measured if host_learns else {}) as fits:
+    imitable = {path: slots[path] for path in weighable} if host_learns else {}
+    with fitting_imitations(imitable) as fits:
         (base,) = losses_of(model, slots, evaluate, [present])
-    alphas = dict.fromkeys(weighable, (0.0,)) | dict.fromkeys(trained, AMPLITUDES)
-    without = _losses_by_path(
-        model, slots, evaluate, present, {path: list(tried) for path, tried in alphas.items()}
-    )
-    best = {path: _best_amplitude(without[path]) for path in trained}
-    imitated = _losses_by_path(
-        model,
-        slots,
-        evaluate,
-        present,
-        {
-            path: [Imitated(best.get(path, 1.0), imitation)]
-            for path, fit in fits.items()
-            if (imitation := fit.solve()) is not None
-        },
-    )
-    linear = {path: losses for path, (losses,) in imitated.items()}
-    events = []
-    for path, slot in measured.items():
-        own = without[path]
-        if not host_learns:
-            linear[path] = own[0] if path in weighable else base
-        if path in weighable:
-            events.append(_note_contribution(slot, base, own[0], linear.get(path)))
-        else:
-            events.append(_note_amplitudes(slot, base, own, best[path], linear.get(path)))
-    return events
-
-
-def _losses_by_path(
-    model: nn.Module,
-    slots: Mapping[str, SeedSlot],
-    evaluate: Evaluate,
-    present: Mapping[str, float],
-    choices: Mapping[str, Sequence[float | Imitated]],
-) -> dict[str, list[Losses]]:
-    """Return the losses with one slot at a time at each of its choices, all others as present."""
+    imitations = {path: fit.solve() for path, fit in fits.items()}
+    choices: dict[str, list[float | Imitated]] = {path: list(AMPLITUDES) for path in trained}
+    for path in weighable:
+        imitation = imitations.get(path)
+        choices[path] = [0.0] if imitation is None else [0.0, Imitated(1.0, imitation)]
     variants: list[Variant] = [
         {**present, path: choice} for path, tried in choices.items() for choice in tried
     ]
-    losses = iter(losses_of(model, slots, evaluate, variants) if variants else [])
-    return {path: [next(losses) for _ in tried] for path, tried in choices.items()}
+    rest = iter(losses_of(model, slots, evaluate, variants))
+    measured = {path: [next(rest) for _ in tried] for path, tried in choices.items()}
+    events = [_note_amplitudes(slots[path], base, measured[path]) for path in trained]
+    for path in weighable:
+        without, *linear = measured[path]
+        imitation = imitations.get(path)
+        share = None if imitation is None else imitation.share
+        if not host_learns:
+            linear, share = [without], 0.0
+        slots[path].measurements.linear_share = share
+        events.append(_note_contribution(slots[path], base, without, *linear))
+    return events
 
 
 def _searchable(slot: SeedSlot) -> bool:
@@ -158,25 +136,20 @@ def _at_full_alpha(slot: SeedSlot) -> bool:
     return slot.stage in _WEIGHABLE and slot.alpha == 1.0 and not slot.fading
 
 
-def _best_amplitude(tried: Sequence[Losses]) -> float:
-    finite = [index for index, losses in enumerate(tried) if math.isfinite(losses.mean)]
-    return AMPLITUDES[min(finite, key=lambda index: tried[index].mean, default=0)]
-
-
 def _note_contribution(
-    slot: SeedSlot, with_seed: Losses, without: Losses, linear: Losses | None
+    slot: SeedSlot, with_seed: Losses, without: Losses, linear: Losses | None = None
 ) -> Event:
     errors = slot.config.thresholds.standard_errors
     saving = with_seed.saving_over(without)
     over_linear = None if linear is None else with_seed.saving_over(linear)
-    lower = saving.lower_fraction(errors)
-    lower_over_linear = math.nan if over_linear is None else over_linear.lower_fraction(errors)
     measured = slot.measurements
-    measured.contribution_fraction = lower
-    measured.contribution_over_linear_fraction = lower_over_linear
+    measured.contribution_fraction = saving.lower_fraction(errors)
+    measured.over_linear_fraction = (
+        math.nan if over_linear is None else over_linear.lower_fraction(errors)
+    )
     if slot.stage is SeedStage.PROBATIONARY:
-        measured.trial_contributions.append(lower)
-        measured.trial_over_linear.append(lower_over_linear)
+        measured.trial_contributions.append(measured.contribution_fraction)
+        measured.trial_over_linear.append(measured.over_linear_fraction)
     return ContributionMeasured(
         slot=slot.path,
         stage=slot.stage,
@@ -185,6 +158,7 @@ def _note_contribution(
         contribution_fraction=saving.fraction,
         standard_error_fraction=saving.standard_error_fraction,
         linear_loss=None if linear is None else linear.mean,
+        linear_share=measured.linear_share,
         over_linear_fraction=None if over_linear is None else over_linear.fraction,
         over_linear_standard_error_fraction=(
             None if over_linear is None else over_linear.standard_error_fraction
@@ -192,24 +166,20 @@ def _note_contribution(
     )
 
 
-def _note_amplitudes(
-    slot: SeedSlot, host: Losses, tried: Sequence[Losses], best: float, linear: Losses | None
-) -> Event:
-    errors = slot.config.thresholds.standard_errors
-    at_best = tried[AMPLITUDES.index(best)]
-    gain = at_best.saving_over(host).lower_fraction(errors)
-    over_linear = None if linear is None else at_best.saving_over(linear).lower_fraction(errors)
+def _note_amplitudes(slot: SeedSlot, host: Losses, tried: Sequence[Losses]) -> Event:
+    finite = [index for index, losses in enumerate(tried) if math.isfinite(losses.mean)]
+    best = min(finite, key=lambda index: tried[index].mean, default=0)
+    saving = tried[best].saving_over(host)
     measured = slot.measurements
-    measured.best_amplitude = best
-    measured.line_search_gain_fraction = gain
-    measured.line_search_over_linear_fraction = over_linear
+    measured.best_amplitude = AMPLITUDES[best]
+    measured.line_search_gain_fraction = saving.lower_fraction(
+        slot.config.thresholds.standard_errors
+    )
     return AmplitudeSearched(
         slot=slot.path,
         amplitudes=AMPLITUDES,
         losses=tuple(losses.mean for losses in tried),
         host_loss=host.mean,
-        best_amplitude=best,
-        gain_fraction=gain,
-        linear_loss=None if linear is None else linear.mean,
-        over_linear_fraction=over_linear,
+        best_amplitude=AMPLITUDES[best],
+        gain_fraction=measured.line_search_gain_fraction,
     )

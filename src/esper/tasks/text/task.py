@@ -94,7 +94,7 @@ TEXT = Task(
     slot=SlotConfig(
         max_committed=2,
         thresholds=GateThresholds(
-            min_contribution_fraction=0.0005, min_over_linear_fraction=0.00001, standard_errors=1.0
+            min_contribution_fraction=0.0005, min_over_linear_fraction=None, standard_errors=1.0
         ),
     ),
     heuristic=HeuristicConfig(
@@ -104,6 +104,7 @@ TEXT = Task(
         plateau_fraction=1.0,  # never waits for a plateau: early growth pays
         max_living=2,
         patience_epochs=10,
+        max_refusals=None,
     ),
     depth_schedule=DepthScheduleConfig(),
     threads=1,  # two threads that wait for each other stall where others use the machine

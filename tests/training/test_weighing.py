@@ -1,0 +1,149 @@
+"""A seed is weighed against the host without it, and against a linear map in its place."""
+
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import esper
+from esper.lifecycle.events import ContributionMeasured
+from esper.lifecycle.stages import SeedStage
+from esper.slots import SeedSlot
+from esper.training.held_out import Evaluate
+from esper.training.probing import probe_seeds
+from growth_problem import Problem, make_problem
+from planted_seeds import planted
+
+
+@pytest.fixture(autouse=True)
+def _planted() -> Iterator[None]:
+    with planted():
+        yield
+
+
+def grown(blueprint: str, stage: SeedStage) -> tuple[Problem, SeedSlot]:
+    """A seed with random weights, as if it had learned something."""
+    problem = make_problem()
+    slot = problem.slots["embed"]
+    slot.germinate(blueprint)
+    while slot.stage is not stage:
+        slot.advance(force=True)
+    torch.manual_seed(1)
+    assert slot.living is not None
+    with torch.no_grad():
+        for parameter in slot.living.parameters():
+            parameter.normal_(std=0.3)
+    slot.measurements.training_steps = slot.config.thresholds.min_training_steps
+    return problem, slot
+
+
+def weighed(problem: Problem, evaluate: Evaluate | None = None, *, host_learns: bool = True):
+    evaluate = evaluate or problem.held_out
+    (event,) = probe_seeds(problem.model, problem.slots, evaluate, host_learns=host_learns)
+    return event
+
+
+def plain(problem: Problem) -> Evaluate:
+    """The same held-out loss from a function that knows of no variants."""
+    return lambda: problem.held_out()["loss"]
+
+
+def test_a_seed_that_rescales_saves_nothing_over_a_linear_map_whatever_it_contributes() -> None:
+    for blueprint in ("rescale", "gain_and_shift", "lora"):
+        problem, slot = grown(blueprint, SeedStage.SHADOWING)
+        event = weighed(problem)
+        assert isinstance(event, ContributionMeasured)
+        assert abs(event.contribution_fraction) > 0.01
+        assert event.over_linear_fraction == pytest.approx(0.0, abs=1e-4)
+        assert event.linear_loss == pytest.approx(event.loss_with, rel=1e-4)
+        assert slot.measurements.over_linear_fraction == pytest.approx(0.0, abs=1e-4)
+        assert event.linear_share == slot.measurements.linear_share == pytest.approx(1.0, abs=1e-4)
+
+
+def test_a_seed_that_adds_nothing_is_all_linear() -> None:
+    problem, slot = grown("noop", SeedStage.SHADOWING)
+    weighed(problem)
+    assert slot.measurements.linear_share == 1.0
+    assert slot.measurements.contribution_fraction == 0.0
+
+
+def test_a_seed_that_is_not_linear_is_weighed_against_the_map_nearest_to_it() -> None:
+    problem, _ = grown("mlp", SeedStage.SHADOWING)
+    event = weighed(problem)
+    assert event.linear_loss is not None
+    assert event.linear_loss != pytest.approx(event.loss_with, rel=1e-2)
+    assert event.linear_loss != pytest.approx(event.loss_without, rel=1e-2)
+
+
+def test_a_frozen_host_takes_nothing_over_so_the_host_alone_is_what_counts() -> None:
+    problem, slot = grown("gain_and_shift", SeedStage.SHADOWING)
+    event = weighed(problem, host_learns=False)
+    measured = slot.measurements
+    assert measured.over_linear_fraction == measured.contribution_fraction
+    assert measured.linear_share == 0.0
+    assert event.linear_loss == event.loss_without
+
+
+@pytest.mark.parametrize("blueprint", ["mlp", "gain_and_shift"])
+def test_a_plain_evaluation_weighs_the_same(blueprint: str) -> None:
+    problem, _ = grown(blueprint, SeedStage.SHADOWING)
+    fused, alone = weighed(problem), weighed(problem, plain(problem))
+    assert alone.linear_loss == pytest.approx(fused.linear_loss, rel=1e-4)
+    assert alone.linear_share == pytest.approx(fused.linear_share, rel=1e-4)
+    assert alone.over_linear_fraction == pytest.approx(fused.over_linear_fraction, abs=1e-4)
+    assert fused.over_linear_standard_error_fraction is not None
+    assert alone.over_linear_standard_error_fraction is None
+
+
+@pytest.mark.parametrize("freeze", [True, False])
+def test_growth_asks_whether_the_host_learns(*, freeze: bool) -> None:
+    problem, _ = grown("gain_and_shift", SeedStage.SHADOWING)
+    problem.model.embed.requires_grad_(requires_grad=not freeze)
+    problem.model.head.requires_grad_(requires_grad=not freeze)
+    growth = esper.Growth(
+        problem.slots,
+        problem.optimizer,
+        policy=esper.SchedulePolicy({}, tend_seeds=False),
+        sinks=[problem.recorder],
+    )
+    growth.after_epoch(problem.held_out)
+    (event,) = problem.recorder.of(ContributionMeasured)
+    expected = event.loss_without if freeze else event.loss_with
+    assert event.linear_loss == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_seed_that_is_not_finite_is_imitated_by_nothing_and_passes_nothing() -> None:
+    problem, slot = grown("mlp", SeedStage.SHADOWING)
+    assert slot.living is not None
+    with torch.no_grad():
+        next(slot.living.parameters()).fill_(math.nan)
+    event = weighed(problem)
+    assert event.linear_loss is None
+    assert math.isnan(slot.measurements.over_linear_fraction or 0.0)
+    assert slot.measurements.linear_share is None
+
+
+def test_more_standard_errors_judge_a_saving_lower() -> None:
+    judged = []
+    for errors in (0.0, 1.0, 2.0):
+        problem, slot = grown("mlp", SeedStage.SHADOWING)
+        thresholds = slot.config.thresholds.model_copy(update={"standard_errors": errors})
+        slot.config = slot.config.model_copy(update={"thresholds": thresholds})
+        event = weighed(problem)
+        measured = slot.measurements
+        for lower, mean, error in (
+            (
+                measured.contribution_fraction,
+                event.contribution_fraction,
+                event.standard_error_fraction,
+            ),
+            (
+                measured.over_linear_fraction,
+                event.over_linear_fraction,
+                event.over_linear_standard_error_fraction,
+            ),
+        ):
+            assert lower == pytest.approx(mean - errors * error)
+        judged.append(measured.contribution_fraction)
+    assert judged == sorted(judged, reverse=True)
