@@ -99,17 +99,21 @@ class WindowBatches:
     Args:
         data: One dimension, uint8, at least one window long.
         random_seed: Fixes the windows of all epochs.
+        epoch_batches: How many batches an epoch is.
     """
 
-    def __init__(self, data: Tensor, *, random_seed: int) -> None:
+    def __init__(
+        self, data: Tensor, *, random_seed: int, epoch_batches: int = EPOCH_BATCHES
+    ) -> None:
         self._data = data
+        self._epoch_batches = epoch_batches
         self._generator = torch.Generator().manual_seed(random_seed)
 
     def __len__(self) -> int:
-        return EPOCH_BATCHES
+        return self._epoch_batches
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for _ in range(EPOCH_BATCHES):
+        for _ in range(self._epoch_batches):
             last = len(self._data) - CONTEXT_BYTES
             starts = torch.randint(0, last, (BATCH_WINDOWS,), generator=self._generator)
             yield windows(self._data, starts)

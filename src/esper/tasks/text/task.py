@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from esper.slots.config import SlotConfig
 from esper.slots.modes import forked_random_state
 from esper.tasks.task import Task, TaskSetup
 from esper.tasks.text.data import (
+    EPOCH_BATCHES,
     Splits,
     WindowBatches,
     held_out_windows,
@@ -26,25 +28,42 @@ BLUEPRINTS = ("block",)
 """What the heuristic grows in a decoder."""
 
 
+_LARGE_WIDTH = 192
+
+
 def build(random_seed: int) -> TaskSetup:
     """Return a fresh host and the corpus; the default random stream is left as it was."""
     return text_setup(load_splits(), random_seed)
 
 
-def text_setup(splits: Splits, random_seed: int, notes: Sequence[str] = ()) -> TaskSetup:
+def build_large(random_seed: int) -> TaskSetup:
+    """Return a host three times as wide, and the corpus in longer epochs."""
+    return text_setup(load_splits(), random_seed, width=_LARGE_WIDTH, epoch_batches=50)
+
+
+def text_setup(
+    splits: Splits,
+    random_seed: int,
+    notes: Sequence[str] = (),
+    *,
+    width: int = 64,
+    epoch_batches: int = EPOCH_BATCHES,
+) -> TaskSetup:
     """Return a fresh host and any text; the default random stream is left as it was.
 
     Args:
         splits: The text.
         random_seed: Fixes weights and windows.
         notes: On the text, for a person.
+        width: Of the host.
+        epoch_batches: Steps between two decisions.
 
     Raises:
         ValueError: A split is shorter than one window.
     """
     with forked_random_state(torch.device("cpu")):
         torch.manual_seed(random_seed)
-        model = TextHost()
+        model = TextHost(width=width)
 
     def held_out(data: Tensor) -> HeldOut:
         return HeldOut(
@@ -59,7 +78,7 @@ def text_setup(splits: Splits, random_seed: int, notes: Sequence[str] = ()) -> T
         model=model,
         targets=("blocks.*",),
         example=inputs[:2],
-        batches=WindowBatches(splits.train, random_seed=random_seed),
+        batches=WindowBatches(splits.train, random_seed=random_seed, epoch_batches=epoch_batches),
         loss=mean_loss,
         validation=held_out(splits.validation),
         test=held_out(splits.test),
@@ -113,3 +132,12 @@ TEXT = Task(
 first: -0.2 to 0.5% of the loss in its first 250 steps, with a standard error of 0.02 to 0.05%. With
 a threshold of 0.3% nothing is committed, with 0.05% four blocks in 26 epochs; a noop, which saves
 exactly nothing, is still refused."""
+
+TEXT_LARGE = replace(
+    TEXT,
+    name="text-large",
+    summary="The same three times as wide: 1.0 million parameters that grow to 2.8",
+    build=build_large,
+    epochs=28,
+    learning_rate=2e-3,
+)
