@@ -176,32 +176,28 @@ def _table(comparison: Comparison, summaries: list[ArmSummary], *, wide: bool) -
     metric = named_task(comparison.config.run.task).metric
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column("arm", no_wrap=True)
-    for name in ("rate", "params", "steps") if wide else ():
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("FLOPs", justify="right", no_wrap=True)
-    table.add_column("test loss", justify="right", no_wrap=True)
-    if wide:
-        table.add_column(f"test {metric}", justify="right", no_wrap=True)
-    for name in ("loss to static", "FLOPs to static", "time to static"):
+    details = ["rate", "params", "steps"] if wide else []
+    loss = ["test loss", f"test {metric}"] if wide and metric != "loss" else ["test loss"]
+    costs = ["FLOPs to match", "time to match"] if wide else ["FLOPs to match"]
+    for name in (*details, "FLOPs", *loss, "loss, less static's", *costs):
         table.add_column(name, justify="right", no_wrap=True)
     for summary in summaries:
-        details = [
-            f"{summary.learning_rate:g}{'*' if summary.rate_at_edge else ''}",
-            f"{summary.param_count:,.0f}",
-            f"{summary.steps:,.0f}",
-        ]
-        table.add_row(
-            summary.arm,
-            *(details if wide else []),
-            f"{summary.flops:.3g}"
+        values = {
+            "rate": f"{summary.learning_rate:g}{'*' if summary.rate_at_edge else ''}",
+            "params": f"{summary.param_count:,.0f}",
+            "steps": f"{summary.steps:,.0f}",
+            "FLOPs": f"{summary.flops:.3g}"
             if summary.flops_fraction is None
             else f"{summary.flops_fraction:.3f}",
-            spread(summary.test_loss),
-            *([spread(summary.metrics[metric])] if wide else []),
-            "" if summary.difference is None else spread(summary.difference, signed=True),
-            reached(summary.flops_to_static),
-            reached(summary.seconds_to_static),
-        )
+            "test loss": spread(summary.test_loss) if wide else f"{summary.test_loss.mean:.4f}",
+            f"test {metric}": spread(summary.metrics[metric]),
+            "loss, less static's": ""
+            if summary.difference is None
+            else spread(summary.difference, signed=True),
+            "FLOPs to match": reached(summary.flops_to_static),
+            "time to match": reached(summary.seconds_to_static),
+        }
+        table.add_row(summary.arm, *(values[str(c.header)] for c in table.columns[1:]))
     return table
 
 
@@ -211,10 +207,8 @@ def _notes(comparison: Comparison, summaries: list[ArmSummary]) -> list[str]:
         f"mean ± half of the 95 % interval over {'/'.join(map(str, sorted(seeds)))} seeds, at "
         f"equal steps ({comparison.epochs} epochs); static: the grown size from the start; static "
         "1, 2 …: with the first so many of its seeds",
-        "FLOPs: share of static's, growing arms with pruned seeds, probes and decisions; loss to "
-        "static: the difference, seed by seed",
-        "FLOPs, time to static: share of static's at which an arm reaches its loss, every point a "
-        "run to its end",
+        "FLOPs: as a share of static's, growing arms with pruned seeds, probes and decisions; to "
+        "match: the share at which an arm reaches static's loss, every point a run to its end",
     ]
     if any(summary.rate_at_edge for summary in summaries):
         notes.append("* the best learning rate is the last one tried on its side; more: --rates")
@@ -224,7 +218,7 @@ def _notes(comparison: Comparison, summaries: list[ArmSummary]) -> list[str]:
 def spread(interval: Interval, *, signed: bool = False) -> str:
     """Return a mean and half its interval."""
     mean = f"{interval.mean:+.4f}" if signed else f"{interval.mean:.4f}"
-    return mean if interval.high is None else f"{mean} ± {interval.high - interval.mean:.4f}"
+    return mean if interval.half_width is None else f"{mean} ± {interval.half_width:.4f}"
 
 
 def reached(found: Crossing | None) -> str:

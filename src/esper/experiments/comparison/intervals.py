@@ -18,6 +18,11 @@ class Interval:
     high: float | None
 
     @property
+    def half_width(self) -> float | None:
+        """Distance of the bounds from the mean; None without bounds."""
+        return None if self.high is None else self.high - self.mean
+
+    @property
     def above_zero(self) -> bool:
         """Whether the whole interval lies above 0."""
         return self.low is not None and self.low > 0.0

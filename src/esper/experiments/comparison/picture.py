@@ -44,14 +44,16 @@ def draw_comparison(
     for summary in summaries:
         known = {GROWN: _GROWN} | dict.fromkeys((s.arm for s in static), _STATIC)
         _draw_arm(axis, summary, known.get(summary.arm) or next(others))
+    _fit(axis, summaries)
     axis.set_xscale("log")
-    axis.xaxis.set_minor_formatter("{x:.0e}")
+    axis.xaxis.set_minor_formatter("{x:.2g}")
+    axis.xaxis.set_major_formatter("{x:.2g}")
     axis.set_xlabel("floating-point operations of one run", color=_INK)
-    axis.set_ylabel("test loss, 95 % over seeds", color=_INK)
+    axis.set_ylabel("test loss (bars: 95 % of the difference to static, by seed)", color=_INK)
     axis.tick_params(colors=_QUIET, which="both", labelsize=8)
     axis.spines[["top", "right"]].set_visible(False)
     axis.spines[["left", "bottom"]].set_color(_QUIET)
-    axis.legend(frameon=False, labelcolor=_INK, fontsize=9)
+    axis.legend(loc="lower left", frameon=False, labelcolor=_INK, fontsize=9)
     axis.set_title(
         f"{title}: {verdict.outcome}", loc="left", color=_INK, fontsize=12, weight="bold"
     )
@@ -63,9 +65,16 @@ def _join(axis: Any, static: Sequence[ArmSummary]) -> None:
     axis.plot(*zip(*points, strict=True), color=_STATIC, linewidth=1.0, alpha=0.5, zorder=1)
 
 
+def _fit(axis: Any, summaries: Sequence[ArmSummary]) -> None:
+    """Show all means; an interval of few seeds may be many times as wide, and is cut off."""
+    losses = [loss for summary in summaries for _, loss in summary.curve]
+    reach = max(losses) - min(losses) or 1.0
+    axis.set_ylim(min(losses) - 0.35 * reach, max(losses) + 0.35 * reach)
+
+
 def _draw_arm(axis: Any, summary: ArmSummary, colour: str) -> None:
-    loss = summary.test_loss
-    reach = 0.0 if loss.high is None else loss.high - loss.mean
+    loss, difference = summary.test_loss, summary.difference
+    reach = 0.0 if difference is None else difference.half_width or 0.0
     axis.errorbar(
         [summary.flops],
         [loss.mean],
@@ -83,14 +92,15 @@ def _draw_arm(axis: Any, summary: ArmSummary, colour: str) -> None:
         axis.scatter(
             *zip(*others, strict=True), s=14, facecolor="white", edgecolor=colour, zorder=3
         )
-    axis.annotate(
-        summary.arm,
-        (summary.flops, loss.mean),
-        xytext=(6, 6),
-        textcoords="offset points",
-        fontsize=8,
-        color=colour,
-    )
+    if colour == _STATIC:
+        axis.annotate(
+            summary.arm,
+            (summary.flops, loss.mean),
+            xytext=(6, 6),
+            textcoords="offset points",
+            fontsize=8,
+            color=colour,
+        )
 
 
 def _legend(arm: str) -> str:

@@ -323,8 +323,13 @@ def _tell_equal(equal: EqualFlops | None) -> list[str]:
 
 
 def _tell_difference(difference: Interval) -> str:
-    direction = "below" if difference.mean <= 0.0 else "above"
-    return f"{abs(difference.mean):.4f} (95 %: {_range(difference)}) {direction}"
+    """Return how far below or above, with the interval in the same direction."""
+    sign, direction = (-1.0, "below") if difference.mean <= 0.0 else (1.0, "above")
+    told = f"{abs(difference.mean):.4f}"
+    if difference.low is not None and difference.high is not None:
+        ends = sorted((sign * difference.low, sign * difference.high))
+        told += f" (95 %: {ends[0]:.4f} to {ends[1]:.4f})"
+    return f"{told} {direction}"
 
 
 def _tell_timing(summaries: Mapping[str, ArmSummary]) -> list[str]:
@@ -337,9 +342,3 @@ def _tell_timing(summaries: Mapping[str, ArmSummary]) -> list[str]:
         f"grown at random times its loss is {abs(gap):.4f} {direction}, with "
         f"{random.flops / grown.flops:.2f} of the FLOPs"
     ]
-
-
-def _range(interval: Interval) -> str:
-    if interval.low is None or interval.high is None:
-        return "unknown"
-    return f"{interval.low:+.4f} to {interval.high:+.4f}"
