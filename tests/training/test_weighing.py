@@ -147,3 +147,17 @@ def test_more_standard_errors_judge_a_saving_lower() -> None:
             assert lower == pytest.approx(mean - errors * error)
         judged.append(measured.contribution_fraction)
     assert judged == sorted(judged, reverse=True)
+
+
+@pytest.mark.parametrize("blueprint", ["mlp", "gain_and_shift"])
+def test_a_compiled_host_is_weighed_the_same(blueprint: str) -> None:
+    problem, _ = grown(blueprint, SeedStage.SHADOWING)
+    eager = weighed(problem)
+    torch.compiler.reset()
+    compiled = torch.compile(problem.model, backend="eager", fullgraph=True)
+    batches = [(x, y) for x, y in problem.held_out.batches for _ in range(3)]
+    held_out = esper.HeldOut(compiled, batches, loss=problem.held_out.loss)
+    event = weighed(problem, held_out)
+    assert event.linear_loss == pytest.approx(eager.linear_loss, rel=1e-4)
+    assert event.linear_share == pytest.approx(eager.linear_share, rel=1e-4)
+    assert event.loss_without == pytest.approx(eager.loss_without, rel=1e-4)

@@ -51,7 +51,6 @@ class ImitationFit:
 
     def __init__(self, dim: int, *, feature_dim: int, device: torch.device) -> None:
         self._feature_dim = feature_dim
-        self._num_rows = 0
         self._gram = torch.zeros(dim + 1, dim + 1, device=device)
         self._cross = torch.zeros(dim + 1, dim, device=device)
         self._squares = torch.zeros((), device=device)
@@ -60,7 +59,6 @@ class ImitationFit:
         """Add what a forward computed, h and u of the same shape, and return u."""
         rows = self._rows(features)
         rows = torch.cat([rows, torch.ones_like(rows[:, :1])], dim=1)
-        self._num_rows += len(rows)
         self._gram += rows.T @ rows
         wanted = self._rows(increment)
         self._cross += rows.T @ wanted
@@ -77,8 +75,8 @@ class ImitationFit:
         if not (gram.isfinite().all() and cross.isfinite().all()):
             return None
         squares = float(self._squares)
-        dim = cross.shape[1]
-        if self._num_rows >= _ROWS_PER_COEFFICIENT * (dim + 1):
+        num_rows, num_coefficients = float(gram[-1, -1]), len(gram)
+        if num_rows >= _ROWS_PER_COEFFICIENT * num_coefficients:
             solution = _least_squares(gram, cross)
             weight, bias = solution[:-1], solution[-1]
         else:
