@@ -25,15 +25,15 @@ from esper.slots.measurements import SeedMeasurements
 from esper.slots.slot_forward import ForwardMode, SlotForward
 from esper.slots.slot_owner import SlotOwner
 
-_NO_SHADOW_PASS = (
-    "{subject} learns in shadow, and no shadow pass was made in this step, so it would never train; "
-    "call growth.shadow_pass(lambda: criterion(model(x), y)) before each forward with the model in "
-    "train mode (esper.Trainer does), or choose another SlotConfig(objective=…)"
+_WITHOUT_A_SHADOW = (
+    "{subject} learns in shadow, and no shadow pass was made in this step, so that it would never "
+    "train; call growth.shadow_pass(lambda: criterion(model(x), y)) before each forward with the "
+    "model in train mode (esper.Trainer does), or choose another SlotConfig(objective=…)"
 )
 _GRADIENT_GONE = (
     "{subject} learns in shadow, and the gradients that its shadow pass left in .grad are gone "
-    "before the optimizer's step; call optimizer.zero_grad() before growth.shadow_pass(…), or right "
-    "after optimizer.step()"
+    "before the optimizer's step; call optimizer.zero_grad() before growth.shadow_pass(…), or "
+    "right after optimizer.step()"
 )
 
 _FORCEABLE = LIVING_STAGES - {SeedStage.GERMINATED}
@@ -254,7 +254,7 @@ class LivingSlot(SlotForward):
         life = self._life
         if self.learns_in_shadow and self._shadow_passes == 0:
             if life.steps_in_stage > 1:  # a seed may have begun after this step's forward
-                raise RuntimeError(_NO_SHADOW_PASS.format(subject=life.subject))
+                raise RuntimeError(_WITHOUT_A_SHADOW.format(subject=life.subject))
             return
         life.measurements.training_steps += 1
         self._shadow_passes, self._shadow_gradient_came = 0, False

@@ -101,19 +101,24 @@ class SlotForward(nn.Module):
                 if increment is not None:
                     alpha = forced.to(features.dtype).reshape(-1, *(1,) * (features.ndim - 1))
                     features = blend(features, increment, alpha)
-            elif self.mode is ForwardMode.BLENDED:
-                source = features.detach() if self.isolated else features
-                read = call.detached() if self.isolated else call
-                increment = self._try(branch, features, source, read, severed=self.severed)
-                if increment is not None:
-                    features = blend(features, increment, self.blend_alpha)
-            elif self.mode is ForwardMode.STRAIGHT_THROUGH and self.training:
-                features = self._learn_behind(branch, features, call.detached())
-            elif self.mode is ForwardMode.SHADOWED:
-                features = features.detach()
-                increment = self._increment_behind(branch, features, call.detached())
-                if increment is not None:
-                    features = features + increment
+            else:
+                features = self._meet_living(branch, features, call)
+        return features
+
+    def _meet_living(self, branch: nn.Module, features: Tensor, call: CallArguments) -> Tensor:
+        if self.mode is ForwardMode.BLENDED:
+            source = features.detach() if self.isolated else features
+            read = call.detached() if self.isolated else call
+            increment = self._try(branch, features, source, read, severed=self.severed)
+            if increment is not None:
+                features = blend(features, increment, self.blend_alpha)
+        elif self.mode is ForwardMode.STRAIGHT_THROUGH and self.training:
+            features = self._learn_behind(branch, features, call.detached())
+        elif self.mode is ForwardMode.SHADOWED:
+            features = features.detach()
+            increment = self._increment_behind(branch, features, call.detached())
+            if increment is not None:
+                features = features + increment
         return features
 
     @contextmanager
