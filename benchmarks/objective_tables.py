@@ -1,0 +1,224 @@
+"""What benchmarks/seed_objective.py shows of its runs."""
+
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import esper
+from objective_hosts import OPTIMIZERS, HostCase
+from objective_runs import Result, Run
+
+T_QUANTILES = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
+"""Two-sided 95 % of Student's distribution, by number of values."""
+
+BLOCK_STEPS = 20
+
+Rows = list[list[str]]
+
+
+def show(console: Console, header: Sequence[str], rows: Rows, *, markdown: bool) -> None:
+    """Print rows as a table, or as Markdown."""
+    if markdown:
+        lines = ["| " + " | ".join(cells) + " |" for cells in (header, *rows)]
+        lines.insert(1, "|" + "---|" * len(header))
+        console.print("\n".join(lines), soft_wrap=True, markup=False, highlight=False)
+        return
+    table = Table(box=None, header_style="dim")
+    for column in header:
+        table.add_column(column, justify="left" if column in ("cell", "arm") else "right")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def machine() -> str:
+    return (
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads; esper {esper.__version__}"
+    )
+
+
+def by_cell(results: Sequence[Result]) -> dict[tuple[str, str, str], dict[str, list[Result]]]:
+    """Return the runs by regime, host and optimizer, then by arm."""
+    cells: dict[tuple[str, str, str], dict[str, list[Result]]] = {}
+    for result in results:
+        arms = cells.setdefault((result.kind, result.host, result.optimizer), {})
+        arms.setdefault(result.arm, []).append(result)
+    return cells
+
+
+def paired(arm: Sequence[Result], none: Sequence[Result]) -> tuple[float, float]:
+    """Return the mean ratio of final losses, paired by seed, and half its 95 % interval."""
+    base = {result.seed: result.final_loss for result in none}
+    ratios = [result.final_loss / base[result.seed] for result in arm]
+    if len(ratios) < 2:
+        return ratios[0], 0.0
+    error = statistics.stdev(ratios) / len(ratios) ** 0.5
+    return statistics.mean(ratios), T_QUANTILES.get(len(ratios), 2.0) * error
+
+
+def peak(run: Result, none: Sequence[Result]) -> float | None:
+    """Return the run's highest loss while BLENDING over that of the host alone in those steps."""
+    (base,) = (result for result in none if result.seed == run.seed)
+    alone = dict(base.trace)
+    if not run.trace:
+        return None
+    return max(loss for _, loss in run.trace) / max(alone[step] for step, _ in run.trace)
+
+
+def verdict(ratio: float, margin: float) -> str:
+    if not ratio < float("inf"):
+        return "diverged"
+    if ratio - margin > 1.0:
+        return "worse"
+    return "better" if ratio + margin < 1.0 else "same"
+
+
+def mean(values: Sequence[float | None], digits: int = 3) -> str:
+    known = [value for value in values if value is not None]
+    return f"{statistics.mean(known):.{digits}f}" if known else "–"  # nan shows as nan
+
+
+def outcome_table(console: Console, results: Sequence[Result], *, markdown: bool) -> None:
+    """Print one line per host, optimizer and arm."""
+    rows: Rows = []
+    for (kind, host, optimizer), arms in by_cell(results).items():
+        none = arms["none"]
+        rows.append([f"{kind}, {host}, {optimizer}", "none", *[""] * 6, _loss(none), ""])
+        for arm, runs in arms.items():
+            if arm == "none":
+                continue
+            ratio, margin = paired(runs, none)
+            peaks = [peak(run, none) for run in runs if run.trace]
+            rows.append(
+                [
+                    "",
+                    arm,
+                    mean([run.residual for run in runs], 2),
+                    mean([run.full_alpha for run in runs]),
+                    mean([run.best_amplitude_loss for run in runs]),
+                    f"{sum(run.blended for run in runs)}/{len(runs)}",
+                    f"{sum(run.committed for run in runs)}/{len(runs)}",
+                    f"{max(peaks):.3f}" if peaks else "–",
+                    f"{ratio:.3f} ± {margin:.3f}",
+                    verdict(ratio, margin),
+                ]
+            )
+    header = ("cell", "arm", "‖u‖/‖h‖", "full alpha", "best a", "G2", "kept", "peak", "final", "")
+    show(console, header, rows, markdown=markdown)
+
+
+def _loss(runs: Sequence[Result]) -> str:
+    return f"loss {statistics.mean(run.final_loss for run in runs):.4f}"
+
+
+def summary_table(console: Console, results: Sequence[Result], *, markdown: bool) -> None:
+    """Print one line per arm: final loss over that of `none`, geometric mean over optimizers."""
+    cells = by_cell(results)
+    columns = list(dict.fromkeys((kind, host) for kind, host, _ in cells))
+    arms = [arm for arm in next(iter(cells.values())) if arm != "none"]
+    rows: Rows = []
+    for arm in arms:
+        row, verdicts = [arm], []
+        for column in columns:
+            ratios = [
+                paired(found[arm], found["none"])
+                for cell, found in cells.items()
+                if cell[:2] == column
+            ]
+            verdicts += [verdict(*ratio) for ratio in ratios]
+            row.append(f"{statistics.geometric_mean(ratio for ratio, _ in ratios):.3f}")
+        counts = [verdicts.count(word) for word in ("better", "same", "worse", "diverged")]
+        rows.append([*row, " / ".join(map(str, counts))])
+    header = (
+        "arm",
+        *(f"{host}, {kind}" for kind, host in columns),
+        "cells better / same / worse / diverged",
+    )
+    show(console, header, rows, markdown=markdown)
+
+
+def _learning(case: HostCase, arm: str) -> Run:
+    """Return a run whose seed has just begun to learn."""
+    run = Run(case, "AdamW", arm, 0, "early")
+    slot = run.slot
+    run.model.train()
+    if arm == "none":
+        return run
+    slot.germinate(case.blueprint)
+    slot.advance(force=True)
+    if arm == "live":
+        slot.advance(force=True)
+        slot.set_alpha_target(1.0, 0)
+    return run
+
+
+def cost_table(
+    console: Console, hosts: Sequence[HostCase], arms: Sequence[str], steps: int, *, markdown: bool
+) -> None:
+    """Print a step's cost while the seed learns, every arm in turn after every other."""
+    rows: Rows = []
+    for case in hosts:
+        runs = {arm: _learning(case, arm) for arm in arms}
+        times: dict[str, list[float]] = {arm: [] for arm in arms}
+        for step in range(steps + BLOCK_STEPS):
+            order = arms if step % 2 else tuple(reversed(arms))
+            for arm in order:
+                started = time.perf_counter()
+                runs[arm].step()
+                if step >= BLOCK_STEPS:
+                    times[arm].append(time.perf_counter() - started)
+        row = [case.name, f"{1e3 * statistics.median(times['none']):.2f}"]
+        row += [_ratio(times[arm], times["none"]) for arm in arms if arm != "none"]
+        rows.append(row)
+    header = ("cell", "host alone, ms", *(arm for arm in arms if arm != "none"))
+    show(console, header, rows, markdown=markdown)
+
+
+def _ratio(ours: Sequence[float], host: Sequence[float]) -> str:
+    """Return the ratio of medians, and the middle half of that over blocks of steps."""
+    starts = range(0, len(ours) - BLOCK_STEPS + 1, BLOCK_STEPS)
+    blocks = [
+        statistics.median(ours[start : start + BLOCK_STEPS])
+        / statistics.median(host[start : start + BLOCK_STEPS])
+        for start in starts
+    ]
+    whole = statistics.median(ours) / statistics.median(host)
+    if len(blocks) < 2:
+        return f"{whole:.2f}"
+    low, _, high = statistics.quantiles(blocks, n=4)
+    return f"{whole:.2f} ({low:.2f} – {high:.2f})"
+
+
+def draw_divergence(results: Sequence[Result], path: Path) -> None:
+    """Draw size and loss at full alpha over steps behind the host, medians over the seeds."""
+    import matplotlib as mpl  # noqa: PLC0415 – an optional extra
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt  # noqa: PLC0415
+
+    figure, axes = plt.subplots(2, len(OPTIMIZERS), figsize=(10, 5.5), sharex=True, sharey="row")
+    for column, optimizer in enumerate(OPTIMIZERS):
+        arms = by_cell(results)[results[0].kind, results[0].host, optimizer]
+        for arm, runs in arms.items():
+            points = list(zip(*(run.curve for run in runs), strict=True))
+            steps = [point[0][0] for point in points]
+            for line, part in ((0, 1), (1, 2)):
+                values = [statistics.median(run[part] for run in point) for point in points]
+                axes[line][column].plot(steps, values, label=arm.replace("_", " "))
+        axes[0][column].set_title(optimizer, fontsize=10)
+        axes[1][column].set_xlabel("steps behind the host")
+    for axis in axes.flat:
+        axis.set_yscale("log")
+        axis.grid(alpha=0.3)
+        axis.axhline(1.0, color="black", linewidth=0.6)
+    axes[0][0].set_ylabel("‖u‖ / ‖h‖")
+    axes[1][0].set_ylabel("loss at full alpha\nover loss without the seed")
+    axes[0][0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

@@ -1,0 +1,130 @@
+"""What should a seed minimise behind the host? Every objective over hosts, optimizers and seeds.
+
+Each run trains a host, the learning rate falling to 0 over the last 300 steps. A seed is germinated
+at step 250 (early: the host is learning fast) or 600 (late), 750 steps before the end, and walks its
+life through the library's own gates, which are asked every 25 steps; gate G2, the line search on
+held-out data, first after 150 steps behind the host. A seed that a gate refuses for 250 steps is
+pruned, and the host goes on alone. Arms are `none` (no seed), the
+objectives, and `live` (isolation none: at alpha 1 at once); `proximal:0.3` is proximal with
+c = 0.3. Shown for each host, optimizer and arm, over the seeds:
+
+- ‖u‖/‖h‖: size of the increment just before blending, or at the last refusal;
+- full alpha: held-out loss with that seed at alpha 1, over the loss without;
+- best a: held-out loss at the best amplitude of the line search, over the loss without;
+- G2: seeds that the gate let into the forward path; kept: seeds committed in the end;
+- peak: highest held-out loss while BLENDING over that of `none` in the same steps, worst seed;
+- final: test loss over that of `none` with the same random seed, mean and 95 % interval;
+- verdict: worse or better where that interval leaves 1 out.
+
+A second table shows the cost of a step while the seed learns over that of the host alone, both in
+turn in one process. Finished runs are kept in a JSON-lines file, so that an interrupted benchmark
+goes on where it was.
+
+    python benchmarks/seed_objective.py [--seeds 5] [--cache FILE] [--arms A …] [--hosts H …]
+        [--regimes R …] [--markdown] [--cost-steps 200] [--picture FILE]
+"""
+
+import argparse
+import json
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+
+from objective_hosts import HOSTS, OPTIMIZERS, HostCase
+from objective_runs import GERMINATION_STEPS, Result, Run
+from objective_tables import (
+    cost_table,
+    draw_divergence,
+    machine,
+    outcome_table,
+    summary_table,
+)
+
+ARMS = ("none", "plain", "proximal", "norm_cap", "correlation", "shadow", "live")
+BEHIND = ("plain", "proximal", "norm_cap", "correlation", "shadow")
+
+Job = tuple[str, HostCase, str, str, int]
+
+
+def load(cache: Path) -> dict[tuple[str, str, str, str, int], Result]:
+    """Return the finished runs of an earlier start."""
+    if not cache.exists():
+        return {}
+    lines = cache.read_text(encoding="utf-8").splitlines()
+    return {result.key: result for result in (Result(**json.loads(line)) for line in lines)}
+
+
+def run_all(jobs: Iterable[Job], cache: Path) -> list[Result]:
+    """Make the runs that are not in the cache yet."""
+    known = load(cache)
+    wanted = list(jobs)
+    keys = [(kind, case.name, optimizer, arm, seed) for kind, case, optimizer, arm, seed in wanted]
+    with Progress() as progress, cache.open("a", encoding="utf-8") as file:
+        bar = progress.add_task("runs", total=len(wanted))
+        for key, (kind, case, optimizer, arm, seed) in zip(keys, wanted, strict=True):
+            if key not in known:
+                run = Run(case, optimizer, arm, seed, kind)
+                known[key] = run.live() if kind in GERMINATION_STEPS else run.behind()
+                file.write(json.dumps(asdict(known[key])) + "\n")
+                file.flush()
+            progress.advance(bar)
+    return [known[key] for key in keys]
+
+
+def lives(
+    kinds: Sequence[str], hosts: Sequence[HostCase], arms: Sequence[str], seeds: range
+) -> list[Job]:
+    return [
+        (kind, case, optimizer, arm, seed)
+        for seed in seeds
+        for kind in kinds
+        for case in hosts
+        for optimizer in OPTIMIZERS
+        for arm in arms
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--arms", nargs="*", default=list(ARMS))
+    parser.add_argument("--hosts", nargs="*", default=list(HOSTS), choices=list(HOSTS))
+    parser.add_argument(
+        "--regimes", nargs="*", default=list(GERMINATION_STEPS), choices=list(GERMINATION_STEPS)
+    )
+    parser.add_argument("--markdown", action="store_true")
+    parser.add_argument("--cost-steps", type=int, default=200)
+    parser.add_argument("--picture", type=Path, help="draw sizes behind the host over time")
+    parser.add_argument(
+        "--cache", type=Path, default=Path(tempfile.gettempdir()) / "esper-seed-objective.jsonl"
+    )
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    console = Console(width=132)
+    seeds = range(options.first_seed, options.first_seed + options.seeds)
+    hosts = [HOSTS[name] for name in options.hosts]
+    arms = ["none", *(arm for arm in options.arms if arm != "none")]
+    results = run_all(lives(options.regimes, hosts, arms, seeds), options.cache)
+    console.print(f"{len(results)} runs, {machine()}")
+    outcome_table(console, results, markdown=options.markdown)
+    summary_table(console, results, markdown=options.markdown)
+    if options.cost_steps:
+        cost_table(console, hosts, arms, options.cost_steps, markdown=options.markdown)
+    if options.picture:
+        behind = [
+            ("behind, late", HOSTS["MLP"], optimizer, arm, seed)
+            for optimizer in OPTIMIZERS
+            for arm in BEHIND
+            for seed in seeds
+        ]
+        draw_divergence(run_all(behind, options.cache), options.picture)
+
+
+if __name__ == "__main__":
+    main()
