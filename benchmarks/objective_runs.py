@@ -1,5 +1,7 @@
 """One run of benchmarks/seed_objective.py: a host, a seed's objective, and what came of it."""
 
+import copy
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -24,7 +26,9 @@ DECISION_STEPS = 25
 BEHIND_STEPS = 150
 TRACE_STEPS = 5
 PATIENCE_EPOCHS = 10
-SWEEP = tuple(2.0**exponent for exponent in range(-5, 4))
+Key = tuple[str, str, str, str, str, int]
+
+SWEEP = tuple(2.0**exponent for exponent in range(-6, 6))
 
 
 @dataclass
@@ -32,6 +36,8 @@ class Result:
     """One finished run; losses on held-out data, None where the run has no such figure."""
 
     kind: str
+    """`life`, or `behind` for a seed that is never blended."""
+    regime: str
     host: str
     optimizer: str
     arm: str
@@ -43,7 +49,7 @@ class Result:
     blended: bool = False
     committed: bool = False
     trace: list[tuple[int, float]] = field(default_factory=list)
-    """Step and validation loss while BLENDING, or from germination on without a seed."""
+    """Step and validation loss while BLENDING, or throughout without a seed."""
     sweep: list[float] = field(default_factory=list)
     """Loss at the amplitudes SWEEP over the loss without the seed, last time behind the host."""
     curve: list[tuple[int, float, float]] = field(default_factory=list)
@@ -55,8 +61,8 @@ class Result:
         return self.sweep[SWEEP.index(1.0)] if self.sweep else None
 
     @property
-    def key(self) -> tuple[str, str, str, str, int]:
-        return self.kind, self.host, self.optimizer, self.arm, self.seed
+    def key(self) -> Key:
+        return self.kind, self.regime, self.host, self.optimizer, self.arm, self.seed
 
 
 class LineSearches:
@@ -103,34 +109,53 @@ def relative_size(model: nn.Module, slot: SeedSlot, inputs: Tensor) -> float:
     return float(sizes[0] / sizes[1])
 
 
-class Run:
-    """One host with one arm, step by step."""
+class Start:
+    """A host trained up to the step at which seeds are germinated, the same for every arm."""
 
-    def __init__(self, case: HostCase, optimizer: str, arm: str, seed: int, kind: str) -> None:
+    def __init__(self, case: HostCase, optimizer: str, seed: int, regime: str) -> None:
         torch.manual_seed(seed)
+        self.case, self.optimizer_name, self.seed, self.regime = case, optimizer, seed, regime
+        self.step = GERMINATION_STEPS[regime]
         self.model = case.build()
-        self.batches = case.batches(seed)
+        rate = case.learning_rates[optimizer]
+        self.optimizer = OPTIMIZERS[optimizer](self.model.parameters(), rate)
+        batches = case.batches(seed)
+        for _ in range(self.step):
+            inputs, targets = next(batches)
+            mean_loss(self.model(inputs), targets).backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        self.batches = [next(batches) for _ in range(STEPS_AFTER)]
+
+    @property
+    def key(self) -> tuple[str, str, int, str]:
+        return self.case.name, self.optimizer_name, self.seed, self.regime
+
+
+class Run:
+    """One arm from there on, step by step."""
+
+    def __init__(self, start: Start, arm: str, kind: str) -> None:
+        case = start.case
+        self.model, self.optimizer = copy.deepcopy((start.model, start.optimizer))
+        self.batches = itertools.cycle(start.batches)
         validation, test = case.held_out()
         self.inputs = validation[0]
         self.validation = evaluation(self.model, validation)
         self.test = evaluation(self.model, test)
-        self.result = Result(kind, case.name, optimizer, arm, seed)
+        self.result = Result(kind, start.regime, case.name, start.optimizer_name, arm, start.seed)
         config = slot_config("plain" if arm == "none" else arm)
         slots = esper.attach(self.model, case.target, example=self.inputs[:2], config=config)
         self.slot = slots[case.target]
         self.searches = LineSearches()
-        self.germination_step = GERMINATION_STEPS[kind.removeprefix("behind, ")]
-        self.steps = self.germination_step + STEPS_AFTER
         germinate = Germinate(slot=case.target, blueprint=case.blueprint)
-        epoch = self.germination_step // DECISION_STEPS
-        plan = {} if arm == "none" else {epoch: [germinate]}
-        rate = case.learning_rates[optimizer]
-        self.optimizer = OPTIMIZERS[optimizer](self.model.parameters(), rate)
         self.growth = esper.Growth(
             slots,
             self.optimizer,
             policy=esper.SchedulePolicy(
-                plan, tend_seeds=kind in GERMINATION_STEPS, patience_epochs=PATIENCE_EPOCHS
+                {} if arm == "none" else {1: [germinate]},
+                tend_seeds=kind == "life",
+                patience_epochs=PATIENCE_EPOCHS,
             ),
             sinks=[self.searches],
         )
@@ -143,21 +168,22 @@ class Run:
         self.optimizer.zero_grad()
         self.growth.after_step()
 
-    def live(self) -> Result:
-        """Train through the seed's whole life and return what came of it."""
-        result, slot, steps = self.result, self.slot, self.steps
+    def go(self) -> Result:
+        """Germinate the seed, train to the end, and return what came of it."""
+        result, slot, lives = self.result, self.slot, self.result.kind == "life"
         scheduler = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, lambda step: min(1.0, (steps - step) / DECAY_STEPS)
+            self.optimizer,
+            lambda step: min(1.0, (STEPS_AFTER - step) / DECAY_STEPS) if lives else 1.0,
         )
-        for step in range(1, steps + 1):
+        self.growth.after_epoch(self.validation)
+        for step in range(1, STEPS_AFTER + 1):
             self.step()
             scheduler.step()
             blending = slot.stage is esper.SeedStage.BLENDING
-            reference = result.arm == "none" and step > self.germination_step
-            if step % TRACE_STEPS == 0 and (blending or reference):
+            if step % TRACE_STEPS == 0 and (blending or result.arm == "none"):
                 result.trace.append((step, self.validation()["loss"]))
             if step % DECISION_STEPS == 0:
-                self.decide()
+                self.decide(step)
         searched = self.searches.last
         if searched is not None:
             losses = dict(zip(searched.amplitudes, searched.losses, strict=True))
@@ -168,18 +194,7 @@ class Run:
         result.final_loss = self.test()["loss"]
         return result
 
-    def behind(self) -> Result:
-        """Keep the seed behind the host for good, and follow its size and what it would do."""
-        for step in range(1, self.steps + 1):
-            self.step()
-            if step % DECISION_STEPS == 0:
-                self.decide()
-                if self.result.residual is not None:
-                    self.note_curve(step - self.germination_step)
-        self.result.final_loss = self.test()["loss"]
-        return self.result
-
-    def decide(self) -> None:
+    def decide(self, step: int) -> None:
         """Measure a seed that is behind the host, and let the gates judge."""
         result, slot = self.result, self.slot
         if slot.stage is esper.SeedStage.TRAINING:
@@ -187,10 +202,5 @@ class Run:
             variants = [{slot.path: amplitude} for amplitude in (0.0, *SWEEP)]
             host, *others = self.validation.variant_losses({slot.path: slot}, variants)
             result.sweep = [float(losses.mean() / host.mean()) for losses in others]
+            result.curve.append((step, result.residual, result.sweep[SWEEP.index(1.0)]))
         self.growth.after_epoch(self.validation)
-
-    def note_curve(self, steps_behind: int) -> None:
-        size, ratio = self.result.residual, self.result.full_alpha
-        assert size is not None
-        assert ratio is not None
-        self.result.curve.append((steps_behind, size, ratio))

@@ -11,7 +11,7 @@ from rich.table import Table
 
 import esper
 from objective_hosts import OPTIMIZERS, HostCase
-from objective_runs import Result, Run
+from objective_runs import Result, Run, Start
 
 T_QUANTILES = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
 """Two-sided 95 % of Student's distribution, by number of values."""
@@ -46,7 +46,7 @@ def by_cell(results: Sequence[Result]) -> dict[tuple[str, str, str], dict[str, l
     """Return the runs by regime, host and optimizer, then by arm."""
     cells: dict[tuple[str, str, str], dict[str, list[Result]]] = {}
     for result in results:
-        arms = cells.setdefault((result.kind, result.host, result.optimizer), {})
+        arms = cells.setdefault((result.regime, result.host, result.optimizer), {})
         arms.setdefault(result.arm, []).append(result)
     return cells
 
@@ -86,9 +86,9 @@ def mean(values: Sequence[float | None], digits: int = 3) -> str:
 def outcome_table(console: Console, results: Sequence[Result], *, markdown: bool) -> None:
     """Print one line per host, optimizer and arm."""
     rows: Rows = []
-    for (kind, host, optimizer), arms in by_cell(results).items():
+    for (regime, host, optimizer), arms in by_cell(results).items():
         none = arms["none"]
-        rows.append([f"{kind}, {host}, {optimizer}", "none", *[""] * 6, _loss(none), ""])
+        rows.append([f"{regime}, {host}, {optimizer}", "none", *[""] * 6, _loss(none), ""])
         for arm, runs in arms.items():
             if arm == "none":
                 continue
@@ -119,7 +119,7 @@ def _loss(runs: Sequence[Result]) -> str:
 def summary_table(console: Console, results: Sequence[Result], *, markdown: bool) -> None:
     """Print one line per arm: final loss over that of `none`, geometric mean over optimizers."""
     cells = by_cell(results)
-    columns = list(dict.fromkeys((kind, host) for kind, host, _ in cells))
+    columns = list(dict.fromkeys(cell[:2] for cell in cells))
     arms = [arm for arm in next(iter(cells.values())) if arm != "none"]
     rows: Rows = []
     for arm in arms:
@@ -136,25 +136,10 @@ def summary_table(console: Console, results: Sequence[Result], *, markdown: bool
         rows.append([*row, " / ".join(map(str, counts))])
     header = (
         "arm",
-        *(f"{host}, {kind}" for kind, host in columns),
+        *(f"{host}, {regime}" for regime, host in columns),
         "cells better / same / worse / diverged",
     )
     show(console, header, rows, markdown=markdown)
-
-
-def _learning(case: HostCase, arm: str) -> Run:
-    """Return a run whose seed has just begun to learn."""
-    run = Run(case, "AdamW", arm, 0, "early")
-    slot = run.slot
-    run.model.train()
-    if arm == "none":
-        return run
-    slot.germinate(case.blueprint)
-    slot.advance(force=True)
-    if arm == "live":
-        slot.advance(force=True)
-        slot.set_alpha_target(1.0, 0)
-    return run
 
 
 def cost_table(
@@ -163,7 +148,10 @@ def cost_table(
     """Print a step's cost while the seed learns, every arm in turn after every other."""
     rows: Rows = []
     for case in hosts:
-        runs = {arm: _learning(case, arm) for arm in arms}
+        start = Start(case, "AdamW", 0, "early")
+        runs = {arm: Run(start, arm, "behind") for arm in arms}
+        for run in runs.values():
+            run.growth.after_epoch(run.validation)
         times: dict[str, list[float]] = {arm: [] for arm in arms}
         for step in range(steps + BLOCK_STEPS):
             order = arms if step % 2 else tuple(reversed(arms))
@@ -203,7 +191,7 @@ def draw_divergence(results: Sequence[Result], path: Path) -> None:
 
     figure, axes = plt.subplots(2, len(OPTIMIZERS), figsize=(10, 5.5), sharex=True, sharey="row")
     for column, optimizer in enumerate(OPTIMIZERS):
-        arms = by_cell(results)[results[0].kind, results[0].host, optimizer]
+        arms = by_cell(results)[results[0].regime, results[0].host, optimizer]
         for arm, runs in arms.items():
             points = list(zip(*(run.curve for run in runs), strict=True))
             steps = [point[0][0] for point in points]

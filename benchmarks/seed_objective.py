@@ -1,12 +1,12 @@
 """What should a seed minimise behind the host? Every objective over hosts, optimizers and seeds.
 
 Each run trains a host, the learning rate falling to 0 over the last 300 steps. A seed is germinated
-at step 250 (early: the host is learning fast) or 600 (late), 750 steps before the end, and walks its
-life through the library's own gates, which are asked every 25 steps; gate G2, the line search on
-held-out data, first after 150 steps behind the host. A seed that a gate refuses for 250 steps is
-pruned, and the host goes on alone. Arms are `none` (no seed), the
-objectives, and `live` (isolation none: at alpha 1 at once); `proximal:0.3` is proximal with
-c = 0.3. Shown for each host, optimizer and arm, over the seeds:
+at step 250 (early: the host is learning fast) or 600 (late), 750 steps before the end, and walks
+its life through the library's own gates, which are asked every 25 steps; gate G2, the line search
+on held-out data, first after 150 steps behind the host. A seed that a gate refuses for 250 steps is
+pruned, and the host goes on alone. Arms are `none` (no seed), the objectives, and `live` (isolation
+none: at alpha 1 at once); `proximal:0.3` is proximal with c = 0.3.
+Shown for each host, optimizer and arm, over the seeds:
 
 - ‖u‖/‖h‖: size of the increment just before blending, or at the last refusal;
 - full alpha: held-out loss with that seed at alpha 1, over the loss without;
@@ -25,9 +25,10 @@ goes on where it was.
 """
 
 import argparse
+import itertools
 import json
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -35,8 +36,8 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from objective_hosts import HOSTS, OPTIMIZERS, HostCase
-from objective_runs import GERMINATION_STEPS, Result, Run
+from objective_hosts import HOSTS, OPTIMIZERS
+from objective_runs import GERMINATION_STEPS, Key, Result, Run, Start
 from objective_tables import (
     cost_table,
     draw_divergence,
@@ -48,10 +49,8 @@ from objective_tables import (
 ARMS = ("none", "plain", "proximal", "norm_cap", "correlation", "shadow", "live")
 BEHIND = ("plain", "proximal", "norm_cap", "correlation", "shadow")
 
-Job = tuple[str, HostCase, str, str, int]
 
-
-def load(cache: Path) -> dict[tuple[str, str, str, str, int], Result]:
+def load(cache: Path) -> dict[Key, Result]:
     """Return the finished runs of an earlier start."""
     if not cache.exists():
         return {}
@@ -59,34 +58,22 @@ def load(cache: Path) -> dict[tuple[str, str, str, str, int], Result]:
     return {result.key: result for result in (Result(**json.loads(line)) for line in lines)}
 
 
-def run_all(jobs: Iterable[Job], cache: Path) -> list[Result]:
-    """Make the runs that are not in the cache yet."""
-    known = load(cache)
-    wanted = list(jobs)
-    keys = [(kind, case.name, optimizer, arm, seed) for kind, case, optimizer, arm, seed in wanted]
+def run_all(jobs: Sequence[Key], cache: Path) -> list[Result]:
+    """Make the runs that are not in the cache yet; arms of one host share its first steps."""
+    known, start = load(cache), None
     with Progress() as progress, cache.open("a", encoding="utf-8") as file:
-        bar = progress.add_task("runs", total=len(wanted))
-        for key, (kind, case, optimizer, arm, seed) in zip(keys, wanted, strict=True):
-            if key not in known:
-                run = Run(case, optimizer, arm, seed, kind)
-                known[key] = run.live() if kind in GERMINATION_STEPS else run.behind()
-                file.write(json.dumps(asdict(known[key])) + "\n")
+        bar = progress.add_task("runs", total=len(jobs))
+        for job in jobs:
+            kind, regime, host, optimizer, arm, seed = job
+            if job not in known:
+                wanted = (host, optimizer, seed, regime)
+                if start is None or start.key != wanted:
+                    start = Start(HOSTS[host], optimizer, seed, regime)
+                known[job] = Run(start, arm, kind).go()
+                file.write(json.dumps(asdict(known[job])) + "\n")
                 file.flush()
             progress.advance(bar)
-    return [known[key] for key in keys]
-
-
-def lives(
-    kinds: Sequence[str], hosts: Sequence[HostCase], arms: Sequence[str], seeds: range
-) -> list[Job]:
-    return [
-        (kind, case, optimizer, arm, seed)
-        for seed in seeds
-        for kind in kinds
-        for case in hosts
-        for optimizer in OPTIMIZERS
-        for arm in arms
-    ]
+    return [known[job] for job in jobs]
 
 
 def main() -> None:
@@ -108,20 +95,27 @@ def main() -> None:
     torch.set_num_threads(1)
     console = Console(width=132)
     seeds = range(options.first_seed, options.first_seed + options.seeds)
-    hosts = [HOSTS[name] for name in options.hosts]
     arms = ["none", *(arm for arm in options.arms if arm != "none")]
-    results = run_all(lives(options.regimes, hosts, arms, seeds), options.cache)
+    cells = list(itertools.product(options.regimes, options.hosts, OPTIMIZERS))
+    lives = [("life", *cell, arm, seed) for seed in seeds for cell in cells for arm in arms]
+    results = run_all(lives, options.cache)
     console.print(f"{len(results)} runs, {machine()}")
     outcome_table(console, results, markdown=options.markdown)
     summary_table(console, results, markdown=options.markdown)
     if options.cost_steps:
-        cost_table(console, hosts, arms, options.cost_steps, markdown=options.markdown)
+        cost_table(
+            console,
+            [HOSTS[name] for name in options.hosts],
+            arms,
+            options.cost_steps,
+            markdown=options.markdown,
+        )
     if options.picture:
         behind = [
-            ("behind, late", HOSTS["MLP"], optimizer, arm, seed)
+            ("behind", "late", "MLP", optimizer, arm, seed)
+            for seed in seeds
             for optimizer in OPTIMIZERS
             for arm in BEHIND
-            for seed in seeds
         ]
         draw_divergence(run_all(behind, options.cache), options.picture)
 
