@@ -19,7 +19,7 @@ from esper.tasks.text.host import TextHost
 
 CONTEXT_BYTES = 32
 BATCH_WINDOWS = 8
-HELD_OUT_WINDOWS = 128
+HELD_OUT_WINDOWS = 64
 
 Batch = tuple[Tensor, Tensor]
 

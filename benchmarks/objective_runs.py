@@ -19,16 +19,14 @@ from esper.slots import SeedSlot
 from esper.slots.modes import evaluation_mode
 from objective_hosts import OPTIMIZERS, HostCase, evaluation, mean_loss
 
-GERMINATION_STEPS = {"early": 250, "late": 600}
-STEPS_AFTER = 750
-DECAY_STEPS = 300
+STEPS_AFTER = 600
+DECAY_STEPS = 200
 DECISION_STEPS = 25
 BEHIND_STEPS = 150
 TRACE_STEPS = 5
 PATIENCE_EPOCHS = 10
-Key = tuple[str, str, str, str, str, int]
 
-SWEEP = tuple(2.0**exponent for exponent in range(-6, 6))
+Key = tuple[str, int, str, str, str, int]
 
 
 @dataclass
@@ -37,32 +35,34 @@ class Result:
 
     kind: str
     """`life`, or `behind` for a seed that is never blended."""
-    regime: str
+    germination_step: int
     host: str
     optimizer: str
     arm: str
     seed: int
     final_loss: float = math.nan
-    residual: float | None = None
     best_amplitude: float | None = None
     best_amplitude_loss: float | None = None
     blended: bool = False
     committed: bool = False
     trace: list[tuple[int, float]] = field(default_factory=list)
     """Step and validation loss while BLENDING, or throughout without a seed."""
-    sweep: list[float] = field(default_factory=list)
-    """Loss at the amplitudes SWEEP over the loss without the seed, last time behind the host."""
     curve: list[tuple[int, float, float]] = field(default_factory=list)
     """Steps behind the host, ‖u‖/‖h‖, loss at alpha 1 over the loss without the seed."""
 
     @property
+    def residual(self) -> float | None:
+        """‖u‖/‖h‖, last time behind the host."""
+        return self.curve[-1][1] if self.curve else None
+
+    @property
     def full_alpha(self) -> float | None:
         """Loss at alpha 1 over the loss without the seed, last time behind the host."""
-        return self.sweep[SWEEP.index(1.0)] if self.sweep else None
+        return self.curve[-1][2] if self.curve else None
 
     @property
     def key(self) -> Key:
-        return self.kind, self.regime, self.host, self.optimizer, self.arm, self.seed
+        return self.kind, self.germination_step, self.host, self.optimizer, self.arm, self.seed
 
 
 class LineSearches:
@@ -112,15 +112,14 @@ def relative_size(model: nn.Module, slot: SeedSlot, inputs: Tensor) -> float:
 class Start:
     """A host trained up to the step at which seeds are germinated, the same for every arm."""
 
-    def __init__(self, case: HostCase, optimizer: str, seed: int, regime: str) -> None:
+    def __init__(self, case: HostCase, optimizer: str, seed: int, step: int) -> None:
         torch.manual_seed(seed)
-        self.case, self.optimizer_name, self.seed, self.regime = case, optimizer, seed, regime
-        self.step = GERMINATION_STEPS[regime]
+        self.case, self.optimizer_name, self.seed, self.step = case, optimizer, seed, step
         self.model = case.build()
         rate = case.learning_rates[optimizer]
         self.optimizer = OPTIMIZERS[optimizer](self.model.parameters(), rate)
         batches = case.batches(seed)
-        for _ in range(self.step):
+        for _ in range(step):
             inputs, targets = next(batches)
             mean_loss(self.model(inputs), targets).backward()
             self.optimizer.step()
@@ -128,8 +127,8 @@ class Start:
         self.batches = [next(batches) for _ in range(STEPS_AFTER)]
 
     @property
-    def key(self) -> tuple[str, str, int, str]:
-        return self.case.name, self.optimizer_name, self.seed, self.regime
+    def key(self) -> tuple[str, str, int, int]:
+        return self.case.name, self.optimizer_name, self.seed, self.step
 
 
 class Run:
@@ -143,7 +142,7 @@ class Run:
         self.inputs = validation[0]
         self.validation = evaluation(self.model, validation)
         self.test = evaluation(self.model, test)
-        self.result = Result(kind, start.regime, case.name, start.optimizer_name, arm, start.seed)
+        self.result = Result(kind, start.step, case.name, start.optimizer_name, arm, start.seed)
         config = slot_config("plain" if arm == "none" else arm)
         slots = esper.attach(self.model, case.target, example=self.inputs[:2], config=config)
         self.slot = slots[case.target]
@@ -198,9 +197,9 @@ class Run:
         """Measure a seed that is behind the host, and let the gates judge."""
         result, slot = self.result, self.slot
         if slot.stage is esper.SeedStage.TRAINING:
-            result.residual = relative_size(self.model, slot, self.inputs)
-            variants = [{slot.path: amplitude} for amplitude in (0.0, *SWEEP)]
-            host, *others = self.validation.variant_losses({slot.path: slot}, variants)
-            result.sweep = [float(losses.mean() / host.mean()) for losses in others]
-            result.curve.append((step, result.residual, result.sweep[SWEEP.index(1.0)]))
+            size = relative_size(self.model, slot, self.inputs)
+            off, on = self.validation.variant_losses(
+                {slot.path: slot}, [{slot.path: 0.0}, {slot.path: 1.0}]
+            )
+            result.curve.append((step, size, float(on.mean() / off.mean())))
         self.growth.after_epoch(self.validation)

@@ -42,11 +42,11 @@ def machine() -> str:
     )
 
 
-def by_cell(results: Sequence[Result]) -> dict[tuple[str, str, str], dict[str, list[Result]]]:
-    """Return the runs by regime, host and optimizer, then by arm."""
-    cells: dict[tuple[str, str, str], dict[str, list[Result]]] = {}
+def by_cell(results: Sequence[Result]) -> dict[tuple[str, str], dict[str, list[Result]]]:
+    """Return the runs by host and optimizer, then by arm."""
+    cells: dict[tuple[str, str], dict[str, list[Result]]] = {}
     for result in results:
-        arms = cells.setdefault((result.regime, result.host, result.optimizer), {})
+        arms = cells.setdefault((result.host, result.optimizer), {})
         arms.setdefault(result.arm, []).append(result)
     return cells
 
@@ -86,9 +86,9 @@ def mean(values: Sequence[float | None], digits: int = 3) -> str:
 def outcome_table(console: Console, results: Sequence[Result], *, markdown: bool) -> None:
     """Print one line per host, optimizer and arm."""
     rows: Rows = []
-    for (regime, host, optimizer), arms in by_cell(results).items():
+    for (host, optimizer), arms in by_cell(results).items():
         none = arms["none"]
-        rows.append([f"{regime}, {host}, {optimizer}", "none", *[""] * 6, _loss(none), ""])
+        rows.append([f"{host}, {optimizer}", "none", *[""] * 6, _loss(none), ""])
         for arm, runs in arms.items():
             if arm == "none":
                 continue
@@ -119,26 +119,22 @@ def _loss(runs: Sequence[Result]) -> str:
 def summary_table(console: Console, results: Sequence[Result], *, markdown: bool) -> None:
     """Print one line per arm: final loss over that of `none`, geometric mean over optimizers."""
     cells = by_cell(results)
-    columns = list(dict.fromkeys(cell[:2] for cell in cells))
+    hosts = list(dict.fromkeys(host for host, _ in cells))
     arms = [arm for arm in next(iter(cells.values())) if arm != "none"]
     rows: Rows = []
     for arm in arms:
         row, verdicts = [arm], []
-        for column in columns:
+        for host in hosts:
             ratios = [
                 paired(found[arm], found["none"])
-                for cell, found in cells.items()
-                if cell[:2] == column
+                for (name, _), found in cells.items()
+                if name == host
             ]
             verdicts += [verdict(*ratio) for ratio in ratios]
             row.append(f"{statistics.geometric_mean(ratio for ratio, _ in ratios):.3f}")
         counts = [verdicts.count(word) for word in ("better", "same", "worse", "diverged")]
         rows.append([*row, " / ".join(map(str, counts))])
-    header = (
-        "arm",
-        *(f"{host}, {regime}" for regime, host in columns),
-        "cells better / same / worse / diverged",
-    )
+    header = ("arm", *hosts, "cells better / same / worse / diverged")
     show(console, header, rows, markdown=markdown)
 
 
@@ -148,7 +144,7 @@ def cost_table(
     """Print a step's cost while the seed learns, every arm in turn after every other."""
     rows: Rows = []
     for case in hosts:
-        start = Start(case, "AdamW", 0, "early")
+        start = Start(case, "AdamW", 0, 100)
         runs = {arm: Run(start, arm, "behind") for arm in arms}
         for run in runs.values():
             run.growth.after_epoch(run.validation)
@@ -191,7 +187,7 @@ def draw_divergence(results: Sequence[Result], path: Path) -> None:
 
     figure, axes = plt.subplots(2, len(OPTIMIZERS), figsize=(10, 5.5), sharex=True, sharey="row")
     for column, optimizer in enumerate(OPTIMIZERS):
-        arms = by_cell(results)[results[0].regime, results[0].host, optimizer]
+        arms = by_cell(results)[results[0].host, optimizer]
         for arm, runs in arms.items():
             points = list(zip(*(run.curve for run in runs), strict=True))
             steps = [point[0][0] for point in points]

@@ -1,12 +1,11 @@
 """What should a seed minimise behind the host? Every objective over hosts, optimizers and seeds.
 
-Each run trains a host, the learning rate falling to 0 over the last 300 steps. A seed is germinated
-at step 250 (early: the host is learning fast) or 600 (late), 750 steps before the end, and walks
-its life through the library's own gates, which are asked every 25 steps; gate G2, the line search
-on held-out data, first after 150 steps behind the host. A seed that a gate refuses for 250 steps is
-pruned, and the host goes on alone. Arms are `none` (no seed), the objectives, and `live` (isolation
-none: at alpha 1 at once); `proximal:0.3` is proximal with c = 0.3.
-Shown for each host, optimizer and arm, over the seeds:
+Each run trains a host, the learning rate falling to 0 over the last 200 steps. A seed is germinated
+at step 400, 600 steps before the end, and walks its life through the library's own gates, which are
+asked every 25 steps; gate G2, the line search on held-out data, first after 150 steps behind the
+host. A seed that a gate refuses for 250 steps is pruned, and the host goes on alone. Arms are
+`none` (no seed), the objectives, and `live` (isolation none: at alpha 1 at once); `proximal:0.3` is
+proximal with c = 0.3. Shown for each host, optimizer and arm, over the seeds:
 
 - ‖u‖/‖h‖: size of the increment just before blending, or at the last refusal;
 - full alpha: held-out loss with that seed at alpha 1, over the loss without;
@@ -21,7 +20,7 @@ turn in one process. Finished runs are kept in a JSON-lines file, so that an int
 goes on where it was.
 
     python benchmarks/seed_objective.py [--seeds 5] [--cache FILE] [--arms A …] [--hosts H …]
-        [--regimes R …] [--markdown] [--cost-steps 200] [--picture FILE]
+        [--germination-step 400] [--markdown] [--cost-steps 200] [--picture FILE]
 """
 
 import argparse
@@ -37,7 +36,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from objective_hosts import HOSTS, OPTIMIZERS
-from objective_runs import GERMINATION_STEPS, Key, Result, Run, Start
+from objective_runs import Key, Result, Run, Start
 from objective_tables import (
     cost_table,
     draw_divergence,
@@ -64,11 +63,11 @@ def run_all(jobs: Sequence[Key], cache: Path) -> list[Result]:
     with Progress() as progress, cache.open("a", encoding="utf-8") as file:
         bar = progress.add_task("runs", total=len(jobs))
         for job in jobs:
-            kind, regime, host, optimizer, arm, seed = job
+            kind, step, host, optimizer, arm, seed = job
             if job not in known:
-                wanted = (host, optimizer, seed, regime)
+                wanted = (host, optimizer, seed, step)
                 if start is None or start.key != wanted:
-                    start = Start(HOSTS[host], optimizer, seed, regime)
+                    start = Start(HOSTS[host], optimizer, seed, step)
                 known[job] = Run(start, arm, kind).go()
                 file.write(json.dumps(asdict(known[job])) + "\n")
                 file.flush()
@@ -82,9 +81,7 @@ def main() -> None:
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--arms", nargs="*", default=list(ARMS))
     parser.add_argument("--hosts", nargs="*", default=list(HOSTS), choices=list(HOSTS))
-    parser.add_argument(
-        "--regimes", nargs="*", default=list(GERMINATION_STEPS), choices=list(GERMINATION_STEPS)
-    )
+    parser.add_argument("--germination-step", type=int, default=400)
     parser.add_argument("--markdown", action="store_true")
     parser.add_argument("--cost-steps", type=int, default=200)
     parser.add_argument("--picture", type=Path, help="draw sizes behind the host over time")
@@ -96,7 +93,7 @@ def main() -> None:
     console = Console(width=132)
     seeds = range(options.first_seed, options.first_seed + options.seeds)
     arms = ["none", *(arm for arm in options.arms if arm != "none")]
-    cells = list(itertools.product(options.regimes, options.hosts, OPTIMIZERS))
+    cells = list(itertools.product([options.germination_step], options.hosts, OPTIMIZERS))
     lives = [("life", *cell, arm, seed) for seed in seeds for cell in cells for arm in arms]
     results = run_all(lives, options.cache)
     console.print(f"{len(results)} runs, {machine()}")
@@ -112,7 +109,7 @@ def main() -> None:
         )
     if options.picture:
         behind = [
-            ("behind", "late", "MLP", optimizer, arm, seed)
+            ("behind", options.germination_step, "MLP", optimizer, arm, seed)
             for seed in seeds
             for optimizer in OPTIMIZERS
             for arm in BEHIND

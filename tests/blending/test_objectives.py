@@ -4,8 +4,9 @@ Legend: h host features, u the increment, g the loss gradient at the output, c t
 û = u / ‖u‖. The formulas are written out sample by sample below, in Python's own floats:
 
     PROXIMAL     g + λu, λ = mean‖g‖ / (c · mean‖h‖)
-    NORM_CAP     g where ‖u‖ ≤ r = c · mean‖h‖, else g - min(⟨g, û⟩, 0) û + mean‖g‖ (‖u‖/r - 1) û
-    CORRELATION  g - ⟨g, û⟩ û + ‖g‖ (‖u‖ / (c‖h‖) - 1) û, norms and product over the batch
+    NORM_CAP     g where ‖u‖ ≤ r = c · mean‖h‖,
+                 else g - min(⟨g, û⟩, 0) û + mean‖g‖ min(‖u‖/r - 1, 1) û
+    CORRELATION  g - ⟨g, û⟩ û + ‖g‖ min(‖u‖ / (c‖h‖) - 1, 1) û, norms and product over the batch
 
 What follows from them, and is checked: a factor on g comes out as the same factor, so that the loss
 scale cancels; and gradient descent on a constant g ends at the sizes that the formulas promise.
@@ -65,7 +66,7 @@ def capped_by_hand(g: Tensor, u: Tensor, h: Tensor, c: float) -> Tensor:
     for gradient, increment in zip(samples(g), samples(u), strict=True):
         size = norm(increment)
         unit = [x / size for x in increment]
-        back = strength * (size / cap - 1.0) - min(dot(gradient, unit), 0.0)
+        back = strength * min(size / cap - 1.0, 1.0) - min(dot(gradient, unit), 0.0)
         along = back if size > cap else 0.0
         rows.append([x + along * y for x, y in zip(gradient, unit, strict=True)])
     return torch.tensor(rows, dtype=torch.float64).reshape(g.shape).to(g.dtype)
@@ -75,7 +76,8 @@ def correlation_by_hand(g: Tensor, u: Tensor, h: Tensor, c: float) -> Tensor:
     gradient, increment, features = (tensor.double().flatten().tolist() for tensor in (g, u, h))
     size = norm(increment)
     unit = [x / size for x in increment]
-    along = norm(gradient) * (size / (c * norm(features)) - 1.0) - dot(gradient, unit)
+    stretch = min(size / (c * norm(features)) - 1.0, 1.0)
+    along = norm(gradient) * stretch - dot(gradient, unit)
     values = [x + along * y for x, y in zip(gradient, unit, strict=True)]
     return torch.tensor(values, dtype=torch.float64).reshape(g.shape).to(g.dtype)
 

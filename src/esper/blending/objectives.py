@@ -50,8 +50,9 @@ def capped_gradient(
     """Return g where `‖u‖` is below the cap `r = c · mean‖h‖`, and what leads back to it beyond.
 
     Beyond the cap a sample receives g without the part that would grow u further, and a pull that
-    rises with the excess, `mean‖g‖ (‖u‖ / r - 1)` along u: gradient descent on `⟨g, u⟩` projected
-    onto the ball of radius r. Where the features are all zero there is no cap.
+    rises with the excess, `mean‖g‖ min(‖u‖ / r - 1, 1)` along u: gradient descent on `⟨g, u⟩`
+    projected onto the ball of radius r. The pull is bounded, so that a large step beyond the cap is
+    not answered by a larger one back. Where the features are all zero there is no cap.
 
     Args:
         gradient: g.
@@ -67,7 +68,7 @@ def capped_gradient(
     cap = trust_fraction * _sample_norms(features).mean()
     dims = tuple(range(1, wide.ndim))
     along = (wide * moved).sum(dims) if dims else wide * moved
-    excess = _sample_norms(wide).mean() * (_ratio(sizes, cap) - 1.0)
+    excess = _sample_norms(wide).mean() * (_ratio(sizes, cap) - 1.0).clamp(max=1.0)
     correction = _ratio(excess - _ratio(along, sizes).clamp(max=0.0), sizes)
     outside = (sizes > cap) & (cap > 0)
     correction = torch.where(outside, correction, torch.zeros_like(correction))
@@ -81,9 +82,10 @@ def correlation_gradient(
     """Return the gradient of `⟨g, u⟩ / ‖u‖` times `‖u‖`, and hold `‖u‖` at `c ‖h‖`.
 
     With norms and products over the batch and û = u / ‖u‖ that is `g - ⟨g, û⟩ û`, which turns u
-    toward -g and says nothing about its size. `‖g‖ (‖u‖ / (c ‖h‖) - 1) û` keeps the size where the
-    line search over amplitudes begins, without which steps of finite length grow u. A fresh seed,
-    u = 0, receives g. Where the features are all zero the size is left alone.
+    toward -g and says nothing about its size. `‖g‖ min(‖u‖ / (c ‖h‖) - 1, 1) û` keeps the size
+    where the line search over amplitudes begins, without which steps of finite length grow u; the
+    bound keeps a large step from being answered by a larger one back. A fresh seed, u = 0, receives
+    g. Where the features are all zero the size is left alone.
 
     Args:
         gradient: g.
@@ -99,7 +101,8 @@ def correlation_gradient(
     size, gradient_size = torch.linalg.vector_norm(moved), torch.linalg.vector_norm(wide)
     target = trust_fraction * torch.linalg.vector_norm(features, dtype=moved.dtype)
     along = _ratio((wide * moved).sum(), size)
-    excess = torch.where(target > 0, gradient_size * (_ratio(size, target) - 1.0), target)
+    stretch = (_ratio(size, target) - 1.0).clamp(max=1.0)
+    excess = torch.where(target > 0, gradient_size * stretch, target)
     correction = _ratio(excess - along, size)
     return torch.addcmul(wide, moved, correction).to(gradient.dtype)
 
