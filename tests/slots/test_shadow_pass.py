@@ -90,6 +90,39 @@ def test_the_gradient_is_that_of_the_hand_written_host_at_full_alpha(
     assert all(p.grad is None for p in loop.slots.host_parameters())
 
 
+def leaves_of(loss: Tensor) -> set[int]:
+    """The ids of the tensors that a backward from here would reach."""
+    reached, seen, waiting = set(), set(), [loss.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            reached.add(id(node.variable))
+        waiting += [following for following, _ in node.next_functions]
+    return reached
+
+
+def test_nothing_upstream_of_the_slot_is_kept_for_the_backward(host: Any) -> None:
+    path = host.targets[1]
+    loop = Loop(host, path)
+    losses: list[Tensor] = []
+
+    def watched() -> Tensor:
+        losses.append(loop.loss())
+        return losses[-1]
+
+    loop.slots.shadow_pass(watched)
+    reached = leaves_of(losses[0])
+    upstream = [id(p) for p in loop.model.get_submodule(host.targets[0]).parameters()]
+    seed = [id(p) for p in loop.slots[path].living.parameters()]
+    assert reached.isdisjoint(upstream)
+    assert reached.issuperset(seed)
+    loop.step()
+    assert leaves_of(loop.loss()).issuperset(upstream)
+
+
 def test_beside_another_seed_it_learns_what_it_learns_alone(host: Any, randomise: Any) -> None:
     first, second = host.targets
     alone, together = Loop(host, first), Loop(host, first, second)
