@@ -82,9 +82,9 @@ class LineSearches:
         pass
 
 
-def slot_config(arm: str) -> esper.SlotConfig:
+def slot_config(arm: str, thresholds: GateThresholds) -> esper.SlotConfig:
     """Return what an arm's name says: an objective, with c behind a colon if not the default."""
-    limits = GateThresholds(min_training_steps=BEHIND_STEPS)
+    limits = thresholds.model_copy(update={"min_training_steps": BEHIND_STEPS})
     if arm == "live":
         return esper.SlotConfig(isolation=Isolation.NONE, thresholds=limits)
     objective, _, fraction = arm.partition(":")
@@ -143,7 +143,7 @@ class Run:
         self.validation = evaluation(self.model, validation)
         self.test = evaluation(self.model, test)
         self.result = Result(kind, start.step, case.name, start.optimizer_name, arm, start.seed)
-        config = slot_config("plain" if arm == "none" else arm)
+        config = slot_config("plain" if arm == "none" else arm, case.thresholds)
         slots = esper.attach(self.model, case.target, example=self.inputs[:2], config=config)
         self.slot = slots[case.target]
         self.searches = LineSearches()

@@ -190,6 +190,22 @@ def test_a_forgotten_pass_is_an_error_and_no_training_step(host: Any) -> None:
         loop.slots.tick()
 
 
+def test_a_pass_for_one_seed_counts_for_no_other(host: Any) -> None:
+    path = host.targets[0]
+    loop = Loop(host, path)
+    slot = loop.slots[path]
+    loop.slots.shadow_pass(loop.loss)
+    slot.prune()
+    for _ in range(4):
+        loop.slots.end_epoch()
+    slot.germinate(host.blueprint)
+    slot.advance(force=True)
+    loop.loss().backward()
+    loop.optimizer.step()
+    loop.slots.tick()
+    assert slot.measurements.training_steps == 0
+
+
 def test_gradients_that_are_zeroed_before_the_step_are_an_error(host: Any) -> None:
     loop = Loop(host, host.targets[0])
     loop.slots.shadow_pass(loop.loss)

@@ -9,7 +9,7 @@ from torch.nn.functional import mse_loss
 
 import esper
 from esper.lifecycle.actions import Germinate
-from esper.lifecycle.events import IsolationChecked, StageChanged
+from esper.lifecycle.events import GradientHealthMeasured, IsolationChecked, StageChanged
 from esper.lifecycle.learning import SeedObjective
 from esper.lifecycle.stages import SeedStage
 from growth_problem import TEST_CONFIG, Problem, make_problem
@@ -50,6 +50,17 @@ def test_the_host_trains_bitwise_as_alone_while_the_seed_learns_in_shadow(
     assert slot.measurements.training_steps == 3 * steps_per_epoch
     with torch.no_grad():
         assert float(slot.living(torch.ones(1, 16), torch.ones(1, 16)).abs().max()) > 1e-3
+
+
+def test_the_seed_learns_from_a_loss_that_is_scaled_as_the_hosts_is() -> None:
+    norms = []
+    for precision in ("float32", "float16"):
+        problem = shadow_problem()
+        policy = esper.SchedulePolicy(PLAN, tend_seeds=False)
+        settings = {"precision": precision, "max_gradient_norm": 100.0}
+        problem.trainer(policy, epochs=2, **settings).fit()
+        norms.append(problem.recorder.of(GradientHealthMeasured)[0].seed_norm)
+    assert norms[1] == pytest.approx(norms[0], rel=0.05)
 
 
 def test_a_seed_that_learned_in_shadow_passes_its_gates_and_is_committed() -> None:
