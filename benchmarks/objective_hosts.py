@@ -18,6 +18,7 @@ from esper.tasks.digits.host import DigitsHost
 from esper.tasks.text import TEXT
 from esper.tasks.text.data import load_splits as text_splits
 from esper.tasks.text.host import TextHost
+from slot_overhead import BATCH, SIDE, Host
 
 CONTEXT_BYTES = 32
 BATCH_WINDOWS = 8
@@ -128,6 +129,19 @@ def text_held_out() -> tuple[Batch, Batch]:
     return spread(splits.validation), spread(splits.test)
 
 
+def noise_batches(random_seed: int) -> Iterator[Batch]:
+    """Yield random images of the size that slot_overhead.py measures on."""
+    generator = torch.Generator().manual_seed(random_seed)
+    while True:
+        images = torch.randn(BATCH, 3, SIDE, SIDE, generator=generator)
+        yield images, torch.randint(0, 10, (BATCH,), generator=generator)
+
+
+def noise_held_out() -> tuple[Batch, Batch]:
+    batches = noise_batches(0)
+    return next(batches), next(batches)
+
+
 OPTIMIZERS: Mapping[str, Callable[..., torch.optim.Optimizer]] = {
     "SGD, momentum": lambda parameters, rate: torch.optim.SGD(parameters, lr=rate, momentum=0.9),
     "AdamW": lambda parameters, rate: torch.optim.AdamW(parameters, lr=rate),
@@ -172,6 +186,10 @@ HOSTS = {
                  rates(0.03, 0.003, 0.003), SMALL_GAINS),
     )
 }  # fmt: skip
+
+WIDE = HostCase("wide residual CNN", Host, "block1", "conv_light", noise_batches, noise_held_out,
+                rates(1e-3, 1e-4, 1e-4))  # fmt: skip
+"""For the cost of a step only: a host whose step is not all overhead."""
 
 
 def evaluation(model: nn.Module, batch: Batch) -> esper.HeldOut:

@@ -144,7 +144,7 @@ def cost_table(
     """Print a step's cost while the seed learns, every arm in turn after every other."""
     rows: Rows = []
     for case in hosts:
-        start = Start(case, "AdamW", 0, 100)
+        start = Start(case, "AdamW", 0, BLOCK_STEPS)
         runs = {arm: Run(start, arm, "behind") for arm in arms}
         for run in runs.values():
             run.growth.after_epoch(run.validation)
