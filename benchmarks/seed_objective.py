@@ -16,8 +16,8 @@ proximal with c = 0.3. Shown for each host, optimizer and arm, over the seeds:
 - verdict: worse or better where that interval leaves 1 out.
 
 A second table sums that up, and a third shows the cost of a step while the seed learns over that of
-the host alone, all arms in turn in one process. Finished runs are kept in a JSON-lines file, so that
-an interrupted benchmark goes on where it was.
+the host alone, all arms in turn in one process. Finished runs are kept in a JSON-lines file, so
+that an interrupted benchmark goes on where it was.
 
     python benchmarks/seed_objective.py [--seeds 5] [--cache FILE] [--arms A …] [--hosts H …]
         [--germination-step 400] [--markdown] [--cost-steps 200] [--picture FILE]
