@@ -20,9 +20,9 @@ from esper.tasks.text.data import load_splits as text_splits
 from esper.tasks.text.host import TextHost
 from slot_overhead import BATCH, SIDE, Host
 
-CONTEXT_BYTES = 32
-BATCH_WINDOWS = 8
-HELD_OUT_WINDOWS = 64
+CONTEXT_BYTES = 64
+BATCH_WINDOWS = 16
+HELD_OUT_WINDOWS = 128
 
 DEFAULT_GAINS = GateThresholds()
 SMALL_GAINS = TEXT.slot.thresholds.model_copy(
@@ -161,6 +161,7 @@ class HostCase:
     held_out: Callable[[], tuple[Batch, Batch]]
     learning_rates: Mapping[str, float]
     thresholds: GateThresholds = DEFAULT_GAINS
+    germination_step: int = 400
 
 
 def decoder() -> TextHost:
@@ -183,7 +184,7 @@ HOSTS = {
         HostCase("residual CNN", ResidualHost, "block1", "conv_light", digit_batches,
                  digits_held_out, rates(0.1, 0.1, 0.03)),
         HostCase("decoder", decoder, "blocks.1", "block", text_batches, text_held_out,
-                 rates(0.03, 0.003, 0.003), SMALL_GAINS),
+                 rates(0.1, 0.003, 0.003), SMALL_GAINS, germination_step=200),
     )
 }  # fmt: skip
 

@@ -1,7 +1,7 @@
 """What should a seed minimise behind the host? Every objective over hosts, optimizers and seeds.
 
 Each run trains a host, the learning rate falling to 0 over the last 200 steps. A seed is germinated
-at step 400, 600 steps before the end, and walks its life through the library's own gates, which are
+at step 400 (decoder: 200), 600 steps before the end, and walks its life through the library's own gates, which are
 asked every 25 steps; gate G2, the line search on held-out data, first after 150 steps behind the
 host. A seed that a gate refuses for 250 steps is pruned, and the host goes on alone. Arms are
 `none` (no seed), the objectives, and `live` (isolation none: at alpha 1 at once); `proximal:0.3` is
@@ -20,7 +20,7 @@ the host alone, all arms in turn in one process. Finished runs are kept in a JSO
 that an interrupted benchmark goes on where it was.
 
     python benchmarks/seed_objective.py [--seeds 5] [--cache FILE] [--arms A …] [--hosts H …]
-        [--germination-step 400] [--markdown] [--cost-steps 200] [--picture FILE]
+        [--germination-step N] [--markdown] [--cost-steps 200] [--picture FILE]
 """
 
 import argparse
@@ -81,7 +81,7 @@ def main() -> None:
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--arms", nargs="*", default=list(ARMS))
     parser.add_argument("--hosts", nargs="*", default=list(HOSTS), choices=list(HOSTS))
-    parser.add_argument("--germination-step", type=int, default=400)
+    parser.add_argument("--germination-step", type=int, help="for every host")
     parser.add_argument("--markdown", action="store_true")
     parser.add_argument("--cost-steps", type=int, default=200)
     parser.add_argument("--picture", type=Path, help="draw sizes behind the host over time")
@@ -93,7 +93,12 @@ def main() -> None:
     console = Console(width=132)
     seeds = range(options.first_seed, options.first_seed + options.seeds)
     arms = ["none", *(arm for arm in options.arms if arm != "none")]
-    cells = list(itertools.product([options.germination_step], options.hosts, OPTIMIZERS))
+    steps = {
+        name: options.germination_step or case.germination_step for name, case in HOSTS.items()
+    }
+    cells = [
+        (steps[host], host, name) for host, name in itertools.product(options.hosts, OPTIMIZERS)
+    ]
     lives = [("life", *cell, arm, seed) for seed in seeds for cell in cells for arm in arms]
     results = run_all(lives, options.cache)
     console.print(f"{len(results)} runs, {machine()}")
@@ -109,7 +114,7 @@ def main() -> None:
         )
     if options.picture:
         behind = [
-            ("behind", options.germination_step, "MLP", optimizer, arm, seed)
+            ("behind", steps["MLP"], "MLP", optimizer, arm, seed)
             for seed in seeds
             for optimizer in OPTIMIZERS
             for arm in BEHIND
