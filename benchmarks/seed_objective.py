@@ -1,11 +1,11 @@
 """What should a seed minimise behind the host? Every objective over hosts, optimizers and seeds.
 
 Each run trains a host, the learning rate falling to 0 over the last 200 steps. A seed is germinated
-at step 400 (decoder: 200), 600 steps before the end, and walks its life through the library's own gates, which are
-asked every 25 steps; gate G2, the line search on held-out data, first after 150 steps behind the
-host. A seed that a gate refuses for 250 steps is pruned, and the host goes on alone. Arms are
-`none` (no seed), the objectives, and `live` (isolation none: at alpha 1 at once); `proximal:0.3` is
-proximal with c = 0.3. Shown for each host, optimizer and arm, over the seeds:
+at step 400 (decoder: 200), 600 steps before the end, and walks its life through the library's own
+gates, which are asked every 25 steps; gate G2, the line search on held-out data, first after 150
+steps behind the host. A seed that a gate refuses for 250 steps is pruned, and the host goes on
+alone. Arms are `none` (no seed), the objectives, and `live` (isolation none: at alpha 1 at once);
+`proximal:0.3` is proximal with c = 0.3. Shown for each host, optimizer and arm, over the seeds:
 
 - ‖u‖/‖h‖: size of the increment just before blending, or at the last refusal;
 - full alpha: held-out loss with that seed at alpha 1, over the loss without;
@@ -93,12 +93,10 @@ def main() -> None:
     console = Console(width=132)
     seeds = range(options.first_seed, options.first_seed + options.seeds)
     arms = ["none", *(arm for arm in options.arms if arm != "none")]
-    steps = {
-        name: options.germination_step or case.germination_step for name, case in HOSTS.items()
-    }
-    cells = [
-        (steps[host], host, name) for host, name in itertools.product(options.hosts, OPTIMIZERS)
-    ]
+    forced = options.germination_step
+    steps = {name: forced or case.germination_step for name, case in HOSTS.items()}
+    pairs = itertools.product(options.hosts, OPTIMIZERS)
+    cells = [(steps[host], host, optimizer) for host, optimizer in pairs]
     lives = [("life", *cell, arm, seed) for seed in seeds for cell in cells for arm in arms]
     results = run_all(lives, options.cache)
     console.print(f"{len(results)} runs, {machine()}")
