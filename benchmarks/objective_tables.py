@@ -51,22 +51,25 @@ def by_cell(results: Sequence[Result]) -> dict[tuple[str, str], dict[str, list[R
     return cells
 
 
-def paired(arm: Sequence[Result], none: Sequence[Result]) -> tuple[float, float]:
-    """Return the mean ratio of final losses, paired by seed, and half its 95 % interval."""
+def ratios(arm: Sequence[Result], none: Sequence[Result]) -> list[float]:
+    """Return final losses over those of `none`, paired by seed."""
     base = {result.seed: result.final_loss for result in none}
-    ratios = [result.final_loss / base[result.seed] for result in arm]
-    if len(ratios) < 2:
-        return ratios[0], 0.0
-    error = statistics.stdev(ratios) / len(ratios) ** 0.5
-    return statistics.mean(ratios), T_QUANTILES.get(len(ratios), 2.0) * error
+    return [result.final_loss / base[result.seed] for result in arm]
 
 
-def peak(run: Result, none: Sequence[Result]) -> float | None:
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Return the mean and half its 95 % interval."""
+    count = len(values)
+    if count < 2:
+        return values[0], 0.0
+    error = statistics.stdev(values) / count**0.5
+    return statistics.mean(values), T_QUANTILES.get(count, 2.0) * error
+
+
+def peak(run: Result, none: Sequence[Result]) -> float:
     """Return the run's highest loss while BLENDING over that of the host alone in those steps."""
     (base,) = (result for result in none if result.seed == run.seed)
     alone = dict(base.trace)
-    if not run.trace:
-        return None
     return max(loss for _, loss in run.trace) / max(alone[step] for step, _ in run.trace)
 
 
@@ -92,7 +95,7 @@ def outcome_table(console: Console, results: Sequence[Result], *, markdown: bool
         for arm, runs in arms.items():
             if arm == "none":
                 continue
-            ratio, margin = paired(runs, none)
+            ratio, margin = interval(ratios(runs, none))
             peaks = [peak(run, none) for run in runs if run.trace]
             rows.append(
                 [
@@ -103,7 +106,7 @@ def outcome_table(console: Console, results: Sequence[Result], *, markdown: bool
                     mean([run.best_amplitude_loss for run in runs]),
                     f"{sum(run.blended for run in runs)}/{len(runs)}",
                     f"{sum(run.committed for run in runs)}/{len(runs)}",
-                    f"{max(peaks):.3f}" if peaks else "–",
+                    f"{statistics.mean(peaks):.2f} ({max(peaks):.2f})" if peaks else "–",
                     f"{ratio:.3f} ± {margin:.3f}",
                     verdict(ratio, margin),
                 ]
@@ -117,25 +120,31 @@ def _loss(runs: Sequence[Result]) -> str:
 
 
 def summary_table(console: Console, results: Sequence[Result], *, markdown: bool) -> None:
-    """Print one line per arm: final loss over that of `none`, geometric mean over optimizers."""
+    """Print one line per arm: final loss over that of `none`, by host and over all runs."""
     cells = by_cell(results)
     hosts = list(dict.fromkeys(host for host, _ in cells))
     arms = [arm for arm in next(iter(cells.values())) if arm != "none"]
     rows: Rows = []
     for arm in arms:
-        row, verdicts = [arm], []
+        row, everywhere, verdicts = [arm], [], []
         for host in hosts:
-            ratios = [
-                paired(found[arm], found["none"])
-                for (name, _), found in cells.items()
-                if name == host
-            ]
-            verdicts += [verdict(*ratio) for ratio in ratios]
-            row.append(f"{statistics.geometric_mean(ratio for ratio, _ in ratios):.3f}")
+            own: list[float] = []
+            for (name, _), found in cells.items():
+                if name == host:
+                    values = ratios(found[arm], found["none"])
+                    own += values
+                    verdicts.append(verdict(*interval(values)))
+            everywhere += own
+            row.append(_with_margin(own))
         counts = [verdicts.count(word) for word in ("better", "same", "worse", "diverged")]
-        rows.append([*row, " / ".join(map(str, counts))])
-    header = ("arm", *hosts, "cells better / same / worse / diverged")
+        rows.append([*row, _with_margin(everywhere), " / ".join(map(str, counts))])
+    header = ("arm", *hosts, "all", "cells better / same / worse / diverged")
     show(console, header, rows, markdown=markdown)
+
+
+def _with_margin(values: Sequence[float]) -> str:
+    middle, margin = interval(values)
+    return f"{middle:.3f} ± {margin:.3f}"
 
 
 def cost_table(

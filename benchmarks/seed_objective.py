@@ -11,7 +11,7 @@ alone. Arms are `none` (no seed), the objectives, and `live` (isolation none: at
 - full alpha: held-out loss with that seed at alpha 1, over the loss without;
 - best a: held-out loss at the best amplitude of the line search, over the loss without;
 - G2: seeds that the gate let into the forward path; kept: seeds committed in the end;
-- peak: highest held-out loss while BLENDING over that of `none` in the same steps, worst seed;
+- peak: highest held-out loss while BLENDING over that of `none` in the same steps, mean (worst);
 - final: test loss over that of `none` with the same random seed, mean and 95 % interval;
 - verdict: worse or better where that interval leaves 1 out.
 
