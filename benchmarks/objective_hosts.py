@@ -22,7 +22,7 @@ from slot_overhead import BATCH, SIDE, Host
 
 CONTEXT_BYTES = 64
 BATCH_WINDOWS = 16
-HELD_OUT_WINDOWS = 128
+HELD_OUT_WINDOWS = 64
 
 DEFAULT_GAINS = GateThresholds()
 SMALL_GAINS = TEXT.slot.thresholds.model_copy(

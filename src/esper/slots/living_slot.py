@@ -108,10 +108,7 @@ class LivingSlot(SlotForward):
     @property
     def isolation(self) -> Isolation:
         """Up to which stage seeds here are isolated."""
-        if self.config.isolation is not None:
-            return self.config.isolation
-        has_tokens = self.family is Family.TRANSFORMER and len(self.layout.shape) > 2
-        return Isolation.NONE if has_tokens else Isolation.SHADOWING
+        return self.config.isolation
 
     @property
     def measurements(self) -> SeedMeasurements:
