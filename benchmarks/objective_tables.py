@@ -1,5 +1,6 @@
 """What benchmarks/seed_objective.py shows of its runs."""
 
+import math
 import statistics
 import time
 from collections.abc import Sequence
@@ -187,6 +188,11 @@ def _ratio(ours: Sequence[float], host: Sequence[float]) -> str:
     return f"{whole:.2f} ({low:.2f} – {high:.2f})"
 
 
+def median_or_inf(values: Sequence[float]) -> float:
+    """Return the median, with what is not a number counted as infinite."""
+    return statistics.median(value if math.isfinite(value) else math.inf for value in values)
+
+
 def draw_divergence(results: Sequence[Result], path: Path) -> None:
     """Draw size and loss at full alpha over steps behind the host, medians over the seeds."""
     import matplotlib as mpl  # noqa: PLC0415 – an optional extra
@@ -201,7 +207,7 @@ def draw_divergence(results: Sequence[Result], path: Path) -> None:
             points = list(zip(*(run.curve for run in runs), strict=True))
             steps = [point[0][0] for point in points]
             for line, part in ((0, 1), (1, 2)):
-                values = [statistics.median(run[part] for run in point) for point in points]
+                values = [median_or_inf([run[part] for run in point]) for point in points]
                 axes[line][column].plot(steps, values, label=arm.replace("_", " "))
         axes[0][column].set_title(optimizer, fontsize=10)
         axes[1][column].set_xlabel("steps behind the host")
