@@ -10,7 +10,7 @@ from torch.nn.functional import mse_loss
 import esper
 from esper.lifecycle.events import Event, EventRecord
 
-TEST_CONFIG = esper.SlotConfig(ramp_steps=10, embargo_epochs=1)
+TEST_CONFIG = esper.SlotConfig(isolation="shadowing", ramp_steps=10, embargo_epochs=1)
 
 
 @dataclass

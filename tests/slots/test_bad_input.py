@@ -606,6 +606,8 @@ def test_a_bad_alpha_target_changes_nothing(
         (lambda: SlotConfig(max_committed=0), "max_committed"),
         (lambda: SlotConfig(ramp_curve="bezier"), "ramp_curve"),
         (lambda: SlotConfig(warm_up_steps=3), "warm_up_steps"),
+        (lambda: SlotConfig(objective="shadow"), "objective=shadow .*isolation='shadowing'"),
+        (lambda: SlotConfig(trust_fraction=0.3), r"trust_fraction=0\.3 .*isolation='shadowing'"),
     ],
 )
 def test_settings_out_of_range_or_unknown_are_refused_by_name(

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import esper
 from esper import SeedStage, SlotConfig, SlotSet
-from esper.blending import operators, schedule, straight_through
+from esper.blending import objectives, operators, schedule, straight_through
 from esper.lifecycle.learning import Isolation
 from esper.seeds import cnn, noop, seed, transformer
 from esper.slots import (
@@ -23,8 +23,10 @@ from esper.slots import (
     gradient_health,
     gradient_projection,
     isolation_monitor,
+    living_slot,
     modes,
     optimizer_binding,
+    shadow_pass,
     slot,
     slot_forward,
     slot_set,
@@ -34,8 +36,23 @@ from esper.slots.isolation_monitor import IsolationMonitor
 
 STEP_PATH: dict[ModuleType, set[str] | None] = {
     slot: {"tick"},
+    living_slot: {
+        "learns_in_shadow",
+        "note_shadow_pass",
+        "check_shadow_gradient",
+        "_count_training_step",
+        "_has_gradient",
+    },
+    shadow_pass: None,
     slot_forward: None,
-    slot_set: {"tick", "_before_step", "clip_grad_norm_", "host_parameters", "_living_seeds"},
+    slot_set: {
+        "tick",
+        "shadow_pass",
+        "_before_step",
+        "clip_grad_norm_",
+        "host_parameters",
+        "_living_seeds",
+    },
     gradient_guard: None,
     gradient_health: {"before_step", "gradient_norm", "note_before_clipping"},
     gradient_projection: None,
@@ -55,7 +72,14 @@ STEP_PATH: dict[ModuleType, set[str] | None] = {
         "_phase",
     },
     optimizer_binding: {"_step_begins", "_step_ends", "_restore_learning_rates"},
-    modes: {"active", "unchanged", "unchanged_buffers", "forked_random_state"},
+    modes: {
+        "active",
+        "unchanged",
+        "unchanged_buffers",
+        "beside_the_step",
+        "forked_random_state",
+    },
+    objectives: None,
     operators: None,
     straight_through: None,
     schedule: None,
@@ -175,9 +199,12 @@ class Run:
         for _ in range(2):
             self.step()
 
+    def loss(self) -> Tensor:
+        return F.cross_entropy(self.model(self.host.inputs()), self.host.labels())
+
     def step(self) -> None:
-        output = self.model(self.host.inputs())
-        F.cross_entropy(output, self.host.labels()).backward()
+        self.slots.shadow_pass(self.loss)
+        self.loss().backward()
         self.slots.clip_grad_norm_(1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -207,6 +234,16 @@ def test_a_whole_step_reads_no_value_from_the_device(
     assert not WAITING_OPERATIONS.intersection(log.names)
 
 
+@pytest.mark.parametrize("objective", ["plain", "norm_cap", "correlation", "shadow"])
+def test_a_step_behind_the_host_reads_no_value_from_the_device(
+    host: Any, objective: str, grow: Any
+) -> None:
+    run = Run(host, SeedStage.TRAINING, grow, objective=objective)
+    with Log() as log:
+        run.step()
+    assert not WAITING_OPERATIONS.intersection(log.names)
+
+
 @pytest.mark.parametrize("operator", ["add", "multiply", "gate"])
 @pytest.mark.parametrize("stage", [SeedStage.TRAINING, SeedStage.BLENDING])
 def test_a_check_of_isolation_reads_no_value_from_the_device(
@@ -214,12 +251,8 @@ def test_a_check_of_isolation_reads_no_value_from_the_device(
 ) -> None:
     run = Run(host, stage, grow, blend_operator=operator)
     monitor = IsolationMonitor(run.slots)
-
-    def loss() -> Tensor:
-        return F.cross_entropy(run.model(host.inputs()), host.labels())
-
     with Log() as log:
-        monitor.check(loss, step=0)
+        monitor.check(run.loss, step=0)
     assert len(log.calls) > 100
     assert not WAITING_OPERATIONS.intersection(log.names)
     assert [reading.checks for reading in monitor.read()] == [1]

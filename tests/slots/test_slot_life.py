@@ -389,7 +389,7 @@ def test_a_committed_seed_that_raises_is_the_hosts_own_error(
 
 
 def test_live_insertion_enters_at_alpha_one_without_a_change(hosts: Any, grow: Grow) -> None:
-    b = Bench(hosts["tokens"], isolation=None)
+    b = Bench(hosts["tokens"], isolation=Isolation.NONE)
     slot, plain = b.slot, b.output()
     b.model.zero_grad()
     events = [*slot.germinate("mlp"), *slot.advance(), *slot.advance()]

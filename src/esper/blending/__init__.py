@@ -3,13 +3,14 @@
 Pure functions of tensors and numbers; slots wire them to modules.
 """
 
+from esper.blending.objectives import (
+    capped_gradient,
+    correlation_gradient,
+    proximal_gradient,
+)
 from esper.blending.operators import SampleGate, blend, operator_increment
 from esper.blending.schedule import AlphaController, AlphaState, curve_value
-from esper.blending.straight_through import (
-    DEFAULT_TRUST_FRACTION,
-    proximal_gradient,
-    straight_through,
-)
+from esper.blending.straight_through import DEFAULT_TRUST_FRACTION, straight_through
 
 __all__ = [
     "DEFAULT_TRUST_FRACTION",
@@ -17,6 +18,8 @@ __all__ = [
     "AlphaState",
     "SampleGate",
     "blend",
+    "capped_gradient",
+    "correlation_gradient",
     "curve_value",
     "operator_increment",
     "proximal_gradient",

@@ -21,9 +21,17 @@ class Isolation(StrEnum):
 class SeedObjective(StrEnum):
     """What a TRAINING seed minimises behind the host.
 
-    PROXIMAL adds a pull toward zero to the straight-through gradient; PLAIN does not, and is
-    measured to diverge on small hosts.
+    All but SHADOW cost no forward: they follow the gradient g of the host's loss at the slot's
+    output, which is the loss linearised at alpha 0. docs/objective.md derives and compares them.
     """
 
     PROXIMAL = "proximal"
+    """⟨g, u⟩ with a pull of the increment u toward zero."""
+    NORM_CAP = "norm_cap"
+    """⟨g, u⟩ on the ball of increments that are no larger than a fraction of the features."""
+    CORRELATION = "correlation"
+    """⟨g, u⟩ / ‖u‖: the direction only, the amplitude is left to the line search."""
     PLAIN = "plain"
+    """⟨g, u⟩, which has no minimum: measured to diverge."""
+    SHADOW = "shadow"
+    """The loss itself at full alpha, from one more forward and backward beside each step."""

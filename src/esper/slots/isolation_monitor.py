@@ -1,7 +1,7 @@
 """Proof at run time that no gradient of an isolated seed reaches the host."""
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from enum import Enum
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from esper.lifecycle.stages import SeedStage
 from esper.slots.gradient_projection import GradientProjections
-from esper.slots.modes import forked_random_state, unchanged_buffers
+from esper.slots.modes import beside_the_step
 from esper.slots.slot import SeedSlot
 from esper.slots.slot_forward import ForwardMode
 from esper.slots.slot_set import SlotSet
@@ -146,9 +146,9 @@ class IsolationMonitor:
         found = GradientProjections(parameters, number=self._checks)
         expected = GradientProjections(parameters, number=self._checks)
         try:
-            with self._beside_the_step(parameters):
+            with self._beside_the_step():
                 self._run(loss, found)
-            with self._beside_the_step(parameters), slot.sever():
+            with self._beside_the_step(), slot.sever():
                 self._run(loss, expected)
         except Exception as error:
             error.add_note(_WHERE_IT_RAISED)
@@ -173,16 +173,13 @@ class IsolationMonitor:
             projections.take(value)
 
     @contextmanager
-    def _beside_the_step(self, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
-        """Leave random streams and buffers as they were, and run compiled code eagerly."""
+    def _beside_the_step(self) -> Iterator[None]:
+        """Leave everything but gradients as it was, and run compiled code eagerly."""
         with ExitStack() as stack:
-            for device in {parameter.device for parameter in parameters.values()}:
-                stack.enter_context(forked_random_state(device))
-            stack.enter_context(unchanged_buffers(self._slots.model))
+            stack.enter_context(beside_the_step(self._slots.model))
             for slot in self._slots.values():
                 stack.enter_context(slot.unchanged_stream())
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-            stack.enter_context(torch.enable_grad())
             yield
 
     def _tolerance(self, slot: SeedSlot) -> float:
@@ -294,7 +291,8 @@ def _checkable(slot: SeedSlot) -> bool:
     if not slot.isolated or not slot.training or slot.fading:
         return False
     if slot.stage is SeedStage.TRAINING:
-        return slot.measurements.training_steps > 0
+        in_step = slot.mode is ForwardMode.STRAIGHT_THROUGH  # a shadow pass has no way to the host
+        return in_step and slot.measurements.training_steps > 0
     return slot.stage is SeedStage.BLENDING and slot.alpha > 0.0
 
 

@@ -10,7 +10,7 @@ from torch.utils.hooks import RemovableHandle
 
 from esper.blending.schedule import AlphaState
 from esper.lifecycle.actions import SlotState
-from esper.lifecycle.learning import Isolation
+from esper.lifecycle.learning import Isolation, SeedObjective
 from esper.lifecycle.stages import LIVING_STAGES, SeedStage
 from esper.seeds.registry import Family
 from esper.seeds.seed import Seed
@@ -24,6 +24,17 @@ from esper.slots.life import SeedLife
 from esper.slots.measurements import SeedMeasurements
 from esper.slots.slot_forward import ForwardMode, SlotForward
 from esper.slots.slot_owner import SlotOwner
+
+_WITHOUT_A_SHADOW = (
+    "{subject} learns in shadow, and no shadow pass was made in this step, so that it would never "
+    "train; call growth.shadow_pass(lambda: criterion(model(x), y)) before each forward with the "
+    "model in train mode (esper.Trainer does), or choose another SlotConfig(objective=…)"
+)
+_GRADIENT_GONE = (
+    "{subject} learns in shadow, and the gradients that its shadow pass left in .grad are gone "
+    "before the optimizer's step; call optimizer.zero_grad() before growth.shadow_pass(…), or "
+    "right after optimizer.step()"
+)
 
 _FORCEABLE = LIVING_STAGES - {SeedStage.GERMINATED}
 
@@ -58,6 +69,9 @@ class LivingSlot(SlotForward):
         self.register_buffer("nonfinite_gradients", count, persistent=False)
         self._owner: SlotOwner | None = owner
         self._guard: GradientGuard | None = None
+        self._shadow_passes = 0
+        """Since the last tick."""
+        self._shadow_gradient_came = False
         self._life = self._new_life(0)
 
     @property
@@ -94,10 +108,7 @@ class LivingSlot(SlotForward):
     @property
     def isolation(self) -> Isolation:
         """Up to which stage seeds here are isolated."""
-        if self.config.isolation is not None:
-            return self.config.isolation
-        has_tokens = self.family is Family.TRANSFORMER and len(self.layout.shape) > 2
-        return Isolation.NONE if has_tokens else Isolation.SHADOWING
+        return self.config.isolation
 
     @property
     def measurements(self) -> SeedMeasurements:
@@ -118,6 +129,25 @@ class LivingSlot(SlotForward):
     def in_forward_path(self) -> bool:
         """Whether the living seed takes part in the host's output."""
         return self.mode in (ForwardMode.BLENDED, ForwardMode.INLINED)
+
+    @property
+    def learns_in_shadow(self) -> bool:
+        """Whether the seed trains behind the host in passes beside the step."""
+        return self.stage is SeedStage.TRAINING and self.config.objective is SeedObjective.SHADOW
+
+    def note_shadow_pass(self) -> None:
+        """Count a pass, and whether it gave the seed a gradient."""
+        self._shadow_passes += 1
+        self._shadow_gradient_came |= self._has_gradient()
+
+    def check_shadow_gradient(self) -> None:
+        """Raise if what a shadow pass gave the seed is gone before the optimizer can use it.
+
+        Raises:
+            RuntimeError: It is.
+        """
+        if self.learns_in_shadow and self._shadow_gradient_came and not self._has_gradient():
+            raise RuntimeError(_GRADIENT_GONE.format(subject=self._life.subject))
 
     @property
     def guarded(self) -> bool:
@@ -210,7 +240,8 @@ class LivingSlot(SlotForward):
 
     def _follow_stage(self) -> None:
         stage = self.stage
-        if stage is SeedStage.TRAINING:
+        self._shadow_passes, self._shadow_gradient_came = 0, False
+        if stage is SeedStage.TRAINING and not self.learns_in_shadow:
             self.mode = ForwardMode.STRAIGHT_THROUGH
         elif stage in (SeedStage.BLENDING, SeedStage.SHADOWING):
             self.mode = ForwardMode.BLENDED
@@ -229,6 +260,18 @@ class LivingSlot(SlotForward):
         if self.frozen:
             # A step that does not run the seed must find no gradient of an earlier one.
             self._living_branch().zero_grad(set_to_none=True)
+
+    def _count_training_step(self) -> None:
+        life = self._life
+        if self.learns_in_shadow and self._shadow_passes == 0:
+            if life.steps_in_stage > 1:  # a seed may have begun after this step's forward
+                raise RuntimeError(_WITHOUT_A_SHADOW.format(subject=life.subject))
+            return
+        life.measurements.training_steps += 1
+        self._shadow_passes, self._shadow_gradient_came = 0, False
+
+    def _has_gradient(self) -> bool:
+        return any(p.grad is not None for p in self._living_branch().parameters())
 
     def _note_branches(self) -> None:
         branches = [branch for branch in self.branches if isinstance(branch, SeedBranch)]

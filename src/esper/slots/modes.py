@@ -1,7 +1,7 @@
 """Running a model for a measurement and leaving it as it was."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import nn
@@ -20,11 +20,18 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def unchanged_buffers(model: nn.Module) -> Iterator[None]:
-    """Give every buffer back its tensor and its values afterwards, also those that eval changes."""
+def unchanged_buffers(model: nn.Module, *, besides: nn.Module | None = None) -> Iterator[None]:
+    """Give every buffer back its tensor and its values afterwards, also those that eval changes.
+
+    Args:
+        model: Whose buffers, those of all modules in it.
+        besides: A part of the model whose buffers may change.
+    """
+    free = set() if besides is None else set(besides.modules())
     kept = [
         (module, name, buffer, buffer.clone())
         for module in model.modules()
+        if module not in free
         for name, buffer in module.named_buffers(recurse=False)
     ]
     try:
@@ -33,6 +40,22 @@ def unchanged_buffers(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for module, name, buffer, values in kept:
                 setattr(module, name, buffer.copy_(values))
+
+
+@contextmanager
+def beside_the_step(model: nn.Module, *, besides: nn.Module | None = None) -> Iterator[None]:
+    """Record gradients, and leave random streams and buffers as they were.
+
+    Args:
+        model: What will run inside.
+        besides: A part of it whose buffers may change.
+    """
+    with ExitStack() as stack:
+        for device in {parameter.device for parameter in model.parameters()}:
+            stack.enter_context(forked_random_state(device))
+        stack.enter_context(unchanged_buffers(model, besides=besides))
+        stack.enter_context(torch.enable_grad())
+        yield
 
 
 @contextmanager

@@ -440,7 +440,11 @@ class SeedSlot(LivingSlot):
     # Time
 
     def tick(self) -> list[Event]:
-        """Let one batch pass: count it, move alpha, finish a fade-out, prune a failed seed."""
+        """Let one batch pass: count it, move alpha, finish a fade-out, prune a failed seed.
+
+        Raises:
+            RuntimeError: The seed learns in shadow, and no pass was made since the last tick.
+        """
         life = self._life
         if life.stage not in LIVING_STAGES:
             return []
@@ -448,7 +452,7 @@ class SeedSlot(LivingSlot):
             return self._remove_failed(self._failure)
         life.steps_in_stage += 1
         if life.stage is SeedStage.TRAINING:
-            life.measurements.training_steps += 1
+            self._count_training_step()
         if self.mode is not ForwardMode.BLENDED:
             return []
         before = life.alpha.alpha

@@ -24,6 +24,8 @@ class ForwardMode(Enum):
     BLENDED = 2
     INLINED = 3
     """`h + u`, just as committed seeds run, so that a commit changes no graph."""
+    SHADOWED = 4
+    """`h + u` with h detached, beside the step only; see `cast_shadow`."""
 
 
 class SlotForward(nn.Module):
@@ -103,14 +105,24 @@ class SlotForward(nn.Module):
                         increment = self.measured_as(features, increment)
                     alpha = forced.to(features.dtype).reshape(-1, *(1,) * (features.ndim - 1))
                     features = blend(features, increment, alpha)
-            elif self.mode is ForwardMode.BLENDED:
-                source = features.detach() if self.isolated else features
-                read = call.detached() if self.isolated else call
-                increment = self._try(branch, features, source, read, severed=self.severed)
-                if increment is not None:
-                    features = blend(features, increment, self.blend_alpha)
-            elif self.mode is ForwardMode.STRAIGHT_THROUGH and self.training:
-                features = self._learn_behind(branch, features, call.detached())
+            else:
+                features = self._meet_living(branch, features, call)
+        return features
+
+    def _meet_living(self, branch: nn.Module, features: Tensor, call: CallArguments) -> Tensor:
+        if self.mode is ForwardMode.BLENDED:
+            source = features.detach() if self.isolated else features
+            read = call.detached() if self.isolated else call
+            increment = self._try(branch, features, source, read, severed=self.severed)
+            if increment is not None:
+                features = blend(features, increment, self.blend_alpha)
+        elif self.mode is ForwardMode.STRAIGHT_THROUGH and self.training:
+            features = self._learn_behind(branch, features, call.detached())
+        elif self.mode is ForwardMode.SHADOWED:
+            features = features.detach()
+            increment = self._increment_behind(branch, features, call.detached())
+            if increment is not None:
+                features = features + increment
         return features
 
     @contextmanager
@@ -120,17 +132,36 @@ class SlotForward(nn.Module):
         Effects: a seed behind the host does not run, as before it began to train, so a compiled
         host has the graph already; for a blended one it compiles one more.
         """
-        before = self.mode, self.active
-        behind = self.mode is ForwardMode.STRAIGHT_THROUGH
-        if behind:
-            self.mode, self.active = ForwardMode.PASS_THROUGH, self.num_inlined > 0
         self.severed = True
+        try:
+            with self.sit_out():
+                yield
+        finally:
+            self.severed = False
+
+    @contextmanager
+    def sit_out(self) -> Iterator[None]:
+        """Run the forward without a seed that trains behind the host; no value changes."""
+        if self.mode is ForwardMode.STRAIGHT_THROUGH:
+            with self._in_mode(ForwardMode.PASS_THROUGH, active=self.num_inlined > 0):
+                yield
+        else:
+            yield
+
+    @contextmanager
+    def cast_shadow(self) -> Iterator[None]:
+        """Run the forward as it would be at full alpha, with no gradient to what is upstream."""
+        with self._in_mode(ForwardMode.SHADOWED, active=True):
+            yield
+
+    @contextmanager
+    def _in_mode(self, mode: ForwardMode, *, active: bool) -> Iterator[None]:
+        before = self.mode, self.active
+        self.mode, self.active = mode, active
         try:
             yield
         finally:
-            self.severed = False
-            if behind:
-                self.mode, self.active = before
+            self.mode, self.active = before
 
     @contextmanager
     def unchanged_stream(self) -> Iterator[None]:
@@ -141,13 +172,16 @@ class SlotForward(nn.Module):
             with self._stream.unchanged():
                 yield
 
-    def _learn_behind(self, branch: nn.Module, features: Tensor, call: CallArguments) -> Tensor:
-        detached = features.detach()
+    def _increment_behind(
+        self, branch: nn.Module, detached: Tensor, call: CallArguments
+    ) -> Tensor | None:
         if self._stream is None or torch.compiler.is_compiling():
-            increment = self._try(branch, detached, detached, call)
-        else:
-            with self._stream.active(features.device):
-                increment = self._try(branch, detached, detached, call)
+            return self._try(branch, detached, detached, call)
+        with self._stream.active(detached.device):
+            return self._try(branch, detached, detached, call)
+
+    def _learn_behind(self, branch: nn.Module, features: Tensor, call: CallArguments) -> Tensor:
+        increment = self._increment_behind(branch, features.detach(), call)
         if increment is None:
             return features
         return straight_through(

@@ -2,7 +2,7 @@
 
 import difflib
 import weakref
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from esper.slots.gradient_health import GradientHealth, GradientReading
 from esper.slots.optimizer_binding import OptimizerBinding
 from esper.slots.ownership import HOST, OwnershipLedger
 from esper.slots.placement import SLOT_NAME, remove_slots
+from esper.slots.shadow_pass import teach_in_shadow
 from esper.slots.slot import SeedSlot
 
 _LEARNING_STAGES = frozenset({SeedStage.TRAINING, SeedStage.BLENDING, SeedStage.PROBATIONARY})
@@ -105,8 +106,28 @@ class SlotSet(Mapping[str, SeedSlot]):
             self.binding.release()
             self.binding = None
 
+    def shadow_pass(self, loss: Callable[[], Tensor]) -> None:
+        """Give each seed that learns in shadow the gradient of the loss at full alpha.
+
+        Does nothing unless a seed in TRAINING has the SHADOW objective. Call it before each forward
+        that the step's gradient comes from, after `optimizer.zero_grad()`, in train mode.
+
+        Args:
+            loss: Runs the model on the batch and returns the loss, scaled if it is scaled for the
+                backward: `lambda: criterion(model(x), y)`.
+
+        Effects: as `teach_in_shadow`, for one seed after the other.
+        """
+        for slot in self._slots.values():
+            if slot.learns_in_shadow and slot.training:
+                teach_in_shadow(slot, self.model, self._slots.values(), loss)
+
     def tick(self) -> list[Event]:
-        """Let one batch pass in every slot; call after each optimizer step."""
+        """Let one batch pass in every slot; call after each optimizer step.
+
+        Raises:
+            RuntimeError: A seed learns in shadow, and no pass was made since the last tick.
+        """
         return [event for slot in self._slots.values() for event in slot.tick()]
 
     def end_epoch(self) -> list[Event]:
@@ -169,6 +190,8 @@ class SlotSet(Mapping[str, SeedSlot]):
         )
 
     def _before_step(self) -> None:
+        for slot in self._slots.values():
+            slot.check_shadow_gradient()
         learning = {
             _owner_name(slot.path): list(slot.living.parameters())
             for slot in self._slots.values()

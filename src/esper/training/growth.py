@@ -114,11 +114,28 @@ class Growth:
             with self.meter.decision():
                 self.isolation_monitor.check(loss, step=self.step)
 
+    def shadow_pass(self, loss: Callable[[], Tensor]) -> None:
+        """Give each seed that learns in shadow the gradient of the loss at full alpha.
+
+        Needed with SlotConfig(objective="shadow"), else it does nothing. Call it before each
+        forward, with gradient accumulation each micro-batch's, after `optimizer.zero_grad()`. The
+        step is bitwise the same for the host with it and without.
+
+        Args:
+            loss: Computes the batch's loss as the step will: `lambda: criterion(model(x), y)`.
+
+        Effects: as `SlotSet.shadow_pass`.
+        """
+        self.slots.shadow_pass(loss)
+
     def after_step(self) -> None:
         """Let one optimizer step pass: alpha moves, ramps end, a failed seed is pruned.
 
         Call it once per optimizer step, with gradient accumulation after the last micro-batch.
         Never waits for the device.
+
+        Raises:
+            RuntimeError: A seed learns in shadow, and `shadow_pass` was not called for this step.
         """
         self.step += 1
         self._timer.step()

@@ -14,8 +14,9 @@ from esper.slots.modes import evaluation_mode
 from esper.slots.slot import SeedSlot
 from esper.training.held_out import Evaluate, VariantEvaluator, metrics_of
 
-AMPLITUDES = (0.25, 0.5, 1.0, 2.0, 4.0)
-"""What the line search tries; 0, the host alone, is always among them."""
+AMPLITUDES = (0.0625, 0.25, 0.5, 1.0, 2.0, 4.0, 16.0)
+"""What the line search tries; 0, the host alone, is always among them. Wide, since an objective
+knows the direction better than the size: benchmarks/seed_objective.py."""
 
 _WEIGHABLE = frozenset({SeedStage.BLENDING, SeedStage.SHADOWING, SeedStage.PROBATIONARY})
 

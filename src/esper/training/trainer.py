@@ -174,9 +174,11 @@ class Trainer:
         total: Tensor | None = None
         for number, (inputs, targets) in enumerate(group, start=1):
             forward = functools.partial(self._forward, inputs, targets, len(group))
+            scaled = functools.partial(self._scaled, forward)
             if number == len(group):
-                self._check_isolation(forward)
+                self.growth.check_isolation(scaled)
             with self.growth.meter.batch((inputs, targets)):
+                self.growth.shadow_pass(scaled)
                 loss = forward()
                 total = loss.detach() if total is None else total + loss.detach()
                 if number == len(group):
@@ -207,8 +209,9 @@ class Trainer:
         with self._autocast():
             return self._loss(call_model(self.model, inputs), targets) / num_batches
 
-    def _check_isolation(self, forward: Callable[[], Tensor]) -> None:
-        self.growth.check_isolation(lambda: self._scaler.scale(forward()))
+    def _scaled(self, forward: Callable[[], Tensor]) -> Tensor:
+        """Return the loss as the step's backward will see it."""
+        return self._scaler.scale(forward())
 
     def _reset_scaler(self) -> None:
         if self._scaler.is_enabled() and self.config.max_gradient_norm is not None:
