@@ -48,7 +48,11 @@ def main(steps: int) -> None:
         model,
         "transformer.h.*",
         example=example,
-        config=esper.SlotConfig(thresholds=GateThresholds(min_contribution_fraction=0.001)),
+        config=esper.SlotConfig(
+            thresholds=GateThresholds(
+                min_contribution_fraction=0.001, min_over_linear_fraction=None, standard_errors=1.0
+            )
+        ),
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     policy = esper.HeuristicPolicy(

@@ -19,6 +19,8 @@ LENIENT = GateThresholds(
     min_steps_at_target=2,
     max_loss_increase_fraction=1e12,
     min_contribution_fraction=-1e12,
+    max_linear_share=1.0,
+    min_over_linear_fraction=None,
     trial_epochs=1,
 )
 """These tests are of the machinery; whether a seed deserves to stay is tested elsewhere."""

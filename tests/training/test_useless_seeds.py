@@ -53,6 +53,13 @@ def test_it_is_the_linear_map_that_refuses_what_rescales() -> None:
         assert not run_planted("digits", "none", "rescale", seed=1, settings=[seeing])["committed"]
 
 
+def test_where_only_a_contribution_is_asked_for_it_refuses_noise() -> None:
+    asked = ["slot.thresholds.min_over_linear_fraction=none"]
+    assert not run_planted("decoder", "none", "noise", seed=0, settings=asked)["committed"]
+    blind = [*asked, "slot.thresholds.min_contribution_fraction=-9"]
+    assert run_planted("decoder", "none", "noise", seed=0, settings=blind)["committed"]
+
+
 def test_attention_that_a_decoder_lacks_is_committed() -> None:
     row = run_planted("decoder", "none", "useful", seed=0)
     assert [(slot, blueprint) for slot, blueprint, _ in row["committed"]] == [("mix", "block")]
