@@ -39,9 +39,10 @@ def run_esper(
 
 @pytest.fixture(scope="module")
 def grown(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A short run, made through a pipe, and what it printed."""
+    """A short run whose seeds train behind the host, made through a pipe; and what it printed."""
     cwd = tmp_path_factory.mktemp("grown")
-    output = esper("grow", "digits", *SHORT, "--control", "--out", "run", cwd=cwd)
+    behind = ("--set", "slot.isolation=shadowing")
+    output = esper("grow", "digits", *SHORT, *behind, "--control", "--out", "run", cwd=cwd)
     return cwd / "run", output
 
 
