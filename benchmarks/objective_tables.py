@@ -14,8 +14,8 @@ import esper
 from objective_hosts import OPTIMIZERS, HostCase
 from objective_runs import Result, Run, Start
 
-T_QUANTILES = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
-"""Two-sided 95 % of Student's distribution, by number of values."""
+T_QUANTILES = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 9: 2.31, 10: 2.26, 15: 2.14, 20: 2.09, 30: 2.05}
+"""Two-sided 95 % of Student's distribution, by number of values; between two, that of the lower."""
 
 BLOCK_STEPS = 20
 
@@ -64,7 +64,8 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     if count < 2:
         return values[0], 0.0
     error = statistics.stdev(values) / count**0.5
-    return statistics.mean(values), T_QUANTILES.get(count, 2.0) * error
+    quantile = T_QUANTILES[max(known for known in T_QUANTILES if known <= count)]
+    return statistics.mean(values), quantile * error
 
 
 def peak(run: Result, none: Sequence[Result]) -> float:

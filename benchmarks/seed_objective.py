@@ -20,7 +20,7 @@ the host alone, all arms in turn in one process. Finished runs are kept in a JSO
 that an interrupted benchmark goes on where it was.
 
     python benchmarks/seed_objective.py [--seeds 5] [--cache FILE] [--arms A …] [--hosts H …]
-        [--germination-step N] [--markdown] [--cost-steps 200] [--picture FILE]
+        [--germination-step N] [--markdown] [--cost-steps 100] [--picture FILE]
 """
 
 import argparse
@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("--hosts", nargs="*", default=list(HOSTS), choices=list(HOSTS))
     parser.add_argument("--germination-step", type=int, help="for every host")
     parser.add_argument("--markdown", action="store_true")
-    parser.add_argument("--cost-steps", type=int, default=200)
+    parser.add_argument("--cost-steps", type=int, default=100)
     parser.add_argument("--picture", type=Path, help="draw sizes behind the host over time")
     parser.add_argument(
         "--cache", type=Path, default=Path(tempfile.gettempdir()) / "esper-seed-objective.jsonl"
