@@ -101,6 +101,8 @@ def test_seeds_that_meet_every_gate_are_not_forced(bench: Callable[..., Bench]) 
     measured.gradient_ratio, measured.line_search_gain_fraction = 1.0, 0.1
     measured.loss_increase_fraction, measured.contribution_fraction = 0.0, 0.1
     measured.step_time_ratio, measured.trial_contributions = 1.0, [0.1, 0.1]
+    measured.linear_share, measured.over_linear_fraction = 0.5, 0.1
+    measured.trial_over_linear = [0.1, 0.1]
     events += [*slot.advance(), *slot.set_alpha_target(1.0, 10)]
     for _ in range(30):
         b.step()
