@@ -101,18 +101,18 @@ def test_batches_of_an_epoch_differ_and_follow_the_random_seed() -> None:
 @pytest.mark.parametrize("length", [CONTEXT_BYTES + 1, 5000, 3_000_000])
 def test_held_out_windows_share_no_byte_and_spread_over_the_split(length: int) -> None:
     data = torch.arange(length)
-    batches = held_out_windows(data)
+    batches = held_out_windows(data, 256)
     taken = torch.cat([torch.cat([inputs, targets[:, -1:]], dim=1) for inputs, targets in batches])
     assert len(taken.unique()) == taken.numel()
     assert taken.shape[0] == min(256, length // (CONTEXT_BYTES + 1))
     assert taken.max() > 0.9 * length - CONTEXT_BYTES - 1
-    again = held_out_windows(data)
+    again = held_out_windows(data, 256)
     assert all(torch.equal(one[0], two[0]) for one, two in zip(batches, again, strict=True))
 
 
 def test_held_out_text_of_less_than_a_window_is_refused() -> None:
     with pytest.raises(ValueError, match="at least 129 bytes"):
-        held_out_windows(torch.zeros(CONTEXT_BYTES, dtype=torch.uint8))
+        held_out_windows(torch.zeros(CONTEXT_BYTES, dtype=torch.uint8), 256)
 
 
 def test_fresh_host_needs_about_eight_bits_per_byte() -> None:

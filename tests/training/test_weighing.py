@@ -124,6 +124,24 @@ def test_a_seed_that_is_not_finite_is_imitated_by_nothing_and_passes_nothing() -
     assert slot.measurements.linear_share is None
 
 
+def test_a_linear_map_that_no_gate_asks_about_costs_no_evaluation() -> None:
+    problem, slot = grown("mlp", SeedStage.SHADOWING)
+    for asked, least in ((3, 0.02), (2, None)):
+        thresholds = slot.config.thresholds.model_copy(update={"min_over_linear_fraction": least})
+        slot.config = slot.config.model_copy(update={"thresholds": thresholds})
+        evaluations = 0
+
+        def evaluate() -> float:
+            nonlocal evaluations
+            evaluations += 1
+            return problem.held_out()["loss"]
+
+        event = weighed(problem, evaluate)
+        assert evaluations == asked
+        assert (event.linear_loss is None) == (least is None)
+        assert event.linear_share is not None
+
+
 def test_more_standard_errors_judge_a_saving_lower() -> None:
     judged = []
     for errors in (0.0, 1.0, 2.0):

@@ -151,7 +151,7 @@ class ContributionMeasured(_Event):
     """Of that mean; None where losses per sample are not known."""
     linear_loss: float | None = None
     """With the best linear map of the features in the seed's place; without it where nothing of
-    the host learns; None if the seed's increment was not finite."""
+    the host learns; None if the seed's increment was not finite, or no gate asks."""
     linear_share: float | None = None
     """Of the seed's increment, what that map explains."""
     over_linear_fraction: float | None = None

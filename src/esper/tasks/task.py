@@ -27,6 +27,8 @@ class TaskSetup:
     Attributes:
         targets: Where slots go.
         validation: What gates and policy judge by.
+        selection: What settings of finished runs are chosen by, where `validation` is only a part
+            of what there is, since every decision evaluates it; None takes `validation`.
         test: Touched by neither training nor growth; for the final figures only.
         notes: What a person should know of the data, as that a part of it was left out.
     """
@@ -38,6 +40,7 @@ class TaskSetup:
     loss: Callable[[Any, Any], Tensor]
     validation: HeldOut
     test: HeldOut
+    selection: HeldOut | None = None
     notes: Sequence[str] = ()
 
 

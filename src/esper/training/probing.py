@@ -87,9 +87,9 @@ def probe_seeds(
 
     A TRAINING seed that has trained long enough gets an amplitude line search. A seed at alpha 1
     gets its contribution, the loss without it against the loss with it; and the same against the
-    loss with the best linear map of the features in its place. The layers around a slot are linear
-    maps of the same features, so what such a map does, a rescaling say, is nothing that a host
-    lacks.
+    loss with the best linear map of the features in its place, where its gates ask for that. The
+    layers around a slot are linear maps of the same features, so what such a map does, a rescaling
+    say, is nothing that a host lacks.
 
     Args:
         model: The host with its slots.
@@ -109,7 +109,7 @@ def probe_seeds(
     imitations = {path: fit.solve() for path, fit in fits.items()}
     choices: dict[str, list[float | Imitated]] = {path: list(AMPLITUDES) for path in trained}
     for path in weighable:
-        imitation = imitations.get(path)
+        imitation = imitations.get(path) if _asks_over_linear(slots[path]) else None
         choices[path] = [0.0] if imitation is None else [0.0, Imitated(1.0, imitation)]
     variants: list[Variant] = [
         {**present, path: choice} for path, tried in choices.items() for choice in tried
@@ -135,6 +135,10 @@ def _searchable(slot: SeedSlot) -> bool:
 
 def _at_full_alpha(slot: SeedSlot) -> bool:
     return slot.stage in _WEIGHABLE and slot.alpha == 1.0 and not slot.fading
+
+
+def _asks_over_linear(slot: SeedSlot) -> bool:
+    return slot.config.thresholds.min_over_linear_fraction is not None
 
 
 def _note_contribution(

@@ -70,6 +70,7 @@ class RunResult(Record):
     """As `flops`, in wall time."""
     training_flops: float
     validation: dict[str, float]
+    """Of the task's `selection`, which learning rates are chosen by."""
     test: dict[str, float]
     committed: Topology
     num_germinated: int
@@ -199,7 +200,7 @@ def _result(request: RunRequest, run: GrowingRun, record: GrowthRecord, cost: Ru
         flops=spent.flops,
         seconds=spent.seconds,
         training_flops=cost.training.flops,
-        validation=_finite(run.setup.validation()),
+        validation=_finite((run.setup.selection or run.setup.validation)()),
         test=_finite(run.setup.test()),
         committed=record.topology(run.growth.slots),
         num_germinated=record.num_germinated,

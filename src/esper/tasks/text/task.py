@@ -15,7 +15,9 @@ from esper.slots.config import SlotConfig
 from esper.slots.modes import forked_random_state
 from esper.tasks.task import Task, TaskSetup
 from esper.tasks.text.data import (
+    DECISION_WINDOWS,
     EPOCH_BATCHES,
+    FINAL_WINDOWS,
     Splits,
     WindowBatches,
     held_out_windows,
@@ -65,23 +67,24 @@ def text_setup(
         torch.manual_seed(random_seed)
         model = TextHost(width=width)
 
-    def held_out(data: Tensor) -> HeldOut:
+    def held_out(data: Tensor, most: int) -> HeldOut:
         return HeldOut(
             model,
-            held_out_windows(data),
+            held_out_windows(data, most),
             loss=window_losses,
             metrics={"bits_per_byte": _window_bits},
         )
 
-    inputs, _ = held_out_windows(splits.validation)[0]
+    inputs, _ = held_out_windows(splits.validation, DECISION_WINDOWS)[0]
     return TaskSetup(
         model=model,
         targets=("blocks.*",),
         example=inputs[:2],
         batches=WindowBatches(splits.train, random_seed=random_seed, epoch_batches=epoch_batches),
         loss=mean_loss,
-        validation=held_out(splits.validation),
-        test=held_out(splits.test),
+        validation=held_out(splits.validation, DECISION_WINDOWS),
+        selection=held_out(splits.validation, FINAL_WINDOWS),
+        test=held_out(splits.test, FINAL_WINDOWS),
         notes=notes,
     )
 
