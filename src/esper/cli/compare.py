@@ -56,6 +56,18 @@ def compare(
     search_seeds: Annotated[
         int, typer.Option(min=1, help="Seeds that a learning rate is chosen on.")
     ] = 1,
+    equal_flops: Annotated[
+        bool,
+        typer.Option(
+            "--equal-flops/--no-equal-flops", help="Arms at the compute of the largest as well."
+        ),
+    ] = True,
+    sizes: Annotated[
+        bool, typer.Option("--sizes/--no-sizes", help="Every size in between from the start.")
+    ] = True,
+    random_times: Annotated[
+        bool, typer.Option("--random-times/--no-random-times", help="Growth at random times.")
+    ] = True,
     epochs: Annotated[int | None, typer.Option(min=1, help="Length of a run.")] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file of settings.")] = None,
     set_: Annotated[
@@ -82,6 +94,7 @@ def compare(
     else:
         options = {"policy": policy, "seeds": seeds, "first_seed": first_seed}
         options |= {"rates": rates, "search_seeds": search_seeds, "epochs": epochs}
+        options |= {"equal_flops": equal_flops, "sizes": sizes, "random_times": random_times}
         settings = _settings(only_task(task, None), config, set_ or [], options)
     console = Console()
     if dry_run:
@@ -134,6 +147,9 @@ def _settings(
             random_seeds=tuple(range(first, first + options["seeds"])),
             search_rates=options["rates"],
             search_seeds=options["search_seeds"],
+            equal_flops=options["equal_flops"],
+            intermediate_sizes=options["sizes"],
+            random_times=options["random_times"],
         )
     except ValidationError as error:
         raise typer.BadParameter("; ".join(issue["msg"] for issue in error.errors())) from error

@@ -93,7 +93,11 @@ def task_defaults(task: Task) -> dict[str, Any]:
         "learning_rate": task.learning_rate,
         "warmup_fraction": task.warmup_fraction,
         "threads": task.threads,
-        "trainer": {"epochs": task.epochs, "scheduler_interval": "step"},
+        "trainer": {
+            "epochs": task.epochs,
+            "scheduler_interval": "step",
+            "max_gradient_norm": task.max_gradient_norm,
+        },
         "slot": task.slot.model_dump(mode="json"),
         "heuristic": task.heuristic.model_dump(mode="json"),
         "depth_schedule": task.depth_schedule.model_dump(mode="json"),

@@ -53,6 +53,7 @@ class Task:
         metric: Name of the metric that people quote, among those of the held-out data.
         policy: The one that decides where none is named.
         warmup_fraction: Share of a run in which the learning rate rises.
+        max_gradient_norm: Gradients are clipped to it, the host's and each seed's; None clips none.
         threads: CPU threads that suit the host; None leaves torch's choice.
     """
 
@@ -67,4 +68,5 @@ class Task:
     depth_schedule: DepthScheduleConfig
     policy: str = HeuristicPolicy.name
     warmup_fraction: float = 0.0
+    max_gradient_norm: float | None = None
     threads: int | None = None

@@ -1,5 +1,6 @@
 """Growing a network on a data set of images or text."""
 
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -34,18 +35,11 @@ def collection_task(name: str) -> Task:
     features = open_source(address).splits["train"].features
     columns = choose_columns(features, address)
     if isinstance(columns, TextColumn):
-        return Task(
+        return replace(
+            TEXT,
             name=name,
             summary=f"The host of the text task on column {columns.text!r}",
             build=partial(_build_text, address, columns),
-            metric=TEXT.metric,
-            epochs=TEXT.epochs,
-            learning_rate=TEXT.learning_rate,
-            slot=TEXT.slot,
-            heuristic=TEXT.heuristic,
-            depth_schedule=TEXT.depth_schedule,
-            policy=TEXT.policy,
-            threads=TEXT.threads,
         )
     return Task(
         name=name,

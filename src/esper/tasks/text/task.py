@@ -40,7 +40,8 @@ def build(random_seed: int) -> TaskSetup:
 
 def build_large(random_seed: int) -> TaskSetup:
     """Return a host three times as wide, and the corpus in longer epochs."""
-    return text_setup(load_splits(), random_seed, width=_LARGE_WIDTH, epoch_batches=50)
+    epoch_batches = 2 * EPOCH_BATCHES
+    return text_setup(load_splits(), random_seed, width=_LARGE_WIDTH, epoch_batches=epoch_batches)
 
 
 def text_setup(
@@ -111,8 +112,9 @@ TEXT = Task(
     metric="bits_per_byte",
     epochs=56,
     policy="schedule",
-    learning_rate=4e-3,
+    learning_rate=2e-3,
     warmup_fraction=0.05,
+    max_gradient_norm=1.0,
     slot=SlotConfig(
         max_committed=2,
         thresholds=GateThresholds(
@@ -142,5 +144,5 @@ TEXT_LARGE = replace(
     summary="The same three times as wide: 1.0 million parameters that grow to 2.8",
     build=build_large,
     epochs=28,
-    learning_rate=2e-3,
+    learning_rate=1e-3,
 )

@@ -1,0 +1,67 @@
+"""`esper compare`: what it is told, and what it refuses before a run is made."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from esper.cli.app import app
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "300")
+
+
+def esper(*arguments: str, fails: bool = False) -> str:
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == (2 if fails else 0), result.output
+    return result.output
+
+
+def settings(*arguments: str) -> dict[str, object]:
+    """What a comparison would be made with."""
+    told: dict[str, object] = json.loads(esper("compare", *arguments, "--dry-run"))
+    return told
+
+
+def test_without_options_every_arm_takes_part_at_equal_steps_and_equal_flops() -> None:
+    told = settings("digits")
+    assert told["random_seeds"] == [0, 1, 2, 3, 4]
+    assert (told["search_rates"], told["search_seeds"]) == (3, 1)
+    assert told["equal_flops"] is told["intermediate_sizes"] is told["random_times"] is True
+    assert not any(Path().iterdir()), "a dry run leaves nothing"
+
+
+def test_options_say_which_arms_take_part_and_on_what() -> None:
+    arms = ("--no-equal-flops", "--no-sizes", "--no-random-times", "--policy", "schedule")
+    tried = ("--policy", "slope", "--seeds", "2", "--first-seed", "7", "--search-seeds", "2")
+    told = settings("text", *arms, *tried, "--rates", "1", "--epochs", "9", "--set", "threads=2")
+    assert told["random_seeds"] == [7, 8]
+    assert (told["search_rates"], told["search_seeds"]) == (1, 2)
+    assert told["equal_flops"] is told["intermediate_sizes"] is told["random_times"] is False
+    assert told["policies"] == ["slope"]
+    run = told["run"]
+    assert isinstance(run, dict)
+    assert (run["policy"], run["threads"], run["trainer"]["epochs"]) == ("schedule", 2, 9)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("digits", "--policy", "nonesuch"), "no policy 'nonesuch'; policies: "),
+        (("digits", "--policy", "none"), "which grows nothing"),
+        (("digits", "--policy", "random", "--policy", "random"), "compared anyway"),
+        (("digits", "--rates", "2"), "at least 3"),
+        (("digits", "--search-seeds", "6"), "there are 5 random seeds"),
+        (("digits", "--set", "trainer.epoch=3"), "did you mean 'trainer.epochs'"),
+        (("digits", "--quiet", "--json"), "exclude each other"),
+        (("--out", "nowhere"), "name a task to begin one there"),
+        (("nonesuch",), "nonesuch"),
+    ],
+)
+def test_what_makes_no_comparison_is_refused(arguments: tuple[str, ...], words: str) -> None:
+    assert words in " ".join(esper("compare", *arguments, "--dry-run", fails=True).split())
+    assert not any(Path().iterdir())
