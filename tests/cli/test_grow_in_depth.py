@@ -70,8 +70,8 @@ def test_settings_reach_the_policy() -> None:
 @pytest.mark.parametrize(
     ("setting", "decisions"),
     [
-        ("trainer.decision_interval_steps=5", 280),
-        ("trainer.decision_interval_steps=7", 200),
+        ("trainer.decision_interval_steps=5", 1120),
+        ("trainer.decision_interval_steps=7", 800),
         ("trainer.accumulation_steps=2", 56),
         ("threads=1", 56),
     ],

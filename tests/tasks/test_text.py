@@ -40,7 +40,7 @@ def test_every_file_is_in_one_split_as_a_whole() -> None:
 
 @pytest.mark.parametrize(
     ("path", "split"),
-    [("abc.py", "train"), ("shlex.py", "validation"), ("queue.py", "test"), ("string.py", "test")],
+    [("abc.py", "train"), ("ssl.py", "validation"), ("queue.py", "test"), ("string.py", "test")],
 )
 def test_split_of_a_file_is_the_same_in_every_process(path: str, split: str) -> None:
     assert split_of(path) == split

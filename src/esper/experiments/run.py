@@ -84,7 +84,10 @@ def prepare(
     slot = config.slot.model_copy(update={"random_seed": config.random_seed})
     slots = attach(setup.model, setup.targets, example=setup.example, config=slot)
     optimizer = torch.optim.AdamW(
-        setup.model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
+        setup.model.parameters(),
+        lr=config.learning_rate,
+        weight_decay=config.weight_decay,
+        fused=True,
     )
     epoch_steps = math.ceil(len(setup.batches) / config.trainer.accumulation_steps)
     total_steps = config.trainer.epochs * epoch_steps

@@ -45,7 +45,7 @@ class DepthScheduleConfig(Record):
     layer. The new blocks are shared evenly among events and slots."""
     fractions: Annotated[tuple[ShareOfRun, ...], Field(min_length=1)] = (0.25,)
     """Of the run, when it grows; one event each."""
-    max_drop_fraction: Annotated[FiniteFloat, Field(gt=0.0)] = 0.6
+    max_drop_fraction: Annotated[FiniteFloat, Field(gt=0.0)] = 0.35
     """By slope: it grows once the loss, falling on along its slope to the end of the run, would
     fall by no more than this share of itself; a larger share grows earlier."""
     earliest_fraction: ShareOfRun = 0.1

@@ -118,7 +118,10 @@ TEXT = Task(
     slot=SlotConfig(
         max_committed=2,
         thresholds=GateThresholds(
-            min_contribution_fraction=0.0005, min_over_linear_fraction=None, standard_errors=1.0
+            min_contribution_fraction=0.0005,
+            min_over_linear_fraction=None,
+            standard_errors=1.0,
+            trial_epochs=1,
         ),
     ),
     heuristic=HeuristicConfig(
