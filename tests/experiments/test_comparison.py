@@ -70,7 +70,7 @@ class World:
             steps=request.epochs,
             flops=flops,
             seconds=flops / 1e6,
-            training_flops=flops,
+            training_flops=flops * (0.9 if grows else 1.0),
             validation={"loss": loss, "accuracy": 0.5},
             test={"loss": loss, "accuracy": 0.5},
             committed=committed,
@@ -87,13 +87,13 @@ def config(seeds: int = 5, **settings: object) -> CompareConfig:
     return CompareConfig(run=run, random_seeds=tuple(range(seeds)), **settings)
 
 
-def played(world: World, settings: CompareConfig) -> Comparison:
-    """Return the comparison after every run that it asked for, one at a time."""
+def played(world: World, settings: CompareConfig, *, at_a_time: int = 1000) -> Comparison:
+    """Return the comparison after every run that it asked for."""
     comparison = Comparison(settings, [])
     while missing := comparison.missing():
-        results = [*comparison.results.values(), world.make(missing[0])]
-        assert len(results) < 400, "a comparison must come to an end"
-        comparison = Comparison(settings, results)
+        made = map(world.make, missing[:at_a_time])
+        comparison = Comparison(settings, [*comparison.results.values(), *made])
+        assert len(comparison.results) < 400, "a comparison must come to an end"
     return comparison
 
 
@@ -121,6 +121,44 @@ def test_arms_are_also_compared_at_equal_flops() -> None:
         assert runs[0].flops == pytest.approx(grown[seed].flops, rel=0.02)
 
 
+def test_probes_and_decisions_count_as_a_cost_of_growing() -> None:
+    grown = {summary.arm: summary for summary in summarise(played(World(), config()))}["grown"]
+    assert grown.flops_fraction == pytest.approx(0.8), "training alone is 0.72"
+
+
+def test_an_arm_that_is_ahead_is_shortened_until_it_is_not() -> None:
+    far_ahead = played(World(growth_bonus=0.5), config())
+    lengths = [[run.request.epochs for run in runs] for runs in far_ahead.runs("grown").values()]
+    assert lengths == [[41, 51, 64, 80, 100, 125]] * 5, "a loss of 0.5 takes 1000 times as long"
+    ahead = played(World(growth_bonus=0.03, noise=0.0), config())
+    lengths = [[run.request.epochs for run in runs] for runs in ahead.runs("grown").values()]
+    assert lengths == [[64, 80, 100, 125]] * 5, "2 ** (-0.03 / 0.05) is 0.66"
+
+
+def test_the_same_runs_are_made_in_whatever_order_they_end() -> None:
+    world, settings = World(growth_bonus=0.03), config(seeds=3)
+    together = played(world, settings)
+    for at_a_time in (1, 2):
+        assert (
+            played(world, settings, at_a_time=at_a_time).results.keys() == together.results.keys()
+        )
+
+
+def test_without_equal_budgets_it_is_not_decided_but_told_why() -> None:
+    comparison = played(World(growth_bonus=0.02), config(equal_flops=False))
+    assert at_equal_flops(comparison) is None
+    verdict = judge(comparison)
+    assert verdict.outcome is Outcome.UNDECIDED
+    assert any("as many FLOPs" in reason for reason in verdict.reasons)
+
+
+def test_nothing_is_concluded_while_runs_are_missing() -> None:
+    results = list(played(World(growth_bonus=0.05), config()).results.values())
+    verdict = judge(Comparison(config(), results[:-1]))
+    assert verdict.outcome is Outcome.UNDECIDED
+    assert list(verdict.reasons) == ["runs are missing yet"]
+
+
 def test_what_is_missing_does_not_depend_on_the_order_of_what_is_there() -> None:
     comparison = played(World(), config())
     results = list(comparison.results.values())
@@ -132,7 +170,26 @@ def test_what_is_missing_does_not_depend_on_the_order_of_what_is_there() -> None
 
 
 def test_static_networks_wait_until_it_is_known_what_grew() -> None:
-    assert {request.arm for request in Comparison(config(), []).missing()} == {"host", "grown"}
+    missing = Comparison(config(), []).missing()
+    assert {request.arm for request in missing} == {"host", "grown"}
+    assert missing[0].arm == "grown", "others wait for it"
+    comparison = played(World(), config())
+    partly = [
+        result
+        for result in comparison.results.values()
+        if result.request.arm == "grown" and result.request.random_seed < 4
+    ]
+    assert {r.arm for r in Comparison(config(), partly).missing()} == {"host", "grown"}
+
+
+def test_learning_rates_are_searched_on_the_first_seeds_alone() -> None:
+    for count in (1, 2):
+        comparison = played(World(), config(search_seeds=count, equal_flops=False))
+        for arm in comparison.arms:
+            tried = dict.fromkeys(range(5), 0)
+            for result in comparison.results.values():
+                tried[result.request.random_seed] += result.request.arm == arm
+            assert tried == {seed: 3 if seed < count else 1 for seed in range(5)}, arm
 
 
 def test_growth_that_pays_is_found_to_pay() -> None:

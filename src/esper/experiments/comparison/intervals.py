@@ -4,6 +4,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 CONFIDENCE = 0.95
 _GRID = 400
@@ -47,6 +48,7 @@ def mean_interval(values: Sequence[float]) -> Interval:
     return Interval(mean=mean, low=mean - reach, high=mean + reach)
 
 
+@cache
 def student_quantile(degrees: int, probability: float = 0.5 + CONFIDENCE / 2) -> float:
     """Return the quantile of Student's t distribution.
 

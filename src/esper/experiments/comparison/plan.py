@@ -156,19 +156,21 @@ class Comparison:
         equal = {
             seed: self._epochs_for(results, reference[seed].flops) for seed, results in runs.items()
         }
-        if any(length not in _lengths(runs[seed]) for seed, length in equal.items()):
+        lengths = {seed: _by_length(results) for seed, results in runs.items()}
+        if arm == STATIC or not _all_there(lengths, equal):
             return equal
-        if arm == STATIC:
-            return {}
-        shortest = {seed: results[0] for seed, results in runs.items()}
-        ahead = statistics.mean(
-            result.test["loss"] - reference[seed].test["loss"] for seed, result in shortest.items()
-        )
-        if ahead >= 0.0:
-            return {}
-        shorter = {seed: round(_SHORTER * r.request.epochs) for seed, r in shortest.items()}
-        floor = _SHORTEST_FRACTION * self.epochs
-        return shorter if min(shorter.values()) >= max(floor, 1.0) else {}
+        floor = max(_SHORTEST_FRACTION * self.epochs, 1.0)
+        shortest = {seed: min(self.epochs, length) for seed, length in equal.items()}
+        while _all_there(lengths, shortest):  # all seeds at one budget before any at the next
+            ahead = statistics.mean(
+                lengths[seed][length].test["loss"] - reference[seed].test["loss"]
+                for seed, length in shortest.items()
+            )
+            shorter = {seed: round(_SHORTER * length) for seed, length in shortest.items()}
+            if ahead >= 0.0 or min(shorter.values()) < floor:
+                return {}
+            shortest = shorter
+        return shortest
 
     def _epochs_for(self, results: Sequence[RunResult], flops: float) -> int:
         """Return how many epochs cost so much, from what the run of equal steps cost."""
@@ -229,5 +231,9 @@ class Comparison:
         return self.at_equal_steps(arm).keys() >= set(self.config.random_seeds)
 
 
-def _lengths(results: Sequence[RunResult]) -> set[int]:
-    return {result.request.epochs for result in results}
+def _by_length(results: Sequence[RunResult]) -> dict[int, RunResult]:
+    return {result.request.epochs: result for result in results}
+
+
+def _all_there(lengths: Mapping[int, Mapping[int, RunResult]], epochs: Mapping[int, int]) -> bool:
+    return all(length in lengths[seed] for seed, length in epochs.items())

@@ -252,10 +252,17 @@ def judge(comparison: Comparison) -> Verdict:
             f"{num_seeds} seeds are too few for a claim, which takes {MIN_SEEDS_FOR_A_CLAIM}",
             *reasons,
         )
-    return Verdict(outcome=_outcome(to_host, to_static, equal), reasons=reasons)
+    return Verdict(outcome=conclude(to_host, to_static, equal), reasons=reasons)
 
 
-def _outcome(to_host: Interval, to_static: Crossing, equal: EqualFlops | None) -> Outcome:
+def conclude(to_host: Interval, to_static: Crossing, equal: EqualFlops | None) -> Outcome:
+    """Return what the figures of a finished comparison say.
+
+    Args:
+        to_host: The grown network's loss minus the host's in as many steps.
+        to_static: Where the grown network reaches the static network's loss.
+        equal: Beside networks of the same compute; None where none of them can be compared.
+    """
     same_steps = None if equal is None else equal.same_steps
     if _costs_more(to_static) or to_host.above_zero:
         return Outcome.DOES_NOT_PAY
@@ -308,7 +315,7 @@ def _bound(value: float | None, is_open: bool, sign: str) -> str:
 
 def _tell_equal(equal: EqualFlops | None) -> list[str]:
     if equal is None:
-        return []
+        return ["no network that never grew was trained with as many FLOPs, in more steps or fewer"]
     told = []
     if equal.same_steps is not None:
         told.append(

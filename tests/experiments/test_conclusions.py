@@ -1,0 +1,58 @@
+"""What a comparison concludes from each combination of figures."""
+
+import pytest
+
+from esper.experiments.comparison import Outcome
+from esper.experiments.comparison.intervals import Crossing, Interval
+from esper.experiments.comparison.summary import EqualFlops, conclude
+
+BETTER = Interval(mean=-0.1, low=-0.15, high=-0.05)
+SEEMS_BETTER = Interval(mean=-0.1, low=-0.25, high=0.05)
+SEEMS_WORSE = Interval(mean=0.1, low=-0.05, high=0.25)
+WORSE = Interval(mean=0.1, low=0.05, high=0.15)
+UNKNOWN = Interval(mean=-0.1, low=None, high=None)
+
+
+def reached(low: float | None, high: float | None, **of_curve: bool) -> Crossing:
+    sides = {"above": False, "below": False, "low_open": False, "high_open": False, **of_curve}
+    return Crossing(ratio=None, low=low, high=high, first=0.5, last=1.1, **sides)
+
+
+CHEAPER = reached(0.7, 0.9)
+NOT_TOLD_APART = reached(0.8, 1.2)
+DEARER = reached(1.1, 1.3)
+
+
+def equal(same_steps: Interval | None, any_steps: Interval) -> EqualFlops:
+    return EqualFlops(same_steps=same_steps, rival="host", any_steps=any_steps)
+
+
+@pytest.mark.parametrize(
+    ("to_host", "to_static", "at_equal_flops", "outcome"),
+    [
+        (BETTER, CHEAPER, equal(BETTER, BETTER), Outcome.PAYS),
+        (BETTER, CHEAPER, equal(SEEMS_BETTER, SEEMS_BETTER), Outcome.PAYS),
+        # A smaller network does as well with the same compute, if only in more steps.
+        (BETTER, CHEAPER, equal(BETTER, WORSE), Outcome.PAYS_PER_STEP),
+        (BETTER, CHEAPER, equal(BETTER, SEEMS_WORSE), Outcome.UNDECIDED),
+        # Each condition by itself.
+        (SEEMS_BETTER, CHEAPER, equal(BETTER, BETTER), Outcome.UNDECIDED),
+        (SEEMS_WORSE, CHEAPER, equal(BETTER, BETTER), Outcome.UNDECIDED),
+        (WORSE, CHEAPER, equal(BETTER, BETTER), Outcome.DOES_NOT_PAY),
+        (UNKNOWN, CHEAPER, equal(BETTER, BETTER), Outcome.UNDECIDED),
+        (BETTER, NOT_TOLD_APART, equal(BETTER, BETTER), Outcome.UNDECIDED),
+        (BETTER, DEARER, equal(BETTER, BETTER), Outcome.DOES_NOT_PAY),
+        (BETTER, CHEAPER, equal(SEEMS_WORSE, BETTER), Outcome.UNDECIDED),
+        (BETTER, CHEAPER, equal(WORSE, BETTER), Outcome.DOES_NOT_PAY),
+        (BETTER, CHEAPER, equal(None, BETTER), Outcome.UNDECIDED),
+        (BETTER, CHEAPER, None, Outcome.UNDECIDED),
+        # Curves that lie on one side of the static network's loss all along.
+        (BETTER, reached(None, None, below=True), equal(BETTER, BETTER), Outcome.PAYS),
+        (BETTER, reached(None, None, above=True), equal(BETTER, BETTER), Outcome.DOES_NOT_PAY),
+        (BETTER, reached(None, None), equal(BETTER, BETTER), Outcome.UNDECIDED),
+    ],
+)
+def test_conclusion(
+    to_host: Interval, to_static: Crossing, at_equal_flops: EqualFlops | None, outcome: Outcome
+) -> None:
+    assert conclude(to_host, to_static, at_equal_flops) is outcome
