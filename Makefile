@@ -53,7 +53,6 @@ picture: $(VENV)/.runtime
 	$(BIN)/esper grow digits --out $$(mktemp -d)/digits --picture docs/grown_run.png --quiet
 
 benchmarks: $(VENV)/.runtime
-	$(BIN)/python benchmarks/digits_growth.py
 	$(BIN)/python benchmarks/slot_overhead.py
 	$(BIN)/python benchmarks/slot_overhead.py --compile
 	$(BIN)/python benchmarks/isolation_monitor.py

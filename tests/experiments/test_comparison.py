@@ -156,7 +156,7 @@ def test_nothing_is_concluded_while_runs_are_missing() -> None:
     results = list(played(World(growth_bonus=0.05), config()).results.values())
     verdict = judge(Comparison(config(), results[:-1]))
     assert verdict.outcome is Outcome.UNDECIDED
-    assert list(verdict.reasons) == ["runs are missing yet"]
+    assert list(verdict.reasons) == ["about 1 runs are missing yet"]
 
 
 def test_what_is_missing_does_not_depend_on_the_order_of_what_is_there() -> None:

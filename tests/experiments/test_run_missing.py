@@ -156,6 +156,13 @@ def test_a_killed_comparison_leaves_no_process_and_goes_on_where_it_was(tmp_path
     assert [line["kind"] for line in lines].count("run") == 4 - len(kept)
     assert lines[-1]["outcome"] == "growth does not pay here" or "too few" in str(lines[-1])
     assert (folder / "compare.png").exists()
+    inspected = subprocess.run(
+        [sys.executable, "-m", "esper", "inspect", str(folder), "--json"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert json.loads(inspected.stdout) == json.loads((folder / "summary.json").read_text())
     for name, written in kept.items():
         assert (folder / "runs" / name).stat().st_mtime_ns == written
 

@@ -8,8 +8,17 @@ from rich.console import Console
 from rich.markup import escape
 from rich.text import Text
 
+from esper.cli.compare_views import print_comparison, summary_record
 from esper.cli.tables import print_seeds
 from esper.cli.views import STAGE_STYLES
+from esper.experiments.comparison import (
+    ComparisonFolderError,
+    draw_comparison,
+    holds_comparison,
+    judge,
+    read_comparison,
+    summarise,
+)
 from esper.lifecycle.events import EventSchemaError
 from esper.lifecycle.stages import GROWTH_PATH
 from esper.report.picture import draw_run
@@ -18,15 +27,25 @@ from esper.telemetry.run_store import RunFolderError, RunReader
 
 
 def inspect(
-    run: Annotated[Path, typer.Argument(help="Run folder, as esper grow prints it.")],
+    run: Annotated[
+        Path, typer.Argument(help="Folder of a run or a comparison, as grow and compare print it.")
+    ],
     picture: Annotated[
-        Path | None, typer.Option(help="Write a PNG of the run (needs esper-lite[report]).")
+        Path | None, typer.Option(help="Write a PNG of it (needs esper-lite[report]).")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print every event as JSON.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print every event, or the table, as JSON.")
+    ] = False,
 ) -> None:
-    """Tell what grew in RUN, when, and why: every gate decision with what it measured."""
+    """Tell what grew in RUN, when, and why: every gate decision with what it measured.
+
+    Of a comparison, finished or not: the table and the verdict.
+    """
     console = Console()
     try:
+        if holds_comparison(run):
+            _inspect_comparison(console, run, picture, as_json=as_json)
+            return
         reader = RunReader(run)
         records = reader.events()
         if as_json:
@@ -42,8 +61,22 @@ def inspect(
         if picture is not None:
             draw_run(reader, story, picture)
             console.print(f"\npicture  {picture}", highlight=False, soft_wrap=True)
-    except (RunFolderError, EventSchemaError, OSError) as error:
+    except (RunFolderError, ComparisonFolderError, EventSchemaError, OSError) as error:
         raise typer.BadParameter(str(error)) from error
+
+
+def _inspect_comparison(
+    console: Console, folder: Path, picture: Path | None, *, as_json: bool
+) -> None:
+    comparison = read_comparison(folder)
+    if as_json:
+        console.print_json(data=summary_record(comparison), indent=None)
+        return
+    print_comparison(console, comparison)
+    if picture is not None:
+        task = comparison.config.run.task
+        draw_comparison(task, summarise(comparison), judge(comparison), picture)
+        console.print(f"\npicture  {picture}", highlight=False, soft_wrap=True)
 
 
 def _print_head(console: Console, reader: RunReader, story: RunStory) -> None:

@@ -1,7 +1,12 @@
 """Whether growth pays: a grown network against every network that never grew."""
 
 from esper.experiments.comparison.config import MIN_SEEDS_FOR_A_CLAIM, CompareConfig
-from esper.experiments.comparison.folder import ComparisonFolder, ComparisonFolderError
+from esper.experiments.comparison.folder import (
+    ComparisonFolder,
+    ComparisonFolderError,
+    holds_comparison,
+    read_comparison,
+)
 from esper.experiments.comparison.picture import draw_comparison
 from esper.experiments.comparison.plan import Comparison
 from esper.experiments.comparison.runs import RunRequest, RunResult
@@ -30,7 +35,9 @@ __all__ = [
     "WorkerDiedError",
     "at_equal_flops",
     "draw_comparison",
+    "holds_comparison",
     "judge",
+    "read_comparison",
     "run_missing",
     "summarise",
 ]

@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from esper.experiments.comparison.config import CompareConfig
+from esper.experiments.comparison.plan import Comparison
 from esper.experiments.comparison.runs import RunResult
 from esper.telemetry.environment import describe_environment
 
@@ -74,15 +75,7 @@ class ComparisonFolder:
         Raises:
             ComparisonFolderError: A file is damaged.
         """
-        results = []
-        for file in sorted((self.path / RESULTS_FOLDER).glob("*.json")):
-            try:
-                results.append(RunResult.model_validate_json(file.read_bytes()))
-            except ValidationError as error:
-                raise ComparisonFolderError(
-                    f"{file} is damaged; delete it, and the run is made again: {error}"
-                ) from error
-        return results
+        return _results_in(self.path)
 
     def summarise(self, summary: Mapping[str, Any]) -> None:
         """Write the figures of the table as JSON."""
@@ -115,6 +108,32 @@ class ComparisonFolder:
                 f"{self.path} was begun with torch {begun_with}, this is {torch_now}; figures of "
                 "both would not compare, choose another folder"
             )
+
+
+def holds_comparison(path: Path) -> bool:
+    """Whether a comparison was begun in a folder."""
+    return (path / CONFIG_FILE).is_file()
+
+
+def read_comparison(path: Path) -> Comparison:
+    """Return the comparison in a folder as far as it has come, whatever machine made it.
+
+    Raises:
+        ComparisonFolderError: There is none, a file is damaged, or of another version.
+    """
+    return Comparison(ComparisonFolder.config_of(path), _results_in(path))
+
+
+def _results_in(path: Path) -> list[RunResult]:
+    results = []
+    for file in sorted((path / RESULTS_FOLDER).glob("*.json")):
+        try:
+            results.append(RunResult.model_validate_json(file.read_bytes()))
+        except ValidationError as error:
+            raise ComparisonFolderError(
+                f"{file} is damaged; delete it, and the run is made again: {error}"
+            ) from error
+    return results
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

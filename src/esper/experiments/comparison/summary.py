@@ -228,7 +228,7 @@ def judge(comparison: Comparison) -> Verdict:
     summaries = {summary.arm: summary for summary in summarise(comparison)}
     grown = summaries.get(GROWN)
     if comparison.missing() or grown is None:
-        return _undecided("runs are missing yet")
+        return _undecided(f"about {len(comparison.ahead())} runs are missing yet")
     num_seeds = len(comparison.config.random_seeds)
     if STATIC not in summaries:
         return Verdict(
