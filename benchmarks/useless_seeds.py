@@ -47,6 +47,7 @@ USEFUL = {"digits": "conv_heavy", "teacher": "mlp", "decoder": "block"}
 LIVE_EPOCHS = 12
 """A live seed is committed or refused sooner."""
 CELLS = (
+    ("digits, own gates", "none", USELESS),
     ("digits, own gates", "shadowing", USELESS),
     ("digits", "shadowing", ("random_output",)),
     ("digits", "none", USELESS),

@@ -6,11 +6,12 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from esper.experiments import load_run_config
+from esper.experiments import load_run_config, prepare
 from esper.experiments.comparison import (
     CompareConfig,
     ComparisonFolder,
@@ -20,8 +21,9 @@ from esper.experiments.comparison import (
     RunResult,
     run_missing,
 )
-from esper.experiments.comparison.runs import execute
+from esper.experiments.comparison.runs import GrowthRecord, execute, result_of
 from esper.tasks.digits import DIGITS
+from esper.training.run_cost import Cost, RunCost
 
 QUICK = (
     *("slot.ramp_steps=5", "slot.thresholds.min_steps_at_target=1"),
@@ -76,6 +78,43 @@ def test_seeds_grown_at_random_times_are_those_that_the_default_grew() -> None:
     )
     assert 0 < randomly.num_germinated <= len(grown.committed)
     assert randomly.flops > randomly.training_flops, "probes cost"
+
+
+def test_what_a_request_asks_for_is_what_is_run() -> None:
+    settings = config(epochs=1)
+    first = RunRequest(arm="host", random_seed=0, learning_rate=0.01, epochs=1)
+    requests = [
+        first,
+        first.model_copy(update={"random_seed": 1}),
+        first.model_copy(update={"learning_rate": 0.02}),
+        first.model_copy(update={"epochs": 2}),
+    ]
+    losses = {execute(request, settings.run).test["loss"] for request in requests}
+    assert len(losses) == 4
+    assert execute(first, settings.run).test["loss"] in losses
+
+
+@pytest.mark.parametrize(
+    ("policy", "flops"),
+    [("none", 1), ("schedule", 1 + 100), ("heuristic", 1 + 100 + 10)],
+)
+def test_an_evaluation_is_a_cost_of_growing_where_the_policy_decides_by_it(
+    policy: str, flops: int
+) -> None:
+    """The heuristic looks at the held-out loss, the schedule at the clock."""
+    request = RunRequest(arm="arm", random_seed=0, learning_rate=0.1, epochs=9, policy=policy)
+    run_config = config(epochs=9).run.model_copy(update={"policy": policy})
+    run = prepare(run_config, run_id=policy)
+    run.setup = replace(run.setup, selection=lambda: {"loss": 7.0})
+    cost = RunCost(
+        training=Cost(flops=1, seconds=1.0),
+        evaluation=Cost(flops=10, seconds=10.0),
+        decision=Cost(flops=100, seconds=100.0),
+    )
+    result = result_of(request, run, GrowthRecord(), cost)
+    assert (result.flops, result.seconds, result.training_flops) == (flops, flops, 1)
+    assert result.validation["loss"] == 7.0, "rates are chosen by all there is"
+    assert result.test["loss"] != 7.0
 
 
 def test_every_run_is_kept_once_and_progress_is_told(tmp_path: Path) -> None:

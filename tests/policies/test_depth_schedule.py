@@ -259,3 +259,25 @@ def test_a_run_of_unknown_length_is_refused():
 def test_settings_that_contradict_each_other_are_refused(settings: dict[str, Any], message: str):
     with pytest.raises(ValidationError, match=message):
         DepthScheduleConfig(**settings)
+
+
+# What it wants weighed
+
+
+@pytest.mark.parametrize(
+    ("epoch", "expected"),
+    [
+        (9, ["behind"]),
+        (10, ["live", "behind"]),  # an event calls the verdict
+        (11, ["behind"]),
+        (27, ["behind"]),
+        (28, ["live", "behind"]),  # the last call, at 0.7 of the run
+        (39, ["live", "behind"]),
+    ],
+)
+def test_live_seeds_are_weighed_for_a_verdict_only(epoch: int, expected: list[str]) -> None:
+    slots = (learning("live"), slot("behind", SeedStage.BLENDING, alpha=1.0))
+    schedule = policy(factor=2)
+    for past in range(1, epoch):
+        schedule.decide(state(slot("live"), slot("behind"), epoch=past))
+    assert list(schedule.weighs(state(*slots, epoch=epoch))) == expected

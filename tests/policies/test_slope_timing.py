@@ -81,3 +81,9 @@ def test_the_policy_by_slope_has_a_name_and_reads_no_held_out_loss() -> None:
     policy = slope_policy(DepthScheduleConfig())
     assert policy.name == "slope"
     assert not policy.reads_losses
+
+
+def test_the_slope_is_that_of_the_later_half() -> None:
+    losses = power_law(0.3)[:40]
+    losses[:20] = [100.0 * loss for loss in losses[:20]]
+    assert power_law_exponent(losses) == pytest.approx(0.3)

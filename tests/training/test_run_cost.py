@@ -96,3 +96,15 @@ def test_seconds_are_kept_apart() -> None:
     assert meter.cost.training.seconds == 1.0 + 2.0 + 8.0
     assert meter.cost.decision.seconds == 3.0 + 1.0
     assert meter.cost.evaluation.seconds == 4.0
+
+
+def test_a_batch_of_another_size_is_counted_by_its_own() -> None:
+    model = nn.Sequential(nn.Linear(2, 2))
+    slots = esper.attach(model, ["0"], example=torch.zeros(1, 2))
+    meter = CostMeter(slots, count_flops=True)
+    for rows in (8, 8, 3):
+        inputs = torch.randn(rows, 2)
+        with meter.batch((inputs,)):
+            model(inputs).sum().backward()
+    forward_and_weight_gradient = 2 * (2 * 2 * 2)
+    assert meter.cost.training.flops == (8 + 8 + 3) * forward_and_weight_gradient

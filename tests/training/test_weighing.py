@@ -142,6 +142,16 @@ def test_a_linear_map_that_no_gate_asks_about_costs_no_evaluation() -> None:
         assert event.linear_share is not None
 
 
+def test_the_standard_error_is_that_of_the_mean_over_samples() -> None:
+    problem, slot = grown("mlp", SeedStage.SHADOWING)
+    event = weighed(problem)
+    on, off = problem.held_out.variant_losses(
+        {"embed": slot}, [{"embed": alpha} for alpha in (1.0, 0.0)]
+    )
+    expected = (off - on).std() / math.sqrt(len(on)) / off.mean()
+    assert event.standard_error_fraction == pytest.approx(float(expected), rel=1e-4)
+
+
 def test_more_standard_errors_judge_a_saving_lower() -> None:
     judged = []
     for errors in (0.0, 1.0, 2.0):

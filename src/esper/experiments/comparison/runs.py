@@ -128,7 +128,7 @@ def execute(request: RunRequest, config: RunConfig) -> RunResult:
     for report in run.reports:
         cost = report.cost
     assert cost is not None
-    return _result(request, run, record, cost)
+    return result_of(request, run, record, cost)
 
 
 def _configured(request: RunRequest, config: RunConfig) -> RunConfig:
@@ -184,7 +184,10 @@ def _grow_at_once(slots: SlotSet, grown: GrownSeed) -> None:
         slot.advance(force=True)
 
 
-def _result(request: RunRequest, run: GrowingRun, record: GrowthRecord, cost: RunCost) -> RunResult:
+def result_of(
+    request: RunRequest, run: GrowingRun, record: GrowthRecord, cost: RunCost
+) -> RunResult:
+    """Return what came out of a run that has come to its end."""
     spent = cost.training
     if request.grows:
         spent += cost.decision
