@@ -239,6 +239,14 @@ def test_whatever_the_state_the_heuristic_asks_only_for_what_is_legal(
 # The others
 
 
+def test_seeds_are_weighed_where_their_next_gate_may_ask_for_it():
+    stages = list(SeedStage)
+    seen = state(*(slot(stage.name, stage) for stage in stages))
+    expected = [stage.name for stage in stages if stage is not SeedStage.BLENDING]
+    for policy in (HeuristicPolicy(), RandomPolicy()):
+        assert list(policy.weighs(seen)) == expected
+
+
 @given(data=st.data(), random_seed=st.integers(0, 2**32))
 def test_the_random_policy_takes_one_legal_action_and_the_same_one_for_the_same_seed(
     growth_states: st.SearchStrategy[GrowthState], data: st.DataObject, random_seed: int

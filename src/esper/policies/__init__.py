@@ -5,7 +5,7 @@ from esper.policies.heuristic import HeuristicConfig, HeuristicPolicy
 from esper.policies.named import POLICY_NAMES, named_policy
 from esper.policies.random import RandomPolicy
 from esper.policies.schedule import SchedulePolicy
-from esper.policies.tending import tend
+from esper.policies.tending import asked_to_be_weighed, tend
 from esper.policies.timing import FractionTiming, GrowthTiming, SlopeTiming
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "RandomPolicy",
     "SchedulePolicy",
     "SlopeTiming",
+    "asked_to_be_weighed",
     "named_policy",
     "slope_policy",
     "tend",

@@ -16,7 +16,7 @@ from esper.lifecycle.actions import (
 )
 from esper.lifecycle.record import Record
 from esper.lifecycle.stages import LIVING_STAGES
-from esper.policies.tending import tend
+from esper.policies.tending import asked_to_be_weighed, tend
 
 Count = Annotated[int, Field(ge=0)]
 Fraction = Annotated[FiniteFloat, Field(ge=0.0, le=1.0)]
@@ -56,6 +56,7 @@ class HeuristicPolicy:
     """
 
     name = "heuristic"
+    reads_losses = True
 
     def __init__(self, config: HeuristicConfig | None = None) -> None:
         self.config = config or HeuristicConfig()
@@ -64,6 +65,10 @@ class HeuristicPolicy:
         self._committed: Counter[str] = Counter()
         self._last_committed: dict[str, int] = {}
         self._living: dict[str, str] = {}
+
+    def weighs(self, state: GrowthState) -> Sequence[str]:
+        """Return every slot whose next gate may ask."""
+        return asked_to_be_weighed(state)
 
     def decide(self, state: GrowthState) -> Sequence[Action]:
         """Return advances, prunes and commits for what lives, then at most one germination.

@@ -17,6 +17,7 @@ from esper.lifecycle.actions import (
     legal_actions,
 )
 from esper.lifecycle.alpha import AlphaCurve
+from esper.policies.tending import asked_to_be_weighed
 
 _TARGETS = (0.5, 1.0)
 _RAMP_STEPS = (10, 50, 100)
@@ -37,8 +38,8 @@ class RandomPolicy:
         self._random = random.Random(random_seed)
 
     def weighs(self, state: GrowthState) -> Sequence[str]:
-        """Return every slot: any gate may be tried."""
-        return [slot.path for slot in state.slots]
+        """Return every slot whose next gate may ask."""
+        return asked_to_be_weighed(state)
 
     def decide(self, state: GrowthState) -> Sequence[Action]:
         """Return one legal action."""

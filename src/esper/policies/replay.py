@@ -9,7 +9,7 @@ from esper.lifecycle.actions import (
     Operation,
     legal_operations,
 )
-from esper.policies.tending import tend
+from esper.policies.tending import asked_to_be_weighed, tend
 
 
 class ReplayPolicy:
@@ -36,8 +36,8 @@ class ReplayPolicy:
         self._fade_steps = fade_steps
 
     def weighs(self, state: GrowthState) -> Sequence[str]:
-        """Return every slot: any gate may be tried."""
-        return [slot.path for slot in state.slots]
+        """Return every slot whose next gate may ask."""
+        return asked_to_be_weighed(state)
 
     def decide(self, state: GrowthState) -> Sequence[Action]:
         """Return what tends the growing seeds, then the germinations that are due."""

@@ -6,13 +6,14 @@ from esper.lifecycle.actions import (
     Action,
     Advance,
     Commit,
+    GrowthState,
     Operation,
     Prune,
     SlotState,
     legal_operations,
 )
 from esper.lifecycle.alpha import AlphaMode
-from esper.lifecycle.stages import LIVING_STAGES
+from esper.lifecycle.stages import LIVING_STAGES, SeedStage
 
 
 def tend(slot: SlotState, *, patience_epochs: int, fade_steps: int) -> Sequence[Action]:
@@ -32,3 +33,12 @@ def tend(slot: SlotState, *, patience_epochs: int, fade_steps: int) -> Sequence[
     if Operation.COMMIT in legal:
         return [Commit(slot=slot.path)]
     return [Advance(slot=slot.path)] if Operation.ADVANCE in legal else []
+
+
+def asked_to_be_weighed(state: GrowthState) -> Sequence[str]:
+    """Return the slots whose next gate may ask what their seed saves.
+
+    All but those whose seed is blending: G3, which it comes to next, asks for none of that. For a
+    policy that tries one gate at a time.
+    """
+    return [slot.path for slot in state.slots if slot.stage is not SeedStage.BLENDING]
