@@ -13,14 +13,17 @@ WORSE = Interval(mean=0.1, low=0.05, high=0.15)
 UNKNOWN = Interval(mean=-0.1, low=None, high=None)
 
 
-def reached(low: float | None, high: float | None, **of_curve: bool) -> Crossing:
+def reached(
+    low: float | None, high: float | None, ratio: float | None = None, **of_curve: bool
+) -> Crossing:
     sides = {"above": False, "below": False, "low_open": False, "high_open": False, **of_curve}
-    return Crossing(ratio=None, low=low, high=high, first=0.5, last=1.1, **sides)
+    return Crossing(ratio=ratio, low=low, high=high, first=0.5, last=1.1, **sides)
 
 
-CHEAPER = reached(0.7, 0.9)
-NOT_TOLD_APART = reached(0.8, 1.2)
-DEARER = reached(1.1, 1.3)
+CHEAPER = reached(0.7, 0.9, 0.8)
+NOT_TOLD_APART = reached(0.8, 1.2, 0.95)
+SEEMS_DEARER = reached(0.8, 1.2, 1.05)
+DEARER = reached(1.1, 1.3, 1.2)
 
 
 def equal(same_steps: Interval | None, any_steps: Interval) -> EqualFlops:
@@ -46,6 +49,11 @@ def equal(same_steps: Interval | None, any_steps: Interval) -> EqualFlops:
         (BETTER, CHEAPER, equal(WORSE, BETTER), Outcome.DOES_NOT_PAY),
         (BETTER, CHEAPER, equal(None, BETTER), Outcome.UNDECIDED),
         (BETTER, CHEAPER, None, Outcome.UNDECIDED),
+        # A network that never grew is better with the same compute, and growth seems no cheaper.
+        (BETTER, SEEMS_DEARER, equal(None, WORSE), Outcome.DOES_NOT_PAY),
+        (BETTER, SEEMS_DEARER, equal(None, SEEMS_WORSE), Outcome.UNDECIDED),
+        (BETTER, NOT_TOLD_APART, equal(None, WORSE), Outcome.UNDECIDED),
+        (BETTER, reached(0.8, 1.2, above=True), equal(None, WORSE), Outcome.DOES_NOT_PAY),
         # Curves that lie on one side of the static network's loss all along.
         (BETTER, reached(None, None, below=True), equal(BETTER, BETTER), Outcome.PAYS),
         (BETTER, reached(None, None, above=True), equal(BETTER, BETTER), Outcome.DOES_NOT_PAY),

@@ -268,6 +268,8 @@ def conclude(to_host: Interval, to_static: Crossing, equal: EqualFlops | None) -
         return Outcome.DOES_NOT_PAY
     if same_steps is not None and same_steps.above_zero:
         return Outcome.DOES_NOT_PAY
+    if equal is not None and equal.any_steps.above_zero and _seems_to_cost_more(to_static):
+        return Outcome.DOES_NOT_PAY
     if equal is None or same_steps is None or same_steps.mean > 0.0:
         return Outcome.UNDECIDED
     if not (to_host.below_zero and _costs_less(to_static)):
@@ -293,6 +295,11 @@ def _costs_more(found: Crossing) -> bool:
     if found.low is None:
         return found.above
     return found.low > 1.0
+
+
+def _seems_to_cost_more(found: Crossing) -> bool:
+    """Whether the mean curve meets the loss beyond the static network's cost, if at all."""
+    return found.above or (found.ratio is not None and found.ratio >= 1.0)
 
 
 def _tell_cost(found: Crossing) -> str:
