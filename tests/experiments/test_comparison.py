@@ -257,6 +257,9 @@ def test_networks_that_grew_differently_are_compared_with_their_own_size() -> No
     assert {seed: len(run.request.topology) for seed, run in static.items()} == sizes
     assert comparison.at_equal_steps("static 1").keys() == {1, 3, 4}
     assert comparison.at_equal_steps("static 2").keys() == {1, 4}
+    labels = [summary.label(5) for summary in summarise(comparison)]
+    assert "static 2 (2 of 5 seeds)" in labels
+    assert "static" in labels
 
 
 def test_a_better_rate_than_the_configured_one_is_used() -> None:

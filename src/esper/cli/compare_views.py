@@ -197,14 +197,14 @@ def _table(comparison: Comparison, summaries: list[ArmSummary], *, wide: bool) -
             "FLOPs to match": reached(summary.flops_to_static),
             "time to match": reached(summary.seconds_to_static),
         }
-        table.add_row(summary.arm, *(values[str(c.header)] for c in table.columns[1:]))
+        label = summary.label(len(comparison.config.random_seeds))
+        table.add_row(label, *(values[str(c.header)] for c in table.columns[1:]))
     return table
 
 
 def _notes(comparison: Comparison, summaries: list[ArmSummary]) -> list[str]:
-    seeds = {summary.num_seeds for summary in summaries}
     notes = [
-        f"mean ± half of the 95 % interval over {'/'.join(map(str, sorted(seeds)))} seeds, at "
+        f"mean ± half of the 95 % interval over {len(comparison.config.random_seeds)} seeds, at "
         f"equal steps ({comparison.epochs} epochs); static: the grown size from the start; static "
         "1, 2 …: with the first so many of its seeds",
         "FLOPs: as a share of static's, growing arms with pruned seeds, probes and decisions; to "

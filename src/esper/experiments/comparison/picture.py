@@ -40,10 +40,12 @@ def draw_comparison(
     axis = figure.subplots()
     others = iter(_OTHERS * len(summaries))
     static = [s for s in summaries if s.arm == HOST or s.arm.startswith(STATIC)]
-    _join(axis, static)
+    most = max(summary.num_seeds for summary in summaries)
+    _join(axis, [summary for summary in static if summary.num_seeds == most])
     for summary in summaries:
         known = {GROWN: _GROWN} | dict.fromkeys((s.arm for s in static), _STATIC)
-        _draw_arm(axis, summary, known.get(summary.arm) or next(others))
+        colour = known.get(summary.arm) or next(others)
+        _draw_arm(axis, summary, colour, label=summary.label(most))
     _fit(axis, summaries)
     axis.set_xscale("log")
     axis.xaxis.set_minor_formatter("{x:.2g}")
@@ -72,7 +74,7 @@ def _fit(axis: Any, summaries: Sequence[ArmSummary]) -> None:
     axis.set_ylim(min(losses) - 0.35 * reach, max(losses) + 0.35 * reach)
 
 
-def _draw_arm(axis: Any, summary: ArmSummary, colour: str) -> None:
+def _draw_arm(axis: Any, summary: ArmSummary, colour: str, *, label: str) -> None:
     loss, difference = summary.test_loss, summary.difference
     reach = 0.0 if difference is None else difference.half_width or 0.0
     axis.errorbar(
@@ -94,7 +96,7 @@ def _draw_arm(axis: Any, summary: ArmSummary, colour: str) -> None:
         )
     if colour == _STATIC:
         axis.annotate(
-            summary.arm,
+            label,
             (summary.flops, loss.mean),
             xytext=(6, 6),
             textcoords="offset points",

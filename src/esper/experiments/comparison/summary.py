@@ -58,6 +58,12 @@ class ArmSummary:
     mean_germinated: float
     mean_pruned: float
 
+    def label(self, of_seeds: int) -> str:
+        """Return the arm's name, with its number of random seeds where there are more of others."""
+        if self.num_seeds == of_seeds:
+            return self.arm
+        return f"{self.arm} ({self.num_seeds} of {of_seeds} seeds)"
+
 
 class Outcome(StrEnum):
     """What a comparison says."""
