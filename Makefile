@@ -52,7 +52,11 @@ unit: $(VENV)/.dev
 picture: $(VENV)/.runtime
 	$(BIN)/esper grow digits --out $$(mktemp -d)/digits --picture docs/grown_run.png --quiet
 
+# What takes hours comes from the runs that are kept; what is a ratio of times is measured anew.
 benchmarks: $(VENV)/.runtime
+	for folder in benchmarks/results/compare-*; do $(BIN)/esper inspect $$folder || exit 1; done
+	$(BIN)/python benchmarks/useless_seeds.py --cache benchmarks/results/useless_seeds.jsonl
+	$(BIN)/python benchmarks/seed_objective.py --cache benchmarks/results/seed_objective.jsonl
 	$(BIN)/python benchmarks/slot_overhead.py
 	$(BIN)/python benchmarks/slot_overhead.py --compile
 	$(BIN)/python benchmarks/isolation_monitor.py
