@@ -12,6 +12,7 @@ import pytest
 import safetensors.torch
 
 from esper.experiments.config import known_keys
+from esper.lifecycle.events import RunFinished, TwinFinished
 from esper.telemetry import WEIGHTS_FILE, RunReader
 
 SHORT = ("--epochs", "7", "--seed", "1")
@@ -61,6 +62,20 @@ def test_grow_in_a_pipe_prints_lines_and_ends_with_tables_and_the_folder(
     assert "run folder  run" in lines
     assert "\x1b" not in output
     assert folder.is_dir()
+
+
+def test_an_audit_tells_whether_growth_paid_beside_a_twin_that_never_grew(tmp_path: Path) -> None:
+    output = esper("grow", "digits", *SHORT, "--audit", "--out", "run", cwd=tmp_path)
+    events = [record.event for record in RunReader(tmp_path / "run").events()]
+    finished, twin = events[-2:]
+    assert isinstance(finished, RunFinished)
+    assert isinstance(twin, TwinFinished)
+    loss, other = finished.metrics["loss"], twin.metrics["loss"]
+    verdict = "growth paid" if loss < other else "growth did not pay"
+    words = f"{verdict} in this run: test loss {loss:.4f}, its twin's {other:.4f}"
+    assert words in output
+    assert f"the same run up to step {twin.shared_steps}" in output
+    assert words in esper("inspect", "run", cwd=tmp_path)
 
 
 def test_run_folder_holds_config_environment_events_and_weights(grown: tuple[Path, str]) -> None:
@@ -178,6 +193,8 @@ def test_dry_run_prints_a_config_that_can_be_read_back_and_trains_nothing(tmp_pa
         (("digits", "--set", "slot.thresholds.max_step_time_ratio=nan"), "finite"),
         (("digits", "--config", "missing.toml"), "cannot be read"),
         (("digits", "--quiet", "--json"), "exclude each other"),
+        (("digits", "--policy", "none", "--audit"), "the policy never grows"),
+        (("digits", "--set", "count_flops=false", "--audit"), "leave out count_flops=false"),
     ],
 )
 def test_bad_input_is_named_with_a_remedy_and_leaves_no_folder(

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import sys
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,11 +12,12 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from esper.cli.tables import networks_table, print_seeds
+from esper.cli.tables import networks_table, print_seeds, print_twin
 from esper.cli.views import JsonView, LinesView, LiveView, QuietView, RunView
+from esper.experiments.audit import ForkPoint, Twin, prepare_twin
 from esper.experiments.config import RunConfig, SettingsError, load_run_config
-from esper.experiments.run import build_setup, prepare, stored_run
-from esper.policies.named import POLICY_NAMES
+from esper.experiments.run import GrowingRun, build_setup, prepare, stored_run
+from esper.policies.named import NEVER, POLICY_NAMES
 from esper.report.picture import draw_run
 from esper.report.story import RunStory, tell
 from esper.tasks.collection.address import SCHEMES, SETTINGS_HELP
@@ -23,9 +25,15 @@ from esper.tasks.named import TASKS
 from esper.tasks.own import OWN_SCHEME
 from esper.tasks.task import TaskDataError
 from esper.telemetry.run_store import RunFolderError, RunReader
+from esper.training.run_cost import RunCost
 
 _KNOWN_TASKS = (*TASKS, *SCHEMES, OWN_SCHEME)
 _MAX_TASK_CHARACTERS = 80
+
+_Network = tuple[int, dict[str, float]]
+"""Its parameters, and how it did on the test split."""
+_Beside = Callable[[str], RunView]
+"""Announces a run beside the grown one, and returns its view."""
 
 
 def grow(
@@ -59,6 +67,13 @@ def grow(
     control: Annotated[
         bool, typer.Option("--control", help="Also train the same host without growth.")
     ] = False,
+    audit: Annotated[
+        bool,
+        typer.Option(
+            "--audit",
+            help="Also train its twin, never grown, with as many operations: did growth pay?",
+        ),
+    ] = False,
     picture: Annotated[
         Path | None, typer.Option(help=r"Write a PNG of the run (needs esper-lite\[report]).")
     ] = None,
@@ -79,27 +94,42 @@ def grow(
         settings = load_run_config(name, config, set_ or [], options)
     except SettingsError as error:
         raise typer.BadParameter(str(error)) from error
-    if settings.policy not in POLICY_NAMES:
-        raise typer.BadParameter(
-            f"no policy {settings.policy!r}; policies: {', '.join(POLICY_NAMES)}"
-        )
+    _check(settings, audit=audit)
     console = Console()
     if dry_run:
         console.out(settings.model_dump_json(indent=2), highlight=False)
         return
     folder = out or Path("runs") / folder_name(settings.task, datetime.now(UTC))
     view = _view(console, settings, quiet=quiet, as_json=as_json)
-    networks = {"grown": _train_grown(settings, folder, view)}
-    if control:
+
+    def beside(words: str) -> RunView:
+        """Announce a run beside the grown one, and return its view."""
         if not (quiet or as_json):
-            console.print("the same host without growth, for comparison")
-        control_view = _view(console, settings, quiet=quiet or as_json, as_json=False)
+            console.print(words, highlight=False)
+        return _view(console, settings, quiet=quiet or as_json, as_json=False)
+
+    networks = _train_grown(settings, folder, view, beside if audit else None)
+    if control:
+        control_view = beside("the same host without growth, for comparison")
         networks = {"host alone": _train_control(settings, control_view), **networks}
     reader = RunReader(folder)
     story = tell(reader.events())
     if picture is not None:
         draw_run(reader, story, picture)
     _conclude(console, folder, story, networks, quiet=quiet, as_json=as_json)
+
+
+def _check(settings: RunConfig, *, audit: bool) -> None:
+    if settings.policy not in POLICY_NAMES:
+        raise typer.BadParameter(
+            f"no policy {settings.policy!r}; policies: {', '.join(POLICY_NAMES)}"
+        )
+    if audit and settings.policy == NEVER:
+        raise typer.BadParameter("--audit asks whether growth paid, and the policy never grows")
+    if audit and not settings.count_flops:
+        raise typer.BadParameter(
+            "--audit gives the twin as many operations; leave out count_flops=false"
+        )
 
 
 def only_task(argument: str | None, option: str | None) -> str:
@@ -131,38 +161,68 @@ def _view(console: Console, settings: RunConfig, *, quiet: bool, as_json: bool) 
     return LinesView(console)
 
 
-def _train_grown(settings: RunConfig, folder: Path, view: RunView) -> tuple[int, dict[str, float]]:
-    """Train and grow into a run folder; what data, folder or host refuse is a bad parameter."""
+def _train_grown(
+    settings: RunConfig, folder: Path, view: RunView, beside: _Beside | None
+) -> dict[str, _Network]:
+    """Train and grow into a run folder, and the twin too if there is to be one.
+
+    What data, folder or host refuse is a bad parameter.
+    """
     try:
         setup = build_setup(settings)
     except (TaskDataError, ModuleNotFoundError) as error:
         raise typer.BadParameter(str(error)) from error
     try:
-        with stored_run(settings, folder, setup, [view]) as run, view:
-            for note in setup.notes:
-                view.note(note)
-            for report in run.reports:
-                view.epoch(report, run.growth.slots)
-            metrics = run.finish()
-            return run.param_count(), metrics
+        with stored_run(settings, folder, setup, [view]) as run:
+            fork = None if beside is None else ForkPoint(run.growth)
+            with view:
+                for note in setup.notes:
+                    view.note(note)
+                cost = _train(run, view)
+            networks = {"grown": (run.param_count(), run.finish())}
+            if beside is not None and fork is not None and fork.step is not None:
+                twin = prepare_twin(settings, run, cost, fork)
+                networks = {"its twin": _train_twin(twin, run, beside), **networks}
+            return networks
     except (RunFolderError, SettingsError) as error:
         raise typer.BadParameter(str(error)) from error
 
 
-def _train_control(settings: RunConfig, view: RunView) -> tuple[int, dict[str, float]]:
+def _train_control(settings: RunConfig, view: RunView) -> _Network:
     """Train the same host with the same data and steps, without growth."""
-    run = prepare(settings.model_copy(update={"policy": "none"}), run_id="control")
+    run = prepare(settings.model_copy(update={"policy": NEVER}), run_id="control")
     with view:
-        for report in run.reports:
-            view.epoch(report, run.growth.slots)
+        _train(run, view)
     return run.param_count(), run.finish()
+
+
+def _train_twin(twin: Twin, grown: GrowingRun, beside: _Beside) -> _Network:
+    """Train a host that never grows for as many operations as growth took."""
+    view = beside(
+        "its twin for comparison: never grown, as many operations "
+        f"(epochs: {twin.config.trainer.epochs}), the same run up to step {twin.shared_steps}"
+    )
+    with view:
+        cost = _train(twin.run, view)
+    finished = twin.finish(cost, grown)
+    return finished.param_count, finished.metrics
+
+
+def _train(run: GrowingRun, view: RunView) -> RunCost:
+    """Train a run to its end, and return what it has cost."""
+    cost = None
+    for report in run.reports:
+        cost = report.cost
+        view.epoch(report, run.growth.slots)
+    assert cost is not None
+    return cost
 
 
 def _conclude(
     console: Console,
     folder: Path,
     story: RunStory,
-    networks: dict[str, tuple[int, dict[str, float]]],
+    networks: Mapping[str, _Network],
     *,
     quiet: bool,
     as_json: bool,
@@ -196,6 +256,9 @@ def _conclude(
     print_seeds(console, story)
     console.print()
     console.print(networks_table(networks))
+    if story.finished is not None and story.twin is not None:
+        console.print()
+        print_twin(console, story.finished, story.twin)
     console.print()
     console.print("run folder  ", end="")
     console.print(str(folder), style="bold", highlight=False, soft_wrap=True)

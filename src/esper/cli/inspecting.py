@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.text import Text
 
 from esper.cli.compare_views import print_comparison, summary_record
-from esper.cli.tables import print_seeds
+from esper.cli.tables import print_seeds, print_twin
 from esper.cli.views import STAGE_STYLES
 from esper.experiments.comparison import (
     ComparisonFolderError,
@@ -58,6 +58,9 @@ def inspect(
             _print_life(console, seed)
         console.print()
         print_seeds(console, story)
+        if story.finished is not None and story.twin is not None:
+            console.print()
+            print_twin(console, story.finished, story.twin)
         if picture is not None:
             draw_run(reader, story, picture)
             console.print(f"\npicture  {picture}", highlight=False, soft_wrap=True)

@@ -7,6 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from esper.cli.views import WIDE_COLUMNS, percent
+from esper.lifecycle.events import RunFinished, TwinFinished
 from esper.report.story import RunStory, SeedStory
 
 _OUTCOME_STYLES = {"committed": "green", "pruned": "red", "still growing": "yellow"}
@@ -61,6 +62,24 @@ def networks_table(rows: Mapping[str, tuple[int, Mapping[str, float]]]) -> Table
         cells = [f"{values[metric]:.4f}" if metric in values else "" for metric in metrics]
         table.add_row(name, f"{params:,}", *cells)
     return table
+
+
+def print_twin(console: Console, grown: RunFinished, twin: TwinFinished) -> None:
+    """Print whether the run ended better than its twin, and what that can tell."""
+    loss, other = grown.metrics["loss"], twin.metrics["loss"]
+    verdict = Text("growth paid in this run" if loss < other else "growth did not pay in this run")
+    verdict.stylize("green" if loss < other else "red")
+    verdict.append(f": test loss {loss:.4f}, its twin's {other:.4f}", style="not bold")
+    if other > 0.0:
+        verdict.append(f" ({percent((loss - other) / other)})")
+    console.print(verdict)
+    console.print(
+        f"the twin never grew, the same run up to step {twin.shared_steps:,}, and had "
+        f"{twin.epochs} epochs for {twin.flops_fraction:.2f} of the run's operations; one random "
+        "seed is no proof, and other sizes were not tried: esper compare does both",
+        style="dim",
+        highlight=False,
+    )
 
 
 def _span(seed: SeedStory) -> str:

@@ -22,8 +22,9 @@ from esper.telemetry.environment import describe_environment
 from esper.telemetry.run_store import WEIGHTS_FILE, RunStore
 from esper.telemetry.sink import Sink
 from esper.training.growth import Growth
-from esper.training.policy import Policy
+from esper.training.policy import FrugalPolicy, Policy
 from esper.training.precision import matmul_settings, set_matmul_precision
+from esper.training.run_cost import Cost, RunCost
 from esper.training.trainer import EpochReport, Trainer
 
 
@@ -35,14 +36,30 @@ class GrowingRun:
     growth: Growth
     reports: Iterator[EpochReport]
     run_id: str
+    weights_file: Path | None = None
+    """Where `finish` keeps the weights; None keeps none."""
 
     def param_count(self) -> int:
         """Return the parameters of the network as it is now."""
         return sum(parameter.numel() for parameter in self.setup.model.parameters())
 
+    def spent(self, cost: RunCost) -> Cost:
+        """Return what a run had to spend: training, and what growth took to decide.
+
+        A plain evaluation counts where the policy decides by its loss, and nowhere else: watching
+        is not growth's.
+        """
+        spent = cost.training + cost.decision
+        policy = self.growth.policy
+        if isinstance(policy, FrugalPolicy) and not policy.reads_losses:
+            return spent
+        return spent + cost.evaluation
+
     def finish(self) -> dict[str, float]:
-        """Evaluate on the test split and publish the end of the run."""
+        """Evaluate on the test split, keep the weights in the run folder, publish the end."""
         metrics = self.setup.test()
+        if self.weights_file is not None:
+            safetensors.torch.save_model(self.setup.model, str(self.weights_file))
         self.growth.publish([RunFinished(metrics=metrics, param_count=self.param_count())])
         return metrics
 
@@ -125,7 +142,7 @@ def prepare(
 def stored_run(
     config: RunConfig, folder: Path, setup: TaskSetup, sinks: Sequence[Sink] = ()
 ) -> Iterator[GrowingRun]:
-    """Open a run folder, and close it with weights and a status however the run ends.
+    """Open a run folder, and close it with a status however the run ends.
 
     Args:
         config: Of the run.
@@ -150,8 +167,8 @@ def stored_run(
     store = RunStore(folder, config=config.model_dump(mode="json"), environment=environment)
     try:
         run = prepare(config, run_id=folder.name, sinks=[store, *sinks], setup=setup)
+        run.weights_file = folder / WEIGHTS_FILE
         yield run
-        safetensors.torch.save_model(run.setup.model, str(folder / WEIGHTS_FILE))
         store.set_status("finished")
     except KeyboardInterrupt:
         store.set_status("interrupted")

@@ -50,6 +50,19 @@ class RunFinished(_Event):
     param_count: int
 
 
+class TwinFinished(_Event):
+    """The twin of a finished run, which never grew, came to its end with as many operations."""
+
+    type: Literal["twin_finished"] = "twin_finished"
+    metrics: dict[str, float]
+    param_count: int
+    epochs: int
+    shared_steps: int
+    """For how many steps both are the same run."""
+    flops_fraction: float
+    """Operations of the twin, as a share of the run's."""
+
+
 class StageChanged(_Event):
     """A slot's seed moved to another stage."""
 
@@ -309,6 +322,7 @@ class CachesSwept(_Event):
 Event = Annotated[
     RunStarted
     | RunFinished
+    | TwinFinished
     | StageChanged
     | GateEvaluated
     | SeedGerminated

@@ -14,15 +14,18 @@ from esper.policies.random import RandomPolicy
 from esper.policies.schedule import SchedulePolicy
 from esper.training.policy import Policy
 
+NEVER = "none"
+"""The policy that never grows anything."""
+
 _MAKERS: Mapping[str, Callable[[int], Policy]] = {
     "heuristic": lambda _: HeuristicPolicy(),
     "schedule": lambda _: DepthSchedulePolicy(),
     SLOPE: lambda _: slope_policy(DepthScheduleConfig()),
     "random": RandomPolicy,
-    "none": lambda _: SchedulePolicy({}),
+    NEVER: lambda _: SchedulePolicy({}),
 }
 POLICY_NAMES: tuple[str, ...] = tuple(_MAKERS)
-"""Names of the policies that need no further arguments; "none" never grows anything."""
+"""Names of the policies that need no further arguments."""
 
 
 def named_policy(name: str, *, random_seed: int) -> Policy:

@@ -17,6 +17,7 @@ from esper.lifecycle.events import (
     SeedPruned,
     StageChanged,
     StepSkipped,
+    TwinFinished,
 )
 from esper.lifecycle.stages import SeedStage
 
@@ -102,6 +103,7 @@ class RunStory:
     seeds: list[SeedStory] = field(default_factory=list)
     skipped_steps: list[tuple[int, StepSkipped]] = field(default_factory=list)
     finished: RunFinished | None = None
+    twin: TwinFinished | None = None
 
     @property
     def committed(self) -> list[SeedStory]:
@@ -120,6 +122,8 @@ def tell(records: Sequence[EventRecord]) -> RunStory:
             story.slots, story.host_param_count = event.slots, event.host_param_count
         elif isinstance(event, RunFinished):
             story.finished = event
+        elif isinstance(event, TwinFinished):
+            story.twin = event
         elif isinstance(event, StepSkipped):
             story.skipped_steps.append((record.step, event))
         elif isinstance(event, SeedGerminated):

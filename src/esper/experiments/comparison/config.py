@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from esper.experiments.config import RunConfig
 from esper.lifecycle.record import Record
+from esper.policies.named import NEVER
 
 MIN_SEEDS_FOR_A_CLAIM = 5
 
@@ -48,7 +49,7 @@ class CompareConfig(Record):
             raise ValueError(
                 "search_rates must be 1, or at least 3: one below and one above the configured rate"
             )
-        if self.run.policy == "none":
+        if self.run.policy == NEVER:
             raise ValueError(
                 "the policy to compare is 'none', which grows nothing; name one that does"
             )

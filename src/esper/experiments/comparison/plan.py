@@ -7,6 +7,7 @@ from functools import cached_property
 from esper.experiments.comparison.config import CompareConfig
 from esper.experiments.comparison.runs import RunRequest, RunResult, Topology
 from esper.experiments.comparison.search import best_rate, next_rate
+from esper.policies.named import NEVER
 
 HOST = "host"
 GROWN = "grown"
@@ -203,7 +204,7 @@ class Comparison:
         for policy in self.config.policies:
             if arm == policy_arm(policy):
                 return policy
-        return "none"
+        return NEVER
 
     @cached_property
     def topologies(self) -> dict[int, Topology]:

@@ -13,11 +13,12 @@ from esper.lifecycle.actions import Germinate
 from esper.lifecycle.events import EventRecord, SeedCommitted, SeedGerminated, SeedPruned
 from esper.lifecycle.record import Record
 from esper.policies.depth_schedule import SLOPE, DepthSchedulePolicy
+from esper.policies.named import NEVER
 from esper.policies.replay import ReplayPolicy
 from esper.policies.timing import FractionTiming
 from esper.slots.committed_seed import CommittedSeed
 from esper.slots.slot_set import SlotSet
-from esper.training.policy import FrugalPolicy, Policy
+from esper.training.policy import Policy
 from esper.training.run_cost import RunCost
 
 
@@ -39,7 +40,7 @@ class RunRequest(Record):
     random_seed: int
     learning_rate: float
     epochs: int
-    policy: str = "none"
+    policy: str = NEVER
     topology: Topology = ()
     """Grown before the first step, a network of that size from the start; with `at_random_times`
     grown while it trains."""
@@ -48,7 +49,7 @@ class RunRequest(Record):
     @property
     def grows(self) -> bool:
         """Whether anything is decided while it trains."""
-        return self.at_random_times or self.policy != "none"
+        return self.at_random_times or self.policy != NEVER
 
     @property
     def key(self) -> str:
@@ -64,8 +65,7 @@ class RunResult(Record):
     param_count: int
     steps: int
     flops: float
-    """All that the run had to spend: training, and what growth took to decide. A plain evaluation
-    counts where the policy decides by its loss, and nowhere else: watching is not growth's."""
+    """All that the run had to spend, as `GrowingRun.spent` has it."""
     seconds: float
     """As `flops`, in wall time."""
     training_flops: float
@@ -188,12 +188,7 @@ def result_of(
     request: RunRequest, run: GrowingRun, record: GrowthRecord, cost: RunCost
 ) -> RunResult:
     """Return what came out of a run that has come to its end."""
-    spent = cost.training
-    if request.grows:
-        spent += cost.decision
-        policy = run.growth.policy
-        if not isinstance(policy, FrugalPolicy) or policy.reads_losses:
-            spent += cost.evaluation
+    spent = run.spent(cost) if request.grows else cost.training
     assert spent.flops is not None
     assert cost.training.flops is not None
     return RunResult(
