@@ -60,6 +60,11 @@ def test_options_say_which_arms_take_part_and_on_what() -> None:
         (("digits", "--quiet", "--json"), "exclude each other"),
         (("--out", "nowhere"), "name a task to begin one there"),
         (("nonesuch",), "nonesuch"),
+        (("digits", "--policy", "heuristic", "--policy", "none"), "which grows nothing"),
+        (
+            ("text", "--policy", "heuristic", "--policy", "slope", "--set", "schedule=cosine"),
+            "schedule=cosine falls from the first step",
+        ),
     ],
 )
 def test_what_makes_no_comparison_is_refused(arguments: tuple[str, ...], words: str) -> None:

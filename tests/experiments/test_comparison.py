@@ -121,6 +121,26 @@ def test_arms_are_also_compared_at_equal_flops() -> None:
         assert runs[0].flops == pytest.approx(grown[seed].flops, rel=0.02)
 
 
+def test_where_growth_is_dear_networks_that_never_grew_get_as_much() -> None:
+    """Its probes make the grown network cost half as much again as one of its size."""
+
+    class Dear(World):
+        def make(self, request: RunRequest) -> RunResult:
+            result = super().make(request)
+            factor = 2.0 if request.policy != "none" else 1.0
+            return result.model_copy(update={"flops": factor * result.flops})
+
+    comparison = played(Dear(), config())
+    grown = comparison.at_equal_steps("grown")
+    for arm in ("host", "static 1", "static"):
+        for seed, runs in comparison.runs(arm).items():
+            assert runs[-1].flops == pytest.approx(grown[seed].flops, rel=0.02), arm
+    equal = at_equal_flops(comparison)
+    assert equal is not None
+    assert equal.same_steps is None, "no size costs as much in as many steps"
+    assert any("none can be compared" in reason for reason in judge(comparison).reasons)
+
+
 def test_probes_and_decisions_count_as_a_cost_of_growing() -> None:
     grown = {summary.arm: summary for summary in summarise(played(World(), config()))}["grown"]
     assert grown.flops_fraction == pytest.approx(0.8), "training alone is 0.72"
@@ -238,8 +258,10 @@ def test_noise_is_not_decided_upon() -> None:
     assert verdict.outcome is Outcome.UNDECIDED
 
 
-def test_few_seeds_are_no_claim() -> None:
-    verdict = judge(played(World(growth_bonus=0.05), config(seeds=3)))
+@pytest.mark.parametrize("num_committed", [0, 2])
+def test_few_seeds_are_no_claim(num_committed: int) -> None:
+    world = World(growth_bonus=0.05, num_seeds=lambda _: num_committed)
+    verdict = judge(played(world, config(seeds=3)))
     assert verdict.outcome is Outcome.UNDECIDED
     assert "too few" in verdict.reasons[0]
 

@@ -14,15 +14,16 @@ UNKNOWN = Interval(mean=-0.1, low=None, high=None)
 
 
 def reached(
-    low: float | None, high: float | None, ratio: float | None = None, **of_curve: bool
+    low: float | None, high: float | None, ratio: float | None = None, *, last: float = 1.1
 ) -> Crossing:
-    sides = {"above": False, "below": False, "low_open": False, "high_open": False, **of_curve}
-    return Crossing(ratio=ratio, low=low, high=high, first=0.5, last=1.1, **sides)
+    return Crossing(
+        ratio=ratio, low=low, high=high, above=ratio is None and high is None, first=0.5, last=last
+    )
 
 
 CHEAPER = reached(0.7, 0.9, 0.8)
-NOT_TOLD_APART = reached(0.8, 1.2, 0.95)
-SEEMS_DEARER = reached(0.8, 1.2, 1.05)
+NOT_TOLD_APART = reached(0.8, 1.05, 0.95)
+SEEMS_DEARER = reached(0.8, None, 1.05)
 DEARER = reached(1.1, 1.3, 1.2)
 
 
@@ -53,11 +54,16 @@ def equal(same_steps: Interval | None, any_steps: Interval) -> EqualFlops:
         (BETTER, SEEMS_DEARER, equal(None, WORSE), Outcome.DOES_NOT_PAY),
         (BETTER, SEEMS_DEARER, equal(None, SEEMS_WORSE), Outcome.UNDECIDED),
         (BETTER, NOT_TOLD_APART, equal(None, WORSE), Outcome.UNDECIDED),
-        (BETTER, reached(0.8, 1.2, above=True), equal(None, WORSE), Outcome.DOES_NOT_PAY),
+        (BETTER, reached(0.8, None), equal(None, WORSE), Outcome.DOES_NOT_PAY),
         # Curves that lie on one side of the static network's loss all along.
-        (BETTER, reached(None, None, below=True), equal(BETTER, BETTER), Outcome.PAYS),
-        (BETTER, reached(None, None, above=True), equal(BETTER, BETTER), Outcome.DOES_NOT_PAY),
-        (BETTER, reached(None, None), equal(BETTER, BETTER), Outcome.UNDECIDED),
+        (BETTER, reached(0.5, 0.5), equal(BETTER, BETTER), Outcome.PAYS),
+        (BETTER, reached(0.5, 0.9), equal(BETTER, BETTER), Outcome.PAYS),
+        (BETTER, reached(0.5, 1.05), equal(BETTER, BETTER), Outcome.UNDECIDED),
+        (BETTER, reached(None, None), equal(BETTER, BETTER), Outcome.DOES_NOT_PAY),
+        (BETTER, reached(0.8, None), equal(BETTER, BETTER), Outcome.UNDECIDED),
+        # Not measured up to the static network's cost, which says nothing of what lies beyond.
+        (BETTER, reached(None, None, last=0.9), equal(BETTER, BETTER), Outcome.UNDECIDED),
+        (BETTER, reached(0.8, None, last=0.9), equal(None, WORSE), Outcome.UNDECIDED),
     ],
 )
 def test_conclusion(

@@ -76,7 +76,6 @@ def test_the_interval_of_a_crossing_is_where_a_t_test_does_not_tell() -> None:
     reach = stats.t.ppf(0.975, 2) * noise / math.sqrt(3)
     assert found.low == pytest.approx(0.75 * 2 ** (-reach / 0.1), rel=3e-3)
     assert found.high == pytest.approx(0.75 * 2 ** (reach / 0.1), rel=3e-3)
-    assert (found.low_open, found.high_open) == (False, False)
 
 
 def test_pairs_that_differ_alike_leave_no_doubt() -> None:
@@ -90,14 +89,25 @@ def test_a_curve_on_one_side_says_how_far_it_was_measured() -> None:
     assert (worse.above, worse.below, worse.ratio, worse.low) == (True, False, None, None)
     assert worse.last == pytest.approx(1.0)
     better = crossing(lines(), dict.fromkeys(range(3), (1.0, 2.0)))
-    assert (better.above, better.below, better.ratio, better.high) == (False, True, None, None)
-    assert better.first == pytest.approx(0.5)
+    assert (better.above, better.below, better.ratio) == (False, True, None)
+    assert better.first == better.low == better.high == pytest.approx(0.5)
 
 
-def test_doubt_beyond_the_last_point_is_left_open() -> None:
+def test_what_is_not_told_apart_at_an_end_has_no_bound_there() -> None:
     found = crossing(lines(0.2), TARGETS)
-    assert found.low_open
-    assert found.high_open
+    assert found.low == found.first
+    assert found.high is None
+
+
+def test_a_curve_that_is_better_nowhere_is_not_taken_for_better_where_it_gets_worse() -> None:
+    unclear, worse = (-0.02, -0.01, 0.01, 0.03, 0.04), (0.004, 0.005, 0.006, 0.007, 0.008)
+    curves = {
+        seed: [(0.8, 1.0 + unclear[seed]), (1.0, 1.0 + worse[seed])] for seed in range(len(worse))
+    }
+    found = crossing(curves, dict.fromkeys(range(len(worse)), (1.0, 1.0)))
+    assert found.above
+    assert found.low == found.first
+    assert found.high is None
 
 
 def test_a_loss_between_points_lies_on_the_line_through_them() -> None:

@@ -153,9 +153,11 @@ def test_another_comparison_is_not_mixed_in(tmp_path: Path) -> None:
         ComparisonFolder(tmp_path / "compare", config(epochs=3))
     environment = tmp_path / "compare" / "environment.json"
     kept = json.loads(environment.read_text())
-    environment.write_text(json.dumps({**kept, "packages": {"torch": "1.0"}}))
-    with pytest.raises(ComparisonFolderError, match=r"begun with torch 1\.0"):
-        ComparisonFolder(tmp_path / "compare", config(epochs=2))
+    old_torch = {"packages": {**kept["packages"], "torch": "1.0"}}
+    for old, words in ((old_torch, r"torch 1\.0"), ({"python": "3.1"}, r"Python 3\.1")):
+        environment.write_text(json.dumps({**kept, **old}))
+        with pytest.raises(ComparisonFolderError, match=f"begun with {words}"):
+            ComparisonFolder(tmp_path / "compare", config(epochs=2))
     (tmp_path / "else").mkdir()
     (tmp_path / "else" / "file").touch()
     with pytest.raises(ComparisonFolderError, match="not empty"):
@@ -185,6 +187,14 @@ def test_a_killed_comparison_leaves_no_process_and_goes_on_where_it_was(tmp_path
     while any(map(alive, children)):  # they notice by themselves
         assert time.monotonic() < deadline, "an orphan is left"
         os.sched_yield()
+    changed = subprocess.run(
+        [sys.executable, "-m", "esper", "compare", "--out", str(folder), "--rates", "5"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert changed.returncode == 2
+    assert "--rates would change them" in " ".join(changed.stderr.replace("│", "").split())
     second = subprocess.run(
         [sys.executable, "-m", "esper", "compare", "--out", str(folder), "--json"],
         capture_output=True,

@@ -28,7 +28,7 @@ CHOICES = tuple(BlueprintChoice(name=name, param_count=9) for name in ("lora", "
 
 def slot(path: str, stage: SeedStage = SeedStage.DORMANT, **changes: Any) -> SlotState:
     plain = {"path": path, "family": "transformer", "dim": 8, "stage": stage, "choices": CHOICES}
-    return SlotState(**{**plain, **changes})
+    return SlotState(**{**plain, "max_committed": 3, **changes})
 
 
 def learning(path: str, **changes: Any) -> SlotState:
@@ -210,6 +210,17 @@ def test_a_slot_that_cannot_take_part_is_asked_once_and_its_refusal_tells(
     assert not any(isinstance(action, Germinate) for action in later)
 
 
+def test_events_that_overtake_each_other_lose_no_block():
+    schedule = policy(factor=4, fractions=(0.2, 0.25, 0.3), slots=("a",))
+    assert schedule.decide(state(*AB, epoch=8)) == [block("a", 2)]
+    for epoch in (10, 12):
+        decided = schedule.decide(state(learning("a"), slot("b"), epoch=epoch))
+        assert Germinate not in map(type, decided)
+    for committed in (1, 2):
+        free = slot("a", SeedStage.FOSSILIZED, committed=committed)
+        assert schedule.decide(state(free, slot("b"), epoch=14 + committed)) == [block("a", 2)]
+
+
 # What is refused
 
 
@@ -224,6 +235,11 @@ def test_a_slot_that_cannot_take_part_is_asked_once_and_its_refusal_tells(
             r"2 layers grown by a factor of 2 are 2 new blocks, which 2 slots at 2 events",
         ),
         ({"slots": ("c",)}, AB, r"there is no slot 'c'; slots: 'a', 'b'"),
+        (
+            {"factor": 5, "fractions": (0.1, 0.2, 0.3, 0.4)},
+            AB,
+            r"4 events .* slot 'a' has room for 3; raise max_committed",
+        ),
         ({"blueprint": "conv"}, AB, r"'conv' of the schedule does not fit slot 'a'; fitting: lora"),
         ({"blueprint": "lora"}, AB, r"2 blocks in one seed, and blueprint 'lora' .* no option"),
         ({"options": {"heads": 3}}, AB, r"the width 8 is not divisible by heads=3"),

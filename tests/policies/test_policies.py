@@ -29,6 +29,7 @@ from esper.policies import (
     HeuristicConfig,
     HeuristicPolicy,
     RandomPolicy,
+    ReplayPolicy,
     SchedulePolicy,
     named_policy,
     tend,
@@ -335,3 +336,31 @@ def test_an_unknown_policy_is_refused_with_the_nearest_and_all_names():
         ValueError, match=r"no policy 'x'; policies: heuristic, schedule, slope, random, none"
     ):
         named_policy("x", random_seed=0)
+
+
+# Replay
+
+
+def test_what_is_replayed_is_tried_again_when_it_is_pruned_and_not_when_it_is_committed():
+    germinate = Germinate(slot="a", blueprint="norm")
+    replay = ReplayPolicy(
+        [(3, germinate), (4, germinate)], last_epoch=9, patience_epochs=6, fade_steps=5
+    )
+
+    def decided(epoch: int, stage: SeedStage, committed: int = 0) -> list[Action]:
+        there = slot("a", stage, committed=committed, max_committed=3)
+        return [a for a in replay.decide(state(there, epoch=epoch)) if isinstance(a, Germinate)]
+
+    assert decided(2, SeedStage.DORMANT) == []
+    assert decided(3, SeedStage.DORMANT) == [germinate]
+    assert decided(4, SeedStage.TRAINING) == []
+    assert decided(5, SeedStage.EMBARGOED) == [], "pruned, and not free yet"
+    assert decided(6, SeedStage.DORMANT) == [germinate], "again"
+    assert decided(7, SeedStage.FOSSILIZED, committed=1) == [germinate], "the second"
+    assert decided(8, SeedStage.FOSSILIZED, committed=2) == [], "both are there"
+
+
+def test_nothing_is_replayed_too_late():
+    plan = [(3, Germinate(slot="a", blueprint="norm"))]
+    replay = ReplayPolicy(plan, last_epoch=4, patience_epochs=6, fade_steps=5)
+    assert replay.decide(state(slot("a"), epoch=5)) == []

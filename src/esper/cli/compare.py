@@ -27,7 +27,9 @@ from esper.experiments.comparison import (
     ComparisonFolder,
     ComparisonFolderError,
     WorkerDiedError,
+    check_runs,
     draw_comparison,
+    holds_comparison,
     judge,
     run_missing,
     summarise,
@@ -36,8 +38,12 @@ from esper.experiments.config import SettingsError, load_run_config
 from esper.policies.named import POLICY_NAMES
 from esper.tasks.task import TaskDataError
 
+_OF_ANY_START = frozenset({"out", "processes", "quiet", "as_json", "dry_run"})
+"""Options that a comparison begun before still takes; its settings are kept in its folder."""
+
 
 def compare(
+    context: typer.Context,
     task: Annotated[
         str | None,
         typer.Argument(help="What to train, as for esper grow; a folder begun before knows."),
@@ -90,6 +96,7 @@ def compare(
     if quiet and as_json:
         raise typer.BadParameter("--quiet and --json exclude each other")
     if task is None and out is not None:
+        _refuse_settings(context, out)
         settings = _kept(out)
     else:
         options = {"policy": policy, "seeds": seeds, "first_seed": first_seed}
@@ -102,20 +109,38 @@ def compare(
         return
     path = out or Path("runs") / f"compare-{folder_name(settings.run.task, datetime.now(UTC))}"
     try:
+        if not holds_comparison(path):
+            check_runs(settings)
         folder = ComparisonFolder(path, settings)
         view = _view(console, settings, quiet=quiet, as_json=as_json)
         comparison = _run(settings, folder, view, processes or os.cpu_count() or 1)
-    except (ComparisonFolderError, TaskDataError, ModuleNotFoundError) as error:
+    except (ComparisonFolderError, SettingsError, TaskDataError, ModuleNotFoundError) as error:
         raise typer.BadParameter(str(error)) from error
     except WorkerDiedError as error:
-        console.print(f"{error}\n{_go_on(path)}", style="red", highlight=False, soft_wrap=True)
+        typer.echo(f"{error}\n{_go_on(path)}", err=True)
         raise typer.Exit(1) from error
     except KeyboardInterrupt:
         if not (quiet or as_json):
             print_comparison(console, Comparison(settings, folder.results()))
-        console.print(f"stopped; go on with: {_go_on(path)}", highlight=False, soft_wrap=True)
+        typer.echo(f"stopped; go on with: {_go_on(path)}", err=True)
         raise typer.Exit(130) from None
     _conclude(console, folder, comparison, quiet=quiet, as_json=as_json)
+
+
+def _refuse_settings(context: typer.Context, folder: Path) -> None:
+    """Raise if a setting is given for a comparison that has its own."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    given = [
+        name
+        for name, source in sources.items()
+        if name not in _OF_ANY_START and source is not None and source.name != "DEFAULT"
+    ]
+    if given:
+        names = ", ".join(f"--{name.rstrip('_').replace('_', '-')}" for name in given)
+        raise typer.BadParameter(
+            f"{folder} goes on with its own settings, and {names} would change them; leave that "
+            "out, or name a task and another folder"
+        )
 
 
 def _kept(folder: Path) -> CompareConfig:
@@ -183,13 +208,11 @@ def _conclude(
     summaries, verdict = summarise(comparison), judge(comparison)
     record = summary_record(comparison)
     folder.summarise(record)
-    drawn = True
+    drawn = f"picture  {folder.picture}"
     try:
         draw_comparison(comparison.config.run.task, summaries, verdict, folder.picture)
-    except ModuleNotFoundError as error:
-        drawn = False
-        if not (quiet or as_json):
-            console.print(f"no picture: {error}", highlight=False)
+    except (ModuleNotFoundError, ValueError) as error:
+        drawn = f"no picture: {error}"
     if quiet:
         console.out(str(folder.path), highlight=False)
         return
@@ -200,8 +223,7 @@ def _conclude(
         return
     print_comparison(console, comparison)
     console.print()
-    if drawn:
-        console.print(f"picture  {folder.picture}", highlight=False, soft_wrap=True)
+    console.print(drawn, highlight=False, soft_wrap=True)
     console.print(f"folder   {folder.path}", highlight=False, soft_wrap=True)
 
 

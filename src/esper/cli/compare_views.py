@@ -21,6 +21,7 @@ from esper.experiments.comparison import (
     at_equal_flops,
     judge,
     summarise,
+    tell_bounds,
 )
 from esper.experiments.comparison.intervals import Crossing, Interval
 from esper.tasks.named import named_task
@@ -211,7 +212,10 @@ def _notes(comparison: Comparison, summaries: list[ArmSummary]) -> list[str]:
         "match: the share at which an arm reaches static's loss, every point a run to its end",
     ]
     if any(summary.rate_at_edge for summary in summaries):
-        notes.append("* the best learning rate is the last one tried on its side; more: --rates")
+        notes.append(
+            "* the best learning rate is the last one tried on its side; more of them: --rates, in "
+            "a comparison of its own"
+        )
     return notes
 
 
@@ -226,12 +230,13 @@ def reached(found: Crossing | None) -> str:
     if found is None:
         return ""
     if found.above:
-        return f"> {found.last:.2f}"
-    if found.ratio is None:
-        return f"< {found.first:.2f}"
-    low = "?" if found.low is None else f"{'≤' if found.low_open else ''}{found.low:.2f}"
-    high = "?" if found.high is None else f"{'≥' if found.high_open else ''}{found.high:.2f}"
-    return f"{found.ratio:.2f} ({low}–{high})"
+        told = f"> {found.last:.2f}"
+    elif found.ratio is None:
+        told = f"≤ {found.first:.2f}"
+    else:
+        told = f"{found.ratio:.2f}"
+    bounds = tell_bounds(found, "–")
+    return f"{told} ({bounds})" if bounds else told
 
 
 def summary_record(comparison: Comparison) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from esper.experiments.audit import ForkPoint, Twin, prepare_twin
 from esper.experiments.config import RunConfig, SettingsError, load_run_config
 from esper.experiments.run import GrowingRun, build_setup, prepare, stored_run
 from esper.policies.named import NEVER, POLICY_NAMES
+from esper.report.figure import new_figure
 from esper.report.picture import draw_run
 from esper.report.story import RunStory, tell
 from esper.tasks.collection.address import SCHEMES, SETTINGS_HELP
@@ -95,6 +96,8 @@ def grow(
     except SettingsError as error:
         raise typer.BadParameter(str(error)) from error
     _check(settings, audit=audit)
+    if picture is not None:
+        _check_pictures()
     console = Console()
     if dry_run:
         console.out(settings.model_dump_json(indent=2), highlight=False)
@@ -132,12 +135,19 @@ def _check(settings: RunConfig, *, audit: bool) -> None:
         )
 
 
+def _check_pictures() -> None:
+    try:
+        new_figure(1.0, 1.0)
+    except ModuleNotFoundError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
 def only_task(argument: str | None, option: str | None) -> str:
     """Return the one task that is named, as an argument or as an option."""
     if (argument is None) == (option is None):
         given = "is missing" if argument is None else f"is given twice: {argument}, --task {option}"
         raise typer.BadParameter(
-            f"the task {given}; name it once, as esper grow digits or esper grow --task digits; "
+            f"the task {given}; name it once, as esper grow digits; "
             f"tasks: {', '.join(_KNOWN_TASKS)}"
         )
     return argument or option or ""
@@ -183,6 +193,8 @@ def _train_grown(
             if beside is not None and fork is not None and fork.step is not None:
                 twin = prepare_twin(settings, run, cost, fork)
                 networks = {"its twin": _train_twin(twin, run, beside), **networks}
+            elif beside is not None:
+                beside("nothing germinated, so that there is no twin to compare with")
             return networks
     except (RunFolderError, SettingsError) as error:
         raise typer.BadParameter(str(error)) from error

@@ -25,6 +25,14 @@ from esper.report.picture import draw_run
 from esper.report.story import GateVisit, RunStory, SeedStory, StageVisit, tell
 from esper.telemetry.run_store import RunFolderError, RunReader
 
+_CANNOT_SHOW = (
+    RunFolderError,
+    ComparisonFolderError,
+    EventSchemaError,
+    ModuleNotFoundError,
+    OSError,
+)
+
 
 def inspect(
     run: Annotated[
@@ -64,7 +72,7 @@ def inspect(
         if picture is not None:
             draw_run(reader, story, picture)
             console.print(f"\npicture  {picture}", highlight=False, soft_wrap=True)
-    except (RunFolderError, ComparisonFolderError, EventSchemaError, OSError) as error:
+    except _CANNOT_SHOW as error:
         raise typer.BadParameter(str(error)) from error
 
 
@@ -78,7 +86,10 @@ def _inspect_comparison(
     print_comparison(console, comparison)
     if picture is not None:
         task = comparison.config.run.task
-        draw_comparison(task, summarise(comparison), judge(comparison), picture)
+        try:
+            draw_comparison(task, summarise(comparison), judge(comparison), picture)
+        except ValueError as error:
+            raise ComparisonFolderError(f"{folder}: {error}") from error
         console.print(f"\npicture  {picture}", highlight=False, soft_wrap=True)
 
 

@@ -9,7 +9,12 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import Field, FiniteFloat, ValidationError, model_validator
 
 from esper.lifecycle.record import Record
-from esper.policies.depth_schedule import SLOPE, DepthScheduleConfig, DepthSchedulePolicy
+from esper.policies.depth_schedule import (
+    SLOPE,
+    DepthScheduleConfig,
+    DepthSchedulePolicy,
+    slope_policy,
+)
 from esper.policies.heuristic import HeuristicConfig, HeuristicPolicy
 from esper.slots.config import SlotConfig
 from esper.tasks.named import named_task
@@ -54,8 +59,16 @@ class RunConfig(Record):
         if self.policy == DepthSchedulePolicy.name:
             _check_growth_times(self, "fractions", schedule.fractions[0], schedule.fractions[-1])
         elif self.policy == SLOPE:
+            slope_policy(schedule)
             earliest, latest = schedule.earliest_fraction, schedule.latest_fraction
             _check_growth_times(self, "earliest_fraction and latest_fraction", earliest, latest)
+        patience = {
+            HeuristicPolicy.name: ("heuristic", self.heuristic.patience_epochs),
+            DepthSchedulePolicy.name: ("depth_schedule", schedule.patience_epochs),
+            SLOPE: ("depth_schedule", schedule.patience_epochs),
+        }
+        if self.policy in patience:
+            _check_patience(*patience[self.policy], self.slot.thresholds.trial_epochs)
         return self
 
 
@@ -76,12 +89,14 @@ def _check_growth_times(config: RunConfig, names: str, first: float, last: float
             f"depth_schedule.{names}: at {first} the learning rate is rising still; it is stable "
             f"from warmup_fraction={config.warmup_fraction} of the run on, grow later"
         )
-    trial = config.slot.thresholds.trial_epochs
-    if config.depth_schedule.patience_epochs <= trial:
+
+
+def _check_patience(section: str, patience: int, trial: int) -> None:
+    if patience <= trial:
         raise ValueError(
-            f"depth_schedule.patience_epochs is {config.depth_schedule.patience_epochs}, and a "
-            f"trial takes slot.thresholds.trial_epochs={trial}: every seed would be pruned before "
-            "its trial is over; make patience_epochs larger"
+            f"{section}.patience_epochs is {patience}, and a trial takes "
+            f"slot.thresholds.trial_epochs={trial}: every seed would be pruned before its trial is "
+            "over; make patience_epochs larger"
         )
 
 

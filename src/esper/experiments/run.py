@@ -74,6 +74,29 @@ def build_setup(config: RunConfig) -> TaskSetup:
     return named_task(config.task).build(config.random_seed)
 
 
+def num_steps(config: RunConfig, setup: TaskSetup) -> int:
+    """Return the optimizer steps of a run."""
+    trainer = config.trainer
+    return trainer.epochs * math.ceil(len(setup.batches) / trainer.accumulation_steps)
+
+
+def num_decisions(config: RunConfig, setup: TaskSetup) -> int:
+    """Return how often a run decides about growth.
+
+    Raises:
+        SettingsError: Never once.
+    """
+    interval, steps = config.trainer.decision_interval_steps, num_steps(config, setup)
+    if interval is None:
+        return config.trainer.epochs
+    if interval > steps:
+        raise SettingsError(
+            f"trainer.decision_interval_steps is {interval}, and the run has {steps} steps: "
+            "nothing would ever be decided; lower it, or leave it out to decide after each epoch"
+        )
+    return steps // interval
+
+
 def prepare(
     config: RunConfig,
     *,
@@ -92,7 +115,8 @@ def prepare(
         policy: Decides instead of the one that `config` names.
 
     Raises:
-        SettingsError: The depth schedule cannot be carried out on this host.
+        SettingsError: The depth schedule cannot be carried out on this host, or the run is shorter
+            than the interval between two decisions.
 
     Effects: sets the process's matmul precision.
     """
@@ -106,15 +130,13 @@ def prepare(
         weight_decay=config.weight_decay,
         fused=True,
     )
-    epoch_steps = math.ceil(len(setup.batches) / config.trainer.accumulation_steps)
-    total_steps = config.trainer.epochs * epoch_steps
-    interval_steps = config.trainer.decision_interval_steps or epoch_steps
+    total_steps = num_steps(config, setup)
     policy = policy or _policy(config)
     growth = Growth(
         slots,
         optimizer,
         policy=policy,
-        max_epochs=total_steps // interval_steps,
+        max_epochs=num_decisions(config, setup),
         sinks=sinks,
         count_flops=config.count_flops,
     )

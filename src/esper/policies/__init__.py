@@ -4,6 +4,7 @@ from esper.policies.depth_schedule import DepthScheduleConfig, DepthSchedulePoli
 from esper.policies.heuristic import HeuristicConfig, HeuristicPolicy
 from esper.policies.named import POLICY_NAMES, named_policy
 from esper.policies.random import RandomPolicy
+from esper.policies.replay import ReplayPolicy
 from esper.policies.schedule import SchedulePolicy
 from esper.policies.tending import asked_to_be_weighed, tend
 from esper.policies.timing import FractionTiming, GrowthTiming, SlopeTiming
@@ -17,6 +18,7 @@ __all__ = [
     "HeuristicConfig",
     "HeuristicPolicy",
     "RandomPolicy",
+    "ReplayPolicy",
     "SchedulePolicy",
     "SlopeTiming",
     "asked_to_be_weighed",

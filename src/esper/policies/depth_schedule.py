@@ -75,11 +75,6 @@ class DepthScheduleConfig(Record):
                 f"fractions must lie before verdict_fraction {self.verdict_fraction}, when seeds "
                 f"are judged for the last time; got {self.fractions}"
             )
-        if not self.earliest_fraction <= self.latest_fraction < self.verdict_fraction:
-            raise ValueError(
-                "earliest_fraction, latest_fraction and verdict_fraction must rise, got "
-                f"{self.earliest_fraction}, {self.latest_fraction} and {self.verdict_fraction}"
-            )
         if self.slots is not None and (not self.slots or len(set(self.slots)) < len(self.slots)):
             raise ValueError(
                 f"slots must name each slot once and at least one, got {self.slots}; leave it out "
@@ -146,12 +141,15 @@ class DepthSchedulePolicy:
         last_call = self._last_call(state)
         if self._due(state):
             self._num_past += 1
-            self._pending = [slot.path for slot in self._places(state)]
+            self._pending += [slot.path for slot in self._places(state)]
         actions: list[Action] = []
         for slot in state.slots:
             actions += self._tend(slot, judged=last_call or slot.path in self._pending)
-        waiting = [path for path in self._pending if not last_call and _on_trial(state.slot(path))]
-        ready = [path for path in self._pending if path not in waiting]
+        ready: list[str] = []
+        waiting: list[str] = []
+        for path in self._pending:
+            on_trial = not last_call and _on_trial(state.slot(path))
+            (waiting if on_trial or path in ready else ready).append(path)
         self._pending = waiting
         return [*actions, *(seed.model_copy(update={"slot": path}) for path in ready)]
 
@@ -210,6 +208,14 @@ class DepthSchedulePolicy:
                 f"which {len(places)} slots at {self.timing.num_events} events cannot share "
                 "evenly; change factor, fractions or slots"
             )
+        for slot in places:
+            room = slot.max_committed - slot.committed
+            if self._num_past == 0 and self.timing.num_events > room:
+                raise ValueError(
+                    f"{self.timing.num_events} events grow as many seeds in a slot, and slot "
+                    f"{slot.path!r} has room for {room}; raise max_committed of its SlotConfig "
+                    "(slot.max_committed), or grow at fewer events"
+                )
         options: dict[str, Any] = dict(config.options)
         if blocks > shares:
             options[DEPTH_OPTION] = blocks // shares
@@ -224,7 +230,16 @@ class DepthSchedulePolicy:
 
 
 def slope_policy(config: DepthScheduleConfig) -> DepthSchedulePolicy:
-    """Return the policy called "slope": the same growth, at the time that the loss tells."""
+    """Return the policy called "slope": the same growth, at the time that the loss tells.
+
+    Raises:
+        ValueError: `earliest_fraction`, `latest_fraction` and `verdict_fraction` do not rise.
+    """
+    if config.latest_fraction >= config.verdict_fraction:
+        raise ValueError(
+            f"latest_fraction must lie before verdict_fraction {config.verdict_fraction}, when "
+            f"seeds are judged for the last time; got {config.latest_fraction}"
+        )
     timing = SlopeTiming(
         config.max_drop_fraction,
         earliest_fraction=config.earliest_fraction,

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from esper.lifecycle.stages import SeedStage
+from esper.report.figure import new_figure
 from esper.report.story import RunStory, SeedStory
 from esper.telemetry.run_store import MetricRow, RunReader
 
@@ -21,6 +22,7 @@ STAGE_COLOURS = {
 """One colour per stage of a seed's life; also told apart by the legend's order."""
 
 _ENDS = frozenset({SeedStage.FOSSILIZED, SeedStage.PRUNED})
+_NOT_QUALITY = frozenset({"loss", "train_loss", "step_seconds", "flops"})
 _ALPHA = "alpha"
 _INK = "#22303c"
 _QUIET = "#8a97a3"
@@ -34,18 +36,11 @@ def draw_run(reader: RunReader, story: RunStory, target: Path) -> None:
         ModuleNotFoundError: matplotlib is not installed.
         OSError: The file cannot be written.
     """
-    try:
-        from matplotlib.figure import Figure  # noqa: PLC0415 – an optional extra
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "pictures need matplotlib: pip install 'esper-lite[report]'"
-        ) from error
     metrics = reader.metrics()
     names = _quality_names(metrics)
     last_step = max((row.step for row in metrics), default=1)
     lanes = max(1, len(story.slots))
-    figure = Figure(figsize=(9.6, 2.6 * len(names) / 1.4 + 0.75 * lanes + 1.0), dpi=130)
-    figure.patch.set_facecolor("white")
+    figure = new_figure(9.6, 2.6 * len(names) / 1.4 + 0.75 * lanes + 1.0)
     axes = figure.subplots(
         len(names) + 1,
         1,
@@ -65,7 +60,7 @@ def draw_run(reader: RunReader, story: RunStory, target: Path) -> None:
 
 def _quality_names(metrics: Sequence[MetricRow]) -> list[str]:
     names = list(dict.fromkeys(row.name for row in metrics))
-    others = [name for name in names if name not in ("loss", "train_loss", "step_seconds")]
+    others = [name for name in names if name not in _NOT_QUALITY]
     return ["loss", *others[:1]]
 
 

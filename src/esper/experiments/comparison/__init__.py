@@ -9,7 +9,7 @@ from esper.experiments.comparison.folder import (
 )
 from esper.experiments.comparison.picture import draw_comparison
 from esper.experiments.comparison.plan import Comparison
-from esper.experiments.comparison.runs import RunRequest, RunResult
+from esper.experiments.comparison.runs import RunRequest, RunResult, check_runs
 from esper.experiments.comparison.scheduler import Outlook, WorkerDiedError, run_missing
 from esper.experiments.comparison.summary import (
     ArmSummary,
@@ -18,6 +18,7 @@ from esper.experiments.comparison.summary import (
     at_equal_flops,
     judge,
     summarise,
+    tell_bounds,
 )
 
 __all__ = [
@@ -34,10 +35,12 @@ __all__ = [
     "Verdict",
     "WorkerDiedError",
     "at_equal_flops",
+    "check_runs",
     "draw_comparison",
     "holds_comparison",
     "judge",
     "read_comparison",
     "run_missing",
     "summarise",
+    "tell_bounds",
 ]

@@ -49,10 +49,12 @@ class CompareConfig(Record):
             raise ValueError(
                 "search_rates must be 1, or at least 3: one below and one above the configured rate"
             )
-        if self.run.policy == NEVER:
+        if NEVER in (self.run.policy, *self.policies):
             raise ValueError(
-                "the policy to compare is 'none', which grows nothing; name one that does"
+                f"a policy to compare is {NEVER!r}, which grows nothing; name one that does"
             )
+        for policy in self.policies:  # refused where a run by itself would be
+            RunConfig.model_validate({**self.run.model_dump(), "policy": policy})
         repeated = {self.run.policy} & set(self.policies)
         if repeated or len(set(self.policies)) != len(self.policies):
             raise ValueError(

@@ -34,7 +34,7 @@ class ComparisonFolder:
 
     Raises:
         ComparisonFolderError: The folder holds something else, a comparison with other settings or
-            one made with another version of torch.
+            one made with another version of Python, torch or Esper.
     """
 
     def __init__(self, path: Path, config: CompareConfig) -> None:
@@ -101,13 +101,19 @@ class ComparisonFolder:
                 "its own, or choose another folder"
             )
         kept_environment = json.loads((self.path / ENVIRONMENT_FILE).read_text(encoding="utf-8"))
-        begun_with = kept_environment["packages"]["torch"]
-        torch_now = describe_environment()["packages"]["torch"]
-        if begun_with != torch_now:
-            raise ComparisonFolderError(
-                f"{self.path} was begun with torch {begun_with}, this is {torch_now}; figures of "
-                "both would not compare, choose another folder"
-            )
+        begun_with, now = map(_versions, (kept_environment, describe_environment()))
+        for name, version in now.items():
+            if begun_with[name] != version:
+                raise ComparisonFolderError(
+                    f"{self.path} was begun with {name} {begun_with[name]}, this is {version}; "
+                    "figures of both would not compare, choose another folder"
+                )
+
+
+def _versions(environment: Mapping[str, Any]) -> dict[str, str]:
+    """Return what figures depend on; the text task's corpus is the library of Python itself."""
+    packages = environment["packages"]
+    return {"Python": environment["python"], **{k: packages[k] for k in ("torch", "esper-lite")}}
 
 
 def holds_comparison(path: Path) -> bool:

@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -86,14 +86,15 @@ def _student_probability(value: float, degrees: int) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Crossing:
-    """The cost at which a curve meets a target, relative to what the target's owner spent.
+    """The lowest cost at which a curve reaches a target, relative to what its owner spent.
 
     Attributes:
-        ratio: None if the curve lies on one side of the target all along.
-        low: Lower end of the 95 % interval; `low_open` if it may lie lower still.
-        high: Upper end; `high_open` if it may lie higher still.
-        above: The curve is worse than the target all along.
-        below: The curve is at least as good as the target all along.
+        ratio: Where the mean does; None if nowhere, or at the first cost already.
+        low: Where it may, by a t-test at 95 %: the lowest cost at which the curve is not told to be
+            worse. None if it is worse all along.
+        high: Where it certainly does: the lowest cost at which the curve is told to be better.
+            None if nowhere.
+        above: The mean is worse than the target all along.
         first: The lowest cost that the curve was measured at.
         last: The highest.
     """
@@ -101,12 +102,14 @@ class Crossing:
     ratio: float | None
     low: float | None
     high: float | None
-    low_open: bool
-    high_open: bool
     above: bool
-    below: bool
     first: float
     last: float
+
+    @property
+    def below(self) -> bool:
+        """Whether the mean is as good as the target at the first cost already."""
+        return self.ratio is None and not self.above
 
 
 Curve = Sequence[tuple[float, float]]
@@ -116,9 +119,8 @@ Curve = Sequence[tuple[float, float]]
 def crossing(curves: Mapping[int, Curve], targets: Mapping[int, tuple[float, float]]) -> Crossing:
     """Return at which share of the target's cost the curves reach the target's loss.
 
-    Between two points the loss is taken as linear in the logarithm of the cost. The interval holds
-    every cost at which the paired differences over the seeds have a mean that a t-test does not
-    tell from zero.
+    Between two points the loss is taken as linear in the logarithm of the cost; what is tested is
+    the paired difference to the target over the seeds.
 
     Args:
         curves: By random seed.
@@ -132,18 +134,17 @@ def crossing(curves: Mapping[int, Curve], targets: Mapping[int, tuple[float, flo
     last = statistics.fmean(points[-1][0] for points in shifted.values())
     grid = [first + (last - first) * step / _GRID for step in range(_GRID + 1)]
     tests = [mean_interval([_at(points, place) for points in shifted.values()]) for place in grid]
-    reached = next((i for i, test in enumerate(tests) if test.mean <= 0.0), None)
-    undecided = [i for i, test in enumerate(tests) if not (test.above_zero or test.below_zero)]
-    above, below = reached is None, reached == 0
-    ratio = None if reached is None or below else math.exp(grid[reached])
+
+    def lowest(holds: Callable[[Interval], bool]) -> float | None:
+        found = (math.exp(x) for x, test in zip(grid, tests, strict=True) if holds(test))
+        return next(found, None)
+
+    reached = lowest(lambda test: test.mean <= 0.0)
     return Crossing(
-        ratio=ratio,
-        low=math.exp(grid[undecided[0]]) if undecided else ratio,
-        high=math.exp(grid[undecided[-1]]) if undecided else ratio,
-        low_open=bool(undecided) and undecided[0] == 0,
-        high_open=bool(undecided) and undecided[-1] == _GRID,
-        above=above,
-        below=below,
+        ratio=None if reached == math.exp(first) else reached,
+        low=lowest(lambda test: not test.above_zero),
+        high=lowest(lambda test: test.below_zero),
+        above=reached is None,
         first=math.exp(first),
         last=math.exp(last),
     )

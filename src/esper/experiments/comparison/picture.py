@@ -1,11 +1,13 @@
 """A comparison as one picture: loss over compute, every point a run to its end."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from esper.experiments.comparison.plan import GROWN, HOST, STATIC
 from esper.experiments.comparison.summary import ArmSummary, Verdict
+from esper.report.figure import new_figure
 
 _INK = "#22303c"
 _QUIET = "#8a97a3"
@@ -19,6 +21,8 @@ def draw_comparison(
 ) -> None:
     """Write a PNG: test loss over operations, arms that never grew joined by a line.
 
+    An arm that diverged is left out.
+
     Args:
         title: What was compared.
         summaries: Of every arm.
@@ -26,17 +30,14 @@ def draw_comparison(
         target: File to write.
 
     Raises:
+        ValueError: No arm has finished runs with a finite loss.
         ModuleNotFoundError: matplotlib is not installed.
         OSError: The file cannot be written.
     """
-    try:
-        from matplotlib.figure import Figure  # noqa: PLC0415 – an optional extra
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "pictures need matplotlib: pip install 'esper-lite[report]'"
-        ) from error
-    figure = Figure(figsize=(9.0, 5.4), dpi=130)
-    figure.patch.set_facecolor("white")
+    summaries = [summary for summary in summaries if math.isfinite(summary.test_loss.mean)]
+    if not summaries:
+        raise ValueError("there is nothing to draw: no arm has finished runs with a finite loss")
+    figure = new_figure(9.0, 5.4)
     axis = figure.subplots()
     others = iter(_OTHERS * len(summaries))
     static = [s for s in summaries if s.arm == HOST or s.arm.startswith(STATIC)]
@@ -69,7 +70,8 @@ def _join(axis: Any, static: Sequence[ArmSummary]) -> None:
 
 def _fit(axis: Any, summaries: Sequence[ArmSummary]) -> None:
     """Show all means; an interval of few seeds may be many times as wide, and is cut off."""
-    losses = [loss for summary in summaries for _, loss in summary.curve]
+    drawn = [loss for summary in summaries for _, loss in summary.curve]
+    losses = [loss for loss in drawn if math.isfinite(loss)]
     reach = max(losses) - min(losses) or 1.0
     axis.set_ylim(min(losses) - 0.35 * reach, max(losses) + 0.35 * reach)
 

@@ -1,7 +1,7 @@
 """Which runs a comparison still needs: a pure function of those that are finished."""
 
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 
 from esper.experiments.comparison.config import CompareConfig
@@ -14,6 +14,8 @@ GROWN = "grown"
 STATIC = "static"
 RANDOM_TIMES = "random times"
 
+REACH = 1.02
+"""How far beyond its last run a curve still stands for its arm: budgets are whole epochs."""
 _SHORTER = 0.8
 _SHORTEST_FRACTION = 0.4
 """An arm that beats the static network in fewer steps is shortened down to this share of them."""
@@ -151,20 +153,28 @@ class Comparison:
         """Return epochs by random seed of the next budget that the arm has to be run at."""
         if not self.config.equal_flops or not self._complete(STATIC):
             return {}
-        runs, reference = self.runs(arm), self.at_equal_steps(GROWN if arm == STATIC else STATIC)
-        if not reference.keys() >= runs.keys():
+        runs, static, grown = self.runs(arm), *map(self.at_equal_steps, (STATIC, GROWN))
+        if not (static.keys() >= runs.keys() and grown.keys() >= runs.keys()):
             return {}
-        equal = {
-            seed: self._epochs_for(results, reference[seed].flops) for seed, results in runs.items()
-        }
         lengths = {seed: _by_length(results) for seed, results in runs.items()}
-        if arm == STATIC or not _all_there(lengths, equal):
+
+        def epochs_for(flops: Callable[[int], float]) -> dict[int, int]:
+            return {seed: self._epochs_for(found, flops(seed)) for seed, found in runs.items()}
+
+        if arm == STATIC:
+            return epochs_for(lambda seed: grown[seed].flops)
+        equal = epochs_for(lambda seed: static[seed].flops)
+        if not _all_there(lengths, equal):
             return equal
+        if self.never_grows(arm) and _mean_flops(grown) > REACH * _mean_flops(static):
+            largest = epochs_for(lambda seed: max(static[seed].flops, grown[seed].flops))
+            if not _all_there(lengths, largest):
+                return largest
         floor = max(_SHORTEST_FRACTION * self.epochs, 1.0)
         shortest = {seed: min(self.epochs, length) for seed, length in equal.items()}
         while _all_there(lengths, shortest):  # all seeds at one budget before any at the next
             ahead = statistics.mean(
-                lengths[seed][length].test["loss"] - reference[seed].test["loss"]
+                lengths[seed][length].test["loss"] - static[seed].test["loss"]
                 for seed, length in shortest.items()
             )
             shorter = {seed: round(_SHORTER * length) for seed, length in shortest.items()}
@@ -198,6 +208,11 @@ class Comparison:
 
     # What grew
 
+    @staticmethod
+    def never_grows(arm: str) -> bool:
+        """Return whether an arm's network has its size from the start."""
+        return arm == HOST or arm.startswith(STATIC)
+
     def _policy(self, arm: str) -> str:
         if arm == GROWN:
             return self.config.run.policy
@@ -230,6 +245,10 @@ class Comparison:
 
     def _complete(self, arm: str) -> bool:
         return self.at_equal_steps(arm).keys() >= set(self.config.random_seeds)
+
+
+def _mean_flops(runs: Mapping[int, RunResult]) -> float:
+    return statistics.fmean(run.flops for run in runs.values())
 
 
 def _by_length(results: Sequence[RunResult]) -> dict[int, RunResult]:

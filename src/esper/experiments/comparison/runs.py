@@ -7,8 +7,9 @@ from collections.abc import Mapping
 
 import torch
 
+from esper.experiments.comparison.config import CompareConfig
 from esper.experiments.config import RunConfig
-from esper.experiments.run import GrowingRun, build_setup, prepare
+from esper.experiments.run import GrowingRun, build_setup, num_decisions, prepare
 from esper.lifecycle.actions import Germinate
 from esper.lifecycle.events import EventRecord, SeedCommitted, SeedGerminated, SeedPruned
 from esper.lifecycle.record import Record
@@ -104,6 +105,18 @@ class GrowthRecord:
         return tuple(GrownSeed(slot=path, seed=next(waiting[path])) for path in self.commits)
 
 
+def check_runs(config: CompareConfig) -> None:
+    """Prepare a run of every policy and make none, so that what cannot run is refused at once.
+
+    Raises:
+        SettingsError: A policy cannot be carried out on this host.
+        TaskDataError: The data cannot be read or used.
+        ModuleNotFoundError: The task needs an extra that is not installed.
+    """
+    for policy in (config.run.policy, *config.policies):
+        prepare(config.run.model_copy(update={"policy": policy}), run_id="check")
+
+
 def execute(request: RunRequest, config: RunConfig) -> RunResult:
     """Make one run.
 
@@ -119,7 +132,9 @@ def execute(request: RunRequest, config: RunConfig) -> RunResult:
     setup = build_setup(configured)
     if not request.grows:  # evaluated once at most, in the end: nothing hangs on it
         configured = _deciding_every(configured, request.epochs * len(setup.batches))
-    policy = _at_random_times(request, config) if request.at_random_times else None
+    policy = None
+    if request.at_random_times:
+        policy = _at_random_times(request, config, num_decisions(configured, setup))
     run = prepare(configured, run_id=request.key, sinks=[record], setup=setup, policy=policy)
     if policy is None:
         for grown in request.topology:
@@ -149,15 +164,22 @@ def _deciding_every(config: RunConfig, steps: int) -> RunConfig:
     return config.model_copy(update={"trainer": trainer})
 
 
-def _at_random_times(request: RunRequest, config: RunConfig) -> Policy:
-    """Return a policy that grows the request's seeds in their order, at random times."""
+def _at_random_times(request: RunRequest, config: RunConfig, decisions: int) -> Policy:
+    """Return a policy that grows at random times what the compared one does.
+
+    A depth schedule has its events while the learning rate is stable and before the verdict. For
+    any other policy the request's seeds are tried in their order, until they are committed or it
+    is too late to germinate.
+    """
     draw = random.Random(request.random_seed)  # noqa: S311 – no secret
     if config.policy in (DepthSchedulePolicy.name, SLOPE):
-        stable = (config.warmup_fraction, 1.0 - config.decay_fraction)
-        events = sorted(draw.uniform(*stable) for _ in config.depth_schedule.fractions)
-        return DepthSchedulePolicy(config.depth_schedule, timing=FractionTiming(events))
+        schedule = config.depth_schedule
+        latest = min(1.0 - config.decay_fraction, schedule.verdict_fraction)
+        num_events = 1 if config.policy == SLOPE else len(schedule.fractions)
+        events = [draw.uniform(config.warmup_fraction, latest) for _ in range(num_events)]
+        return DepthSchedulePolicy(schedule, timing=FractionTiming(sorted(events)))
     heuristic = config.heuristic
-    last = max(1, int(heuristic.last_germination_fraction * request.epochs))
+    last = max(1, int(heuristic.last_germination_fraction * decisions))
     epochs = sorted(draw.randint(1, last) for _ in request.topology)
     plan = [
         (
@@ -172,7 +194,10 @@ def _at_random_times(request: RunRequest, config: RunConfig) -> Policy:
         for epoch, grown in zip(epochs, request.topology, strict=True)
     ]
     return ReplayPolicy(
-        plan, patience_epochs=heuristic.patience_epochs, fade_steps=heuristic.fade_steps
+        plan,
+        last_epoch=last,
+        patience_epochs=heuristic.patience_epochs,
+        fade_steps=heuristic.fade_steps,
     )
 
 

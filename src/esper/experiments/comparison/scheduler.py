@@ -80,7 +80,7 @@ def run_missing(
             if not running:
                 return comparison
             ended, _ = wait(running, return_when=FIRST_COMPLETED)
-            for future in ended:
+            for future in sorted(ended, key=_failed):  # what is finished is kept first
                 request = running.pop(future)
                 result = _result_of(future, request)
                 folder.add(result)
@@ -107,6 +107,10 @@ def _outlook(
     )
 
 
+def _failed(future: Future[RunResult]) -> bool:
+    return future.exception() is not None
+
+
 def _result_of(future: Future[RunResult], request: RunRequest) -> RunResult:
     try:
         return future.result()
@@ -129,12 +133,14 @@ def _pool(processes: int) -> Iterator[ProcessPoolExecutor]:
     """A pool whose processes end with this block, and with this process if it is killed."""
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_end_with_parent)
+    others = multiprocessing.active_children()
     try:
         yield pool
     except BaseException:
         pool.shutdown(wait=False, cancel_futures=True)
         for child in multiprocessing.active_children():
-            child.terminate()
+            if child not in others:
+                child.terminate()
         raise
     else:
         pool.shutdown()

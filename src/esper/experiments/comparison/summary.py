@@ -14,12 +14,9 @@ from esper.experiments.comparison.intervals import (
     loss_at,
     mean_interval,
 )
-from esper.experiments.comparison.plan import GROWN, HOST, RANDOM_TIMES, STATIC, Comparison
+from esper.experiments.comparison.plan import GROWN, HOST, RANDOM_TIMES, REACH, STATIC, Comparison
 from esper.experiments.comparison.runs import RunResult
 from esper.experiments.comparison.search import at_edge
-
-_REACH = 1.02
-"""How far beyond its last run a curve still stands for its arm: budgets are whole epochs."""
 
 Runs = Mapping[int, Sequence[RunResult]]
 
@@ -154,7 +151,7 @@ def _summarise_arm(
         ),
         flops_to_static=reached(lambda run: run.flops),
         seconds_to_static=reached(lambda run: run.seconds),
-        curve=_mean_curve(runs),
+        curve=_mean_curve(runs, full),
         mean_germinated=mean(lambda run: run.num_germinated),
         mean_pruned=mean(lambda run: run.num_pruned),
     )
@@ -165,10 +162,13 @@ def curve_of(runs: Sequence[RunResult], cost: Callable[[RunResult], float]) -> C
     return sorted((cost(run), run.test["loss"]) for run in runs)
 
 
-def _mean_curve(runs: Runs) -> Curve:
-    """Return mean cost and loss of each budget that every seed has."""
-    shortest = min(len(results) for results in runs.values())
-    columns = [[results[index] for results in runs.values()] for index in range(shortest)]
+def _mean_curve(runs: Runs, full: Mapping[int, RunResult]) -> Curve:
+    """Return mean cost and loss of each budget; of equal steps alone if seeds have unlike ones.
+
+    For one seed a budget may be so near to equal steps that it is the same run.
+    """
+    alike = len({len(results) for results in runs.values()}) == 1
+    columns = zip(*(runs.values() if alike else ([run] for run in full.values())), strict=True)
     return [
         (
             statistics.fmean(run.flops for run in column),
@@ -178,14 +178,14 @@ def _mean_curve(runs: Runs) -> Curve:
     ]
 
 
-def at_equal_flops(comparison: Comparison, arm: str = GROWN) -> EqualFlops | None:
-    """Return an arm beside networks of the same compute that never grew.
+def at_equal_flops(comparison: Comparison) -> EqualFlops | None:
+    """Return the grown network beside networks of the same compute that never grew.
 
     Every size counts, the host included, at a budget that its runs enclose; taking the best of
     several afterwards favours them, not growth. None where no size has such runs on every seed.
     """
-    grown = comparison.at_equal_steps(arm)
-    static = [r for r in comparison.arms if r == HOST or r.startswith(STATIC)]
+    grown = comparison.at_equal_steps(GROWN)
+    static = list(filter(comparison.never_grows, comparison.arms))
     candidates: dict[str, list[float]] = {}
     for rival in static:
         losses = _losses_at({s: comparison.runs(rival).get(s, ()) for s in grown}, grown)
@@ -217,7 +217,7 @@ def _losses_at(runs: Runs, grown: Mapping[int, RunResult]) -> list[float] | None
     losses = []
     for seed, run in grown.items():
         curve = curve_of(runs[seed], lambda result: result.flops)
-        if not curve or not curve[0][0] / _REACH <= run.flops <= curve[-1][0] * _REACH:
+        if not curve or not curve[0][0] / REACH <= run.flops <= curve[-1][0] * REACH:
             return None
         losses.append(loss_at(curve, run.flops))
     return losses
@@ -236,11 +236,16 @@ def judge(comparison: Comparison) -> Verdict:
     if comparison.missing() or grown is None:
         return _undecided(f"about {len(comparison.ahead())} runs are missing yet")
     num_seeds = len(comparison.config.random_seeds)
+    too_few = (
+        f"{num_seeds} seeds are too few for a claim, which takes {MIN_SEEDS_FOR_A_CLAIM}"
+        if num_seeds < MIN_SEEDS_FOR_A_CLAIM
+        else None
+    )
     if STATIC not in summaries:
-        return Verdict(
-            outcome=Outcome.DOES_NOT_PAY,
-            reasons=[f"nothing was committed on any of {num_seeds} seeds; the host stayed alone"],
-        )
+        alone = f"nothing was committed on any of {num_seeds} seeds; the host stayed alone"
+        if too_few is not None:
+            return _undecided(too_few, alone)
+        return Verdict(outcome=Outcome.DOES_NOT_PAY, reasons=[alone])
     to_static, equal = grown.flops_to_static, at_equal_flops(comparison)
     assert to_static is not None
     host = comparison.at_equal_steps(HOST)
@@ -253,11 +258,8 @@ def judge(comparison: Comparison) -> Verdict:
         *_tell_equal(equal),
         *_tell_timing(summaries),
     ]
-    if num_seeds < MIN_SEEDS_FOR_A_CLAIM:
-        return _undecided(
-            f"{num_seeds} seeds are too few for a claim, which takes {MIN_SEEDS_FOR_A_CLAIM}",
-            *reasons,
-        )
+    if too_few is not None:
+        return _undecided(too_few, *reasons)
     return Verdict(outcome=conclude(to_host, to_static, equal), reasons=reasons)
 
 
@@ -291,46 +293,51 @@ def _undecided(*reasons: str) -> Verdict:
 
 def _costs_less(found: Crossing) -> bool:
     """Whether the loss is reached before the static network's cost, with confidence."""
-    if found.high is None:
-        return found.below
-    return found.high < 1.0
+    return found.high is not None and found.high < 1.0
 
 
 def _costs_more(found: Crossing) -> bool:
     """Whether the loss is reached only beyond the static network's cost, with confidence."""
-    if found.low is None:
-        return found.above
-    return found.low > 1.0
+    return (found.last * REACH if found.low is None else found.low) > 1.0
 
 
 def _seems_to_cost_more(found: Crossing) -> bool:
-    """Whether the mean curve meets the loss beyond the static network's cost, if at all."""
-    return found.above or (found.ratio is not None and found.ratio >= 1.0)
+    """Whether the mean reaches the loss beyond the static network's cost, if at all."""
+    if found.above:
+        return found.last * REACH > 1.0
+    return found.ratio is not None and found.ratio >= 1.0
 
 
 def _tell_cost(found: Crossing) -> str:
     if found.above:
-        return f"it does not reach the static network's loss with {found.last:.2f} of its FLOPs"
-    if found.ratio is None:
-        return f"it reaches the static network's loss with less than {found.first:.2f} of its FLOPs"
-    return (
-        f"it reaches the static network's loss with {found.ratio:.2f} of its FLOPs "
-        f"(95 %: {_bound(found.low, found.low_open, '≤')} to "
-        f"{_bound(found.high, found.high_open, '≥')})"
-    )
+        told = f"it does not reach the static network's loss with {found.last:.2f} of its FLOPs"
+    elif found.ratio is None:
+        told = f"it reaches the static network's loss with {found.first:.2f} of its FLOPs, or less"
+    else:
+        told = f"it reaches the static network's loss with {found.ratio:.2f} of its FLOPs"
+    bounds = tell_bounds(found, " to ")
+    return f"{told} (95 %: {bounds})" if bounds else told
 
 
-def _bound(value: float | None, is_open: bool, sign: str) -> str:
-    if value is None:
-        return "?"
-    return f"{sign} {value:.2f}" if is_open else f"{value:.2f}"
+def tell_bounds(found: Crossing, between: str) -> str:
+    """Return where a loss is reached with 95 % confidence, or nothing where that says no more."""
+    if found.low is None or (found.below and found.high == found.first):
+        return ""
+    low = f"≤ {found.low:.2f}" if found.low == found.first else f"{found.low:.2f}"
+    high = f"> {found.last:.2f}" if found.high is None else f"{found.high:.2f}"
+    return f"{low}{between}{high}"
 
 
 def _tell_equal(equal: EqualFlops | None) -> list[str]:
     if equal is None:
         return ["no network that never grew was trained with as many FLOPs, in more steps or fewer"]
     told = []
-    if equal.same_steps is not None:
+    if equal.same_steps is None:
+        told.append(
+            "the sizes in between cost less or more in as many steps on some seed, and none can be "
+            "compared with it there"
+        )
+    else:
         told.append(
             f"its loss is {_tell_difference(equal.same_steps)} that of a size in between, from the "
             "start, with the same FLOPs and steps"
@@ -359,6 +366,6 @@ def _tell_timing(summaries: Mapping[str, ArmSummary]) -> list[str]:
     gap = random.test_loss.mean - grown.test_loss.mean
     direction = "higher" if gap >= 0.0 else "lower"
     return [
-        f"grown at random times its loss is {abs(gap):.4f} {direction}, with "
-        f"{random.flops / grown.flops:.2f} of the FLOPs"
+        f"grown at random times, to {random.param_count / grown.param_count:.2f} of its size, its "
+        f"loss is {abs(gap):.4f} {direction}, with {random.flops / grown.flops:.2f} of the FLOPs"
     ]
