@@ -1,4 +1,4 @@
-# `make demo` and `make test` set everything up themselves; nothing but Python 3.11, make and gcc
+# `make demo` and `make test` set everything up themselves; nothing but Python 3.11, make and g++
 # is needed beforehand.
 PYTHON ?= python3
 VENV := .venv

@@ -26,7 +26,11 @@ BEHIND_STEPS = 150
 TRACE_STEPS = 5
 PATIENCE_EPOCHS = 10
 
-Key = tuple[str, int, str, str, str, int]
+Key = tuple[str, int, str, str, str, int, str]
+
+GATES = ("task", "default", "unasked")
+"""Those of the task whose data the host is trained on, the default ones, and the task's without the
+comparison with a linear map."""
 
 
 @dataclass
@@ -40,6 +44,7 @@ class Result:
     optimizer: str
     arm: str
     seed: int
+    gates: str = "task"
     final_loss: float = math.nan
     best_amplitude: float | None = None
     best_amplitude_loss: float | None = None
@@ -62,7 +67,8 @@ class Result:
 
     @property
     def key(self) -> Key:
-        return self.kind, self.germination_step, self.host, self.optimizer, self.arm, self.seed
+        cell = self.germination_step, self.host, self.optimizer
+        return self.kind, *cell, self.arm, self.seed, self.gates
 
 
 class LineSearches:
@@ -82,9 +88,18 @@ class LineSearches:
         pass
 
 
-def slot_config(arm: str, thresholds: GateThresholds) -> esper.SlotConfig:
+def thresholds(case: HostCase, gates: str) -> GateThresholds:
+    """Return the gates that seeds in a host have to pass, by name."""
+    if gates == "default":
+        return GateThresholds()
+    if gates == "unasked":
+        return case.thresholds.model_copy(update={"min_over_linear_fraction": None})
+    return case.thresholds
+
+
+def slot_config(arm: str, gates: GateThresholds) -> esper.SlotConfig:
     """Return what an arm's name says: an objective, with c behind a colon if not the default."""
-    limits = thresholds.model_copy(update={"min_training_steps": BEHIND_STEPS})
+    limits = gates.model_copy(update={"min_training_steps": BEHIND_STEPS})
     if arm == "live":
         return esper.SlotConfig(isolation=Isolation.NONE, thresholds=limits)
     objective, _, fraction = arm.partition(":")
@@ -134,7 +149,7 @@ class Start:
 class Run:
     """One arm from there on, step by step."""
 
-    def __init__(self, start: Start, arm: str, kind: str) -> None:
+    def __init__(self, start: Start, arm: str, kind: str, gates: str) -> None:
         case = start.case
         self.model, self.optimizer = copy.deepcopy((start.model, start.optimizer))
         self.batches = itertools.cycle(start.batches)
@@ -142,8 +157,9 @@ class Run:
         self.inputs = validation[0]
         self.validation = evaluation(self.model, validation)
         self.test = evaluation(self.model, test)
-        self.result = Result(kind, start.step, case.name, start.optimizer_name, arm, start.seed)
-        config = slot_config("plain" if arm == "none" else arm, case.thresholds)
+        place = start.step, case.name, start.optimizer_name
+        self.result = Result(kind, *place, arm, start.seed, gates)
+        config = slot_config("plain" if arm == "none" else arm, thresholds(case, gates))
         slots = esper.attach(self.model, case.target, example=self.inputs[:2], config=config)
         self.slot = slots[case.target]
         self.searches = LineSearches()

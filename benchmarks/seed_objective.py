@@ -2,9 +2,11 @@
 
 Each run trains a host, the learning rate falling to 0 over the last 200 steps. A seed is germinated
 at step 400 (decoder: 200), 600 steps before the end, and walks its life through the library's own
-gates, which are asked every 25 steps; gate G2, the line search on held-out data, first after 150
-steps behind the host. A seed that a gate refuses for 250 steps is pruned, and the host goes on
-alone. Arms are `none` (no seed), the objectives, and `live` (isolation none: at alpha 1 at once);
+gates, which are asked every 25 steps: those of the task whose data the host is trained on, or
+others by name. Gate G2, the line search on held-out data, lets nothing through before 150 steps
+behind the host, and asks a tenth of the text task's gain of the decoder. A seed that a gate refuses
+for 250 steps is pruned, and the host goes on alone. Arms are `none` (no seed), the objectives, and
+`live` (isolation none: at alpha 1 at once);
 `proximal:0.3` is proximal with c = 0.3. Shown for each host, optimizer and arm, over the seeds:
 
 - ‖u‖/‖h‖: size of the increment just before blending, or at the last refusal;
@@ -20,7 +22,8 @@ the host alone, all arms in turn in one process. Finished runs are kept in a JSO
 that an interrupted benchmark goes on where it was.
 
     python benchmarks/seed_objective.py [--seeds 5] [--cache FILE] [--arms A …] [--hosts H …]
-        [--germination-step N] [--markdown] [--cost-steps 100] [--picture FILE]
+        [--gates task|default|unasked] [--germination-step N] [--markdown] [--cost-steps 100]
+        [--picture FILE]
 """
 
 import argparse
@@ -36,7 +39,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from objective_hosts import HOSTS, OPTIMIZERS
-from objective_runs import Key, Result, Run, Start
+from objective_runs import GATES, Key, Result, Run, Start
 from objective_tables import (
     cost_table,
     draw_divergence,
@@ -63,12 +66,12 @@ def run_all(jobs: Sequence[Key], cache: Path) -> list[Result]:
     with Progress() as progress, cache.open("a", encoding="utf-8") as file:
         bar = progress.add_task("runs", total=len(jobs))
         for job in jobs:
-            kind, step, host, optimizer, arm, seed = job
+            kind, step, host, optimizer, arm, seed, gates = job
             if job not in known:
                 wanted = (host, optimizer, seed, step)
                 if start is None or start.key != wanted:
                     start = Start(HOSTS[host], optimizer, seed, step)
-                known[job] = Run(start, arm, kind).go()
+                known[job] = Run(start, arm, kind, gates).go()
                 file.write(json.dumps(asdict(known[job])) + "\n")
                 file.flush()
             progress.advance(bar)
@@ -81,6 +84,7 @@ def main() -> None:
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--arms", nargs="*", default=list(ARMS))
     parser.add_argument("--hosts", nargs="*", default=list(HOSTS), choices=list(HOSTS))
+    parser.add_argument("--gates", choices=GATES, default="task")
     parser.add_argument("--germination-step", type=int, help="for every host")
     parser.add_argument("--markdown", action="store_true")
     parser.add_argument("--cost-steps", type=int, default=100)
@@ -97,7 +101,8 @@ def main() -> None:
     steps = {name: forced or case.germination_step for name, case in HOSTS.items()}
     pairs = itertools.product(options.hosts, OPTIMIZERS)
     cells = [(steps[host], host, optimizer) for host, optimizer in pairs]
-    lives = [("life", *cell, arm, seed) for seed in seeds for cell in cells for arm in arms]
+    gates = options.gates
+    lives = [("life", *cell, arm, seed, gates) for seed in seeds for cell in cells for arm in arms]
     results = run_all(lives, options.cache)
     console.print(f"{len(results)} runs, {machine()}")
     outcome_table(console, results, markdown=options.markdown)
@@ -112,7 +117,7 @@ def main() -> None:
         )
     if options.picture:
         behind = [
-            ("behind", steps["MLP"], "MLP", optimizer, arm, seed)
+            ("behind", steps["MLP"], "MLP", optimizer, arm, seed, "task")
             for seed in seeds
             for optimizer in OPTIMIZERS
             for arm in BEHIND

@@ -21,8 +21,9 @@ class SlotConfig(Record):
 
     blend_operator: BlendOperator = BlendOperator.ADD
     isolation: Isolation = Isolation.NONE
-    """NONE, live insertion, ended lowest in benchmarks/seed_objective.py in all families; SHADOWING
-    keeps the host untouched until a seed has shown on held-out data that it helps."""
+    """NONE is live insertion: no objective behind the host ended clearly lower in
+    benchmarks/seed_objective.py, and some time is saved. SHADOWING keeps the host untouched until a
+    seed has shown on held-out data that it helps."""
     objective: SeedObjective = SeedObjective.PROXIMAL
     """What an isolated seed learns by while TRAINING."""
     trust_fraction: Positive = DEFAULT_TRUST_FRACTION
