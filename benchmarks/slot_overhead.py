@@ -8,7 +8,8 @@ range). `hand-written` is always a plain module without esper:
 - training: the host, with the seed run on detached features and trained by a straight-through
   function of the plain kind (gradient to both, no proximal term);
 - host plus seed: the host with the seed inlined, `h + f(h)`; what TRAINING must not exceed;
-- blended: `h + a * f(h.detach())` with a in a 0-dim buffer;
+- blended, of a seed that was behind the host: `h + a * f(h.detach())` with a in a 0-dim buffer;
+- live, at alpha 1: the host with the seed inlined, `h + f(h)`;
 - committed: the host with the seed inlined; baked: the same after `esper.bake`.
 
     python benchmarks/slot_overhead.py [--steps 200] [--compile] [--device cpu]
@@ -114,15 +115,17 @@ def hand_written(kind: str, host: Host, device: str) -> nn.Module:
 def slotted(kind: str, host: Host, example: Tensor) -> tuple[nn.Module, esper.SlotSet | None]:
     """Return a copy of the host with slots, its first one in the stage asked for, or baked."""
     model = copy.deepcopy(host)
-    slots = esper.attach(model, ["block1", "block2"], example=example)
-    stages = {"dormant": 0, "training": 1, "host plus seed": 1, "blended": 2, "committed": 5}
-    stages["baked"] = stages["committed"]
+    isolation = "none" if kind == "live" else "shadowing"
+    config = esper.SlotConfig(isolation=isolation)
+    slots = esper.attach(model, ["block1", "block2"], example=example, config=config)
+    stages = {"dormant": 0, "training": 1, "host plus seed": 1, "blended": 2, "live": 2}
+    stages |= {"committed": 5, "baked": 5}
     if stages[kind]:
         slots["block1"].germinate(BLUEPRINT)
         for _ in range(stages[kind]):
             slots["block1"].advance(force=True)
-    if kind == "blended":
-        slots["block1"].set_alpha_target(0.5, 0)
+    if kind in ("blended", "live"):
+        slots["block1"].set_alpha_target(0.5 if kind == "blended" else 1.0, 0)
     if kind == "baked":
         return esper.bake(model), None
     return model, slots
@@ -187,7 +190,8 @@ def main() -> None:
     table = Table(box=None, header_style="dim")
     for column in ("stage", "slot ms", "hand-written ms", "ratio", "ratio, middle half of blocks"):
         table.add_column(column, justify="left" if column == "stage" else "right")
-    for kind in ("dormant", "training", "host plus seed", "blended", "committed", "baked"):
+    kinds = ("dormant", "live", "training", "host plus seed", "blended", "committed", "baked")
+    for kind in kinds:
         torch.compiler.reset()
         model, slots = slotted(kind, host, images[:2])
         ours = side(model, slots, images, labels, options.compiled)
