@@ -11,7 +11,8 @@ policy, or changed in one thing. Shown for each arm, means over the random seeds
 - to match: the arm's FLOPs over those of static up to that step. Below 1 growing has paid.
 
 The learning rate does not fall here, so these are no final losses: `esper compare text` makes
-those. Finished runs are kept in a JSON-lines file, so that an interrupted benchmark goes on where it was.
+those. Finished runs are kept in a JSON-lines file, so that an interrupted benchmark goes on where
+it was.
 
     python benchmarks/growth_timing.py [--seeds 2] [--epochs 56] [--cache FILE] [--picture FILE]
         [--markdown] [--processes 2]
