@@ -193,6 +193,14 @@ def test_dry_run_prints_a_config_that_can_be_read_back_and_trains_nothing(tmp_pa
         (("digits", "--set", "slot.thresholds.max_step_time_ratio=nan"), "finite"),
         (("digits", "--config", "missing.toml"), "cannot be read"),
         (("digits", "--quiet", "--json"), "exclude each other"),
+        (
+            ("digits", "--set", "trainer.decision_interval_steps=99999"),
+            "the run has 1600 steps: nothing would ever be decided",
+        ),
+        (
+            ("digits", "--policy", "schedule", "--set", "depth_schedule.min_layers=9"),
+            "depth_schedule: the schedule policy grows from at least 9 layers",
+        ),
         (("digits", "--policy", "none", "--audit"), "the policy never grows"),
         (("digits", "--set", "count_flops=false", "--audit"), "leave out count_flops=false"),
     ],

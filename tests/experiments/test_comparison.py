@@ -5,6 +5,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
@@ -17,6 +18,7 @@ from esper.experiments.comparison import (
     RunRequest,
     RunResult,
     at_equal_flops,
+    draw_comparison,
     judge,
     summarise,
 )
@@ -308,3 +310,26 @@ def test_settings_that_make_no_comparison_are_refused(
 ) -> None:
     with pytest.raises(ValidationError, match=words):
         CompareConfig(**{"run": config().run, "random_seeds": (0, 1, 2, 3, 4), **settings})
+
+
+# The picture
+
+
+def test_an_arm_that_diverged_is_left_out_of_the_picture(tmp_path: Path) -> None:
+    class Diverging(World):
+        def make(self, request: RunRequest) -> RunResult:
+            result = super().make(request)
+            loss = math.inf if request.arm == "random times" else result.test["loss"]
+            return result.model_copy(update={"test": {**result.test, "loss": loss}})
+
+    comparison = played(Diverging(), config())
+    target = tmp_path / "compare.png"
+    draw_comparison("digits", summarise(comparison), judge(comparison), target)
+    assert target.read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_a_finished_arm_there_is_nothing_to_draw(tmp_path: Path) -> None:
+    comparison = Comparison(config(), [])
+    with pytest.raises(ValueError, match="nothing to draw"):
+        draw_comparison("digits", summarise(comparison), judge(comparison), tmp_path / "c.png")
+    assert not any(tmp_path.iterdir())

@@ -21,7 +21,8 @@ from esper.experiments.comparison import (
     RunResult,
     run_missing,
 )
-from esper.experiments.comparison.runs import GrowthRecord, execute, result_of
+from esper.experiments.comparison.runs import GrowthRecord, at_random_times, execute, result_of
+from esper.policies import DepthSchedulePolicy, FractionTiming, ReplayPolicy
 from esper.tasks.digits import DIGITS
 from esper.training.run_cost import Cost, RunCost
 
@@ -78,6 +79,43 @@ def test_seeds_grown_at_random_times_are_those_that_the_default_grew() -> None:
     )
     assert 0 < randomly.num_germinated <= len(grown.committed)
     assert randomly.flops > randomly.training_flops, "probes cost"
+
+
+@pytest.mark.parametrize(("policy", "num_events"), [("schedule", 2), ("slope", 1)])
+def test_depth_grows_at_as_many_random_times_while_the_learning_rate_is_stable(
+    policy: str, num_events: int
+) -> None:
+    settings = {"fractions": (0.2, 0.4), "verdict_fraction": 0.6}
+    run = load_run_config("text", None, (), {"policy": policy, "depth_schedule": settings})
+    times = set()
+    for seed in range(20):
+        request = RunRequest(arm="random times", random_seed=seed, learning_rate=1.0, epochs=9)
+        policy_then = at_random_times(request, run, decisions=9)
+        assert isinstance(policy_then, DepthSchedulePolicy)
+        assert isinstance(policy_then.timing, FractionTiming)
+        due = policy_then.timing.fractions
+        assert len(due) == num_events
+        assert list(due) == sorted(due)
+        assert run.warmup_fraction <= due[0]
+        assert due[-1] <= 0.6, "before the verdict, which comes before the learning rate falls"
+        times |= set(due)
+    assert len(times) == 20 * num_events
+
+
+def test_random_times_are_drawn_among_the_decisions_of_the_run() -> None:
+    run = config(epochs=9).run
+    grown = execute(
+        RunRequest(arm="grown", random_seed=0, learning_rate=0.01, epochs=9, policy="heuristic"),
+        run,
+    )
+    request = RunRequest(
+        arm="random times", random_seed=0, learning_rate=0.01, epochs=9, topology=grown.committed
+    )
+    few, many = (at_random_times(request, run, decisions=decisions) for decisions in (1, 1000))
+    assert isinstance(few, ReplayPolicy)
+    assert isinstance(many, ReplayPolicy)
+    assert {epoch for epoch, _ in few.waiting} == {1}
+    assert max(epoch for epoch, _ in many.waiting) > 9
 
 
 def test_what_a_request_asks_for_is_what_is_run() -> None:

@@ -109,7 +109,7 @@ def prepare(
 
     Args:
         config: Of the run.
-        run_id: Published with its start.
+        run_id: Published with its start, before the first step.
         sinks: Receive every event and metric.
         setup: From `build_setup`, used by one run only; None builds it.
         policy: Decides instead of the one that `config` names.
@@ -154,10 +154,13 @@ def prepare(
         config=config.trainer,
         scheduler=scheduler,
     )
-    growth.publish(
-        [RunStarted(run_id=run_id, slots=tuple(slots), host_param_count=host_param_count)]
-    )
-    return GrowingRun(setup=setup, growth=growth, reports=trainer.run(), run_id=run_id)
+    started = RunStarted(run_id=run_id, slots=tuple(slots), host_param_count=host_param_count)
+    return GrowingRun(setup=setup, growth=growth, reports=_reports(trainer, started), run_id=run_id)
+
+
+def _reports(trainer: Trainer, started: RunStarted) -> Iterator[EpochReport]:
+    trainer.growth.publish([started])
+    yield from trainer.run()
 
 
 @contextmanager
@@ -176,6 +179,7 @@ def stored_run(
 
     Raises:
         RunFolderError: The folder holds a run already.
+        SettingsError: As `prepare`; there is no folder then.
     """
     set_matmul_precision(config.trainer.matmul_precision)
     if config.threads is not None:
@@ -186,9 +190,10 @@ def stored_run(
         "random_seed": config.random_seed,
         "data_notes": list(setup.notes),
     }
+    run = prepare(config, run_id=folder.name, setup=setup)
     store = RunStore(folder, config=config.model_dump(mode="json"), environment=environment)
+    run.growth.sinks = [store, *sinks]
     try:
-        run = prepare(config, run_id=folder.name, sinks=[store, *sinks], setup=setup)
         run.weights_file = folder / WEIGHTS_FILE
         yield run
         store.set_status("finished")

@@ -36,7 +36,8 @@ class ReplayPolicy:
         patience_epochs: int,
         fade_steps: int,
     ) -> None:
-        self._waiting = list(plan)
+        self.waiting = list(plan)
+        """What has not germinated yet, or was pruned."""
         self._growing: dict[str, tuple[int, Germinate]] = {}
         """By slot, what germinated there last and how many seeds were committed before."""
         self._last_epoch = last_epoch
@@ -59,7 +60,7 @@ class ReplayPolicy:
             return actions
         taken: set[str] = set()
         later: list[tuple[int, Germinate]] = []
-        for epoch, germinate in self._waiting:
+        for epoch, germinate in self.waiting:
             slot = state.slot(germinate.slot)
             free = slot.path not in taken and Operation.GERMINATE in legal_operations(slot)
             if epoch <= state.epoch and free:
@@ -68,7 +69,7 @@ class ReplayPolicy:
             else:
                 later.append((epoch, germinate))
             taken.add(slot.path)
-        self._waiting = later
+        self.waiting = later
         return actions
 
     def _put_back(self, state: GrowthState) -> None:
@@ -79,4 +80,4 @@ class ReplayPolicy:
                 continue
             del self._growing[path]
             if slot.committed == committed:
-                self._waiting.insert(0, (state.epoch, germinate))
+                self.waiting.insert(0, (state.epoch, germinate))

@@ -40,14 +40,14 @@ class FractionTiming:
     reads_losses = False
 
     def __init__(self, fractions: Sequence[float]) -> None:
-        self._fractions = tuple(fractions)
+        self.fractions = tuple(fractions)
 
     @property
     def num_events(self) -> int:
-        return len(self._fractions)
+        return len(self.fractions)
 
     def due(self, state: GrowthState, *, num_past: int) -> bool:
-        return elapsed_fraction(state) >= self._fractions[num_past]
+        return elapsed_fraction(state) >= self.fractions[num_past]
 
 
 class SlopeTiming:

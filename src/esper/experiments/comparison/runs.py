@@ -134,7 +134,7 @@ def execute(request: RunRequest, config: RunConfig) -> RunResult:
         configured = _deciding_every(configured, request.epochs * len(setup.batches))
     policy = None
     if request.at_random_times:
-        policy = _at_random_times(request, config, num_decisions(configured, setup))
+        policy = at_random_times(request, config, num_decisions(configured, setup))
     run = prepare(configured, run_id=request.key, sinks=[record], setup=setup, policy=policy)
     if policy is None:
         for grown in request.topology:
@@ -164,7 +164,7 @@ def _deciding_every(config: RunConfig, steps: int) -> RunConfig:
     return config.model_copy(update={"trainer": trainer})
 
 
-def _at_random_times(request: RunRequest, config: RunConfig, decisions: int) -> Policy:
+def at_random_times(request: RunRequest, config: RunConfig, decisions: int) -> Policy:
     """Return a policy that grows at random times what the compared one does.
 
     A depth schedule has its events while the learning rate is stable and before the verdict. For
