@@ -8,6 +8,8 @@ from typer.testing import CliRunner
 
 from esper.cli.app import app
 
+NINE_LAYERS = ("--set", "depth_schedule.min_layers=9")
+
 
 @pytest.fixture(autouse=True)
 def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,4 +71,10 @@ def test_options_say_which_arms_take_part_and_on_what() -> None:
 )
 def test_what_makes_no_comparison_is_refused(arguments: tuple[str, ...], words: str) -> None:
     assert words in " ".join(esper("compare", *arguments, "--dry-run", fails=True).split())
+    assert not any(Path().iterdir())
+
+
+def test_a_plan_that_no_run_could_carry_out_leaves_no_folder() -> None:
+    told = esper("compare", "digits", "--policy", "schedule", *NINE_LAYERS, fails=True)
+    assert "depth_schedule: the schedule policy grows from at least 9 layers" in told
     assert not any(Path().iterdir())
