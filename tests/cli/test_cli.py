@@ -229,9 +229,19 @@ def test_inspect_of_something_else_is_refused(tmp_path: Path) -> None:
     assert "no run folder" in done.stderr
 
 
-def test_interrupted_run_says_so_and_keeps_its_epochs(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "until", "status"),
+    [
+        (("--epochs", "1000"), ("epoch 2/",), "interrupted"),
+        ((*SHORT, "--audit"), ("its twin", "epoch 1/"), "finished"),
+    ],
+)
+def test_interrupted_run_says_so_and_keeps_its_epochs(
+    arguments: tuple[str, ...], until: tuple[str, ...], status: str, tmp_path: Path
+) -> None:
+    """A run that has come to its end is finished, whatever becomes of its twin."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "esper", "grow", "digits", "--epochs", "1000", "--out", "run"],
+        [sys.executable, "-m", "esper", "grow", "digits", *arguments, "--out", "run"],
         cwd=tmp_path,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
         stdout=subprocess.PIPE,
@@ -240,14 +250,16 @@ def test_interrupted_run_says_so_and_keeps_its_epochs(tmp_path: Path) -> None:
     )
     assert process.stdout is not None
     with process, process.stdout as output:
-        while not output.readline().startswith("epoch 2/"):
-            assert process.poll() is None
+        for beginning in until:
+            while not output.readline().startswith(beginning):
+                assert process.poll() is None
         process.send_signal(signal.SIGINT)
         output.read()
         assert process.wait(timeout=60) != 0
     reader = RunReader(tmp_path / "run")
-    assert reader.status == "interrupted"
+    assert reader.status == status
     assert max(row.epoch for row in reader.metrics()) >= 2
+    assert (tmp_path / "run" / WEIGHTS_FILE).exists() is (status == "finished")
 
 
 def test_blueprints_lists_every_blueprint_with_cost_and_options(tmp_path: Path) -> None:

@@ -94,12 +94,18 @@ def prepare_twin(config: RunConfig, grown: GrowingRun, cost: RunCost, fork: Fork
         fork: Watched it from its start.
 
     Raises:
-        ValueError: Nothing germinated, so that there is nothing to compare.
+        ValueError: Nothing germinated, so that there is nothing to compare, or no operation of the
+            host's steps is one that is counted.
 
     Effects: as `prepare`.
     """
     if fork.step is None:
         raise ValueError("nothing germinated: the run is its own twin")
+    if fork.flops == 0:
+        raise ValueError(
+            "the host's steps have no operations that are counted (matrix products, convolutions, "
+            "attention), so that none can be matched"
+        )
     spent = grown.spent(cost).flops
     assert spent is not None
     steps = grown.growth.step

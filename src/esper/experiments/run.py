@@ -19,7 +19,7 @@ from esper.slots.attach import attach
 from esper.tasks.named import named_task
 from esper.tasks.task import TaskSetup
 from esper.telemetry.environment import describe_environment
-from esper.telemetry.run_store import WEIGHTS_FILE, RunStore
+from esper.telemetry.run_store import WEIGHTS_FILE, RunStatus, RunStore
 from esper.telemetry.sink import Sink
 from esper.training.growth import Growth
 from esper.training.policy import FrugalPolicy, Policy
@@ -38,6 +38,8 @@ class GrowingRun:
     run_id: str
     weights_file: Path | None = None
     """Where `finish` keeps the weights; None keeps none."""
+    finished: bool = False
+    """Whether `finish` was called; what comes after it is no part of the run."""
 
     def param_count(self) -> int:
         """Return the parameters of the network as it is now."""
@@ -61,6 +63,7 @@ class GrowingRun:
         if self.weights_file is not None:
             safetensors.torch.save_model(self.setup.model, str(self.weights_file))
         self.growth.publish([RunFinished(metrics=metrics, param_count=self.param_count())])
+        self.finished = True
         return metrics
 
 
@@ -197,11 +200,10 @@ def stored_run(
         run.weights_file = folder / WEIGHTS_FILE
         yield run
         store.set_status("finished")
-    except KeyboardInterrupt:
-        store.set_status("interrupted")
-        raise
-    except BaseException:
-        store.set_status("failed")
+    except BaseException as error:
+        interrupted = isinstance(error, KeyboardInterrupt)
+        stopped: RunStatus = "interrupted" if interrupted else "failed"
+        store.set_status("finished" if run.finished else stopped)
         raise
     finally:
         store.close()
