@@ -101,6 +101,21 @@ def test_features_that_do_not_vary_do_no_harm() -> None:
     torch.testing.assert_close(imitated, increment, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_features_of_low_rank_are_fitted_under_autocast_too(*, autocast: bool) -> None:
+    """As behind a layer that widens them; the sums of their products are nearly singular."""
+    width, rank = 96, 12
+    features = torch.relu(torch.randn(4000, rank) + 1.0) @ torch.randn(rank, width)
+    increment = features @ torch.randn(width, width) / width
+    fit = ImitationFit(width, feature_dim=-1, device=features.device)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        for rows, wanted in zip(features.split(500), increment.split(500), strict=True):
+            fit(rows, wanted)
+    imitation = solved(fit)
+    assert imitation.share == pytest.approx(1.0, abs=1e-6)
+    torch.testing.assert_close(imitation(features), increment, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_nothing_imitates_what_is_not_finite(value: float) -> None:
     features, increment = torch.randn(50, D), torch.randn(50, D)

@@ -41,7 +41,8 @@ class LinearImitation:
 class ImitationFit:
     """Collects what least squares needs while a seed runs.
 
-    Only sums are kept, about (D + 1) (2 D + 1) numbers, however many rows there are.
+    Sums are in float64, which autocast leaves alone: features of a rank far below D make them as
+    good as singular. Only sums are kept, about (D + 1) (2 D + 1) numbers, however many rows there are.
 
     Args:
         dim: D.
@@ -51,9 +52,9 @@ class ImitationFit:
 
     def __init__(self, dim: int, *, feature_dim: int, device: torch.device) -> None:
         self._feature_dim = feature_dim
-        self._gram = torch.zeros(dim + 1, dim + 1, device=device)
-        self._cross = torch.zeros(dim + 1, dim, device=device)
-        self._squares = torch.zeros((), device=device)
+        self._gram = torch.zeros(dim + 1, dim + 1, device=device, dtype=torch.float64)
+        self._cross = torch.zeros(dim + 1, dim, device=device, dtype=torch.float64)
+        self._squares = torch.zeros((), device=device, dtype=torch.float64)
 
     def __call__(self, features: Tensor, increment: Tensor) -> Tensor:
         """Add what a forward computed, h and u of the same shape, and return u."""
@@ -71,7 +72,7 @@ class ImitationFit:
         With fewer than four rows per coefficient of one output, (D + 1), each output is fitted from
         its own feature alone, a gain and a shift. None if a value was not finite.
         """
-        gram, cross = self._gram.double().cpu(), self._cross.double().cpu()
+        gram, cross = self._gram.cpu(), self._cross.cpu()
         if not (gram.isfinite().all() and cross.isfinite().all()):
             return None
         squares = float(self._squares)
@@ -90,7 +91,7 @@ class ImitationFit:
         )
 
     def _rows(self, features: Tensor) -> Tensor:
-        return features.detach().movedim(self._feature_dim, -1).flatten(0, -2).float()
+        return features.detach().movedim(self._feature_dim, -1).flatten(0, -2).double()
 
 
 def _least_squares(gram: Tensor, cross: Tensor) -> Tensor:
