@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
+from torch.utils.data import DataLoader, TensorDataset
 
 import esper
 from esper.lifecycle.actions import Action, Advance, Germinate, GrowthState, Prune, SetAlphaTarget
@@ -354,13 +356,63 @@ def test_held_out_restores_each_modules_own_mode(problem: Problem) -> None:
     assert not problem.model.head.training
 
 
-def test_loss_that_is_not_per_sample_is_refused(problem: Problem) -> None:
+@pytest.mark.parametrize("weigh", [False, True])
+@pytest.mark.parametrize(
+    "loss",
+    [mse_loss, lambda out, y: mse_loss(out, y, reduction="none")[:, None]],
+    ids=["mean", "B 1"],
+)
+def test_loss_that_is_not_per_sample_is_refused_at_the_first_evaluation(
+    problem: Problem, loss: Any, *, weigh: bool
+) -> None:
     slot = problem.slots["embed"]
     slot.germinate("mlp")
     slot.advance(force=True)
-    held_out = esper.HeldOut(problem.model, problem.batches, loss=mse_loss)
-    with pytest.raises(ValueError, match="one value per sample"):
-        held_out.variant_losses(problem.slots, [{"embed": 0.0}, {"embed": 1.0}])
+    held_out = esper.HeldOut(problem.model, problem.batches, loss=loss)
+    variants = [{"embed": 0.0}, {"embed": 1.0}]
+    evaluate = partial(held_out.variant_losses, problem.slots, variants) if weigh else held_out
+    with pytest.raises(ValueError, match=r"loss must return one value per sample, .*'none'"):
+        evaluate()
+
+
+def test_weighing_seeds_leaves_the_random_stream_to_the_host() -> None:
+    """Iterating a DataLoader draws from it; so does the next epoch's shuffle."""
+
+    def drawn_after(*blueprints: str) -> Tensor:
+        problem = make_problem()
+        ((inputs, targets),) = problem.held_out.batches
+        loader = DataLoader(TensorDataset(inputs, targets), batch_size=128)
+        held_out = esper.HeldOut(problem.model, loader, loss=problem.held_out.loss)
+        growth = esper.Growth(
+            problem.slots,
+            problem.optimizer,
+            policy=esper.SchedulePolicy({}, tend_seeds=False),
+            sinks=[problem.recorder],
+        )
+        slot = problem.slots["embed"]
+        for blueprint in blueprints:
+            slot.germinate(blueprint)
+            slot.advance(force=True)
+            slot.measurements.training_steps = 1000
+        torch.manual_seed(3)
+        growth.after_epoch(held_out)
+        assert len(problem.recorder.of(AmplitudeSearched)) == len(blueprints)
+        return torch.rand(4)
+
+    assert torch.equal(drawn_after("mlp"), drawn_after())
+
+
+def test_a_seed_behind_a_host_that_is_frozen_can_get_in() -> None:
+    """There is no gradient of the host to compare the seed's with."""
+    problem = make_problem()
+    for module in (problem.model.embed, problem.model.head):
+        module.requires_grad_(requires_grad=False)
+    trainer = problem.trainer(esper.SchedulePolicy({}), epochs=16)
+    trainer.growth.apply(Germinate(slot="embed", blueprint="mlp"))  # without it nothing learns
+    trainer.fit()
+    (first, *_) = [e.result for e in problem.recorder.of(GateEvaluated) if e.result.gate is Gate.G2]
+    assert "gradient_ratio" not in {check.name for check in first.checks}
+    assert len(problem.recorder.of(SeedCommitted)) == 1
 
 
 @pytest.mark.parametrize(("budget", "committed"), [(1e6, 1), (1e-6, 0)])

@@ -11,7 +11,7 @@ from esper.lifecycle.events import ContributionMeasured
 from esper.lifecycle.stages import SeedStage
 from esper.slots import SeedSlot
 from esper.training.held_out import Evaluate
-from esper.training.probing import probe_seeds
+from esper.training.probing import Losses, probe_seeds
 from growth_problem import Problem, make_problem
 from planted_seeds import planted
 
@@ -26,6 +26,11 @@ def grown(blueprint: str, stage: SeedStage) -> tuple[Problem, SeedSlot]:
     """A seed with random weights, as if it had learned something."""
     problem = make_problem()
     slot = problem.slots["embed"]
+    fill(slot, blueprint, stage)
+    return problem, slot
+
+
+def fill(slot: SeedSlot, blueprint: str, stage: SeedStage) -> None:
     slot.germinate(blueprint)
     while slot.stage is not stage:
         slot.advance(force=True)
@@ -35,7 +40,6 @@ def grown(blueprint: str, stage: SeedStage) -> tuple[Problem, SeedSlot]:
         for parameter in slot.living.parameters():
             parameter.normal_(std=0.3)
     slot.measurements.training_steps = slot.config.thresholds.min_training_steps
-    return problem, slot
 
 
 def weighed(problem: Problem, evaluate: Evaluate | None = None, *, host_learns: bool = True):
@@ -96,9 +100,17 @@ def test_a_plain_evaluation_weighs_the_same(blueprint: str) -> None:
     assert alone.over_linear_standard_error_fraction is None
 
 
+@pytest.mark.parametrize("first_committed", [True, False])
 @pytest.mark.parametrize("freeze", [True, False])
-def test_growth_asks_whether_the_host_learns(*, freeze: bool) -> None:
-    problem, _ = grown("gain_and_shift", SeedStage.SHADOWING)
+def test_growth_asks_whether_the_host_learns(*, freeze: bool, first_committed: bool) -> None:
+    """What was committed is the host's now, and no reason to take it for one that learns."""
+    problem = make_problem()
+    slot = problem.slots["embed"]
+    if first_committed:
+        slot.germinate("mlp")
+        while slot.stage is not SeedStage.FOSSILIZED:
+            slot.advance(force=True)
+    fill(slot, "gain_and_shift", SeedStage.SHADOWING)
     problem.model.embed.requires_grad_(requires_grad=not freeze)
     problem.model.head.requires_grad_(requires_grad=not freeze)
     growth = esper.Growth(
@@ -150,6 +162,20 @@ def test_the_standard_error_is_that_of_the_mean_over_samples() -> None:
     )
     expected = (off - on).std() / math.sqrt(len(on)) / off.mean()
     assert event.standard_error_fraction == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_of_a_negative_loss_less_is_a_saving_too() -> None:
+    """As a likelihood's may be; what is saved is relative to its size."""
+    worse, better = (
+        Losses(mean=mean, per_sample=torch.tensor([mean - 0.1, mean + 0.1]))
+        for mean in (-1.0, -1.2)
+    )
+    saving = better.saving_over(worse)
+    assert saving.fraction == pytest.approx(0.2)
+    assert saving.standard_error_fraction == pytest.approx(0.0, abs=1e-6)
+    assert worse.saving_over(better).fraction == pytest.approx(-0.2 / 1.2)
+    uneven = Losses(mean=-1.2, per_sample=torch.tensor([-1.5, -0.9]))
+    assert uneven.saving_over(worse).lower_fraction(1.0) < uneven.saving_over(worse).fraction
 
 
 def test_more_standard_errors_judge_a_saving_lower() -> None:

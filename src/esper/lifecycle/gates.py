@@ -43,7 +43,7 @@ GATE_INTO: Mapping[SeedStage, Gate] = MappingProxyType(
 class GateThresholds(Record):
     """What a seed must show to pass. Every value is finite; none is clamped.
 
-    Fractions are relative to the host's held-out loss.
+    Fractions are relative to the size of the host's held-out loss.
     """
 
     min_training_steps: Count = 40
@@ -97,6 +97,8 @@ class GateInputs(Record):
     live: bool = False
     """Inserted at alpha 1 without training behind the host."""
     training_steps: int = 0
+    host_learns: bool = True
+    """Some parameter of the host's own does; a frozen one has no gradient to compare with."""
     gradient_ratio: float | None = None
     """Seed's gradient norm over the host's, normalised by sqrt(host params / seed params)."""
     line_search_gain_fraction: float | None = None
@@ -218,12 +220,15 @@ def _g2(inputs: GateInputs, limits: GateThresholds) -> list[Check]:
             _holds("parameters_finite", inputs.parameters_finite),
         ]
     gain, least = inputs.line_search_gain_fraction, limits.min_line_search_gain_fraction
+    ratio = [
+        compare("gradient_ratio", inputs.gradient_ratio, ">=", limits.min_gradient_ratio),
+        compare("gradient_ratio", inputs.gradient_ratio, "<=", limits.max_gradient_ratio),
+    ]
     return [
         compare("training_steps", inputs.training_steps, ">=", limits.min_training_steps),
         _holds("parameters_finite", inputs.parameters_finite),
         compare("isolation_leaks", inputs.isolation_leaks, "==", 0.0),
-        compare("gradient_ratio", inputs.gradient_ratio, ">=", limits.min_gradient_ratio),
-        compare("gradient_ratio", inputs.gradient_ratio, "<=", limits.max_gradient_ratio),
+        *(ratio if inputs.host_learns else []),
         compare("line_search_gain_fraction", gain, ">=", least),
     ]
 

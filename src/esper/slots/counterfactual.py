@@ -71,12 +71,21 @@ def fused_losses(
             stack.enter_context(_weigh_each(slot, chosen, copies=batch))
         outputs = call_model(model, _repeat(inputs, batch, count))
         losses = loss(outputs, _repeat(targets, batch, count))
-    if losses.shape != (count * batch,):
-        raise ValueError(
-            f"loss must return one value per sample, shape ({count * batch},), got "
-            f"{tuple(losses.shape)}; use reduction='none'"
-        )
+    check_per_sample("loss", losses, count * batch)
     return losses.reshape(count, batch)
+
+
+def check_per_sample(name: str, values: Tensor, samples: int) -> None:
+    """Raise if values of a loss or a metric are not one per sample.
+
+    Raises:
+        ValueError: They have another shape than `(samples,)`.
+    """
+    if values.shape != (samples,):
+        raise ValueError(
+            f"{name} must return one value per sample, shape ({samples},), got "
+            f"{tuple(values.shape)}; use reduction='none', and take the mean over what is left"
+        )
 
 
 @contextmanager

@@ -42,7 +42,8 @@ class ImitationFit:
     """Collects what least squares needs while a seed runs.
 
     Sums are in float64, which autocast leaves alone: features of a rank far below D make them as
-    good as singular. Only sums are kept, about (D + 1) (2 D + 1) numbers, however many rows there are.
+    good as singular. Only sums are kept, about (D + 1) (2 D + 1) numbers, however many rows there
+    are.
 
     Args:
         dim: D.

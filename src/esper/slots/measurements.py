@@ -21,6 +21,7 @@ class SeedMeasurements:
     isolation_leaks: int | None = None
     """As counted at germination, and one more for each violation that the monitor found since."""
     training_steps: int = 0
+    host_learns: bool = True
     gradient_ratio: float | None = None
     line_search_gain_fraction: float | None = None
     best_amplitude: float | None = None
@@ -48,6 +49,7 @@ class SeedMeasurements:
             isolation_leaks=self.isolation_leaks,
             live=live,
             training_steps=self.training_steps,
+            host_learns=self.host_learns,
             gradient_ratio=self.gradient_ratio,
             line_search_gain_fraction=self.line_search_gain_fraction,
             alpha=alpha,

@@ -171,6 +171,16 @@ class SlotSet(Mapping[str, SeedSlot]):
             self._host_parameters = self.ledger.host_parameters()
         return self._host_parameters
 
+    def host_learns(self) -> bool:
+        """Return whether any parameter of the host's own does, those of seeds left out."""
+        committed = {
+            parameter
+            for slot in self._slots.values()
+            for branch in list(slot.branches)[: slot.num_committed]
+            for parameter in branch.parameters()
+        }
+        return any(p.requires_grad and p not in committed for p in self.host_parameters())
+
     def structure(self) -> Hashable:
         """Return what a step's operations depend on, apart from its batch.
 

@@ -34,6 +34,7 @@ from esper.lifecycle.learning import Isolation
 from esper.lifecycle.stages import SeedStage
 from esper.slots.germination import GerminationError
 from esper.slots.isolation_monitor import IsolationMonitor
+from esper.slots.modes import forked_random_state
 from esper.slots.slot import SeedSlot
 from esper.slots.slot_set import SlotSet
 from esper.telemetry.sink import Sink
@@ -175,9 +176,14 @@ class Growth:
         self._note_losses(metrics["loss"])
         self.publish(self._read_gradient_health())
         self.publish(self._read_isolation())
-        host_learns = any(parameter.requires_grad for parameter in self.slots.host_parameters())
+        host_learns = self.slots.host_learns()
+        for slot in self.slots.values():
+            slot.measurements.host_learns = host_learns
         weighed = self._weighed()
-        self.publish(probe_seeds(self.slots.model, weighed, evaluate, host_learns=host_learns))
+        device = next(self.slots.model.parameters()).device
+        with forked_random_state(device):  # a DataLoader draws from it whenever it is iterated
+            measured = probe_seeds(self.slots.model, weighed, evaluate, host_learns=host_learns)
+        self.publish(measured)
         self._note_step_times()
         self.epoch += 1
         median = self._timer.median_seconds
@@ -291,7 +297,7 @@ class Growth:
                 self._note_reference(slot, loss)
             reference = slot.measurements.reference_loss
             if reference:
-                slot.measurements.loss_increase_fraction = (loss - reference) / reference
+                slot.measurements.loss_increase_fraction = (loss - reference) / abs(reference)
 
     @staticmethod
     def _note_reference(slot: SeedSlot, loss: float | None) -> None:

@@ -6,7 +6,13 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from esper.slots.counterfactual import Variant, call_model, fused_losses
+from esper.slots.counterfactual import (
+    Variant,
+    batch_size,
+    call_model,
+    check_per_sample,
+    fused_losses,
+)
 from esper.slots.modes import evaluation_mode
 from esper.slots.slot import SeedSlot
 
@@ -67,14 +73,16 @@ class HeldOut:
         """Return the mean over samples of the loss and of every metric. Waits for the device.
 
         Raises:
-            ValueError: There are no batches.
+            ValueError: There are no batches, or the loss or a metric is not one value per sample.
         """
         columns: dict[str, list[Tensor]] = {name: [] for name in self.metrics}
         with evaluation_mode(self.model), torch.inference_mode():
             for inputs, targets in self.batches:
-                outputs = call_model(self.model, inputs)
+                outputs, samples = call_model(self.model, inputs), batch_size(inputs)
                 for name, metric in self.metrics.items():
-                    columns[name].append(metric(outputs, targets).float())
+                    values = metric(outputs, targets)
+                    check_per_sample(name, values, samples)
+                    columns[name].append(values.float())
         if not columns["loss"]:
             raise ValueError("held-out data has no batches; a growing model needs some to judge by")
         return {name: float(torch.cat(values).mean()) for name, values in columns.items()}

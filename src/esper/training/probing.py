@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from esper.lifecycle.events import AmplitudeSearched, ContributionMeasured, Event
@@ -26,7 +27,7 @@ class Saving:
     """How much lower a loss is than a reference, over the same samples."""
 
     fraction: float
-    """Mean saving over the reference's mean."""
+    """Mean saving over the size of the reference's mean, which may be negative."""
     standard_error_fraction: float | None
     """Of that mean; None where losses per sample are not known."""
 
@@ -44,7 +45,7 @@ class Losses:
 
     def saving_over(self, reference: "Losses") -> Saving:
         """Return how much lower these losses are than the reference's."""
-        scale = reference.mean if reference.mean != 0.0 else math.nan
+        scale = abs(reference.mean) if reference.mean != 0.0 else math.nan
         error = None
         if self.per_sample is not None and reference.per_sample is not None:
             differences = reference.per_sample - self.per_sample
@@ -73,6 +74,7 @@ def losses_of(
     for variant in variants:
         with ExitStack() as stack:
             stack.enter_context(evaluation_mode(model))
+            stack.enter_context(torch.inference_mode())
             for path, choice in variant.items():
                 stack.enter_context(weigh(slots[path], choice))
             loss = metrics_of(evaluate())["loss"]
