@@ -93,6 +93,7 @@ class Run:
         accumulation: int = 1,
         scaler: bool = False,
         set_to_none: bool = True,
+        reloads: bool = False,
         **config: Any,
     ) -> None:
         self.case = case
@@ -108,6 +109,7 @@ class Run:
         self.accumulation = accumulation
         self.scaler = torch.amp.GradScaler("cpu", enabled=scaler)
         self.set_to_none = set_to_none
+        self.reloads = reloads
         self.scheduler: Any = None
         self.steps = 0
 
@@ -127,6 +129,8 @@ class Run:
         self.optimizer.zero_grad(set_to_none=self.set_to_none)
         self.slots.tick()
         self.steps += 1
+        if self.reloads:
+            self.optimizer.load_state_dict(self.optimizer.state_dict())
         if isinstance(self.scheduler, lr_scheduler.ReduceLROnPlateau):
             self.scheduler.step(total)
         elif self.scheduler is not None:
@@ -214,6 +218,16 @@ def whole_life(run: Run) -> None:
 @pytest.mark.parametrize("optimizer", [*OPTIMIZERS, *VARIANTS])
 def test_a_seed_lives_and_dies_under_every_optimizer(hosts: Any, optimizer: str) -> None:
     run = Run(hosts["mlp"], {**OPTIMIZERS, **VARIANTS}[optimizer])
+    run.slots.bind(run.optimizer)
+    whole_life(run)
+
+
+@pytest.mark.parametrize("optimizer", ["AdamW", "SGD"])
+def test_a_seed_lives_and_dies_where_the_optimizers_state_is_loaded_anew(
+    hosts: Any, optimizer: str
+) -> None:
+    """Loading replaces every group: a binding that kept one would fill it in vain."""
+    run = Run(hosts["mlp"], OPTIMIZERS[optimizer], reloads=True, learning_rate_multiplier=2.0)
     run.slots.bind(run.optimizer)
     whole_life(run)
 

@@ -63,10 +63,7 @@ class OptimizerBinding:
                 "another optimizer"
             )
         self.optimizer = optimizer
-        self._groups = {
-            group[GROUP_KEY]: group for group in optimizer.param_groups if GROUP_KEY in group
-        }
-        missing = [path for path in slots if path not in self._groups]
+        missing = [path for path in slots if path not in self._groups()]
         if missing and scheduler is None and "initial_lr" in optimizer.param_groups[0]:
             raise ValueError(
                 "the optimizer already has a learning-rate scheduler, which counts its groups; "
@@ -78,7 +75,7 @@ class OptimizerBinding:
         self._restore: list[tuple[dict[str, Any], Any]] = []
         before = len(optimizer.param_groups)
         for path in missing:
-            self._groups[path] = self._add_group(path)
+            self._add_group(path)
         if scheduler is not None:
             _adopt_groups(scheduler, before, len(optimizer.param_groups))
         for slot in slots.values():
@@ -92,7 +89,7 @@ class OptimizerBinding:
 
     def add(self, path: str, branch: SeedBranch) -> None:
         """Fill the slot's group with a new seed; its optimizer state starts fresh."""
-        group = self._groups[path]
+        group = self._groups()[path]
         group["params"].extend(branch.parameters())
         if "param_names" in group:
             prefix = f"{path}.{branch.blueprint}"
@@ -128,14 +125,14 @@ class OptimizerBinding:
 
     def remove(self, path: str, branch: SeedBranch) -> None:
         """Empty the slot's group and drop the seed's optimizer state."""
-        self._empty(self._groups[path])
+        self._empty(self._groups()[path])
         for parameter in branch.parameters():
             self.optimizer.state.pop(parameter, None)
             parameter.grad = None
 
     def commit(self, path: str, branch: SeedBranch) -> None:
         """Move a committed seed to the host's first group; its optimizer state goes with it."""
-        group, host = self._groups[path], self.optimizer.param_groups[0]
+        group, host = self._groups()[path], self.optimizer.param_groups[0]
         host["params"].extend(group["params"])
         if "param_names" in host:
             host["param_names"].extend(group["param_names"])
@@ -154,7 +151,12 @@ class OptimizerBinding:
             handle.remove()
         self._handles = []
 
-    def _add_group(self, path: str) -> dict[str, Any]:
+    def _groups(self) -> dict[str, dict[str, Any]]:
+        """Return the slots' groups by path, as they are now: loading a state replaces them."""
+        groups = self.optimizer.param_groups
+        return {group[GROUP_KEY]: group for group in groups if GROUP_KEY in group}
+
+    def _add_group(self, path: str) -> None:
         template = self.optimizer.param_groups[0]
         group = {
             key: value.clone() if isinstance(value, Tensor) else value
@@ -164,8 +166,6 @@ class OptimizerBinding:
         if "param_names" in template:
             group["param_names"] = []
         self.optimizer.add_param_group({**group, "params": [], GROUP_KEY: path})
-        added: dict[str, Any] = self.optimizer.param_groups[-1]
-        return added
 
     def _take(self, branch: SeedBranch, held: set[nn.Parameter]) -> None:
         """Take a living seed out of the groups that the optimizer was built with."""
@@ -187,7 +187,7 @@ class OptimizerBinding:
     def _step_begins(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._restore_learning_rates()  # a step that raised did not get to it
         self._before_step()
-        for path, group in self._groups.items():
+        for path, group in self._groups().items():
             slot = self._slots.get(path)
             if slot is None or not group["params"]:
                 continue
