@@ -32,6 +32,7 @@ from esper.lifecycle.gates import Gate
 from esper.lifecycle.learning import Isolation
 from esper.lifecycle.stages import GROWTH_PATH, SeedStage
 from esper.seeds import Family, Seed, blueprints
+from esper.slots.modes import evaluation_mode
 from growth_problem import TEST_CONFIG, Problem, Recorder, make_problem
 
 
@@ -192,6 +193,40 @@ def test_amplitude_search_rescales_the_seed_so_that_alpha_one_is_best(problem: P
     assert rescaled.factor == search.best_amplitude != 1.0
     best = min(search.losses)
     assert search.losses[search.amplitudes.index(rescaled.factor)] == best
+
+
+@pytest.mark.parametrize(("operator", "factor"), [("add", 0.05), ("add", 20.0), ("multiply", 0.05)])
+def test_what_g2_judges_is_what_blending_begins_with(operator: str, factor: float) -> None:
+    """Also of a seed that is not linear in the layers that are scaled, or much too large."""
+    problem = make_problem()
+    slot = problem.slots["embed"]
+    growth = esper.Growth(
+        problem.slots,
+        problem.optimizer,
+        policy=esper.SchedulePolicy({}, tend_seeds=False),
+        sinks=[problem.recorder],
+    )
+    slot.germinate("mlp", blend_operator=operator)
+    slot.advance(force=True)
+    for features, targets in problem.batches * 4:
+        mse_loss(problem.model(features), targets).backward()
+        problem.optimizer.step()
+        problem.optimizer.zero_grad()
+        growth.after_step()
+    assert slot.living is not None
+    with torch.no_grad():
+        for layer in slot.living.seed.output_layers:
+            for parameter in layer.parameters():
+                parameter.mul_(factor)
+    before = [parameter.clone() for parameter in slot.living.parameters()]
+    growth.after_epoch(problem.held_out)
+    (search,) = problem.recorder.of(AmplitudeSearched)
+    assert search.best_amplitude != 1.0
+    assert all(map(torch.equal, before, slot.living.parameters())), "measuring changes nothing"
+    slot.advance(force=True)
+    with evaluation_mode(problem.model), slot.force_alpha(1.0):
+        begun_with = problem.held_out()["loss"]
+    assert search.rescaled_loss == pytest.approx(begun_with, rel=1e-5)
 
 
 def test_action_that_is_not_legal_has_no_effect_and_is_told() -> None:
@@ -425,6 +460,24 @@ def test_step_time_budget_is_judged_where_one_is_set(budget: float, committed: i
         e.result for e in problem.recorder.of(GateEvaluated) if e.result.gate is Gate.G4
     ]
     assert "step_time_ratio" in {check.name for check in judged.checks}
+
+
+def test_seeds_of_one_decision_have_the_same_step_time_to_compare_with() -> None:
+    model = nn.Sequential(nn.Linear(4, 16), nn.Linear(16, 16))
+    slots = esper.attach(model, "[01]", example=torch.randn(2, 4), config=TEST_CONFIG)
+    optimizer = torch.optim.Adam(model.parameters())
+    plan = [Germinate(slot=path, blueprint="norm") for path in ("0", "1")]
+    growth = esper.Growth(slots, optimizer, policy=esper.SchedulePolicy({1: plan}))
+    for _ in range(2):
+        for _ in range(12):
+            model(torch.randn(8, 4)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            growth.after_step()
+        growth.after_epoch(lambda: 1.0)
+    ratios = [slot.measurements.step_time_ratio for slot in slots.values()]
+    assert None not in ratios
+    assert ratios[0] == ratios[1]
 
 
 def test_a_frugal_policy_has_only_those_seeds_weighed_that_it_asks_for() -> None:

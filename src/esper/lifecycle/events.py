@@ -138,8 +138,11 @@ class AmplitudeSearched(_Event):
     losses: tuple[float, ...]
     host_loss: float
     best_amplitude: float
+    rescaled_loss: float
+    """At alpha 1 with the output layers scaled by the best amplitude, as blending begins with them;
+    for a seed that is not linear in them not the loss at that amplitude."""
     gain_fraction: float
-    """Saving at the best amplitude relative to `host_loss`, standard errors below its mean."""
+    """What `rescaled_loss` saves relative to `host_loss`, standard errors below its mean."""
 
 
 class SeedRescaled(_Event):

@@ -1,8 +1,10 @@
 """The slot: what a host's forward meets, and where one seed after another lives."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 from esper.blending.schedule import DEFAULT_STEEPNESS, AlphaController, AlphaState
@@ -239,6 +241,19 @@ class SeedSlot(LivingSlot):
 
     def _holds_full_alpha(self) -> bool:
         return self._life.alpha.mode is AlphaMode.HOLD and self.alpha == 1.0
+
+    @contextmanager
+    def rescaled(self) -> Iterator[None]:
+        """Run the block with the living seed scaled by its best amplitude, as blending will be."""
+        layers = self._living_branch().seed.output_layers
+        kept = [(p, p.detach().clone()) for layer in layers for p in layer.parameters()]
+        self._rescale()
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for parameter, values in kept:
+                    parameter.copy_(values)
 
     def _rescale(self) -> list[Event]:
         layers = self._living_branch().seed.output_layers

@@ -97,6 +97,8 @@ class Growth:
         self._clock = clock
         self._timer = StepTimer()
         self._step_seconds_before: dict[str, float | None] = {}
+        self._steps_change = False
+        """The next step is of another network than those that were timed."""
         slots.bind(optimizer, scheduler)
 
     def check_isolation(self, loss: Callable[[], Tensor]) -> None:
@@ -139,6 +141,9 @@ class Growth:
             RuntimeError: A seed learns in shadow, and `shadow_pass` was not called for this step.
         """
         self.step += 1
+        if self._steps_change:
+            self._timer.restart()
+            self._steps_change = False
         self._timer.step()
         events = self.slots.tick()
         if events:
@@ -283,13 +288,13 @@ class Growth:
             if _entered(events, SeedStage.BLENDING):
                 events += slot.set_alpha_target(1.0, 0)
         self.publish(events)
-        self._timer.restart()
+        self._steps_change = True
 
     def _start_ramp(self, slot: SeedSlot, action: Advance) -> None:
         steps = slot.config.ramp_steps if action.ramp_steps is None else action.ramp_steps
         curve = action.ramp_curve or slot.config.ramp_curve
         self.publish(slot.set_alpha_target(1.0, steps, curve=curve))
-        self._timer.restart()
+        self._steps_change = True
 
     def _note_losses(self, loss: float) -> None:
         for slot in self.slots.values():

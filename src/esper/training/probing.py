@@ -118,7 +118,13 @@ def probe_seeds(
     ]
     rest = iter(losses_of(model, slots, evaluate, variants))
     measured = {path: [next(rest) for _ in tried] for path, tried in choices.items()}
-    events = [_note_amplitudes(slots[path], base, measured[path]) for path in trained]
+    for path in trained:
+        slots[path].measurements.best_amplitude = _best_amplitude(measured[path])
+    rescaled = _losses_rescaled(model, slots, evaluate, present, trained)
+    events = [
+        _note_amplitudes(slots[path], base, measured[path], rescaled=rescaled[path])
+        for path in trained
+    ]
     for path in weighable:
         without, *linear = measured[path]
         imitation = imitations.get(path)
@@ -173,12 +179,34 @@ def _note_contribution(
     )
 
 
-def _note_amplitudes(slot: SeedSlot, host: Losses, tried: Sequence[Losses]) -> Event:
+def _best_amplitude(tried: Sequence[Losses]) -> float:
     finite = [index for index, losses in enumerate(tried) if math.isfinite(losses.mean)]
-    best = min(finite, key=lambda index: tried[index].mean, default=0)
-    saving = tried[best].saving_over(host)
+    return AMPLITUDES[min(finite, key=lambda index: tried[index].mean, default=0)]
+
+
+def _losses_rescaled(
+    model: nn.Module,
+    slots: Mapping[str, SeedSlot],
+    evaluate: Evaluate,
+    present: Mapping[str, float],
+    paths: Sequence[str],
+) -> dict[str, Losses]:
+    """Return the losses that each seed would begin to blend with, at alpha 1 and rescaled."""
+    if not paths:
+        return {}
+    with ExitStack() as stack:
+        for path in paths:
+            stack.enter_context(slots[path].rescaled())
+        losses = losses_of(model, slots, evaluate, [{**present, path: 1.0} for path in paths])
+    return dict(zip(paths, losses, strict=True))
+
+
+def _note_amplitudes(
+    slot: SeedSlot, host: Losses, tried: Sequence[Losses], *, rescaled: Losses
+) -> Event:
+    saving = rescaled.saving_over(host)
     measured = slot.measurements
-    measured.best_amplitude = AMPLITUDES[best]
+    assert measured.best_amplitude is not None
     measured.line_search_gain_fraction = saving.lower_fraction(
         slot.config.thresholds.standard_errors
     )
@@ -187,6 +215,7 @@ def _note_amplitudes(slot: SeedSlot, host: Losses, tried: Sequence[Losses]) -> E
         amplitudes=AMPLITUDES,
         losses=tuple(losses.mean for losses in tried),
         host_loss=host.mean,
-        best_amplitude=AMPLITUDES[best],
+        best_amplitude=measured.best_amplitude,
+        rescaled_loss=rescaled.mean,
         gain_fraction=measured.line_search_gain_fraction,
     )
