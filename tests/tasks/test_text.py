@@ -159,3 +159,14 @@ def test_host_tells_positions_apart() -> None:
     with torch.no_grad():
         logits = host(torch.full((1, 8), 65))
     assert (logits[0, 1:] - logits[0, :-1]).abs().amax(dim=-1).gt(1e-4).all()
+
+
+@pytest.mark.parametrize("num_bytes", [0, CONTEXT_BYTES])
+def test_text_shorter_than_a_window_is_refused(num_bytes: int) -> None:
+    short = torch.zeros(num_bytes, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=f"training text must have at least {CONTEXT_BYTES + 1}"):
+        WindowBatches(short, random_seed=0)
+    with pytest.raises(ValueError, match=f"held-out text must have at least {CONTEXT_BYTES + 1}"):
+        held_out_windows(short, 9)
+    enough = WindowBatches(torch.zeros(CONTEXT_BYTES + 1, dtype=torch.uint8), random_seed=0)
+    assert len(next(iter(enough))) == 2

@@ -317,6 +317,18 @@ def test_non_finite_loss_skips_exactly_that_step(value: float) -> None:
     assert all(torch.equal(states[0][k]["exp_avg"], states[1][k]["exp_avg"]) for k in states[0])
 
 
+def test_a_step_that_was_refused_is_no_step_of_learning() -> None:
+    problem = make_problem()
+    problem.batches[3] = (problem.batches[3][0], torch.full((32,), math.nan))
+    slot = problem.slots["embed"]
+    trainer = problem.trainer(esper.SchedulePolicy({}, tend_seeds=False), epochs=2)
+    slot.germinate("mlp")
+    slot.advance(force=True)
+    trainer.fit()
+    assert slot.state().steps_in_stage == 2 * len(problem.batches)
+    assert slot.measurements.training_steps == 2 * (len(problem.batches) - 1)
+
+
 def test_non_finite_host_gradient_is_refused_where_clipping_measures_it() -> None:
     problem = make_problem()
     weight = problem.model.embed.weight

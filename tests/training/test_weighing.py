@@ -154,6 +154,24 @@ def test_a_linear_map_that_no_gate_asks_about_costs_no_evaluation() -> None:
         assert event.linear_share is not None
 
 
+@pytest.mark.parametrize("most", [1, 2, 8])
+def test_variants_run_in_no_more_copies_at_a_time_than_there_is_room_for(
+    most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem, slot = grown("mlp", SeedStage.SHADOWING)
+    ((inputs, _),) = problem.held_out.batches
+    sizes = []
+    problem.model.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    variants = [{"embed": alpha} for alpha in (0.0, 0.5, 1.0)]
+    together = problem.held_out.variant_losses({"embed": slot}, variants)
+    sizes.clear()
+    monkeypatch.setattr(problem.held_out, "max_copies", most)
+    apart = problem.held_out.variant_losses({"embed": slot}, variants)
+    assert max(sizes) == min(most, 3) * len(inputs)
+    for one, other in zip(together, apart, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_the_standard_error_is_that_of_the_mean_over_samples() -> None:
     problem, slot = grown("mlp", SeedStage.SHADOWING)
     event = weighed(problem)

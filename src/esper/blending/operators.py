@@ -68,10 +68,10 @@ def blend(features: Tensor, increment: Tensor, alpha: Tensor) -> Tensor:
     Args:
         features: h, any shape.
         increment: u, same shape and dtype as `features`.
-        alpha: 0-dim, or per sample, broadcastable and of the dtype of `features`; no tensor is
-            made of it.
+        alpha: 0-dim, or per sample and broadcastable; no tensor is made of one that has the dtype
+            of `features`. In another one it would take the result along, under CUDA's autocast.
 
     Returns:
         Shape and dtype of `features`.
     """
-    return torch.addcmul(features, increment, alpha)
+    return torch.addcmul(features, increment, alpha.to(features.dtype))

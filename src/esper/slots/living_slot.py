@@ -261,13 +261,13 @@ class LivingSlot(SlotForward):
             # A step that does not run the seed must find no gradient of an earlier one.
             self._living_branch().zero_grad(set_to_none=True)
 
-    def _count_training_step(self) -> None:
+    def _count_training_step(self, *, learned: bool) -> None:
         life = self._life
         if self.learns_in_shadow and self._shadow_passes == 0:
             if life.steps_in_stage > 1:  # a seed may have begun after this step's forward
                 raise RuntimeError(_WITHOUT_A_SHADOW.format(subject=life.subject))
             return
-        life.measurements.training_steps += 1
+        life.measurements.training_steps += learned
         self._shadow_passes, self._shadow_gradient_came = 0, False
 
     def _has_gradient(self) -> bool:

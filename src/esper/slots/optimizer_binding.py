@@ -73,6 +73,7 @@ class OptimizerBinding:
         self._before_step = before_step
         self._steps = dict.fromkeys(slots, 0)
         self._restore: list[tuple[dict[str, Any], Any]] = []
+        self._stepped = False
         before = len(optimizer.param_groups)
         for path in missing:
             self._add_group(path)
@@ -138,6 +139,11 @@ class OptimizerBinding:
             host["param_names"].extend(group["param_names"])
         self._empty(group)
 
+    def take_step(self) -> bool:
+        """Return whether the optimizer has stepped since this was asked last."""
+        stepped, self._stepped = self._stepped, False
+        return stepped
+
     def holds(self, parameter: Tensor) -> bool:
         """Whether a group or the optimizer's state still has this parameter."""
         in_group = any(
@@ -201,6 +207,7 @@ class OptimizerBinding:
 
     def _step_ends(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._restore_learning_rates()
+        self._stepped = True
         for path, slot in self._slots.items():
             if slot.stage is not SeedStage.GERMINATED:
                 self._steps[path] += 1

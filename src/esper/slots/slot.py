@@ -464,8 +464,11 @@ class SeedSlot(LivingSlot):
 
     # Time
 
-    def tick(self) -> list[Event]:
+    def tick(self, *, learned: bool = True) -> list[Event]:
         """Let one batch pass: count it, move alpha, finish a fade-out, prune a failed seed.
+
+        Args:
+            learned: Whether the optimizer has stepped; else a seed has learned nothing.
 
         Raises:
             RuntimeError: The seed learns in shadow, and no pass was made since the last tick.
@@ -477,7 +480,7 @@ class SeedSlot(LivingSlot):
             return self._remove_failed(self._failure)
         life.steps_in_stage += 1
         if life.stage is SeedStage.TRAINING:
-            self._count_training_step()
+            self._count_training_step(learned=learned)
         if self.mode is not ForwardMode.BLENDED:
             return []
         before = life.alpha.alpha

@@ -125,10 +125,15 @@ class SlotSet(Mapping[str, SeedSlot]):
     def tick(self) -> list[Event]:
         """Let one batch pass in every slot; call after each optimizer step.
 
+        Where the optimizer has not stepped, as when a loss was not finite, alpha moves all the
+        same, and no seed counts a step of learning.
+
         Raises:
             RuntimeError: A seed learns in shadow, and no pass was made since the last tick.
         """
-        return [event for slot in self._slots.values() for event in slot.tick()]
+        learned = self.binding is None or self.binding.take_step()
+        ticks = (slot.tick(learned=learned) for slot in self._slots.values())
+        return [event for events in ticks for event in events]
 
     def end_epoch(self) -> list[Event]:
         """Let one epoch pass in every slot and sweep the caches."""

@@ -88,7 +88,8 @@ class Growth:
         self.sinks = list(sinks)
         self.isolation_monitor = IsolationMonitor(slots)
         self.meter = CostMeter(slots, count_flops=count_flops)
-        """What the run costs; a loop of one's own wraps its batches in `meter.batch`."""
+        """What the run costs. A loop of one's own wraps its batches in `meter.batch`, and calls
+        `meter.start` where time begins to count and `meter.stop` where it does not."""
         self.epoch = 0
         self.step = 0
         self.losses: list[float] = []

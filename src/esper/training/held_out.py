@@ -43,6 +43,8 @@ class HeldOut:
             order. Inputs are a tensor, a tuple of arguments or a mapping of keyword arguments.
         loss: `(outputs, targets)` to one loss per sample, shape `B`.
         metrics: By name, `(outputs, targets)` to one value per sample, shape `B`.
+        max_copies: How many variants run in one forward, each on a copy of the batch: what memory
+            must have room for when seeds are weighed. More go into further forwards.
 
     Example:
         >>> import torch, esper
@@ -63,7 +65,11 @@ class HeldOut:
         *,
         loss: Callable[[Any, Any], Tensor],
         metrics: Mapping[str, Callable[[Any, Any], Tensor]] | None = None,
+        max_copies: int = 8,
     ) -> None:
+        if max_copies < 1:
+            raise ValueError(f"max_copies must be at least 1, got {max_copies}")
+        self.max_copies = max_copies
         self.model = model
         self.batches = batches
         self.loss = loss
@@ -91,9 +97,16 @@ class HeldOut:
         self, slots: Mapping[str, SeedSlot], variants: Sequence[Variant]
     ) -> list[Tensor]:
         """Return each variant's loss per sample over all batches."""
+        starts = range(0, len(variants), self.max_copies)
+        together = [variants[start : start + self.max_copies] for start in starts]
         with evaluation_mode(self.model):
             parts = [
-                fused_losses(self.model, slots, inputs, targets, self.loss, variants)
+                torch.cat(
+                    [
+                        fused_losses(self.model, slots, inputs, targets, self.loss, some)
+                        for some in together
+                    ]
+                )
                 for inputs, targets in self.batches
             ]
         return list(torch.cat(parts, dim=1).float())

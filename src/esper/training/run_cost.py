@@ -162,9 +162,10 @@ class CostMeter:
                     self._flops[around] -= spent
 
     def _take_time(self) -> None:
-        before, self._mark = self._mark, self._clock()
-        if before is not None:
-            self._seconds[self._purpose] += self._mark - before
+        if self._mark is not None:
+            now = self._clock()
+            self._seconds[self._purpose] += now - self._mark
+            self._mark = now
 
     @contextmanager
     def _counted(self, *what: Hashable) -> Iterator[None]:

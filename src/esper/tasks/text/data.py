@@ -106,11 +106,19 @@ class WindowBatches:
         data: One dimension, uint8, at least one window long.
         random_seed: Fixes the windows of all epochs.
         epoch_batches: How many batches an epoch is.
+
+    Raises:
+        ValueError: `data` is shorter than one window.
     """
 
     def __init__(
         self, data: Tensor, *, random_seed: int, epoch_batches: int = EPOCH_BATCHES
     ) -> None:
+        if len(data) <= CONTEXT_BYTES:
+            raise ValueError(
+                f"training text must have at least {CONTEXT_BYTES + 1} bytes, one window; got "
+                f"{len(data)}"
+            )
         self._data = data
         self._epoch_batches = epoch_batches
         self._generator = torch.Generator().manual_seed(random_seed)
