@@ -19,6 +19,10 @@ from esper.slots import SeedSlot
 from esper.slots.branch import SeedBranch
 
 OPERATORS = list(BlendOperator)
+ON_A_GPU = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 
 
 def increment(branch: SeedBranch, host: Tensor, seed_input: Tensor) -> Tensor:
@@ -185,20 +189,21 @@ def test_seeds_are_inserted_live_unless_isolation_is_asked_for(layout: str) -> N
     assert slots["0"].isolation is Isolation.NONE
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=ON_A_GPU)])
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_features_keep_the_hosts_dtype_under_autocast(
-    host: Any, operator: BlendOperator, advance_to: Any, randomise: Any
+    host: Any, operator: BlendOperator, device: str, advance_to: Any, randomise: Any
 ) -> None:
-    model = host.build()
+    model, inputs = host.build().to(device), host.inputs().to(device)
     config = SlotConfig(blend_operator=operator)
-    slots = esper.attach(model, host.targets, example=host.inputs(), config=config)
+    slots = esper.attach(model, host.targets, example=inputs, config=config)
     seen: list[torch.dtype] = []
     for path in host.targets:
         model.get_submodule(path).register_forward_hook(
             lambda module, args, output: seen.append(output.dtype)
         )
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        model(host.inputs())
+    with torch.autocast(device, dtype=torch.bfloat16):
+        model(inputs)
         plain, seen[:] = list(seen), []
         for stage in (SeedStage.TRAINING, SeedStage.BLENDING, SeedStage.PROBATIONARY):
             for slot in slots.values():
@@ -208,6 +213,6 @@ def test_features_keep_the_hosts_dtype_under_autocast(
                 advance_to(slot, stage)
                 if stage is SeedStage.BLENDING:
                     slot.set_alpha_target(0.5, 0)
-            model(host.inputs())
+            model(inputs)
             assert seen == plain, stage
             seen.clear()
