@@ -185,6 +185,8 @@ def draw(results: Sequence[Result], target: Path) -> None:
     for arm, colour in shades.items():
         own = [dict(smooth(run)) for run in results if run.arm == arm]
         seeds = [run.seed for run in results if run.arm == arm]
+        if not own:
+            continue
         steps = list(own[0])
         gaps = [
             statistics.fmean(
