@@ -57,6 +57,8 @@ benchmarks: $(VENV)/.runtime
 	for folder in benchmarks/results/compare-*; do $(BIN)/esper inspect $$folder || exit 1; done
 	$(BIN)/python benchmarks/useless_seeds.py --cache benchmarks/results/useless_seeds.jsonl
 	$(BIN)/python benchmarks/seed_objective.py --cache benchmarks/results/seed_objective.jsonl
+	$(BIN)/python benchmarks/growth_timing.py --seeds 1 --cache benchmarks/results/growth_timing.jsonl \
+		--arms host "at 12 %" "at 25 %" "at 50 %" "at 25 %, copies"
 	$(BIN)/python benchmarks/slot_overhead.py
 	$(BIN)/python benchmarks/slot_overhead.py --compile
 	$(BIN)/python benchmarks/isolation_monitor.py
