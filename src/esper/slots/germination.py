@@ -13,6 +13,7 @@ from esper.lifecycle.alpha import BlendOperator
 from esper.lifecycle.events import Event
 from esper.seeds.registry import Family, blueprints
 from esper.slots.branch import SeedBranch
+from esper.slots.breaker import CircuitBreaker
 from esper.slots.call_arguments import NO_ARGUMENTS, CallArguments
 from esper.slots.measurements import SeedMeasurements
 from esper.slots.modes import forked_random_state, seed_random_state
@@ -204,6 +205,53 @@ def sprout(
         measurements = _measure(branch, features, call, increment.detach(), prewarm_ms)
     branch.zero_grad(set_to_none=True)
     return Sprout(branch=branch, measurements=measurements, draws_random_numbers=draws)
+
+
+def sprout_guarded(
+    order: SeedOrder,
+    breaker: CircuitBreaker,
+    *,
+    path: str,
+    subject: str,
+    random_seed: int,
+    check_unshared: Callable[[nn.Module], None],
+) -> Sprout:
+    """Build what was ordered, if the breaker allows it; a failure is the breaker's to count.
+
+    Args:
+        order: What to build.
+        breaker: Around building this blueprint.
+        path: Of the slot, for errors.
+        subject: The slot with its seed, for errors.
+        random_seed: As `sprout`.
+        check_unshared: As `sprout`.
+
+    Raises:
+        GerminationError: The breaker is open, or building raised.
+        ValueError: An option's value is refused, or a copied module does not fit.
+    """
+    if not breaker.allows:
+        raise GerminationError(
+            f"{subject}: building {order.blueprint!r} failed {breaker.max_failures} times in a "
+            f"row; it will be tried again {breaker.cooldown_seconds:g} s after the last time",
+            [],
+        )
+    try:
+        return sprout(order, random_seed=random_seed, check_unshared=check_unshared)
+    except ValueError:
+        raise
+    except Exception as error:
+        if order.copies_host:  # the caller's choice, not the blueprint's failure
+            raise ValueError(
+                f"{subject}: source={order.options[SOURCE_OPTION]!r} does not map features of "
+                f"shape {order.layout.shape} to such features, called as {path!r} is: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        raise GerminationError(
+            f"{subject}: building blueprint {order.blueprint!r} with options "
+            f"{dict(order.options)} raised {type(error).__name__}: {error}",
+            breaker.failed(),
+        ) from error
 
 
 def _measure(

@@ -30,18 +30,15 @@ from esper.lifecycle.stages import (
 )
 from esper.seeds.identity import scale_output_
 from esper.slots.branch import SeedBranch
-from esper.slots.breaker import CircuitBreaker
 from esper.slots.committed_seed import CommittedSeed
 from esper.slots.config import choose
 from esper.slots.germination import (
-    SOURCE_OPTION,
     GerminationError,
     SeedOrder,
-    Sprout,
     build_branch,
     derive_random_seed,
     parameters_finite,
-    sprout,
+    sprout_guarded,
     state_source,
     with_own_source,
 )
@@ -101,7 +98,14 @@ class SeedSlot(LivingSlot):
         state_of = state_source(order, subject=life.subject) if copy_optimizer_state else None
         random_seed = derive_random_seed(self.config.random_seed, self.path, life.number)
         breaker = owner.breaker(blueprint)
-        new = self._sprout(life, order, random_seed, breaker)
+        new = sprout_guarded(
+            order,
+            breaker,
+            path=self.path,
+            subject=life.subject,
+            random_seed=random_seed,
+            check_unshared=lambda seed: owner.check_unshared(self.path, seed),
+        )
         events = breaker.succeeded()
         life.blueprint, life.measurements = blueprint, new.measurements
         gate = life.judge(SeedStage.GERMINATED, force=False, breaker_closed=breaker.allows)
@@ -124,39 +128,6 @@ class SeedSlot(LivingSlot):
             )
         )
         return events
-
-    def _sprout(
-        self, life: SeedLife, order: SeedOrder, random_seed: int, breaker: CircuitBreaker
-    ) -> Sprout:
-        """Build what was ordered, if the breaker allows it; a failure is the breaker's to count."""
-        if not breaker.allows:
-            raise GerminationError(
-                f"{life.subject}: building {order.blueprint!r} failed {breaker.max_failures} times "
-                f"in a row; it will be tried again {breaker.cooldown_seconds:g} s after the last "
-                "time",
-                [],
-            )
-        owner = self._attached()
-        try:
-            return sprout(
-                order,
-                random_seed=random_seed,
-                check_unshared=lambda seed: owner.check_unshared(self.path, seed),
-            )
-        except ValueError:
-            raise
-        except Exception as error:
-            if order.copies_host:  # the caller's choice, not the blueprint's failure
-                raise ValueError(
-                    f"{life.subject}: source={order.options[SOURCE_OPTION]!r} does not map "
-                    f"features of shape {self.layout.shape} to such features, called as "
-                    f"{self.path!r} is: {type(error).__name__}: {error}"
-                ) from error
-            raise GerminationError(
-                f"{life.subject}: building blueprint {order.blueprint!r} with options "
-                f"{dict(order.options)} raised {type(error).__name__}: {error}",
-                breaker.failed(),
-            ) from error
 
     def _order(
         self, blueprint: str, options: Mapping[str, Any], blend_operator: BlendOperator
