@@ -120,7 +120,7 @@ def test_argument_and_option_name_the_same_task() -> None:
         (("digits", "--task", "text"), "the task is given twice: digits, --task text"),
         (
             ("tex",),
-            "did you mean 'text'? tasks: digits, teacher, text, text-large, hf:NAME",
+            "did you mean 'text'? tasks: digits, teacher, text, text-large, text-xl, hf:NAME",
         ),
         (("hff:x",), "there are hf:NAME and folder:PATH"),
         (("folder:nowhere",), "folder 'nowhere' does not exist"),

@@ -179,13 +179,15 @@ WAITING_OPERATIONS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::is_no
 class Run:
     """A host whose two slots are in the given stage, past its first steps."""
 
-    def __init__(self, host: Any, stage: SeedStage, grow: Any, **config: Any) -> None:
-        self.host = host
-        self.model = host.build()
+    def __init__(
+        self, host: Any, stage: SeedStage, grow: Any, device: str = "cpu", **config: Any
+    ) -> None:
+        self.model = host.build().to(device)
+        self.inputs, self.labels = host.inputs().to(device), host.labels().to(device)
         self.slots: SlotSet = esper.attach(
             self.model,
             host.targets,
-            example=host.inputs(),
+            example=self.inputs,
             config=SlotConfig(isolation=Isolation.SHADOWING, **config),
         )
         self.slots.gradient_health = GradientHealth(interval_steps=1)
@@ -200,7 +202,7 @@ class Run:
             self.step()
 
     def loss(self) -> Tensor:
-        return F.cross_entropy(self.model(self.host.inputs()), self.host.labels())
+        return F.cross_entropy(self.model(self.inputs), self.labels)
 
     def step(self) -> None:
         self.slots.shadow_pass(self.loss)
@@ -232,6 +234,20 @@ def test_a_whole_step_reads_no_value_from_the_device(
         run.step()
     assert len(log.calls) > 20
     assert not WAITING_OPERATIONS.intersection(log.names)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_whole_step_does_not_wait_for_a_gpu(host: Any, stage: SeedStage, grow: Any) -> None:
+    run = Run(host, stage, grow, device="cuda", warmup_steps=10)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run.step()
+        with pytest.raises(RuntimeError, match="synchroniz"):
+            float(run.loss())
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("objective", ["plain", "norm_cap", "correlation", "shadow"])
@@ -277,7 +293,7 @@ def test_a_blended_forward_uses_alphas_buffer_itself_and_makes_no_scalar(
     run = Run(host, stage, grow, blend_operator=operator)
     alphas = {slot_.blend_alpha.data_ptr() for slot_ in run.slots.values()}
     with Log() as log:
-        run.model(run.host.inputs())
+        run.model(run.inputs)
     users = []
     for name, args, result in log.calls:
         tensors = [a for a in args if isinstance(a, Tensor)]

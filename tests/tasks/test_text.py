@@ -19,7 +19,22 @@ from esper.tasks.text.data import (
     windows,
 )
 from esper.tasks.text.host import TextHost
-from esper.tasks.text.task import build, mean_loss, window_losses
+from esper.tasks.text.task import (
+    LARGE,
+    SMALL,
+    XL,
+    TextScale,
+    build,
+    mean_loss,
+    window_losses,
+)
+
+
+def training_batches(data: torch.Tensor, *, random_seed: int) -> WindowBatches:
+    return WindowBatches(
+        data, random_seed=random_seed, context=CONTEXT_BYTES, batch_windows=4, epoch_batches=100
+    )
+
 
 STDLIB = Path(sysconfig.get_paths()["stdlib"])
 
@@ -73,7 +88,7 @@ def test_python_without_sources_is_named_with_a_remedy(
 
 def test_targets_are_the_inputs_shifted_by_one_byte() -> None:
     data = torch.arange(1000) % 251
-    inputs, targets = windows(data, torch.tensor([0, 7, 1000 - CONTEXT_BYTES - 1]))
+    inputs, targets = windows(data, torch.tensor([0, 7, 1000 - CONTEXT_BYTES - 1]), CONTEXT_BYTES)
     assert inputs.shape == targets.shape == (3, CONTEXT_BYTES)
     assert inputs.dtype == targets.dtype == torch.int64
     assert torch.equal(inputs[:, 1:], targets[:, :-1])
@@ -83,13 +98,13 @@ def test_targets_are_the_inputs_shifted_by_one_byte() -> None:
 
 def test_batches_reach_the_last_byte_and_never_beyond() -> None:
     data = torch.arange(CONTEXT_BYTES + 3).to(torch.uint8)
-    seen = torch.cat([targets for _, targets in WindowBatches(data, random_seed=0)])
+    seen = torch.cat([targets for _, targets in training_batches(data, random_seed=0)])
     assert set(seen[:, -1].tolist()) == {CONTEXT_BYTES, CONTEXT_BYTES + 1, CONTEXT_BYTES + 2}
 
 
 def test_batches_of_an_epoch_differ_and_follow_the_random_seed() -> None:
     data = torch.arange(50_000) % 251
-    first, same, other = (WindowBatches(data, random_seed=seed) for seed in (1, 1, 2))
+    first, same, other = (training_batches(data, random_seed=seed) for seed in (1, 1, 2))
     epoch = [inputs for inputs, _ in first]
     assert len(epoch) == len(first)
     assert all(torch.equal(x, y[0]) for x, y in zip(epoch, same, strict=True))
@@ -101,22 +116,25 @@ def test_batches_of_an_epoch_differ_and_follow_the_random_seed() -> None:
 @pytest.mark.parametrize("length", [CONTEXT_BYTES + 1, 5000, 3_000_000])
 def test_held_out_windows_share_no_byte_and_spread_over_the_split(length: int) -> None:
     data = torch.arange(length)
-    batches = held_out_windows(data, 256)
+    batches = held_out_windows(data, 256, CONTEXT_BYTES)
     taken = torch.cat([torch.cat([inputs, targets[:, -1:]], dim=1) for inputs, targets in batches])
     assert len(taken.unique()) == taken.numel()
     assert taken.shape[0] == min(256, length // (CONTEXT_BYTES + 1))
     assert taken.max() > 0.9 * length - CONTEXT_BYTES - 1
-    again = held_out_windows(data, 256)
+    again = held_out_windows(data, 256, CONTEXT_BYTES)
     assert all(torch.equal(one[0], two[0]) for one, two in zip(batches, again, strict=True))
 
 
 def test_held_out_text_of_less_than_a_window_is_refused() -> None:
     with pytest.raises(ValueError, match="at least 129 bytes"):
-        held_out_windows(torch.zeros(CONTEXT_BYTES, dtype=torch.uint8), 256)
+        held_out_windows(torch.zeros(CONTEXT_BYTES, dtype=torch.uint8), 256, CONTEXT_BYTES)
 
 
-def test_fresh_host_needs_about_eight_bits_per_byte() -> None:
-    setup = build(0)
+@pytest.mark.parametrize("scale", [SMALL, LARGE, XL], ids=["small", "large", "xl"])
+def test_fresh_host_needs_about_eight_bits_per_byte(scale: TextScale) -> None:
+    setup = build(0, scale)
+    if scale is XL:  # its 4,096 windows are many seconds on a CPU
+        setup.validation.batches = setup.validation.batches[:1]
     metrics = setup.validation()
     assert 7.9 < metrics["bits_per_byte"] < 8.1
     assert metrics["bits_per_byte"] == pytest.approx(metrics["loss"] / math.log(2), rel=1e-6)
@@ -165,8 +183,8 @@ def test_host_tells_positions_apart() -> None:
 def test_text_shorter_than_a_window_is_refused(num_bytes: int) -> None:
     short = torch.zeros(num_bytes, dtype=torch.uint8)
     with pytest.raises(ValueError, match=f"training text must have at least {CONTEXT_BYTES + 1}"):
-        WindowBatches(short, random_seed=0)
+        training_batches(short, random_seed=0)
     with pytest.raises(ValueError, match=f"held-out text must have at least {CONTEXT_BYTES + 1}"):
-        held_out_windows(short, 9)
-    enough = WindowBatches(torch.zeros(CONTEXT_BYTES + 1, dtype=torch.uint8), random_seed=0)
+        held_out_windows(short, 9, CONTEXT_BYTES)
+    enough = training_batches(torch.zeros(CONTEXT_BYTES + 1, dtype=torch.uint8), random_seed=0)
     assert len(next(iter(enough))) == 2

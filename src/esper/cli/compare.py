@@ -75,6 +75,7 @@ def compare(
         bool, typer.Option("--random-times/--no-random-times", help="Growth at random times.")
     ] = True,
     epochs: Annotated[int | None, typer.Option(min=1, help="Length of a run.")] = None,
+    device: Annotated[str | None, typer.Option(help="Where to train, as for esper grow.")] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file of settings.")] = None,
     set_: Annotated[
         list[str] | None,
@@ -99,9 +100,14 @@ def compare(
         _refuse_settings(context, out)
         settings = _kept(out)
     else:
-        options = {"policy": policy, "seeds": seeds, "first_seed": first_seed}
+        options: dict[str, Any] = {"policy": policy, "seeds": seeds, "first_seed": first_seed}
         options |= {"rates": rates, "search_seeds": search_seeds, "epochs": epochs}
-        options |= {"equal_flops": equal_flops, "sizes": sizes, "random_times": random_times}
+        options |= {
+            "device": device,
+            "equal_flops": equal_flops,
+            "sizes": sizes,
+            "random_times": random_times,
+        }
         settings = _settings(only_task(task, None), config, set_ or [], options)
     console = Console()
     if dry_run:
@@ -154,7 +160,7 @@ def _settings(
     task: str, file: Path | None, settings: list[str], options: dict[str, Any]
 ) -> CompareConfig:
     chosen = options["policy"] or [None]
-    run_options: dict[str, Any] = {"policy": chosen[0]}
+    run_options: dict[str, Any] = {"policy": chosen[0], "device": options["device"]}
     if options["epochs"] is not None:
         run_options["trainer"] = {"epochs": options["epochs"]}
     try:

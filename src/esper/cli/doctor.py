@@ -61,14 +61,19 @@ def doctor() -> None:
 def _python() -> Iterator[Finding]:
     version = sys.version.split()[0]
     yield Finding("python", sys.version_info >= (3, 11), f"{version}, 3.11 or newer is needed")
-    environment = describe_environment()
+    environment = describe_environment(_device())
     packages = environment["packages"]
     for name in ("torch", "pydantic", "safetensors"):
         yield Finding(name, packages[name] is not None, str(packages[name]))
 
 
+def _device() -> torch.device:
+    """Return the first GPU, or the CPU if there is none."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def _machine() -> Iterator[Finding]:
-    machine = f"{describe_device()}, {os.cpu_count()} CPU cores"
+    machine = f"{describe_device(_device())}, {os.cpu_count()} CPU cores"
     yield Finding("device", ok=True, detail=machine)
     compiler = shutil.which("g++") or shutil.which("c++")
     detail = compiler or "none: torch.compile on the CPU needs g++; growing does not"

@@ -55,6 +55,9 @@ def grow(
         int | None, typer.Option(min=1, help="How many; growth is decided after each.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Fixes weights, data order, decisions.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Where to train: cpu, cuda, cuda:N; default cpu.")
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file of settings.")] = None,
     set_: Annotated[
         list[str] | None,
@@ -88,7 +91,7 @@ def grow(
     if quiet and as_json:
         raise typer.BadParameter("--quiet and --json exclude each other")
     name = only_task(task, task_option)
-    options: dict[str, Any] = {"policy": policy, "random_seed": seed}
+    options: dict[str, Any] = {"policy": policy, "random_seed": seed, "device": device}
     if epochs is not None:
         options["trainer"] = {"epochs": epochs}
     try:
@@ -180,7 +183,7 @@ def _train_grown(
     """
     try:
         setup = build_setup(settings)
-    except (TaskDataError, ModuleNotFoundError) as error:
+    except (SettingsError, TaskDataError, ModuleNotFoundError) as error:
         raise typer.BadParameter(str(error)) from error
     try:
         with stored_run(settings, folder, setup, [view]) as run:

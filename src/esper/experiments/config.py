@@ -43,6 +43,8 @@ class RunConfig(Record):
     """Share of the run in which wsd falls."""
     warmup_fraction: Annotated[FiniteFloat, Field(ge=0.0, lt=1.0)] = 0.0
     """Share of the run in which the learning rate first rises."""
+    device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")] = "cpu"
+    """Where the run trains: cpu, cuda, or cuda:N."""
     threads: Annotated[int, Field(ge=1)] | None = None
     """CPU threads of torch in this process; None leaves torch's choice."""
     count_flops: bool = True

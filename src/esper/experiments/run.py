@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import safetensors.torch
@@ -16,6 +16,7 @@ from esper.policies.depth_schedule import SLOPE, DepthSchedulePolicy, slope_poli
 from esper.policies.heuristic import HeuristicPolicy
 from esper.policies.named import named_policy
 from esper.slots.attach import attach
+from esper.slots.nested import to_device
 from esper.tasks.named import named_task
 from esper.tasks.task import TaskSetup
 from esper.telemetry.environment import describe_environment
@@ -68,13 +69,32 @@ class GrowingRun:
 
 
 def build_setup(config: RunConfig) -> TaskSetup:
-    """Return the task's fresh host and its data.
+    """Return the task's fresh host, on the run's device, and its data.
+
+    The host's weights and the order of the data are the same on every device.
 
     Raises:
+        SettingsError: The device is none that torch can use here.
         TaskDataError: The data cannot be read or used.
         ModuleNotFoundError: The task needs an extra that is not installed.
     """
-    return named_task(config.task).build(config.random_seed)
+    device = _usable(config.device)
+    setup = named_task(config.task).build(config.random_seed)
+    setup.model.to(device)
+    return replace(setup, example=to_device(setup.example, device))
+
+
+def _usable(name: str) -> torch.device:
+    device = torch.device(name)
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError) as error:
+        count = torch.cuda.device_count()
+        raise SettingsError(
+            f"device {name!r} cannot be used here, torch {torch.__version__} sees {count} CUDA "
+            f"devices: {error}; leave it out to train on the CPU"
+        ) from error
+    return device
 
 
 def num_steps(config: RunConfig, setup: TaskSetup) -> int:
@@ -188,7 +208,7 @@ def stored_run(
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     environment = {
-        **describe_environment(),
+        **describe_environment(torch.device(config.device)),
         "matmul": matmul_settings(),
         "random_seed": config.random_seed,
         "data_notes": list(setup.notes),

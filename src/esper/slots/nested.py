@@ -3,7 +3,8 @@
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
@@ -18,6 +19,19 @@ def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
             return type(value)(*items)
         return tuple(items) if isinstance(value, tuple) else items
     return value
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """Return the value with every tensor in it on the device, those that are there as they are.
+
+    Does not wait for the copies, which whatever uses them on the device does by itself.
+    """
+    return map_tensors(lambda tensor: tensor.to(device, non_blocking=True), value)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return where a model's first parameter is, and so its inputs go; CPU if it has none."""
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

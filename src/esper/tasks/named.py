@@ -9,10 +9,10 @@ from esper.tasks.digits import DIGITS
 from esper.tasks.own import OWN_SCHEME, is_own, own_task
 from esper.tasks.task import Task
 from esper.tasks.teacher import TEACHER
-from esper.tasks.text import TEXT, TEXT_LARGE
+from esper.tasks.text import TEXT, TEXT_LARGE, TEXT_XL
 
 TASKS: Mapping[str, Task] = MappingProxyType(
-    {task.name: task for task in (DIGITS, TEACHER, TEXT, TEXT_LARGE)}
+    {task.name: task for task in (DIGITS, TEACHER, TEXT, TEXT_LARGE, TEXT_XL)}
 )
 """Every bundled task. `SCHEMES` are the kinds of data sets that can be named besides, and
 `OWN_SCHEME` is how a task of one's own is."""

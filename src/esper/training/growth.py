@@ -35,6 +35,7 @@ from esper.lifecycle.stages import SeedStage
 from esper.slots.germination import GerminationError
 from esper.slots.isolation_monitor import IsolationMonitor
 from esper.slots.modes import forked_random_state
+from esper.slots.nested import device_of
 from esper.slots.slot import SeedSlot
 from esper.slots.slot_set import SlotSet
 from esper.telemetry.sink import Sink
@@ -186,7 +187,7 @@ class Growth:
         for slot in self.slots.values():
             slot.measurements.host_learns = host_learns
         weighed = self._weighed()
-        device = next(self.slots.model.parameters()).device
+        device = device_of(self.slots.model)
         with forked_random_state(device):  # a DataLoader draws from it whenever it is iterated
             measured = probe_seeds(self.slots.model, weighed, evaluate, host_learns=host_learns)
         self.publish(measured)

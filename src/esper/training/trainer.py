@@ -13,6 +13,7 @@ from torch import Tensor
 from esper.lifecycle.record import Record
 from esper.slots.counterfactual import call_model
 from esper.slots.isolation_monitor import DEFAULT_INTERVAL_STEPS
+from esper.slots.nested import device_of, to_device
 from esper.training.governor import Governor
 from esper.training.growth import Growth
 from esper.training.held_out import Evaluate
@@ -63,7 +64,8 @@ class Trainer:
 
     Args:
         growth: Slots, optimizer and policy.
-        batches: Pairs of inputs and targets, iterated anew each epoch.
+        batches: Pairs of inputs and targets, iterated anew each epoch, and moved to the model's
+            device.
         loss: `(outputs, targets)` to a scalar.
         evaluate: As `Growth.after_epoch`.
         config: Settings of the loop.
@@ -96,7 +98,7 @@ class Trainer:
         self._evaluate = evaluate
         self._scheduler = scheduler
         self._optimizer = binding.optimizer
-        self._device = next(self.model.parameters()).device
+        self._device = device_of(self.model)
         self._scaler = torch.amp.GradScaler(
             self._device.type, enabled=config.precision == "float16"
         )
@@ -172,7 +174,8 @@ class Trainer:
     def _step(self, group: list[tuple[Any, Any]]) -> Tensor | None:
         """Make one optimizer step; None if the governor refused it."""
         total: Tensor | None = None
-        for number, (inputs, targets) in enumerate(group, start=1):
+        for number, batch in enumerate(group, start=1):
+            inputs, targets = to_device(batch, self._device)
             forward = functools.partial(self._forward, inputs, targets, len(group))
             scaled = functools.partial(self._scaled, forward)
             if number == len(group):

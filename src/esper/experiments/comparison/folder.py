@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import ValidationError
 
 from esper.experiments.comparison.config import CompareConfig
@@ -45,7 +46,7 @@ class ComparisonFolder:
         if path.exists() and any(path.iterdir()):
             raise ComparisonFolderError(f"{path} is not empty and holds no comparison")
         (path / RESULTS_FOLDER).mkdir(parents=True, exist_ok=True)
-        _write(path / ENVIRONMENT_FILE, json.dumps(describe_environment(), indent=2))
+        _write(path / ENVIRONMENT_FILE, json.dumps(_environment(config), indent=2))
         _write(path / CONFIG_FILE, config.model_dump_json(indent=2))
 
     @staticmethod
@@ -101,13 +102,17 @@ class ComparisonFolder:
                 "its own, or choose another folder"
             )
         kept_environment = json.loads((self.path / ENVIRONMENT_FILE).read_text(encoding="utf-8"))
-        begun_with, now = map(_versions, (kept_environment, describe_environment()))
+        begun_with, now = map(_versions, (kept_environment, _environment(config)))
         for name, version in now.items():
             if begun_with[name] != version:
                 raise ComparisonFolderError(
                     f"{self.path} was begun with {name} {begun_with[name]}, this is {version}; "
                     "figures of both would not compare, choose another folder"
                 )
+
+
+def _environment(config: CompareConfig) -> dict[str, Any]:
+    return describe_environment(torch.device(config.run.device))
 
 
 def _versions(environment: Mapping[str, Any]) -> dict[str, str]:

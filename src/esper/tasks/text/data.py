@@ -16,10 +16,6 @@ from torch import Tensor
 from esper.tasks.task import TaskDataError
 
 CONTEXT_BYTES = 128
-BATCH_WINDOWS = 4
-"""Steps are what so small a decoder is short of: the same bytes in windows of 4 instead of 16 end
-0.04 bits lower, and take 15% longer."""
-EPOCH_BATCHES = 100
 DECISION_WINDOWS = 256
 """Held-out windows that one decision is made by: 4,096 would cost as much as an epoch."""
 FINAL_WINDOWS = 4096
@@ -105,6 +101,8 @@ class WindowBatches:
     Args:
         data: One dimension, uint8, at least one window long.
         random_seed: Fixes the windows of all epochs.
+        context: Bytes of a window, T.
+        batch_windows: B.
         epoch_batches: How many batches an epoch is.
 
     Raises:
@@ -112,14 +110,21 @@ class WindowBatches:
     """
 
     def __init__(
-        self, data: Tensor, *, random_seed: int, epoch_batches: int = EPOCH_BATCHES
+        self,
+        data: Tensor,
+        *,
+        random_seed: int,
+        context: int,
+        batch_windows: int,
+        epoch_batches: int,
     ) -> None:
-        if len(data) <= CONTEXT_BYTES:
+        if len(data) <= context:
             raise ValueError(
-                f"training text must have at least {CONTEXT_BYTES + 1} bytes, one window; got "
-                f"{len(data)}"
+                f"training text must have at least {context + 1} bytes, one window; got {len(data)}"
             )
         self._data = data
+        self._context = context
+        self._batch_windows = batch_windows
         self._epoch_batches = epoch_batches
         self._generator = torch.Generator().manual_seed(random_seed)
 
@@ -128,33 +133,35 @@ class WindowBatches:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for _ in range(self._epoch_batches):
-            last = len(self._data) - CONTEXT_BYTES
-            starts = torch.randint(0, last, (BATCH_WINDOWS,), generator=self._generator)
-            yield windows(self._data, starts)
+            last = len(self._data) - self._context
+            starts = torch.randint(0, last, (self._batch_windows,), generator=self._generator)
+            yield windows(self._data, starts, self._context)
 
 
-def windows(data: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
+def windows(data: Tensor, starts: Tensor, context: int) -> tuple[Tensor, Tensor]:
     """Return bytes and the byte after each of them, both `B T` of dtype int64.
 
     Args:
         data: One dimension, uint8.
         starts: Index of each window's first byte, shape `B`.
+        context: T.
     """
-    taken = data[starts[:, None] + torch.arange(CONTEXT_BYTES + 1)].long()
+    taken = data[starts[:, None] + torch.arange(context + 1)].long()
     return taken[:, :-1], taken[:, 1:]
 
 
-def held_out_windows(data: Tensor, most: int) -> list[tuple[Tensor, Tensor]]:
+def held_out_windows(data: Tensor, most: int, context: int) -> list[tuple[Tensor, Tensor]]:
     """Return batches of windows that do not overlap, spread evenly over `data`, always the same.
 
     Args:
         data: One dimension, uint8.
         most: Of them, if so many fit.
+        context: Bytes of a window, T.
 
     Raises:
         ValueError: `data` is shorter than one window.
     """
-    reach = CONTEXT_BYTES + 1
+    reach = context + 1
     fitting = len(data) // reach
     if fitting == 0:
         raise ValueError(
@@ -162,4 +169,4 @@ def held_out_windows(data: Tensor, most: int) -> list[tuple[Tensor, Tensor]]:
         )
     count = min(most, fitting)
     starts = reach * (torch.arange(count) * fitting // count)
-    return [windows(data, part) for part in starts.split(_HELD_OUT_BATCH)]
+    return [windows(data, part, context) for part in starts.split(_HELD_OUT_BATCH)]

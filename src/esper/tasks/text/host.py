@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 NUM_BYTES = 256
 _EMBEDDING_STD = 0.05
-_HEAD_STD = 0.02
+_LOGIT_STD = 0.16
+"""Of a fresh host, whatever its width."""
 
 
 class TextHost(nn.Module):
@@ -49,7 +50,7 @@ class TextHost(nn.Module):
     def _initialise(self) -> None:
         for table in (self.embedding, self.positions):
             nn.init.normal_(table.weight, std=_EMBEDDING_STD)
-        nn.init.normal_(self.head.weight, std=_HEAD_STD)
+        nn.init.normal_(self.head.weight, std=_LOGIT_STD * self.head.in_features**-0.5)
 
 
 class DecoderBlock(nn.Module):
