@@ -68,6 +68,16 @@ def test_both_paths_agree_in_one_graph_where_a_mask_was_prepared(monkeypatch: py
     assert len(block_masks) == 1  # a traced forward builds none
 
 
+def test_heads_too_small_for_flex_attention_run_the_other_path(monkeypatch: pytest.MonkeyPatch):
+    plain, flexible = grown_pair(dim=32, heads=4)
+    monkeypatch.setattr(attention, "_FLEX_DEVICES", frozenset({"cpu"}))
+    monkeypatch.setattr(attention, "_compiled_flex_attention", lambda: pytest.fail("was called"))
+    flexible.prepare((2, 9, 32), CPU)
+    assert len(block_masks) == 0
+    features = torch.randn(2, 9, 32)
+    assert torch.equal(flexible.increment(features), plain.increment(features))
+
+
 def test_the_mask_cache_drops_the_least_recently_used():
     masks = BlockMasks()
     first = masks.get_or_make(1, CPU)

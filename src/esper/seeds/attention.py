@@ -19,6 +19,8 @@ _HEAD_FEATURES = 64
 _FEWEST_HEADS = 4
 _FLEX_DEVICES = frozenset({"cuda"})
 """Where flex attention has a backward."""
+_FEWEST_FLEX_FEATURES = 16
+"""Features per head below which torch 2.11 to 2.13 refuses to compile flex attention."""
 
 
 @cache
@@ -58,8 +60,8 @@ class SelfAttention(nn.Module):
         dim: D.
         heads: H, a divisor of D.
         causal: Tokens attend to themselves and to earlier ones only.
-        flex: Run as flex attention on a GPU; anywhere else scaled-dot-product attention runs with
-            the same parameters. Causal only.
+        flex: Run as flex attention on a GPU, with heads of 16 features or more; anywhere else
+            scaled-dot-product attention runs with the same parameters. Causal only.
 
     Source: Vaswani et al. 2017 (arXiv 1706.03762).
     """
@@ -105,7 +107,8 @@ class SelfAttention(nn.Module):
         return self
 
     def _runs_flex(self, device: torch.device) -> bool:
-        return self.flex and device.type in _FLEX_DEVICES
+        large_enough = self.project_in.in_features // self.heads >= _FEWEST_FLEX_FEATURES
+        return self.flex and large_enough and device.type in _FLEX_DEVICES
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         if not self._runs_flex(query.device):
