@@ -58,6 +58,7 @@ class Problem:
     def trainer(self, policy: esper.Policy, epochs: int, **settings: Any) -> esper.Trainer:
         scheduler = settings.pop("scheduler", None)
         evaluate = settings.pop("evaluate", self.held_out)
+        loss = settings.pop("loss", mse_loss)
         count_flops = settings.pop("count_flops", False)
         growth = esper.Growth(
             self.slots,
@@ -73,7 +74,7 @@ class Problem:
         return esper.Trainer(
             growth,
             self.batches,
-            loss=mse_loss,
+            loss=loss,
             evaluate=evaluate,
             config=config,
             scheduler=scheduler,

@@ -202,6 +202,9 @@ def test_dry_run_prints_a_config_that_can_be_read_back_and_trains_nothing(tmp_pa
             "depth_schedule: the schedule policy grows from at least 9 layers",
         ),
         (("digits", "--policy", "none", "--audit"), "the policy never grows"),
+        (("digits", "--device", "tpu"), "device: String should match"),
+        (("digits", "--device", "cuda:01"), "device: String should match"),
+        (("digits", "--device", "cuda:77"), "device 'cuda:77' cannot be used here"),
         (("digits", "--set", "count_flops=false", "--audit"), "leave out count_flops=false"),
     ],
 )

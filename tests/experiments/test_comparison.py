@@ -1,5 +1,6 @@
 """Which runs a comparison makes, and what it says: worlds in which the answer is known."""
 
+import json
 import math
 import random
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from esper.cli.compare_views import summary_record
 from esper.experiments import load_run_config
 from esper.experiments.comparison import (
     CompareConfig,
@@ -166,12 +168,14 @@ def test_the_same_runs_are_made_in_whatever_order_they_end() -> None:
         )
 
 
-def test_without_equal_budgets_it_is_not_decided_but_told_why() -> None:
+def test_without_equal_budgets_growth_can_be_found_to_pay_per_step_at_most() -> None:
     comparison = played(World(growth_bonus=0.02), config(equal_flops=False))
-    assert at_equal_flops(comparison) is None
+    equal = at_equal_flops(comparison)
+    assert equal.same_steps is not None
+    assert (equal.rival, equal.any_steps) == (None, None)
     verdict = judge(comparison)
-    assert verdict.outcome is Outcome.UNDECIDED
-    assert any("as many FLOPs" in reason for reason in verdict.reasons)
+    assert verdict.outcome is Outcome.PAYS_PER_STEP
+    assert any("no network that never grew was trained with" in r for r in verdict.reasons)
 
 
 def test_nothing_is_concluded_while_runs_are_missing() -> None:
@@ -312,17 +316,45 @@ def test_settings_that_make_no_comparison_are_refused(
         CompareConfig(**{"run": config().run, "random_seeds": (0, 1, 2, 3, 4), **settings})
 
 
+# Runs that diverge
+
+
+class Diverging(World):
+    """One arm's first random seed ends without a finite loss."""
+
+    arm = ""
+
+    def make(self, request: RunRequest) -> RunResult:
+        result = super().make(request)
+        searched = request.learning_rate != BEST_RATE
+        if request.arm != self.arm or request.random_seed != 1 or searched:
+            return result
+        return result.model_copy(update={"test": {**result.test, "loss": math.inf}})
+
+
+@pytest.mark.parametrize("arm", ["host", "static 1", "static", "grown"])
+def test_a_run_that_diverged_decides_nothing(arm: str) -> None:
+    world = type("World", (Diverging,), {"arm": arm})(growth_bonus=0.1)
+    comparison = played(world, config())
+    verdict = judge(comparison)
+    assert verdict.outcome is Outcome.UNDECIDED
+    assert verdict.reasons[0].startswith(f"{arm} diverged on random seed 1")
+    json.dumps(summary_record(comparison), allow_nan=False)
+    assert len(comparison.results) <= len(played(World(growth_bonus=0.1), config()).results)
+
+
+def test_nothing_is_made_up_where_nothing_is_finished() -> None:
+    record = summary_record(Comparison(config(), []))
+    assert (record["outcome"], record["arms"]) == ("not decided", [])
+    assert set(record["equal_flops"].values()) == {None}
+
+
 # The picture
 
 
 def test_an_arm_that_diverged_is_left_out_of_the_picture(tmp_path: Path) -> None:
-    class Diverging(World):
-        def make(self, request: RunRequest) -> RunResult:
-            result = super().make(request)
-            loss = math.inf if request.arm == "random times" else result.test["loss"]
-            return result.model_copy(update={"test": {**result.test, "loss": loss}})
-
-    comparison = played(Diverging(), config())
+    world = type("World", (Diverging,), {"arm": "random times"})()
+    comparison = played(world, config())
     target = tmp_path / "compare.png"
     draw_comparison("digits", summarise(comparison), judge(comparison), target)
     assert target.read_bytes().startswith(b"\x89PNG")

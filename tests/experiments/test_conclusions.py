@@ -27,7 +27,7 @@ SEEMS_DEARER = reached(0.8, None, 1.05)
 DEARER = reached(1.1, 1.3, 1.2)
 
 
-def equal(same_steps: Interval | None, any_steps: Interval) -> EqualFlops:
+def equal(same_steps: Interval | None, any_steps: Interval | None) -> EqualFlops:
     return EqualFlops(same_steps=same_steps, rival="host", any_steps=any_steps)
 
 
@@ -49,7 +49,11 @@ def equal(same_steps: Interval | None, any_steps: Interval) -> EqualFlops:
         (BETTER, CHEAPER, equal(SEEMS_WORSE, BETTER), Outcome.UNDECIDED),
         (BETTER, CHEAPER, equal(WORSE, BETTER), Outcome.DOES_NOT_PAY),
         (BETTER, CHEAPER, equal(None, BETTER), Outcome.UNDECIDED),
-        (BETTER, CHEAPER, None, Outcome.UNDECIDED),
+        # Networks that never grew were trained for as many steps only.
+        (BETTER, CHEAPER, equal(BETTER, None), Outcome.PAYS_PER_STEP),
+        (BETTER, CHEAPER, equal(SEEMS_WORSE, None), Outcome.UNDECIDED),
+        (BETTER, CHEAPER, equal(WORSE, None), Outcome.DOES_NOT_PAY),
+        (BETTER, CHEAPER, equal(None, None), Outcome.UNDECIDED),
         # A network that never grew is better with the same compute, and growth seems no cheaper.
         (BETTER, SEEMS_DEARER, equal(None, WORSE), Outcome.DOES_NOT_PAY),
         (BETTER, SEEMS_DEARER, equal(None, SEEMS_WORSE), Outcome.UNDECIDED),
@@ -67,6 +71,6 @@ def equal(same_steps: Interval | None, any_steps: Interval) -> EqualFlops:
     ],
 )
 def test_conclusion(
-    to_host: Interval, to_static: Crossing, at_equal_flops: EqualFlops | None, outcome: Outcome
+    to_host: Interval, to_static: Crossing, at_equal_flops: EqualFlops, outcome: Outcome
 ) -> None:
     assert conclude(to_host, to_static, at_equal_flops) is outcome

@@ -21,7 +21,7 @@ from esper.experiments.comparison import (
     RunResult,
     run_missing,
 )
-from esper.experiments.comparison.runs import GrowthRecord, at_random_times, execute, result_of
+from esper.experiments.comparison.runs import GrowthRecord, execute, random_times_policy, result_of
 from esper.policies import DepthSchedulePolicy, FractionTiming, ReplayPolicy
 from esper.tasks.digits import DIGITS
 from esper.training.run_cost import Cost, RunCost
@@ -90,7 +90,7 @@ def test_depth_grows_at_as_many_random_times_while_the_learning_rate_is_stable(
     times = set()
     for seed in range(20):
         request = RunRequest(arm="random times", random_seed=seed, learning_rate=1.0, epochs=9)
-        policy_then = at_random_times(request, run, decisions=9)
+        policy_then = random_times_policy(request, run, decisions=9)
         assert isinstance(policy_then, DepthSchedulePolicy)
         assert isinstance(policy_then.timing, FractionTiming)
         due = policy_then.timing.fractions
@@ -111,7 +111,7 @@ def test_random_times_are_drawn_among_the_decisions_of_the_run() -> None:
     request = RunRequest(
         arm="random times", random_seed=0, learning_rate=0.01, epochs=9, topology=grown.committed
     )
-    few, many = (at_random_times(request, run, decisions=decisions) for decisions in (1, 1000))
+    few, many = (random_times_policy(request, run, decisions=decisions) for decisions in (1, 1000))
     assert isinstance(few, ReplayPolicy)
     assert isinstance(many, ReplayPolicy)
     assert {epoch for epoch, _ in few.waiting} == {1}
@@ -130,6 +130,14 @@ def test_what_a_request_asks_for_is_what_is_run() -> None:
     losses = {execute(request, settings.run).test["loss"] for request in requests}
     assert len(losses) == 4
     assert execute(first, settings.run).test["loss"] in losses
+
+
+def test_an_arm_that_never_grows_runs_with_accumulated_gradients() -> None:
+    settings = config(epochs=1)
+    trainer = settings.run.trainer.model_copy(update={"accumulation_steps": 2})
+    run = settings.run.model_copy(update={"trainer": trainer})
+    request = RunRequest(arm="host", random_seed=0, learning_rate=0.01, epochs=1)
+    assert execute(request, run).steps * 2 == execute(request, settings.run).steps
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The growth engine and the trainer, on a problem where capacity is missing by construction."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from functools import partial
@@ -510,10 +511,20 @@ def test_a_frugal_policy_has_only_those_seeds_weighed_that_it_asks_for() -> None
     assert late == [epoch for epoch in searched if epoch >= 5], "events count epochs from 0"
 
 
-@pytest.mark.parametrize(("interval", "decisions"), [(None, 2), (4, 8)])
+@pytest.mark.parametrize(
+    ("interval", "means"),
+    [
+        (None, [8.5, 24.5]),
+        (4, [2.5 + 4 * k for k in range(8)]),
+        (6, [3.5 + 6 * k for k in range(5)]),
+    ],
+    ids=["each epoch", "4 steps", "6 steps, across an epoch's end"],
+)
 def test_a_policy_sees_the_mean_training_loss_since_its_last_decision(
-    interval: int | None, decisions: int
+    interval: int | None, means: list[float]
 ) -> None:
+    """Step n has loss n, whatever the model."""
+
     class Watching(Script):
         seen: tuple[float, ...] = ()
 
@@ -521,11 +532,13 @@ def test_a_policy_sees_the_mean_training_loss_since_its_last_decision(
             self.seen = state.train_losses
             return []
 
-    policy = Watching({})
-    trainer = make_problem().trainer(policy, epochs=2, decision_interval_steps=interval)
+    policy, steps = Watching({}), itertools.count(1)
+    trainer = make_problem().trainer(
+        policy,
+        epochs=2,
+        decision_interval_steps=interval,
+        loss=lambda output, target: 0.0 * output.mean() + next(steps),
+    )
     reports = trainer.fit()
-    assert len(policy.seen) == decisions
-    per_epoch = decisions // 2
-    for report, start in zip(reports, (0, per_epoch), strict=True):
-        part = policy.seen[start : start + per_epoch]
-        assert sum(part) / per_epoch == pytest.approx(report.train_loss)
+    assert policy.seen == pytest.approx(means)
+    assert [report.train_loss for report in reports] == [8.5, 24.5]

@@ -34,7 +34,8 @@ from esper.experiments.comparison import (
     run_missing,
     summarise,
 )
-from esper.experiments.config import SettingsError, load_run_config
+from esper.experiments.config import RunConfig, SettingsError, load_run_config
+from esper.experiments.run import usable_device
 from esper.policies.named import POLICY_NAMES
 from esper.tasks.task import TaskDataError
 
@@ -65,7 +66,8 @@ def compare(
     equal_flops: Annotated[
         bool,
         typer.Option(
-            "--equal-flops/--no-equal-flops", help="Arms at the compute of the largest as well."
+            "--equal-flops/--no-equal-flops",
+            help="Arms at the compute of the largest as well; else growth pays per step at most.",
         ),
     ] = True,
     sizes: Annotated[
@@ -100,21 +102,27 @@ def compare(
         _refuse_settings(context, out)
         settings = _kept(out)
     else:
-        options: dict[str, Any] = {"policy": policy, "seeds": seeds, "first_seed": first_seed}
-        options |= {"rates": rates, "search_seeds": search_seeds, "epochs": epochs}
-        options |= {
-            "device": device,
-            "equal_flops": equal_flops,
-            "sizes": sizes,
-            "random_times": random_times,
-        }
-        settings = _settings(only_task(task, None), config, set_ or [], options)
+        options: dict[str, Any] = {"policy": policy[0] if policy else None, "device": device}
+        if epochs is not None:
+            options["trainer"] = {"epochs": epochs}
+        run = _run_config(only_task(task, None), config, set_ or [], options)
+        settings = _settings(
+            run,
+            policies=tuple(policy[1:]) if policy else (),
+            random_seeds=tuple(range(first_seed, first_seed + seeds)),
+            search_rates=rates,
+            search_seeds=search_seeds,
+            equal_flops=equal_flops,
+            intermediate_sizes=sizes,
+            random_times=random_times,
+        )
     console = Console()
     if dry_run:
         console.out(settings.model_dump_json(indent=2), highlight=False)
         return
     path = out or Path("runs") / f"compare-{folder_name(settings.run.task, datetime.now(UTC))}"
     try:
+        usable_device(settings.run.device)
         if not holds_comparison(path):
             check_runs(settings)
         folder = ComparisonFolder(path, settings)
@@ -156,32 +164,21 @@ def _kept(folder: Path) -> CompareConfig:
         raise typer.BadParameter(f"{error}; name a task to begin one there") from error
 
 
-def _settings(
+def _run_config(
     task: str, file: Path | None, settings: list[str], options: dict[str, Any]
-) -> CompareConfig:
-    chosen = options["policy"] or [None]
-    run_options: dict[str, Any] = {"policy": chosen[0], "device": options["device"]}
-    if options["epochs"] is not None:
-        run_options["trainer"] = {"epochs": options["epochs"]}
+) -> RunConfig:
     try:
-        run = load_run_config(task, file, settings, run_options)
+        return load_run_config(task, file, settings, options)
     except SettingsError as error:
         raise typer.BadParameter(str(error)) from error
-    for name in (run.policy, *chosen[1:]):
+
+
+def _settings(run: RunConfig, **chosen: Any) -> CompareConfig:
+    for name in (run.policy, *chosen["policies"]):
         if name not in POLICY_NAMES:
             raise typer.BadParameter(f"no policy {name!r}; policies: {', '.join(POLICY_NAMES)}")
-    first = options["first_seed"]
     try:
-        return CompareConfig(
-            run=run,
-            policies=tuple(chosen[1:]),
-            random_seeds=tuple(range(first, first + options["seeds"])),
-            search_rates=options["rates"],
-            search_seeds=options["search_seeds"],
-            equal_flops=options["equal_flops"],
-            intermediate_sizes=options["sizes"],
-            random_times=options["random_times"],
-        )
+        return CompareConfig(run=run, **chosen)
     except ValidationError as error:
         raise typer.BadParameter("; ".join(issue["msg"] for issue in error.errors())) from error
 

@@ -1,6 +1,7 @@
 """How a comparison shows itself: while it goes on, and as a table."""
 
 import json
+import math
 from dataclasses import asdict
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -240,12 +241,23 @@ def reached(found: Crossing | None) -> str:
 
 
 def summary_record(comparison: Comparison) -> dict[str, Any]:
-    """Return the table, the verdict and its reasons as JSON values."""
-    verdict, equal = judge(comparison), at_equal_flops(comparison)
-    return {
-        "task": comparison.config.run.task,
-        "outcome": verdict.outcome.value,
-        "reasons": list(verdict.reasons),
-        "arms": [asdict(summary) for summary in summarise(comparison)],
-        "equal_flops": None if equal is None else asdict(equal),
-    }
+    """Return the table, the verdict and its reasons as JSON values; what is not finite is null."""
+    verdict = judge(comparison)
+    record: dict[str, Any] = _finite(
+        {
+            "task": comparison.config.run.task,
+            "outcome": verdict.outcome.value,
+            "reasons": list(verdict.reasons),
+            "arms": [asdict(summary) for summary in summarise(comparison)],
+            "equal_flops": asdict(at_equal_flops(comparison)),
+        }
+    )
+    return record
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -193,11 +193,13 @@ def _train_grown(
                     view.note(note)
                 cost = _train(run, view)
             networks = {"grown": (run.param_count(), run.finish())}
-            if beside is not None and fork is not None and fork.step is not None:
-                twin = prepare_twin(settings, run, cost, fork)
-                networks = {"its twin": _train_twin(twin, run, beside), **networks}
-            elif beside is not None:
-                beside("nothing germinated, so that there is no twin to compare with")
+            if beside is not None and fork is not None:
+                try:
+                    twin = prepare_twin(settings, run, cost, fork)
+                except ValueError as error:
+                    beside(f"no twin: {error}")
+                else:
+                    networks = {"its twin": _train_twin(twin, run, beside), **networks}
             return networks
     except (RunFolderError, SettingsError) as error:
         raise typer.BadParameter(str(error)) from error

@@ -49,6 +49,8 @@ def inspect(
 
     Of a comparison, finished or not: the table and the verdict.
     """
+    if as_json and picture is not None:
+        raise typer.BadParameter("--json and --picture exclude each other; call it twice")
     console = Console()
     try:
         if holds_comparison(run):

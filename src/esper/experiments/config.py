@@ -43,7 +43,7 @@ class RunConfig(Record):
     """Share of the run in which wsd falls."""
     warmup_fraction: Annotated[FiniteFloat, Field(ge=0.0, lt=1.0)] = 0.0
     """Share of the run in which the learning rate first rises."""
-    device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")] = "cpu"
+    device: Annotated[str, Field(pattern=r"^(cpu|cuda(:(0|[1-9]\d?))?)$")] = "cpu"
     """Where the run trains: cpu, cuda, or cuda:N."""
     threads: Annotated[int, Field(ge=1)] | None = None
     """CPU threads of torch in this process; None leaves torch's choice."""
@@ -77,8 +77,8 @@ class RunConfig(Record):
 def _check_growth_times(config: RunConfig, names: str, first: float, last: float) -> None:
     if config.schedule == "cosine":
         raise ValueError(
-            "schedule=cosine falls from the first step, and the policy schedule grows while the "
-            "learning rate is stable; choose schedule=wsd or schedule=constant"
+            f"schedule=cosine falls from the first step, and the policy {config.policy} grows "
+            "while the learning rate is stable; choose schedule=wsd or schedule=constant"
         )
     if config.schedule == "wsd" and last + config.decay_fraction > 1.0 + _ROUNDING:
         raise ValueError(

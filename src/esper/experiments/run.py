@@ -78,13 +78,18 @@ def build_setup(config: RunConfig) -> TaskSetup:
         TaskDataError: The data cannot be read or used.
         ModuleNotFoundError: The task needs an extra that is not installed.
     """
-    device = _usable(config.device)
+    device = usable_device(config.device)
     setup = named_task(config.task).build(config.random_seed)
     setup.model.to(device)
     return replace(setup, example=to_device(setup.example, device))
 
 
-def _usable(name: str) -> torch.device:
+def usable_device(name: str) -> torch.device:
+    """Return a device by its name.
+
+    Raises:
+        SettingsError: It is none that torch can use here.
+    """
     device = torch.device(name)
     try:
         torch.empty(0, device=device)

@@ -1,6 +1,6 @@
 """Growth in depth by schedule: whole blocks, inserted at given times of the run."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Annotated, Any
 
@@ -152,6 +152,15 @@ class DepthSchedulePolicy:
             (waiting if on_trial or path in ready else ready).append(path)
         self._pending = waiting
         return [*actions, *(seed.model_copy(update={"slot": path}) for path in ready)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return how many events there have been, and what waits for a free slot."""
+        return {"num_past": self._num_past, "pending": list(self._pending)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there."""
+        self._num_past = state["num_past"]
+        self._pending = list(state["pending"])
 
     def _last_call(self, state: GrowthState) -> bool:
         return elapsed_fraction(state) >= self.config.verdict_fraction

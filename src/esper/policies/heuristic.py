@@ -1,8 +1,8 @@
 """The default policy: grow where the loss has stopped falling, one seed at a time."""
 
 from collections import Counter
-from collections.abc import Sequence
-from typing import Annotated
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
 
 from pydantic import Field, FiniteFloat
 
@@ -89,6 +89,24 @@ class HeuristicPolicy:
             if germination is not None:
                 actions.append(germination)
         return actions
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what has been tried, refused and committed so far."""
+        return {
+            "tried": [[*pair, count] for pair, count in self._tried.items()],
+            "refused": [[*pair, count] for pair, count in self._refused.items()],
+            "committed": dict(self._committed),
+            "last_committed": dict(self._last_committed),
+            "living": dict(self._living),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there."""
+        self._tried = Counter({(slot, name): n for slot, name, n in state["tried"]})
+        self._refused = Counter({(slot, name): n for slot, name, n in state["refused"]})
+        self._committed = Counter(state["committed"])
+        self._last_committed = dict(state["last_committed"])
+        self._living = dict(state["living"])
 
     def _may_germinate(self, state: GrowthState) -> bool:
         config = self.config

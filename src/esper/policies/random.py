@@ -1,7 +1,8 @@
 """The baseline that any policy has to beat."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from esper.lifecycle.actions import (
     Action,
@@ -44,6 +45,15 @@ class RandomPolicy:
     def decide(self, state: GrowthState) -> Sequence[Action]:
         """Return one legal action."""
         return [self._complete(state, self._random.choice(legal_actions(state)))]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return where its random stream stands."""
+        version, numbers, gauss = self._random.getstate()
+        return {"version": version, "numbers": list(numbers), "gauss": gauss}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there."""
+        self._random.setstate((state["version"], tuple(state["numbers"]), state["gauss"]))
 
     def _complete(self, state: GrowthState, chosen: LegalAction) -> Action:
         choose = self._random.choice

@@ -1,6 +1,7 @@
 """A policy that grows what another run grew, at times of its own."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from esper.lifecycle.actions import (
     Action,
@@ -71,6 +72,24 @@ class ReplayPolicy:
             taken.add(slot.path)
         self.waiting = later
         return actions
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what waits, and what grows."""
+        return {
+            "waiting": [[epoch, seed.model_dump(mode="json")] for epoch, seed in self.waiting],
+            "growing": {
+                path: [committed, seed.model_dump(mode="json")]
+                for path, (committed, seed) in self._growing.items()
+            },
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there."""
+        self.waiting = [(epoch, Germinate.from_dump(seed)) for epoch, seed in state["waiting"]]
+        self._growing = {
+            path: (committed, Germinate.from_dump(seed))
+            for path, (committed, seed) in state["growing"].items()
+        }
 
     def _put_back(self, state: GrowthState) -> None:
         """Let what was pruned wait again, before all else."""

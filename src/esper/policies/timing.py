@@ -132,7 +132,7 @@ def elapsed_fraction(state: GrowthState) -> float:
     """
     if state.max_epochs is None:
         raise ValueError(
-            "the schedule policy plans by shares of the run and does not know its length; pass "
+            "a policy that plans by shares of the run does not know the run's length; pass "
             "the number of decisions that will come: esper.Growth(…, max_epochs=…)"
         )
     return state.epoch / state.max_epochs

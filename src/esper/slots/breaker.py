@@ -1,8 +1,9 @@
 """A circuit breaker around work that may keep failing."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from enum import StrEnum
+from typing import Any
 
 from esper.lifecycle.events import BreakerChanged, Event
 
@@ -77,6 +78,18 @@ class CircuitBreaker:
             self._opened_at = self._clock()
             events += self._become(BreakerState.OPEN)
         return events
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return how it stands; of the cool-down, what is left."""
+        waited = self._clock() - self._opened_at
+        left = max(0.0, self.cooldown_seconds - waited) if self._state is BreakerState.OPEN else 0.0
+        return {"state": self._state.value, "failures": self._failures, "seconds_left": left}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Stand as it stood then."""
+        self._state = BreakerState(state["state"])
+        self._failures = state["failures"]
+        self._opened_at = self._clock() - self.cooldown_seconds + state["seconds_left"]
 
     def _become(self, after: BreakerState) -> list[Event]:
         before, self._state = self._state, after

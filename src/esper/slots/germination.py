@@ -215,8 +215,8 @@ def sprout_guarded(
     subject: str,
     random_seed: int,
     check_unshared: Callable[[nn.Module], None],
-) -> Sprout:
-    """Build what was ordered, if the breaker allows it; a failure is the breaker's to count.
+) -> tuple[Sprout, list[Event]]:
+    """Build what was ordered, if the breaker allows it, which counts successes and failures.
 
     Args:
         order: What to build.
@@ -225,6 +225,9 @@ def sprout_guarded(
         subject: The slot with its seed, for errors.
         random_seed: As `sprout`.
         check_unshared: As `sprout`.
+
+    Returns:
+        What was built, and changes of the breaker.
 
     Raises:
         GerminationError: The breaker is open, or building raised.
@@ -237,7 +240,7 @@ def sprout_guarded(
             [],
         )
     try:
-        return sprout(order, random_seed=random_seed, check_unshared=check_unshared)
+        new = sprout(order, random_seed=random_seed, check_unshared=check_unshared)
     except ValueError:
         raise
     except Exception as error:
@@ -252,6 +255,7 @@ def sprout_guarded(
             f"{dict(order.options)} raised {type(error).__name__}: {error}",
             breaker.failed(),
         ) from error
+    return new, breaker.succeeded()
 
 
 def _measure(

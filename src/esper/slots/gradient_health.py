@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -110,6 +111,28 @@ class GradientHealth:
             seed_norm=seed_norm,
             ratio=_ratio(host_norm, seed_norm, host_params, seed_params),
         )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what was collected, between two steps; no host–device synchronisation."""
+        return {
+            "steps": self._steps,
+            "norms": {
+                owner: {
+                    "host": torch.stack([host for host, _ in pairs]),
+                    "seed": torch.stack([seed for _, seed in pairs]),
+                }
+                for owner, pairs in self._seed_norms.items()
+            },
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what was collected then."""
+        self._steps = state["steps"]
+        self._clipped = {}
+        self._seed_norms = {
+            owner: list(zip(norms["host"].unbind(), norms["seed"].unbind(), strict=True))
+            for owner, norms in state["norms"].items()
+        }
 
     def forget(self, owner: str) -> None:
         """Drop what was collected of a removed seed."""

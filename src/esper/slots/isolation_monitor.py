@@ -1,15 +1,17 @@
 """Proof at run time that no gradient of an isolated seed reaches the host."""
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from esper.lifecycle.stages import SeedStage
+from esper.slots.branch import SeedBranch
 from esper.slots.gradient_projection import GradientProjections
 from esper.slots.modes import beside_the_step
 from esper.slots.slot import SeedSlot
@@ -166,6 +168,25 @@ class IsolationMonitor:
                 readings.append(reading)
         return readings
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return what was counted, and when; tensors are copies."""
+        return {
+            "checks": self._checks,
+            "last_step": self._last_step,
+            "records": {
+                path: {**record.state_dict(), "lives": record.is_of(self._slots[path])}
+                for path, record in self._records.items()
+            },
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there; the slots have their state of then by now."""
+        self._checks, self._last_step = state["checks"], state["last_step"]
+        self._records = {
+            path: _Record.from_state(kept, self._slots[path])
+            for path, kept in state["records"].items()
+        }
+
     @staticmethod
     def _run(loss: Callable[[], Tensor], projections: GradientProjections) -> None:
         value = loss()
@@ -206,7 +227,7 @@ class IsolationMonitor:
     def _record(self, slot: SeedSlot, step: int) -> "_Record":
         record = self._records.get(slot.path)
         if record is None or not record.is_of(slot):
-            record = self._records[slot.path] = _Record(slot)
+            record = self._records[slot.path] = _Record.of(slot)
         record.last_step[_phase(slot)] = step
         return record
 
@@ -222,12 +243,10 @@ class _Phase(Enum):
 class _Record:
     """What was found of one seed, on the device until it is read."""
 
-    def __init__(self, slot: SeedSlot) -> None:
-        branch = slot.living
-        assert branch is not None
+    def __init__(self, slot: SeedSlot, blueprint: str, branch: SeedBranch | None) -> None:
         self.last_step: dict[_Phase, int] = {}
-        self._branch = weakref.ref(branch)
-        self._blueprint = branch.blueprint
+        self._branch = None if branch is None else weakref.ref(branch)
+        self._blueprint = blueprint
         self._checks = 0
         self._device = slot.blend_alpha.device
         self._violations = torch.zeros((), device=self._device, dtype=torch.int32)
@@ -235,9 +254,41 @@ class _Record:
         self._reached: dict[tuple[str, ...], Tensor] = {}
         """Worst relative size so far, by the parameters that the host had at the time."""
 
+    @classmethod
+    def of(cls, slot: SeedSlot) -> Self:
+        """Begin a record of the slot's living seed."""
+        branch = slot.living
+        assert branch is not None
+        return cls(slot, branch.blueprint, branch)
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any], slot: SeedSlot) -> Self:
+        """Return the record that a state is of."""
+        record = cls(slot, state["blueprint"], slot.living if state["lives"] else None)
+        record.last_step = {_Phase[name]: step for name, step in state["last_step"].items()}
+        record._checks = state["checks"]
+        record._violations.copy_(state["violations"])
+        record._without_verdict.copy_(state["without_verdict"])
+        record._reached = {
+            tuple(names): sizes.to(record._device) for names, sizes in state["reached"]
+        }
+        return record
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what was counted; tensors are copies."""
+        return {
+            "blueprint": self._blueprint,
+            "last_step": {phase.name: step for phase, step in self.last_step.items()},
+            "checks": self._checks,
+            "violations": self._violations.clone(),
+            "without_verdict": self._without_verdict.clone(),
+            "reached": [[list(names), sizes.clone()] for names, sizes in self._reached.items()],
+        }
+
     def is_of(self, slot: SeedSlot) -> bool:
         """Whether the slot's living seed is the one recorded here."""
-        return slot.living is not None and slot.living is self._branch()
+        branch = None if self._branch is None else self._branch()
+        return branch is not None and slot.living is branch
 
     def judge(
         self,

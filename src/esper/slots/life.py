@@ -1,11 +1,14 @@
 """One seed's life: its stage, its alpha, what was measured of it and how long it has been there."""
 
+import copy
+
 from esper.blending.schedule import AlphaController
 from esper.lifecycle.alpha import AlphaMode
 from esper.lifecycle.events import Event, GateEvaluated, StageChanged
 from esper.lifecycle.gates import GATE_INTO, GateThresholds, evaluate_gate
 from esper.lifecycle.stages import SeedStage, check_transition
 from esper.slots.measurements import SeedMeasurements
+from esper.slots.slot_snapshot import LifeSnapshot
 
 
 class SeedLife:
@@ -34,6 +37,32 @@ class SeedLife:
         self.epochs_in_stage = 0
         self.steps_in_stage = 0
         self.refusals_in_stage = 0
+
+    def snapshot(self) -> LifeSnapshot:
+        """Return where it stands."""
+        return LifeSnapshot(
+            number=self.number,
+            stage=self.stage,
+            blueprint=self.blueprint,
+            alpha=self.alpha.state,
+            measurements=copy.deepcopy(self.measurements),
+            fading_because=self.fading_because,
+            epochs_in_stage=self.epochs_in_stage,
+            steps_in_stage=self.steps_in_stage,
+            refusals_in_stage=self.refusals_in_stage,
+        )
+
+    def go_on_from(self, snapshot: LifeSnapshot) -> None:
+        """Stand where the life stood that the snapshot is of."""
+        self.number = snapshot.number
+        self.stage = snapshot.stage
+        self.blueprint = snapshot.blueprint
+        self.alpha = AlphaController(snapshot.alpha)
+        self.measurements = copy.deepcopy(snapshot.measurements)
+        self.fading_because = snapshot.fading_because
+        self.epochs_in_stage = snapshot.epochs_in_stage
+        self.steps_in_stage = snapshot.steps_in_stage
+        self.refusals_in_stage = snapshot.refusals_in_stage
 
     @property
     def subject(self) -> str:

@@ -24,6 +24,7 @@ from esper.slots.life import SeedLife
 from esper.slots.measurements import SeedMeasurements
 from esper.slots.slot_forward import ForwardMode, SlotForward
 from esper.slots.slot_owner import SlotOwner
+from esper.slots.slot_snapshot import SeedRecipe, SlotSnapshot
 
 _WITHOUT_A_SHADOW = (
     "{subject} learns in shadow, and no shadow pass was made in this step, so that it would never "
@@ -219,6 +220,32 @@ class LivingSlot(SlotForward):
             yield
         finally:
             self.measured_as = before
+
+    def growth_state(self) -> dict[str, Any]:
+        """Return what of the slot is not in the model's state dict; tensors are copies.
+
+        Raises:
+            RuntimeError: A seed's forward has raised, and `tick` has not pruned it yet.
+        """
+        if self._failure is not None:
+            raise RuntimeError(
+                f"{self._life.subject} has raised {self._failure} and is about to be pruned; call "
+                "tick(), then take the state"
+            )
+        living = self.living
+        snapshot = SlotSnapshot(
+            family=self.family,
+            dim=self.dim,
+            config=self.config,
+            committed=tuple(self.committed),
+            living=None if living is None else SeedRecipe.of(living),
+            life=self._life.snapshot(),
+        )
+        return {
+            "slot": snapshot.model_dump(mode="json"),
+            "nonfinite_gradients": self.nonfinite_gradients.clone(),
+            "random_stream": None if self._stream is None else self._stream.state_dict(),
+        }
 
     @property
     def owner(self) -> SlotOwner | None:

@@ -1,10 +1,22 @@
 """Running a model for a measurement and leaving it as it was."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import nn
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return where a model's first parameter is, and so its inputs go; CPU if it has none."""
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+
+def sole_device(model: nn.Module) -> torch.device | None:
+    """Return where all of a model's parameters are; None if they are on several devices."""
+    devices = {parameter.device for parameter in model.parameters()}
+    return devices.pop() if len(devices) == 1 else None
 
 
 @contextmanager
@@ -86,6 +98,16 @@ class SeparateRandomStream:
         self._cpu_state = generator.get_state()
         self._cuda_seed = random_seed
         self._cuda_state: torch.Tensor | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return where the stream stands; tensors are copies."""
+        cuda = None if self._cuda_state is None else self._cuda_state.clone()
+        return {"cpu": self._cpu_state.clone(), "cuda": cuda, "cuda_seed": self._cuda_seed}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where the stream stood that the state is of."""
+        self._cpu_state, self._cuda_state = state["cpu"], state["cuda"]
+        self._cuda_seed = state["cuda_seed"]
 
     @contextmanager
     def active(self, device: torch.device) -> Iterator[None]:

@@ -4,34 +4,44 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
     """Return the value with every tensor in its tuples, lists and mappings replaced."""
     if isinstance(value, Tensor):
         return function(value)
+    return _rebuilt(value, lambda item: map_tensors(function, item))
+
+
+def _rebuilt(value: Any, part: Callable[[Any], Any]) -> Any:
+    """Return a tuple, list or mapping with `part` of each of its items, and anything else as is."""
     if isinstance(value, Mapping):
-        return {key: map_tensors(function, item) for key, item in value.items()}
+        return {key: part(item) for key, item in value.items()}
     if isinstance(value, (tuple, list)):
-        items = [map_tensors(function, item) for item in value]
+        items = [part(item) for item in value]
         if hasattr(value, "_fields"):
             return type(value)(*items)
         return tuple(items) if isinstance(value, tuple) else items
     return value
 
 
-def to_device(value: Any, device: torch.device) -> Any:
-    """Return the value with every tensor in it on the device, those that are there as they are.
+def to_device(value: Any, device: torch.device | None) -> Any:
+    """Return the value with every tensor in it on the device; None leaves it as it is.
 
-    Does not wait for the copies, which whatever uses them on the device does by itself.
+    What is there already is returned as it is. A value with a `to` of its own, as a batch of a
+    library, is asked to move itself; other containers are rebuilt as `map_tensors` does. Waits for
+    copies from pinned memory to a GPU no more than other work on that GPU does.
     """
-    return map_tensors(lambda tensor: tensor.to(device, non_blocking=True), value)
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Return where a model's first parameter is, and so its inputs go; CPU if it has none."""
-    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    if device is None:
+        return value
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=device.type == "cuda")
+    if all(tensor.device == device for tensor in tensors_in(value)):
+        return value
+    if callable(getattr(value, "to", None)):
+        return value.to(device)
+    return _rebuilt(value, lambda item: to_device(item, device))
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

@@ -90,11 +90,7 @@ class OptimizerBinding:
 
     def add(self, path: str, branch: SeedBranch) -> None:
         """Fill the slot's group with a new seed; its optimizer state starts fresh."""
-        group = self._groups()[path]
-        group["params"].extend(branch.parameters())
-        if "param_names" in group:
-            prefix = f"{path}.{branch.blueprint}"
-            group["param_names"].extend(f"{prefix}.{n}" for n, _ in branch.named_parameters())
+        self._put(self._groups()[path], path, branch)
         self._steps[path] = 0
 
     def copy_state(
@@ -139,6 +135,43 @@ class OptimizerBinding:
             host["param_names"].extend(group["param_names"])
         self._empty(group)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return how far each slot's warm-up is, and whether the optimizer has stepped."""
+        return {"steps": dict(self._steps), "stepped": self._stepped}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there."""
+        self._steps = dict(state["steps"])
+        self._stepped = state["stepped"]
+
+    def regroup(self, removed: Sequence[SeedBranch]) -> None:
+        """Bring the groups in step with slots that have become what they were.
+
+        A committed seed stays in whichever group of the host it is in; without one it joins the
+        first. Seeds that were there before keep their optimizer state.
+
+        Args:
+            removed: Seeds that are in no slot any more.
+        """
+        for branch in removed:
+            self._withdraw(branch)
+            for parameter in branch.parameters():
+                self.optimizer.state.pop(parameter, None)
+                parameter.grad = None
+        own, host = self._groups(), self.optimizer.param_groups[0]
+        for path, slot in self._slots.items():
+            for index in range(len(slot.branches)):
+                branch = slot.branch(index)
+                lives = branch is slot.living
+                places = self._places(branch)
+                if lives:
+                    right = all(group is own[path] for group in places)
+                else:
+                    right = all(GROUP_KEY not in group for group in places)
+                if not (places and right):
+                    self._withdraw(branch)
+                    self._put(own[path] if lives else host, path, branch)
+
     def take_step(self) -> bool:
         """Return whether the optimizer has stepped since this was asked last."""
         stepped, self._stepped = self._stepped, False
@@ -175,9 +208,25 @@ class OptimizerBinding:
 
     def _take(self, branch: SeedBranch, held: set[nn.Parameter]) -> None:
         """Take a living seed out of the groups that the optimizer was built with."""
+        if not held.isdisjoint(branch.parameters()):
+            self._withdraw(branch)
+
+    @staticmethod
+    def _put(group: dict[str, Any], path: str, branch: SeedBranch) -> None:
+        group["params"].extend(branch.parameters())
+        if "param_names" in group:
+            prefix = f"{path}.{branch.blueprint}"
+            group["param_names"].extend(f"{prefix}.{n}" for n, _ in branch.named_parameters())
+
+    def _places(self, branch: SeedBranch) -> list[dict[str, Any]]:
+        """Return the groups that hold any of a branch's parameters."""
         seed = set(branch.parameters())
-        if held.isdisjoint(seed):
-            return
+        groups = self.optimizer.param_groups
+        return [group for group in groups if not seed.isdisjoint(group["params"])]
+
+    def _withdraw(self, branch: SeedBranch) -> None:
+        """Take a branch's parameters out of every group."""
+        seed = set(branch.parameters())
         for group in self.optimizer.param_groups:
             keep = [index for index, p in enumerate(group["params"]) if p not in seed]
             for key in ("params", "param_names"):

@@ -11,8 +11,13 @@ from torch import Tensor, nn
 from esper.seeds.registry import Family
 from esper.slots.call_arguments import CallArguments, first_parameter
 from esper.slots.germination import FeatureLayout
-from esper.slots.modes import evaluation_mode, forked_random_state, unchanged_buffers
-from esper.slots.nested import map_tensors
+from esper.slots.modes import (
+    device_of,
+    evaluation_mode,
+    forked_random_state,
+    unchanged_buffers,
+)
+from esper.slots.nested import to_device
 
 _LAYOUTS = {Family.CNN: "B C H W", Family.TRANSFORMER: "B … D, features in the last dimension"}
 
@@ -88,10 +93,8 @@ def run_on_example(model: nn.Module, example: Any) -> None:
     Raises:
         ValueError: The forward raised; model and example shapes are named.
     """
-    first = next(model.parameters(), None)
-    device = torch.device("cpu") if first is None else first.device
-    args, kwargs = example_arguments(model, example)
-    args, kwargs = map_tensors(lambda tensor: tensor.to(device), (args, kwargs))
+    device = device_of(model)
+    args, kwargs = to_device(example_arguments(model, example), device)
     try:
         with (
             evaluation_mode(model),

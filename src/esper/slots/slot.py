@@ -1,6 +1,6 @@
 """The slot: what a host's forward meets, and where one seed after another lives."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -48,6 +48,7 @@ from esper.slots.living_slot import LivingSlot
 from esper.slots.measurements import SeedMeasurements
 from esper.slots.modes import SeparateRandomStream, forked_random_state
 from esper.slots.slot_forward import ForwardMode
+from esper.slots.slot_snapshot import SeedRecipe, SlotSnapshot
 
 
 class SeedSlot(LivingSlot):
@@ -98,7 +99,7 @@ class SeedSlot(LivingSlot):
         state_of = state_source(order, subject=life.subject) if copy_optimizer_state else None
         random_seed = derive_random_seed(self.config.random_seed, self.path, life.number)
         breaker = owner.breaker(blueprint)
-        new = sprout_guarded(
+        new, events = sprout_guarded(
             order,
             breaker,
             path=self.path,
@@ -106,7 +107,6 @@ class SeedSlot(LivingSlot):
             random_seed=random_seed,
             check_unshared=lambda seed: owner.check_unshared(self.path, seed),
         )
-        events = breaker.succeeded()
         life.blueprint, life.measurements = blueprint, new.measurements
         gate = life.judge(SeedStage.GERMINATED, force=False, breaker_closed=breaker.allows)
         events.append(gate)
@@ -316,39 +316,6 @@ class SeedSlot(LivingSlot):
             contribution_fraction=record.contribution_fraction,
         )
 
-    def regrow(self, seed: CommittedSeed) -> None:
-        """Put a seed back that an earlier network committed here; its weights are yet to be loaded.
-
-        Raises:
-            IllegalTransition: The slot has begun to grow by itself.
-            BlueprintError: Unknown blueprint or option.
-            ValueError: The blueprint refuses an option's value or the width, or has another number
-                of parameters than it had then.
-
-        Effects: random streams are left as they were.
-        """
-        owner, life = self._attached(), self._life
-        if life.stage not in (SeedStage.DORMANT, SeedStage.FOSSILIZED):
-            raise IllegalTransition(life.stage, SeedStage.FOSSILIZED, subject=life.subject)
-        order = self._order(seed.blueprint, seed.options, seed.blend_operator)
-        with forked_random_state(order.device):
-            branch = build_branch(order).to(device=order.device, dtype=order.dtype)
-        if branch.param_count != seed.param_count:
-            raise ValueError(
-                f"slot {self.path!r}: blueprint {seed.blueprint!r} builds {branch.param_count} "
-                f"parameters now, {seed.param_count} when it was committed: the blueprint or the "
-                "host is another one than it was then"
-            )
-        branch.train(self.training)
-        self.branches = nn.ModuleList([*self.branches, branch])
-        owner.seed_added(self.path, branch)
-        owner.seed_committed(self.path, branch)
-        self.committed.append(seed)
-        self.num_committed += 1
-        self._life = self._new_life(len(self.committed) - 1)
-        self._life.stage, self._life.blueprint = SeedStage.FOSSILIZED, seed.blueprint
-        self._follow_stage()
-
     def _life_for_next_seed(self) -> SeedLife:
         current = self._life
         if (
@@ -358,6 +325,83 @@ class SeedSlot(LivingSlot):
             return self._new_life(current.number + 1)
         check_transition(current.stage, SeedStage.GERMINATED, subject=current.subject)
         return self._new_life(current.number)
+
+    # Restoring
+
+    def branches_of(self, snapshot: SlotSnapshot) -> list[SeedBranch]:
+        """Return the branches that a slot had, in their order; nothing is changed.
+
+        A branch that is here in the same place, built the same way, is taken as it is; others are
+        built anew, and their weights are yet to be loaded.
+
+        Raises:
+            BlueprintError: Unknown blueprint or option.
+            ValueError: The slot is another one, or a blueprint refuses an option's value or the
+                width, or builds another number of parameters than it did.
+
+        Effects: random streams are left as they were.
+        """
+        here = {"family": self.family, "dim": self.dim, "config": self.config}
+        for name, value in here.items():
+            wanted = getattr(snapshot, name)
+            if value != wanted:
+                raise ValueError(
+                    f"slot {self.path!r} had {name} {wanted!r}, and has {value!r}; build the host "
+                    "and attach as it was done then"
+                )
+        branches: list[SeedBranch] = []
+        for index, recipe in enumerate(snapshot.recipes):
+            standing = self.branches[index] if index < len(self.branches) else None
+            if isinstance(standing, SeedBranch) and SeedRecipe.of(standing) == recipe:
+                branches.append(standing)
+            else:
+                branches.append(self._build(recipe))
+        return branches
+
+    def _build(self, recipe: SeedRecipe) -> SeedBranch:
+        order = self._order(recipe.blueprint, recipe.options, recipe.blend_operator)
+        with forked_random_state(order.device):
+            branch = build_branch(order).to(device=order.device, dtype=order.dtype)
+        if branch.param_count != recipe.param_count:
+            raise ValueError(
+                f"slot {self.path!r}: blueprint {recipe.blueprint!r} builds {branch.param_count} "
+                f"parameters now, {recipe.param_count} when it was saved: the blueprint or the "
+                "host is another one than it was then"
+            )
+        return branch.train(self.training)
+
+    def load_growth_state(
+        self, snapshot: SlotSnapshot, state: Mapping[str, Any], branches: Sequence[SeedBranch]
+    ) -> list[SeedBranch]:
+        """Become what the slot was; `SlotSet.load_state_dict` does this.
+
+        Args:
+            snapshot: Of the slot.
+            state: As `growth_state` returned it.
+            branches: From `branches_of` of the snapshot.
+
+        Returns:
+            The branches that were here and are not any more.
+        """
+        self._drop_guard()
+        removed = [b for b in self.branches if isinstance(b, SeedBranch) and b not in branches]
+        if list(self.branches) != list(branches):
+            self.branches = nn.ModuleList(branches)
+        self.committed = list(snapshot.committed)
+        self.num_committed = len(self.committed)
+        self._life = self._new_life(snapshot.life.number)
+        self._life.go_on_from(snapshot.life)
+        self._failure = None
+        self._stream = None
+        if state["random_stream"] is not None:
+            self._stream = SeparateRandomStream(0)
+            self._stream.load_state_dict(state["random_stream"])
+        self.nonfinite_gradients.copy_(state["nonfinite_gradients"])
+        self.blend_alpha.fill_(self.alpha)
+        if self.living is not None:
+            self._guard = GradientGuard(self.living, lambda: self.nonfinite_gradients)
+        self._follow_stage()
+        return removed
 
     # Removing
 

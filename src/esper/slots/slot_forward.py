@@ -70,14 +70,18 @@ class SlotForward(nn.Module):
         self._stream: SeparateRandomStream | None = None
         self._failure: str | None = None
 
+    def branch(self, index: int) -> SeedBranch:
+        """Return one of the branches."""
+        branch = self.branches[index]
+        assert isinstance(branch, SeedBranch)
+        return branch
+
     @property
     def living(self) -> SeedBranch | None:
         """The living seed with its operator; None when the slot holds none."""
         if len(self.branches) == self.num_committed:
             return None
-        branch = self.branches[self.num_committed]
-        assert isinstance(branch, SeedBranch)
-        return branch
+        return self.branch(self.num_committed)
 
     def prepare_seeds(self) -> None:
         """Let the seeds build what their increments look up."""

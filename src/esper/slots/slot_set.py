@@ -25,6 +25,7 @@ from esper.slots.ownership import HOST, OwnershipLedger
 from esper.slots.placement import SLOT_NAME, remove_slots
 from esper.slots.shadow_pass import teach_in_shadow
 from esper.slots.slot import SeedSlot
+from esper.slots.slot_snapshot import SlotSnapshot
 
 _LEARNING_STAGES = frozenset({SeedStage.TRAINING, SeedStage.BLENDING, SeedStage.PROBATIONARY})
 
@@ -218,6 +219,79 @@ class SlotSet(Mapping[str, SeedSlot]):
         self.gradient_health.before_step(
             self.host_parameters(), learning, HOST, gradient_scale=scale
         )
+
+    # Keeping
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that growth has to remember and the model's state dict does not hold.
+
+        Mappings, lists, plain values and tensors, which are copies. With it and the state dicts of
+        model and optimizer the slots go on as if nothing had happened.
+
+        Raises:
+            RuntimeError: A seed's forward has raised, and `tick` has not pruned it yet.
+        """
+        return {
+            "slots": {path: slot.growth_state() for path, slot in self._slots.items()},
+            "gradient_health": self.gradient_health.state_dict(),
+            "breakers": {name: breaker.state_dict() for name, breaker in self._breakers.items()},
+            "binding": None if self.binding is None else self.binding.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Become what the slots were; call it before the state dicts of model and optimizer.
+
+        What has grown since then is gone afterwards, and what was there is built again where it is
+        not, in the optimizer's groups too.
+
+        Args:
+            state: From `state_dict`.
+
+        Raises:
+            ValueError: The slots are others, or a field is missing.
+            BlueprintError: A blueprint is not registered here.
+            In both cases nothing has changed.
+
+        Effects: random streams are left as they were. Weights are those of fresh seeds until the
+        model's state dict is loaded.
+        """
+        if (state["binding"] is None) != (self.binding is None):
+            bound = "no optimizer" if state["binding"] is None else "an optimizer"
+            raise ValueError(f"the slots were bound to {bound} when their state was taken")
+        self.restore(state["slots"])
+        self.gradient_health.load_state_dict(state["gradient_health"])
+        self._breakers = {}
+        for name, kept in state["breakers"].items():
+            self.breaker(name).load_state_dict(kept)
+        if self.binding is not None:
+            self.binding.load_state_dict(state["binding"])
+
+    def restore(self, states: Mapping[str, Mapping[str, Any]]) -> None:
+        """Give each slot back its seeds and its life; the part of `load_state_dict` about slots.
+
+        Args:
+            states: By path, as `SeedSlot.growth_state` returns them.
+
+        Raises:
+            ValueError: As `load_state_dict`.
+            BlueprintError: As `load_state_dict`.
+        """
+        if list(states) != list(self._slots):
+            raise ValueError(
+                f"the slots were {', '.join(states)}, and are {', '.join(self._slots)}; attach to "
+                "the same targets in the same order"
+            )
+        snapshots = {path: SlotSnapshot.from_dump(kept["slot"]) for path, kept in states.items()}
+        branches = {path: self._slots[path].branches_of(snapshots[path]) for path in snapshots}
+        removed: list[SeedBranch] = []
+        for path, slot in self._slots.items():
+            removed += slot.load_growth_state(snapshots[path], states[path], branches[path])
+            self._removed.pop(path, None)
+        self._host_parameters = None
+        self._seeds_changed += 1
+        self._renew_block_masks()
+        if self.binding is not None:
+            self.binding.regroup(removed)
 
     # What slots ask for
 

@@ -34,13 +34,12 @@ from esper.lifecycle.learning import Isolation
 from esper.lifecycle.stages import SeedStage
 from esper.slots.germination import GerminationError
 from esper.slots.isolation_monitor import IsolationMonitor
-from esper.slots.modes import forked_random_state
-from esper.slots.nested import device_of
+from esper.slots.modes import device_of, forked_random_state
 from esper.slots.slot import SeedSlot
 from esper.slots.slot_set import SlotSet
 from esper.telemetry.sink import Sink
 from esper.training.held_out import Evaluate, metrics_of
-from esper.training.policy import FrugalPolicy, Policy
+from esper.training.policy import FrugalPolicy, Policy, StatefulPolicy
 from esper.training.probing import probe_seeds
 from esper.training.run_cost import CostMeter
 from esper.training.step_timer import StepTimer
@@ -240,6 +239,44 @@ class Growth:
         self._carry_out(self.slots[action.slot], action)
         return True
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that growth remembers, the slots' part and the policy's included.
+
+        Mappings, lists, plain values and tensors, which are copies. Take it between two steps. What
+        is in the state dicts of model and optimizer is not in it.
+        """
+        policy = self.policy
+        return {
+            "slots": self.slots.state_dict(),
+            "isolation_monitor": self.isolation_monitor.state_dict(),
+            "policy": policy.state_dict() if isinstance(policy, StatefulPolicy) else None,
+            "meter": self.meter.state_dict(),
+            "epoch": self.epoch,
+            "step": self.step,
+            "losses": list(self.losses),
+            "train_losses": list(self.train_losses),
+            "step_seconds_before": dict(self._step_seconds_before),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there; call it before the state dicts of model and optimizer are loaded.
+
+        Raises:
+            ValueError: The slots are others, or a field is missing; nothing has changed.
+            BlueprintError: A blueprint is not registered here; nothing has changed.
+        """
+        self.slots.load_state_dict(state["slots"])
+        self.isolation_monitor.load_state_dict(state["isolation_monitor"])
+        if isinstance(self.policy, StatefulPolicy):
+            self.policy.load_state_dict(state["policy"])
+        self.meter.load_state_dict(state["meter"])
+        self.epoch, self.step = state["epoch"], state["step"]
+        self.losses = list(state["losses"])
+        self.train_losses = list(state["train_losses"])
+        self._step_seconds_before = dict(state["step_seconds_before"])
+        self._timer.restart()
+        self._steps_change = False
+
     def publish(self, events: Sequence[Event]) -> None:
         """Send events to the sinks, stamped with time, epoch and step."""
         if not self.sinks:
@@ -283,7 +320,7 @@ class Growth:
             return
         self.publish(events)
         self._step_seconds_before[slot.path] = self._timer.median_seconds
-        self._note_reference(slot, self.losses[-1] if self.losses else None)
+        slot.measurements.reference_loss = self.losses[-1] if self.losses else None
         events = slot.advance()
         if slot.isolation is Isolation.NONE and _entered(events, SeedStage.TRAINING):
             events += slot.advance()
@@ -301,14 +338,10 @@ class Growth:
     def _note_losses(self, loss: float) -> None:
         for slot in self.slots.values():
             if slot.stage is SeedStage.TRAINING:
-                self._note_reference(slot, loss)
+                slot.measurements.reference_loss = loss
             reference = slot.measurements.reference_loss
             if reference:
                 slot.measurements.loss_increase_fraction = (loss - reference) / abs(reference)
-
-    @staticmethod
-    def _note_reference(slot: SeedSlot, loss: float | None) -> None:
-        slot.measurements.reference_loss = loss
 
     def _read_gradient_health(self) -> list[Event]:
         events: list[Event] = []

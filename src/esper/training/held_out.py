@@ -13,8 +13,8 @@ from esper.slots.counterfactual import (
     check_per_sample,
     fused_losses,
 )
-from esper.slots.modes import evaluation_mode
-from esper.slots.nested import device_of, to_device
+from esper.slots.modes import evaluation_mode, sole_device
+from esper.slots.nested import to_device
 from esper.slots.slot import SeedSlot
 
 Evaluate = Callable[[], float | Mapping[str, float]]
@@ -41,8 +41,8 @@ class HeldOut:
 
     Args:
         batches: Pairs of inputs and targets, iterated anew at each evaluation, always in the same
-            order, and moved to the model's device. Inputs are a tensor, a tuple of arguments or a
-            mapping of keyword arguments.
+            order, and moved to the model's device if it has but one. Inputs are a tensor, a tuple
+            of arguments or a mapping of keyword arguments.
         loss: `(outputs, targets)` to one loss per sample, shape `B`.
         metrics: By name, `(outputs, targets)` to one value per sample, shape `B`.
         max_copies: How many variants run in one forward, each on a copy of the batch: what memory
@@ -85,7 +85,7 @@ class HeldOut:
         """
         columns: dict[str, list[Tensor]] = {name: [] for name in self.metrics}
         with evaluation_mode(self.model), torch.inference_mode():
-            for inputs, targets in self._batches_there():
+            for inputs, targets in self._batches_on_device():
                 outputs, samples = call_model(self.model, inputs), batch_size(inputs)
                 for name, metric in self.metrics.items():
                     values = metric(outputs, targets)
@@ -109,12 +109,12 @@ class HeldOut:
                         for some in together
                     ]
                 )
-                for inputs, targets in self._batches_there()
+                for inputs, targets in self._batches_on_device()
             ]
         return list(torch.cat(parts, dim=1).float())
 
-    def _batches_there(self) -> Iterator[tuple[Any, Any]]:
-        device = device_of(self.model)
+    def _batches_on_device(self) -> Iterator[tuple[Any, Any]]:
+        device = sole_device(self.model)
         for batch in self.batches:
             inputs, targets = to_device(batch, device)
             yield inputs, targets

@@ -1,7 +1,7 @@
 """What decides when and where to grow."""
 
-from collections.abc import Collection, Sequence
-from typing import Protocol, runtime_checkable
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 from esper.lifecycle.actions import Action, GrowthState
 
@@ -38,3 +38,17 @@ class FrugalPolicy(Policy, Protocol):
         Args:
             state: As `decide` will see it, but for what is weighed now.
         """
+
+
+@runtime_checkable
+class StatefulPolicy(Policy, Protocol):
+    """A policy that remembers something between decisions, which a checkpoint must hold.
+
+    A policy without these methods is taken to decide by the state that it is given alone.
+    """
+
+    def state_dict(self) -> Mapping[str, Any]:
+        """Return it: mappings, lists, plain values and tensors."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Remember what was remembered then."""

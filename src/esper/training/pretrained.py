@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from esper.lifecycle.record import Record
+from esper.lifecycle.stages import SeedStage
 from esper.seeds.registry import Family
 from esper.slots.attach import attach
 from esper.slots.committed_seed import CommittedSeed
@@ -18,6 +19,7 @@ from esper.slots.config import SlotConfig
 from esper.slots.placement import remove_slots
 from esper.slots.slot import SeedSlot
 from esper.slots.slot_set import SlotSet
+from esper.slots.slot_snapshot import LifeSnapshot, SlotSnapshot
 from esper.training.sealed_folder import DamagedFolderError, check_sealed, sealed_folder
 
 CONFIG_FILE = "config.json"
@@ -111,8 +113,7 @@ def from_pretrained(model: nn.Module, folder: str | Path, *, example: Any) -> Sl
         family={path: saved.family for path, saved in config.slots.items()},
     )
     try:
-        for path, saved in config.slots.items():
-            _regrow(slots[path], saved)
+        slots.restore({path: _state_of(slots[path], config.slots[path]) for path in slots})
         _check_weights(model, folder / WEIGHTS_FILE)
     except BaseException:
         remove_slots(model)
@@ -158,14 +159,26 @@ def _read_config(file: Path) -> PretrainedConfig:
         raise DamagedFolderError(f"{file} is no config of a grown model: {error}") from error
 
 
-def _regrow(slot: SeedSlot, saved: SavedSlot) -> None:
-    if slot.dim != saved.dim:
-        raise ValueError(
-            f"slot {slot.path!r} was of width {saved.dim}, and is of width {slot.dim} in this "
-            "host; build it as it was"
-        )
-    for seed in saved.committed:
-        slot.regrow(seed)
+def _state_of(slot: SeedSlot, saved: SavedSlot) -> dict[str, Any]:
+    """Return the state of a slot in which nothing lives, and what is saved was committed."""
+    committed = saved.committed
+    fresh = slot.growth_state()
+    life = LifeSnapshot.from_dump(fresh["slot"]["life"]).model_copy(
+        update={
+            "number": max(0, len(committed) - 1),
+            "stage": SeedStage.FOSSILIZED if committed else SeedStage.DORMANT,
+            "blueprint": committed[-1].blueprint if committed else None,
+        }
+    )
+    snapshot = SlotSnapshot(
+        family=saved.family,
+        dim=saved.dim,
+        config=saved.config,
+        committed=committed,
+        living=None,
+        life=life,
+    )
+    return {**fresh, "slot": snapshot.model_dump(mode="json")}
 
 
 def _check_weights(model: nn.Module, file: Path) -> None:

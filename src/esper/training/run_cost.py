@@ -106,6 +106,18 @@ class CostMeter:
             decision=costs[_Purpose.DECISION],
         )
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return what has been spent so far."""
+        return {
+            purpose.name: {"flops": self._flops[purpose], "seconds": self._seconds[purpose]}
+            for purpose in _Purpose
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on counting from there."""
+        self._flops = {purpose: state[purpose.name]["flops"] for purpose in _Purpose}
+        self._seconds = {purpose: state[purpose.name]["seconds"] for purpose in _Purpose}
+
     def start(self) -> None:
         """Begin to take the time; what came before was setting up."""
         self._mark = self._clock()

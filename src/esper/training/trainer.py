@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -13,10 +13,13 @@ from torch import Tensor
 from esper.lifecycle.record import Record
 from esper.slots.counterfactual import call_model
 from esper.slots.isolation_monitor import DEFAULT_INTERVAL_STEPS
-from esper.slots.nested import device_of, to_device
+from esper.slots.modes import device_of, sole_device
+from esper.slots.nested import to_device
+from esper.training.data_position import DataPosition
 from esper.training.governor import Governor
 from esper.training.growth import Growth
 from esper.training.held_out import Evaluate
+from esper.training.optimizer_state import load_optimizer_state, optimizer_state
 from esper.training.precision import MatmulPrecision, set_matmul_precision
 from esper.training.run_cost import RunCost
 
@@ -65,7 +68,7 @@ class Trainer:
     Args:
         growth: Slots, optimizer and policy.
         batches: Pairs of inputs and targets, iterated anew each epoch, and moved to the model's
-            device.
+            device if it has but one.
         loss: `(outputs, targets)` to a scalar.
         evaluate: As `Growth.after_epoch`.
         config: Settings of the loop.
@@ -93,16 +96,23 @@ class Trainer:
         self.model = growth.slots.model
         self.config = config
         self.governor = Governor()
-        self._batches = batches
+        self.epoch = 0
+        """Epochs that are finished."""
+        self._data = DataPosition(batches)
         self._loss = loss
         self._evaluate = evaluate
         self._scheduler = scheduler
         self._optimizer = binding.optimizer
         self._device = device_of(self.model)
+        self._input_device = sole_device(self.model)
         self._scaler = torch.amp.GradScaler(
             self._device.type, enabled=config.precision == "float16"
         )
         self._metrics: dict[str, float] = {}
+        self._losses: list[Tensor] = []
+        """Of the steps of the epoch under way."""
+        self._undecided: list[Tensor] = []
+        """Of the steps since the last decision, which may lie in the epoch before."""
 
     def fit(self) -> list[EpochReport]:
         """Train for all epochs.
@@ -113,29 +123,82 @@ class Trainer:
         return list(self.run())
 
     def run(self) -> Iterator[EpochReport]:
-        """Train, yielding after each epoch, so that the caller can show progress."""
-        for epoch in range(1, self.config.epochs + 1):
-            self.growth.meter.start()
-            yield self._epoch(epoch)
+        """Train, yielding after each epoch, so that the caller can show progress.
 
-    def _epoch(self, epoch: int) -> EpochReport:
+        A trainer that was given a state goes on from it.
+        """
+        while self.epoch < self.config.epochs:
+            self.growth.meter.start()
+            yield self._train_epoch()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the whole run between two steps, model and optimizer included.
+
+        Mappings, lists, plain values and tensors, which are copies.
+
+        Raises:
+            ValueError: The optimizer trains a parameter that is not the model's.
+            RuntimeError: A seed's forward has raised, and `tick` has not pruned it yet.
+        """
+        model = self.model.state_dict()
+        return {
+            "model": {name: _copy(value) for name, value in model.items()},
+            "growth": self.growth.state_dict(),
+            "optimizer": optimizer_state(self._optimizer, self.model),
+            "scheduler": None if self._scheduler is None else self._scheduler.state_dict(),
+            "scaler": self._scaler.state_dict(),
+            "data": self._data.state_dict(),
+            "epoch": self.epoch,
+            "losses": [loss.clone() for loss in self._losses],
+            "undecided": [loss.clone() for loss in self._undecided],
+            "metrics": dict(self._metrics),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there, to the bit on a CPU.
+
+        The trainer must be made as it was then: the same host, targets, optimizer, scheduler, data
+        and settings. What has grown here since is gone, what had grown then is built again.
+
+        Args:
+            state: From `state_dict`.
+
+        Raises:
+            ValueError: Something is not as it was then; the message says what.
+            BlueprintError: A blueprint is not registered here.
+
+        Effects: random streams are put where they were when the next epoch begins.
+        """
+        self.growth.load_state_dict(state["growth"])
+        self.model.load_state_dict(state["model"])
+        load_optimizer_state(self._optimizer, self.model, state["optimizer"])
+        if self._scheduler is not None:
+            self._scheduler.load_state_dict(state["scheduler"])
+        self._scaler.load_state_dict(state["scaler"])
+        self._data.load_state_dict(state["data"])
+        self.epoch = state["epoch"]
+        self._losses = [loss.to(self._device) for loss in state["losses"]]
+        self._undecided = [loss.to(self._device) for loss in state["undecided"]]
+        self._metrics = dict(state["metrics"])
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def _train_epoch(self) -> EpochReport:
         interval = self.config.decision_interval_steps
-        losses: list[Tensor] = []
-        undecided = 0
         for group in self._accumulation_groups():
             self.model.train()
             loss = self._step(group)
             if loss is not None:
-                losses.append(loss)
-                undecided += 1
+                self._losses.append(loss)
+                self._undecided.append(loss)
             if interval is not None and self.growth.step % interval == 0:
-                self._decide(losses[len(losses) - undecided :])
-                undecided = 0
+                self._decide()
         if interval is None:
-            self._decide(losses)
+            self._decide()
         if self.config.scheduler_interval == "epoch":
             self._step_scheduler()
-        train_loss = _mean(losses)
+        train_loss = _mean(self._losses)
+        self._losses = []
+        self.epoch += 1
         self.growth.meter.stop()
         cost = self.growth.meter.cost
         measured = {"train_loss": train_loss}
@@ -144,7 +207,7 @@ class Trainer:
         for sink in self.growth.sinks:
             sink.measure(self.growth.epoch, self.growth.step, measured)
         return EpochReport(
-            epoch=epoch,
+            epoch=self.epoch,
             epochs=self.config.epochs,
             step=self.growth.step,
             train_loss=train_loss,
@@ -152,8 +215,10 @@ class Trainer:
             cost=cost,
         )
 
-    def _decide(self, losses: list[Tensor]) -> None:
-        self._metrics = self.growth.after_epoch(self._evaluate, train_loss=_mean(losses))
+    def _decide(self) -> None:
+        train_loss = _mean(self._undecided)
+        self._undecided = []
+        self._metrics = self.growth.after_epoch(self._evaluate, train_loss=train_loss)
 
     def _step_scheduler(self) -> None:
         if isinstance(self._scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
@@ -163,7 +228,7 @@ class Trainer:
 
     def _accumulation_groups(self) -> Iterator[list[tuple[Any, Any]]]:
         group: list[tuple[Any, Any]] = []
-        for batch in self._batches:
+        for batch in self._data.epoch():
             group.append(batch)
             if len(group) == self.config.accumulation_steps:
                 yield group
@@ -175,7 +240,7 @@ class Trainer:
         """Make one optimizer step; None if the governor refused it."""
         total: Tensor | None = None
         for number, batch in enumerate(group, start=1):
-            inputs, targets = to_device(batch, self._device)
+            inputs, targets = to_device(batch, self._input_device)
             forward = functools.partial(self._forward, inputs, targets, len(group))
             scaled = functools.partial(self._scaled, forward)
             if number == len(group):
@@ -229,3 +294,8 @@ class Trainer:
 def _mean(losses: list[Tensor]) -> float:
     """Return the mean loss of steps; NaN where there is none. Waits for the device."""
     return float(torch.stack(losses).mean()) if losses else math.nan
+
+
+def _copy(value: Any) -> Any:
+    """Return a copy of a tensor, and anything else as it is."""
+    return value.detach().clone() if isinstance(value, Tensor) else value

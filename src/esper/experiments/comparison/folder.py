@@ -80,7 +80,7 @@ class ComparisonFolder:
 
     def summarise(self, summary: Mapping[str, Any]) -> None:
         """Write the figures of the table as JSON."""
-        _write(self.path / SUMMARY_FILE, json.dumps(summary, indent=2))
+        _write(self.path / SUMMARY_FILE, json.dumps(summary, indent=2, allow_nan=False))
 
     @property
     def picture(self) -> Path:
@@ -118,7 +118,8 @@ def _environment(config: CompareConfig) -> dict[str, Any]:
 def _versions(environment: Mapping[str, Any]) -> dict[str, str]:
     """Return what figures depend on; the text task's corpus is the library of Python itself."""
     packages = environment["packages"]
-    return {"Python": environment["python"], **{k: packages[k] for k in ("torch", "esper-lite")}}
+    versions = {name: packages[name] for name in ("torch", "esper-lite")}
+    return {"Python": environment["python"], **versions, "device": environment["device"]}
 
 
 def holds_comparison(path: Path) -> bool:

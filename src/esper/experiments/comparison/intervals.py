@@ -1,5 +1,6 @@
 """Means with 95 % confidence intervals, and where two curves meet."""
 
+import itertools
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -116,8 +117,12 @@ Curve = Sequence[tuple[float, float]]
 """Pairs of cost and loss at rising costs, each the end of a run of its own."""
 
 
-def crossing(curves: Mapping[int, Curve], targets: Mapping[int, tuple[float, float]]) -> Crossing:
+def crossing(
+    curves: Mapping[int, Curve], targets: Mapping[int, tuple[float, float]]
+) -> Crossing | None:
     """Return at which share of the target's cost the curves reach the target's loss.
+
+    None if one of their losses is not finite: a run that diverged has no place on a curve.
 
     Between two points the loss is taken as linear in the logarithm of the cost; what is tested is
     the paired difference to the target over the seeds.
@@ -126,6 +131,9 @@ def crossing(curves: Mapping[int, Curve], targets: Mapping[int, tuple[float, flo
         curves: By random seed.
         targets: By random seed, the cost and the loss to be reached.
     """
+    losses = [loss for _, loss in (*targets.values(), *itertools.chain(*curves.values()))]
+    if not all(map(math.isfinite, losses)):
+        return None
     shifted = {
         seed: [(math.log(cost / targets[seed][0]), loss - targets[seed][1]) for cost, loss in curve]
         for seed, curve in curves.items()

@@ -13,6 +13,7 @@ _INK = "#22303c"
 _QUIET = "#8a97a3"
 _STATIC = "#3d85c6"
 _GROWN = "#2e8b57"
+_DECADE = 10.0
 _OTHERS = ("#e8743b", "#8e7cc3", "#b3261e", "#f2b134")
 
 
@@ -49,6 +50,7 @@ def draw_comparison(
         _draw_arm(axis, summary, colour, label=summary.label(most))
     _fit(axis, summaries)
     axis.set_xscale("log")
+    _label_few(axis, summaries)
     axis.xaxis.set_minor_formatter("{x:.2g}")
     axis.xaxis.set_major_formatter("{x:.2g}")
     axis.set_xlabel("floating-point operations of one run", color=_INK)
@@ -74,6 +76,15 @@ def _fit(axis: Any, summaries: Sequence[ArmSummary]) -> None:
     losses = [loss for loss in drawn if math.isfinite(loss)]
     reach = max(losses) - min(losses) or 1.0
     axis.set_ylim(min(losses) - 0.35 * reach, max(losses) + 0.35 * reach)
+
+
+def _label_few(axis: Any, summaries: Sequence[ArmSummary]) -> None:
+    """Label 1, 2 and 5 alone where all nine of each decade would run into each other."""
+    from matplotlib.ticker import LogLocator  # noqa: PLC0415 – an extra, needed for pictures only
+
+    costs = [cost for summary in summaries for cost, _ in summary.curve]
+    if max(costs) > _DECADE * min(costs):
+        axis.xaxis.set_minor_locator(LogLocator(subs=(2.0, 5.0)))
 
 
 def _draw_arm(axis: Any, summary: ArmSummary, colour: str, *, label: str) -> None:

@@ -1,5 +1,6 @@
 """Which runs a comparison still needs: a pure function of those that are finished."""
 
+import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
@@ -178,7 +179,7 @@ class Comparison:
                 for seed, length in shortest.items()
             )
             shorter = {seed: round(_SHORTER * length) for seed, length in shortest.items()}
-            if ahead >= 0.0 or min(shorter.values()) < floor:
+            if not math.isfinite(ahead) or ahead >= 0.0 or min(shorter.values()) < floor:
                 return {}
             shortest = shorter
         return shortest

@@ -9,7 +9,7 @@ import torch
 
 from esper.experiments.comparison.config import CompareConfig
 from esper.experiments.config import RunConfig
-from esper.experiments.run import GrowingRun, build_setup, num_decisions, prepare
+from esper.experiments.run import GrowingRun, build_setup, num_decisions, num_steps, prepare
 from esper.lifecycle.actions import Germinate
 from esper.lifecycle.events import EventRecord, SeedCommitted, SeedGerminated, SeedPruned
 from esper.lifecycle.record import Record
@@ -131,10 +131,10 @@ def execute(request: RunRequest, config: RunConfig) -> RunResult:
     configured = _configured(request, config)
     setup = build_setup(configured)
     if not request.grows:  # evaluated once at most, in the end: nothing hangs on it
-        configured = _deciding_every(configured, request.epochs * len(setup.batches))
+        configured = _deciding_every(configured, num_steps(configured, setup))
     policy = None
     if request.at_random_times:
-        policy = at_random_times(request, config, num_decisions(configured, setup))
+        policy = random_times_policy(request, config, num_decisions(configured, setup))
     run = prepare(configured, run_id=request.key, sinks=[record], setup=setup, policy=policy)
     if policy is None:
         for grown in request.topology:
@@ -164,7 +164,7 @@ def _deciding_every(config: RunConfig, steps: int) -> RunConfig:
     return config.model_copy(update={"trainer": trainer})
 
 
-def at_random_times(request: RunRequest, config: RunConfig, decisions: int) -> Policy:
+def random_times_policy(request: RunRequest, config: RunConfig, decisions: int) -> Policy:
     """Return a policy that grows at random times what the compared one does.
 
     A depth schedule has its events while the learning rate is stable and before the verdict. For

@@ -1,5 +1,6 @@
 """A comparison in figures: one row per arm, and the verdict."""
 
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -86,13 +87,14 @@ class EqualFlops:
     Attributes:
         same_steps: Paired test loss of the grown network minus that of a size in between, which
             takes as many operations in as many steps; None where the sizes do not enclose it.
-        rival: The arm with the lowest mean loss at those operations, in however many steps.
+        rival: The arm with the lowest mean loss at those operations, in however many steps; None
+            where no size has runs that enclose them on every seed.
         any_steps: Paired test loss of the grown network minus the rival's.
     """
 
     same_steps: Interval | None
-    rival: str
-    any_steps: Interval
+    rival: str | None
+    any_steps: Interval | None
 
 
 def summarise(comparison: Comparison) -> list[ArmSummary]:
@@ -178,22 +180,22 @@ def _mean_curve(runs: Runs, full: Mapping[int, RunResult]) -> Curve:
     ]
 
 
-def at_equal_flops(comparison: Comparison) -> EqualFlops | None:
+def at_equal_flops(comparison: Comparison) -> EqualFlops:
     """Return the grown network beside networks of the same compute that never grew.
 
     Every size counts, the host included, at a budget that its runs enclose; taking the best of
-    several afterwards favours them, not growth. None where no size has such runs on every seed.
+    several afterwards favours them, not growth.
     """
     grown = comparison.at_equal_steps(GROWN)
+    if not grown:
+        return EqualFlops(same_steps=None, rival=None, any_steps=None)
     static = list(filter(comparison.never_grows, comparison.arms))
     candidates: dict[str, list[float]] = {}
     for rival in static:
         losses = _losses_at({s: comparison.runs(rival).get(s, ()) for s in grown}, grown)
         if losses is not None:
             candidates[rival] = losses
-    if not candidates:
-        return None
-    best = min(candidates, key=lambda rival: statistics.fmean(candidates[rival]))
+    best = min(candidates, key=lambda rival: statistics.fmean(candidates[rival]), default=None)
     sizes = {
         seed: [full[seed] for full in map(comparison.at_equal_steps, static) if seed in full]
         for seed in grown
@@ -202,7 +204,7 @@ def at_equal_flops(comparison: Comparison) -> EqualFlops | None:
     return EqualFlops(
         same_steps=None if between is None else _difference(grown, between),
         rival=best,
-        any_steps=_difference(grown, candidates[best]),
+        any_steps=None if best is None else _difference(grown, candidates[best]),
     )
 
 
@@ -246,8 +248,10 @@ def judge(comparison: Comparison) -> Verdict:
         if too_few is not None:
             return _undecided(too_few, alone)
         return Verdict(outcome=Outcome.DOES_NOT_PAY, reasons=[alone])
+    diverged = _diverged(comparison)
     to_static, equal = grown.flops_to_static, at_equal_flops(comparison)
-    assert to_static is not None
+    if diverged or to_static is None:
+        return _undecided(*diverged)
     host = comparison.at_equal_steps(HOST)
     to_host = _difference(
         comparison.at_equal_steps(GROWN), [run.test["loss"] for run in host.values()]
@@ -263,28 +267,40 @@ def judge(comparison: Comparison) -> Verdict:
     return Verdict(outcome=conclude(to_host, to_static, equal), reasons=reasons)
 
 
-def conclude(to_host: Interval, to_static: Crossing, equal: EqualFlops | None) -> Outcome:
+def _diverged(comparison: Comparison) -> list[str]:
+    """Tell which runs that a verdict needs have ended without a finite loss."""
+    arms = [arm for arm in comparison.arms if arm == GROWN or comparison.never_grows(arm)]
+    return [
+        f"{arm} diverged on random seed {seed}, at the learning rate that was its best on others"
+        for arm in arms
+        for seed, runs in comparison.runs(arm).items()
+        if not all(math.isfinite(run.test["loss"]) for run in runs)
+    ]
+
+
+def conclude(to_host: Interval, to_static: Crossing, equal: EqualFlops) -> Outcome:
     """Return what the figures of a finished comparison say.
 
     Args:
         to_host: The grown network's loss minus the host's in as many steps.
         to_static: Where the grown network reaches the static network's loss.
-        equal: Beside networks of the same compute; None where none of them can be compared.
+        equal: Beside networks of the same compute.
     """
-    same_steps = None if equal is None else equal.same_steps
+    same_steps, any_steps = equal.same_steps, equal.any_steps
+    rival_is_better = any_steps is not None and any_steps.above_zero
     if _costs_more(to_static) or to_host.above_zero:
         return Outcome.DOES_NOT_PAY
     if same_steps is not None and same_steps.above_zero:
         return Outcome.DOES_NOT_PAY
-    if equal is not None and equal.any_steps.above_zero and _seems_to_cost_more(to_static):
+    if rival_is_better and _seems_to_cost_more(to_static):
         return Outcome.DOES_NOT_PAY
-    if equal is None or same_steps is None or same_steps.mean > 0.0:
+    if same_steps is None or same_steps.mean > 0.0:
         return Outcome.UNDECIDED
     if not (to_host.below_zero and _costs_less(to_static)):
         return Outcome.UNDECIDED
-    if equal.any_steps.above_zero:
+    if any_steps is None or rival_is_better:
         return Outcome.PAYS_PER_STEP
-    return Outcome.PAYS if equal.any_steps.mean <= 0.0 else Outcome.UNDECIDED
+    return Outcome.PAYS if any_steps.mean <= 0.0 else Outcome.UNDECIDED
 
 
 def _undecided(*reasons: str) -> Verdict:
@@ -328,9 +344,7 @@ def tell_bounds(found: Crossing, between: str) -> str:
     return f"{low}{between}{high}"
 
 
-def _tell_equal(equal: EqualFlops | None) -> list[str]:
-    if equal is None:
-        return ["no network that never grew was trained with as many FLOPs, in more steps or fewer"]
+def _tell_equal(equal: EqualFlops) -> list[str]:
     told = []
     if equal.same_steps is None:
         told.append(
@@ -342,6 +356,9 @@ def _tell_equal(equal: EqualFlops | None) -> list[str]:
             f"its loss is {_tell_difference(equal.same_steps)} that of a size in between, from the "
             "start, with the same FLOPs and steps"
         )
+    if equal.any_steps is None:
+        told.append("no network that never grew was trained with as many FLOPs in other steps")
+        return told
     told.append(
         f"it is {_tell_difference(equal.any_steps)} that of the best network with the same FLOPs "
         f"in however many steps ({equal.rival})"

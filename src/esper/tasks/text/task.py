@@ -36,9 +36,11 @@ class TextScale:
     """How large the host is, and how it is fed.
 
     Attributes:
+        width: Features of a token.
+        num_heads: Of attention, in each block.
         context: Bytes of a window.
-        batch_windows: Windows of a step.
-        epoch_batches: Steps between two decisions.
+        batch_windows: Windows of a batch.
+        epoch_batches: Batches of an epoch.
     """
 
     width: int = 64

@@ -1,0 +1,63 @@
+"""What of a slot is not in the model's state dict: enough to build its seeds again and go on."""
+
+from typing import Any, Self
+
+from esper.blending.schedule import AlphaState
+from esper.lifecycle.alpha import BlendOperator
+from esper.lifecycle.record import Record
+from esper.lifecycle.stages import SeedStage
+from esper.seeds.registry import Family
+from esper.slots.branch import SeedBranch
+from esper.slots.committed_seed import CommittedSeed
+from esper.slots.config import SlotConfig
+from esper.slots.measurements import SeedMeasurements
+
+
+class SeedRecipe(Record):
+    """How a seed was built."""
+
+    blueprint: str
+    options: dict[str, Any]
+    blend_operator: BlendOperator
+    param_count: int
+
+    @classmethod
+    def of(cls, seed: SeedBranch | CommittedSeed) -> Self:
+        """Return how a seed that lives, or one that was committed, was built."""
+        return cls(
+            blueprint=seed.blueprint,
+            options=seed.options,
+            blend_operator=seed.blend_operator,
+            param_count=seed.param_count,
+        )
+
+
+class LifeSnapshot(Record):
+    """Where a seed's life stood."""
+
+    number: int
+    stage: SeedStage
+    blueprint: str | None
+    alpha: AlphaState
+    measurements: SeedMeasurements
+    fading_because: str | None
+    epochs_in_stage: int
+    steps_in_stage: int
+    refusals_in_stage: int
+
+
+class SlotSnapshot(Record):
+    """A slot as it was."""
+
+    family: Family
+    dim: int
+    config: SlotConfig
+    committed: tuple[CommittedSeed, ...]
+    living: SeedRecipe | None
+    life: LifeSnapshot
+
+    @property
+    def recipes(self) -> list[SeedRecipe]:
+        """How each of its branches was built, in their order: committed, then living."""
+        committed = [SeedRecipe.of(seed) for seed in self.committed]
+        return committed if self.living is None else [*committed, self.living]

@@ -1,0 +1,104 @@
+"""Where in its data a run is, so that it can go on there."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+
+from esper.training.random_states import random_states, set_random_states
+
+
+@runtime_checkable
+class StatefulBatches(Protocol):
+    """Batches that remember something from one epoch to the next, as an order of their own."""
+
+    def state_dict(self) -> Mapping[str, Any]:
+        """Return it, before an epoch begins."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Remember what was remembered then."""
+
+
+class DataPosition:
+    """Iterates batches anew each epoch, and finds its way back into the middle of one.
+
+    What the batches are made of, random streams and the batches' own state, is kept as it was when
+    the epoch began; going back draws the batches that were seen once more, and drops them.
+
+    Args:
+        batches: With `state_dict` and `load_state_dict`, or drawing from the global random streams
+            and the `generator` that they or their samplers have, as a DataLoader does.
+    """
+
+    def __init__(self, batches: Iterable[Any]) -> None:
+        self._batches = batches
+        self._begun: dict[str, Any] | None = None
+        """As it was when the epoch under way began; None between two epochs."""
+        self._num_seen = 0
+        self._go_on_with: dict[str, Any] | None = None
+        """Random streams to go on with, once the way back is found."""
+
+    def epoch(self) -> Iterator[Any]:
+        """Yield the batches of the next epoch, or what is left of one that was begun."""
+        if self._go_on_with is not None:
+            yield from self._rest(self._go_on_with)
+        else:
+            self._begun, self._num_seen = self._state(), 0
+            yield from self._counted(iter(self._batches))
+        self._begun = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return where it is: before an epoch, or after so many batches of one."""
+        begun = self._state() if self._begun is None else self._begun
+        num_seen = 0 if self._begun is None else self._num_seen
+        return {"begun": begun, "num_seen": num_seen, "random": random_states()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there with the next `epoch`, random streams included."""
+        self._begun, self._num_seen = dict(state["begun"]), state["num_seen"]
+        self._go_on_with = dict(state["random"])
+
+    def _rest(self, random: Mapping[str, Any]) -> Iterator[Any]:
+        begun, num_seen = self._begun, self._num_seen
+        assert begun is not None
+        self._go_on_with = None
+        set_random_states(begun["random"])
+        self._load(begun["batches"])
+        batches = iter(self._batches)
+        seen = sum(1 for _ in islice(batches, num_seen))
+        if seen < num_seen:
+            raise ValueError(
+                f"the run was {num_seen} batches into an epoch, and the data has only {seen} now; "
+                "go on with the data that it was trained on"
+            )
+        if num_seen > 0:
+            set_random_states(random)
+        yield from self._counted(batches)
+
+    def _counted(self, batches: Iterator[Any]) -> Iterator[Any]:
+        for batch in batches:
+            self._num_seen += 1
+            yield batch
+
+    def _state(self) -> dict[str, Any]:
+        own: Any
+        if isinstance(self._batches, StatefulBatches):
+            own = self._batches.state_dict()
+        else:
+            own = [generator.get_state() for generator in self._generators()]
+        return {"random": random_states(), "batches": own}
+
+    def _load(self, own: Any) -> None:
+        if isinstance(self._batches, StatefulBatches):
+            self._batches.load_state_dict(own)
+        else:
+            for generator, state in zip(self._generators(), own, strict=True):
+                generator.set_state(state)
+
+    def _generators(self) -> list[torch.Generator]:
+        sampler = getattr(self._batches, "sampler", None)
+        batch_sampler = getattr(self._batches, "batch_sampler", None)
+        drawing = (self._batches, sampler, batch_sampler, getattr(batch_sampler, "sampler", None))
+        found = (getattr(part, "generator", None) for part in drawing)
+        return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())

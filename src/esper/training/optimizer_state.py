@@ -1,0 +1,97 @@
+"""An optimizer's state by the names of parameters, so that it survives growth."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from esper.slots.nested import map_tensors
+
+
+def optimizer_state(optimizer: Optimizer, model: nn.Module) -> dict[str, Any]:
+    """Return groups and per-parameter state, parameters by their names in the model.
+
+    `Optimizer.state_dict` numbers them instead, and growth changes the numbers.
+
+    Args:
+        optimizer: Between two steps.
+        model: Has all of its parameters.
+
+    Returns:
+        Mappings, lists, plain values and tensors, which are copies.
+
+    Raises:
+        ValueError: It trains a parameter that is not the model's.
+    """
+    names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
+    for number, group in enumerate(optimizer.param_groups):
+        for parameter in group["params"]:
+            if parameter not in names:
+                raise ValueError(
+                    f"group {number} of the {type(optimizer).__name__} trains a parameter of shape "
+                    f"{tuple(parameter.shape)} that is not the {type(model).__name__}'s, so that "
+                    "no checkpoint would have it; make it a part of the model"
+                )
+    return {
+        "class": type(optimizer).__name__,
+        "groups": [
+            {**_copies(group), "params": [names[parameter] for parameter in group["params"]]}
+            for group in optimizer.param_groups
+        ],
+        "state": {names[p]: _copies(state) for p, state in optimizer.state.items() if state},
+    }
+
+
+def load_optimizer_state(optimizer: Optimizer, model: nn.Module, state: Mapping[str, Any]) -> None:
+    """Give an optimizer back what it was; the model has its parameters of then by now.
+
+    Args:
+        optimizer: Of the same class and with as many groups as then.
+        model: Has the parameters by the same names.
+        state: From `optimizer_state`.
+
+    Raises:
+        ValueError: The class or the number of groups is another one, or the model lacks a
+            parameter. The optimizer is as it was.
+    """
+    kind, groups = type(optimizer).__name__, state["groups"]
+    if kind != state["class"]:
+        raise ValueError(f"the state is of a {state['class']}, and this is a {kind}")
+    if len(groups) != len(optimizer.param_groups):
+        raise ValueError(
+            f"the {kind} had {len(groups)} parameter groups, and has "
+            f"{len(optimizer.param_groups)}; build it as it was built then, and bind the slots"
+        )
+    parameters = dict(model.named_parameters())
+    wanted = [name for group in groups for name in group["params"]]
+    missing = [name for name in (*wanted, *state["state"]) if name not in parameters]
+    if missing:
+        raise ValueError(
+            f"the {kind} trained {missing[0]!r}, which the {type(model).__name__} has not; build "
+            "the host as it was, and give the slots their state first"
+        )
+    for group, kept in zip(optimizer.param_groups, groups, strict=True):
+        group["params"] = [parameters[name] for name in kept["params"]]
+    numbers = {name: number for number, name in enumerate(wanted)}
+    optimizer.load_state_dict(
+        {
+            "state": {numbers[n]: _copies(kept) for n, kept in state["state"].items()},
+            "param_groups": [
+                {**_copies(group), "params": [numbers[name] for name in group["params"]]}
+                for group in groups
+            ],
+        }
+    )
+    for name, kept in state["state"].items():  # torch gives it the parameter's dtype
+        loaded = optimizer.state[parameters[name]]
+        for key, value in kept.items():
+            if hasattr(value, "dtype") and loaded[key].dtype != value.dtype:
+                loaded[key] = value.to(loaded[key].device)
+
+
+def _copies(value: Mapping[str, Any]) -> dict[str, Any]:
+    copied: dict[str, Any] = map_tensors(
+        lambda tensor: tensor.detach().clone(), {k: v for k, v in value.items() if k != "params"}
+    )
+    return copied

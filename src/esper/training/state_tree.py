@@ -1,0 +1,85 @@
+"""States as files: plain values in JSON, tensors in safetensors, nothing that could run code."""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from torch import Tensor
+
+_MARK = "$"
+"""Begins the one key of an object that stands for what JSON has not."""
+_TENSOR, _TUPLE, _FLOAT, _PAIRS = "$tensor", "$tuple", "$float", "$pairs"
+
+
+def write_tree(tree: Any, folder: Path, name: str) -> None:
+    """Write NAME.json and NAME.safetensors: mappings, lists, tuples, plain values and tensors.
+
+    Keys of mappings may be strings, numbers or None. A tensor that is found at several places, or
+    shares its memory with another, is written for each.
+
+    Raises:
+        TypeError: There is something else in it; the message says where and what.
+        OSError: The folder cannot be written.
+    """
+    tensors: dict[str, Tensor] = {}
+    document = _encode(tree, name, tensors)
+    (folder / f"{name}.json").write_text(
+        json.dumps(document, allow_nan=False, separators=(",", ":")) + "\n", encoding="utf-8"
+    )
+    safetensors.torch.save_file(tensors, folder / f"{name}.safetensors")
+
+
+def read_tree(folder: Path, name: str) -> Any:
+    """Return what `write_tree` wrote; tensors are on the CPU.
+
+    Raises:
+        OSError: A file cannot be read.
+        ValueError: A file is not what was written.
+    """
+    document = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+    tensors = safetensors.torch.load_file(folder / f"{name}.safetensors")
+    return _decode(document, tensors)
+
+
+def _encode(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        tensors[place] = value.detach().contiguous().cpu().clone()
+        return {_TENSOR: place}
+    if isinstance(value, float):
+        return value if math.isfinite(value) else {_FLOAT: repr(value)}
+    if value is None or type(value) in (bool, int, str):
+        return value
+    if isinstance(value, Mapping):
+        plain = all(isinstance(key, str) and not key.startswith(_MARK) for key in value)
+        items = {key: _encode(item, f"{place}.{key}", tensors) for key, item in value.items()}
+        if plain:
+            return items
+        return {_PAIRS: [[_encode(k, place, tensors), v] for k, v in items.items()]}
+    if isinstance(value, (list, tuple)):
+        listed = [_encode(v, f"{place}.{index}", tensors) for index, v in enumerate(value)]
+        return listed if isinstance(value, list) else {_TUPLE: listed}
+    raise TypeError(
+        f"{place} is a {type(value).__module__}.{type(value).__qualname__}, which no checkpoint "
+        "can hold: only mappings, lists, tuples, numbers, strings and tensors"
+    )
+
+
+def _decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if isinstance(value, list):
+        return [_decode(item, tensors) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if len(value) == 1:
+        ((key, content),) = value.items()
+        if key == _TENSOR:
+            return tensors[content]
+        if key == _FLOAT:
+            return float(content)
+        if key == _TUPLE:
+            return tuple(_decode(item, tensors) for item in content)
+        if key == _PAIRS:
+            return {_decode(k, tensors): _decode(v, tensors) for k, v in content}
+    return {key: _decode(item, tensors) for key, item in value.items()}
