@@ -313,6 +313,45 @@ class ActionRefused(_Event):
         return Priority.WARNING
 
 
+class CheckpointSaved(_Event):
+    """The whole run was written to the disk; killed from now on, it goes on from here."""
+
+    type: Literal["checkpoint_saved"] = "checkpoint_saved"
+    name: str
+    seconds: float
+
+
+class CheckpointFailed(_Event):
+    """A checkpoint could not be written; training goes on, and older checkpoints stand."""
+
+    type: Literal["checkpoint_failed"] = "checkpoint_failed"
+    name: str
+    error: str
+
+    @property
+    def priority(self) -> Priority:
+        return Priority.CRITICAL
+
+
+class CheckpointDamaged(_Event):
+    """A checkpoint is not what was written, and an older one is taken."""
+
+    type: Literal["checkpoint_damaged"] = "checkpoint_damaged"
+    name: str
+    error: str
+
+    @property
+    def priority(self) -> Priority:
+        return Priority.WARNING
+
+
+class RunResumed(_Event):
+    """A run goes on from a checkpoint."""
+
+    type: Literal["run_resumed"] = "run_resumed"
+    name: str
+
+
 class CachesSwept(_Event):
     """Expired entries were dropped from the bounded caches."""
 
@@ -346,6 +385,10 @@ Event = Annotated[
     | StepSkipped
     | ActionApplied
     | ActionRefused
+    | CheckpointSaved
+    | CheckpointFailed
+    | CheckpointDamaged
+    | RunResumed
     | CachesSwept,
     Field(discriminator="type"),
 ]

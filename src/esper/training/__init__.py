@@ -1,5 +1,6 @@
 """The growth engine, the training loop around it and the governor (design name: Tolaria)."""
 
+from esper.training.checkpoints import CheckpointError, CheckpointInfo, Checkpoints
 from esper.training.governor import Governor
 from esper.training.growth import Growth
 from esper.training.held_out import Evaluate, HeldOut, VariantEvaluator
@@ -8,10 +9,13 @@ from esper.training.precision import matmul_settings, set_matmul_precision
 from esper.training.pretrained import from_pretrained, save_pretrained
 from esper.training.probing import AMPLITUDES, probe_seeds
 from esper.training.sealed_folder import DamagedFolderError
-from esper.training.trainer import EpochReport, Trainer, TrainerConfig
+from esper.training.trainer import EpochReport, Keeper, Trainer, TrainerConfig
 
 __all__ = [
     "AMPLITUDES",
+    "CheckpointError",
+    "CheckpointInfo",
+    "Checkpoints",
     "DamagedFolderError",
     "EpochReport",
     "Evaluate",
@@ -19,6 +23,7 @@ __all__ = [
     "Governor",
     "Growth",
     "HeldOut",
+    "Keeper",
     "Policy",
     "Trainer",
     "TrainerConfig",

@@ -52,7 +52,8 @@ class DataPosition:
         """Return where it is: before an epoch, or after so many batches of one."""
         begun = self._state() if self._begun is None else self._begun
         num_seen = 0 if self._begun is None else self._num_seen
-        return {"begun": begun, "num_seen": num_seen, "random": random_states()}
+        random = random_states() if self._go_on_with is None else self._go_on_with
+        return {"begun": begun, "num_seen": num_seen, "random": random}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from there with the next `epoch`, random streams included."""

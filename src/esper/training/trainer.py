@@ -4,7 +4,7 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Protocol
 
 import torch
 from pydantic import Field, FiniteFloat
@@ -62,6 +62,16 @@ class EpochReport:
     """Since the run began."""
 
 
+class Keeper(Protocol):
+    """Looks at a trainer between two steps, as `Checkpoints` does."""
+
+    def after_step(self, trainer: "Trainer") -> None:
+        """Called after each optimizer step, and the decision that fell due with it."""
+
+    def after_epoch(self, trainer: "Trainer") -> None:
+        """Called after each epoch, when all of it is done."""
+
+
 class Trainer:
     """Trains and grows a model.
 
@@ -73,6 +83,7 @@ class Trainer:
         evaluate: As `Growth.after_epoch`.
         config: Settings of the loop.
         scheduler: Steps the learning rate; with ReduceLROnPlateau the held-out loss is passed.
+        keeper: Keeps the run, as `Checkpoints` does; None keeps nothing.
 
     Effects: sets the process's matmul precision, and how often `growth` checks isolation.
     """
@@ -86,6 +97,7 @@ class Trainer:
         evaluate: Evaluate,
         config: TrainerConfig,
         scheduler: Any | None = None,
+        keeper: Keeper | None = None,
     ) -> None:
         set_matmul_precision(config.matmul_precision)
         binding = growth.slots.binding
@@ -102,6 +114,7 @@ class Trainer:
         self._loss = loss
         self._evaluate = evaluate
         self._scheduler = scheduler
+        self.keeper = keeper
         self._optimizer = binding.optimizer
         self._device = device_of(self.model)
         self._input_device = sole_device(self.model)
@@ -192,6 +205,8 @@ class Trainer:
                 self._undecided.append(loss)
             if interval is not None and self.growth.step % interval == 0:
                 self._decide()
+            if self.keeper is not None:
+                self.keeper.after_step(self)
         if interval is None:
             self._decide()
         if self.config.scheduler_interval == "epoch":
@@ -206,6 +221,8 @@ class Trainer:
             measured["flops"] = float(cost.total.flops)
         for sink in self.growth.sinks:
             sink.measure(self.growth.epoch, self.growth.step, measured)
+        if self.keeper is not None:
+            self.keeper.after_epoch(self)
         return EpochReport(
             epoch=self.epoch,
             epochs=self.config.epochs,

@@ -1,0 +1,221 @@
+"""Checkpoints of a run: whole or not at all, and verified before anything is taken from them."""
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from esper.lifecycle.events import (
+    CheckpointDamaged,
+    CheckpointFailed,
+    CheckpointSaved,
+    RunResumed,
+)
+from esper.lifecycle.record import Record
+from esper.training.sealed_folder import DamagedFolderError, check_sealed, sealed_folder
+from esper.training.state_tree import read_tree, write_tree
+from esper.training.trainer import Trainer
+
+INFO_FILE = "checkpoint.json"
+LATEST = "latest"
+"""A link to the newest checkpoint, for people; a run goes on from the newest that is whole."""
+FORMAT_VERSION = 1
+
+_STATE = "state"
+_PREFIX = "step-"
+
+
+class CheckpointError(ValueError):
+    """There is no checkpoint that a run could go on from; the message says why."""
+
+
+class CheckpointInfo(Record):
+    """What a checkpoint is of; kept as checkpoint.json in it."""
+
+    format_version: int
+    torch_version: str
+    step: int
+    epoch: int
+    """Epochs that were finished."""
+    loss: float | None
+    """Held-out, as last evaluated; None before the first evaluation."""
+
+
+class Checkpoints:
+    """Keeps a trainer's whole state in a folder, one sub-folder each time.
+
+    Safetensors and JSON only, each file with its SHA-256. A checkpoint appears by a rename, when it
+    is on the disk as a whole.
+
+    Args:
+        folder: Is created.
+        interval_steps: Optimizer steps between two; None makes one after each epoch.
+        keep_last: How many of the newest stay; older ones are removed.
+        keep_best: Keep the one with the lowest held-out loss besides.
+        clock: Monotonic seconds.
+
+    Raises:
+        CheckpointError: The folder cannot be written.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        interval_steps: int | None = None,
+        keep_last: int = 2,
+        keep_best: bool = True,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        if keep_last < 1:
+            raise ValueError(f"keep_last must be at least 1, got {keep_last}")
+        if interval_steps is not None and interval_steps < 1:
+            raise ValueError(f"interval_steps must be at least 1, got {interval_steps}")
+        self.folder = Path(folder)
+        self.interval_steps = interval_steps
+        self.keep_last = keep_last
+        self.keep_best = keep_best
+        self._clock = clock
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            probe = self.folder / ".writable"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise CheckpointError(
+                f"checkpoints cannot be written to {self.folder}: {error}; choose another folder, "
+                "or train without checkpoints"
+            ) from error
+        for unfinished in self.folder.glob(f".{_PREFIX}*"):  # of a process that was killed
+            shutil.rmtree(unfinished, ignore_errors=True)
+
+    def after_step(self, trainer: Trainer) -> None:
+        """Save if it is time, between two steps."""
+        if self.interval_steps is not None and trainer.growth.step % self.interval_steps == 0:
+            self.save(trainer)
+
+    def after_epoch(self, trainer: Trainer) -> None:
+        """Save if it is time, between two epochs."""
+        if self.interval_steps is None:
+            self.save(trainer)
+
+    def save(self, trainer: Trainer) -> Path | None:
+        """Write a checkpoint, then remove those that need not be kept.
+
+        Returns:
+            Its folder; None if the disk refused it, which an event tells, and training goes on.
+
+        Raises:
+            TypeError: The state holds what no checkpoint can; it says what and where.
+        """
+        growth = trainer.growth
+        target = self.folder / f"{_PREFIX}{growth.step:010d}"
+        started = self._clock()
+        state = trainer.state_dict()
+        losses = [loss for loss in growth.losses[-1:] if math.isfinite(loss)]
+        info = CheckpointInfo(
+            format_version=FORMAT_VERSION,
+            torch_version=torch.__version__,
+            step=growth.step,
+            epoch=trainer.epoch,
+            loss=losses[0] if losses else None,
+        )
+        try:
+            with sealed_folder(target, overwrite=True) as writing:
+                (writing / INFO_FILE).write_text(
+                    info.model_dump_json(indent=2) + "\n", encoding="utf-8"
+                )
+                write_tree(state, writing, _STATE)
+            self._point_at(target)
+            self._remove_old()
+        except OSError as error:
+            growth.publish([CheckpointFailed(name=target.name, error=str(error))])
+            return None
+        seconds = self._clock() - started
+        growth.publish([CheckpointSaved(name=target.name, seconds=seconds)])
+        return target
+
+    def resume(self, trainer: Trainer) -> CheckpointInfo:
+        """Let a trainer go on from the newest checkpoint that is whole.
+
+        Raises:
+            CheckpointError: There is none, or it is of another version.
+            ValueError: The trainer is not made as it was then; the message says what differs.
+            BlueprintError: A blueprint is not registered here.
+        """
+        damaged = []
+        for folder in reversed(self.names()):
+            try:
+                info, state = read_checkpoint(self.folder / folder)
+            except DamagedFolderError as error:
+                damaged.append(CheckpointDamaged(name=folder, error=str(error)))
+                continue
+            trainer.load_state_dict(state)
+            trainer.growth.publish([*damaged, RunResumed(name=folder)])
+            return info
+        why = "; ".join(event.error for event in damaged) or "there is none"
+        raise CheckpointError(f"{self.folder} has no checkpoint to go on from: {why}")
+
+    def names(self) -> list[str]:
+        """Return the checkpoints that are there, whole or not, oldest first."""
+        return sorted(path.name for path in self.folder.glob(f"{_PREFIX}*") if path.is_dir())
+
+    def _point_at(self, target: Path) -> None:
+        link = self.folder / LATEST
+        fresh = self.folder / f".{LATEST}"
+        fresh.unlink(missing_ok=True)
+        fresh.symlink_to(target.name)
+        fresh.replace(link)
+
+    def _remove_old(self) -> None:
+        names = self.names()
+        kept = set(names[-self.keep_last :])
+        if self.keep_best:
+            losses = {name: loss for name in names if (loss := self._loss(name)) is not None}
+            kept |= {min(losses, key=lambda name: losses[name])} if losses else set()
+        for name in names:
+            if name not in kept:
+                aside = self.folder / f".{name}-old"
+                (self.folder / name).rename(aside)  # gone at once, not file by file
+                shutil.rmtree(aside)
+
+    def _loss(self, name: str) -> float | None:
+        try:
+            return _read_info(self.folder / name).loss
+        except (CheckpointError, DamagedFolderError):
+            return None
+
+
+def read_checkpoint(folder: Path) -> tuple[CheckpointInfo, dict[str, Any]]:
+    """Return what a checkpoint is of, and the trainer's state; every byte is verified first.
+
+    Raises:
+        DamagedFolderError: A file was changed or removed.
+        CheckpointError: It is of a version that this esper cannot read.
+    """
+    check_sealed(folder)
+    info = _read_info(folder)
+    state: dict[str, Any] = read_tree(folder, _STATE)
+    return info, state
+
+
+def _read_info(folder: Path) -> CheckpointInfo:
+    file = folder / INFO_FILE
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+        version = raw["format_version"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DamagedFolderError(f"{file} is damaged: {error}") from error
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{file} has format version {version!r}; this esper reads version {FORMAT_VERSION}"
+        )
+    try:
+        return CheckpointInfo.from_dump(raw)
+    except ValueError as error:
+        raise DamagedFolderError(f"{file} is damaged: {error}") from error
