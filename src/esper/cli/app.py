@@ -7,6 +7,7 @@ from esper.cli.compare import compare
 from esper.cli.doctor import doctor
 from esper.cli.grow import grow
 from esper.cli.inspecting import inspect
+from esper.cli.resume import resume
 
 app = typer.Typer(
     name="esper",
@@ -16,6 +17,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(grow)
+app.command()(resume)
 app.command()(compare)
 app.command()(inspect)
 app.command()(blueprints)

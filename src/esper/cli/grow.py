@@ -26,12 +26,13 @@ from esper.tasks.named import TASKS
 from esper.tasks.own import OWN_SCHEME
 from esper.tasks.task import TaskDataError
 from esper.telemetry.run_store import RunFolderError, RunReader
+from esper.training.checkpoints import CheckpointError
 from esper.training.run_cost import RunCost
 
 _KNOWN_TASKS = (*TASKS, *SCHEMES, OWN_SCHEME)
 _MAX_TASK_CHARACTERS = 80
 
-_Network = tuple[int, dict[str, float]]
+Network = tuple[int, dict[str, float]]
 """Its parameters, and how it did on the test split."""
 _Beside = Callable[[str], RunView]
 """Announces a run beside the grown one, and returns its view."""
@@ -106,13 +107,13 @@ def grow(
         console.out(settings.model_dump_json(indent=2), highlight=False)
         return
     folder = out or Path("runs") / folder_name(settings.task, datetime.now(UTC))
-    view = _view(console, settings, quiet=quiet, as_json=as_json)
+    view = choose_view(console, settings.task, quiet=quiet, as_json=as_json)
 
     def beside(words: str) -> RunView:
         """Announce a run beside the grown one, and return its view."""
         if not (quiet or as_json):
             console.print(words, highlight=False)
-        return _view(console, settings, quiet=quiet or as_json, as_json=False)
+        return choose_view(console, settings.task, quiet=quiet or as_json, as_json=False)
 
     networks = _train_grown(settings, folder, view, beside if audit else None)
     if control:
@@ -122,7 +123,7 @@ def grow(
     story = tell(reader.events())
     if picture is not None:
         draw_run(reader, story, picture)
-    _conclude(console, folder, story, networks, quiet=quiet, as_json=as_json)
+    conclude(console, folder, story, networks, quiet=quiet, as_json=as_json)
 
 
 def _check(settings: RunConfig, *, audit: bool) -> None:
@@ -164,19 +165,20 @@ def folder_name(task: str, time: datetime) -> str:
     return f"{kind}{plain}-{time:%Y%m%d-%H%M%S-%f}"
 
 
-def _view(console: Console, settings: RunConfig, *, quiet: bool, as_json: bool) -> RunView:
+def choose_view(console: Console, task: str, *, quiet: bool, as_json: bool) -> RunView:
+    """Return what shows a run on this console."""
     if quiet:
         return QuietView()
     if as_json:
         return JsonView(console)
     if console.is_terminal:
-        return LiveView(console, settings.task)
+        return LiveView(console, task)
     return LinesView(console)
 
 
 def _train_grown(
     settings: RunConfig, folder: Path, view: RunView, beside: _Beside | None
-) -> dict[str, _Network]:
+) -> dict[str, Network]:
     """Train and grow into a run folder, and the twin too if there is to be one.
 
     What data, folder or host refuse is a bad parameter.
@@ -190,8 +192,8 @@ def _train_grown(
             fork = None if beside is None else ForkPoint(run.growth)
             with view:
                 for note in setup.notes:
-                    view.note(note)
-                cost = _train(run, view)
+                    view.note(f"data: {note}")
+                cost = train(run, view)
             networks = {"grown": (run.param_count(), run.finish())}
             if beside is not None and fork is not None:
                 try:
@@ -201,49 +203,47 @@ def _train_grown(
                 else:
                     networks = {"its twin": _train_twin(twin, run, beside), **networks}
             return networks
-    except (RunFolderError, SettingsError) as error:
+    except (CheckpointError, RunFolderError, SettingsError) as error:
         raise typer.BadParameter(str(error)) from error
 
 
-def _train_control(settings: RunConfig, view: RunView) -> _Network:
+def _train_control(settings: RunConfig, view: RunView) -> Network:
     """Train the same host with the same data and steps, without growth."""
     run = prepare(settings.model_copy(update={"policy": NEVER}), run_id="control")
     with view:
-        _train(run, view)
+        train(run, view)
     return run.param_count(), run.finish()
 
 
-def _train_twin(twin: Twin, grown: GrowingRun, beside: _Beside) -> _Network:
+def _train_twin(twin: Twin, grown: GrowingRun, beside: _Beside) -> Network:
     """Train a host that never grows for as many operations as growth took."""
     view = beside(
         "its twin for comparison: never grown, as many operations "
         f"(epochs: {twin.config.trainer.epochs}), the same run up to step {twin.shared_steps}"
     )
     with view:
-        cost = _train(twin.run, view)
+        cost = train(twin.run, view)
     finished = twin.finish(cost, grown)
     return finished.param_count, finished.metrics
 
 
-def _train(run: GrowingRun, view: RunView) -> RunCost:
+def train(run: GrowingRun, view: RunView) -> RunCost:
     """Train a run to its end, and return what it has cost."""
-    cost = None
     for report in run.reports:
-        cost = report.cost
         view.epoch(report, run.growth.slots)
-    assert cost is not None
-    return cost
+    return run.growth.meter.cost
 
 
-def _conclude(
+def conclude(
     console: Console,
     folder: Path,
     story: RunStory,
-    networks: Mapping[str, _Network],
+    networks: Mapping[str, Network],
     *,
     quiet: bool,
     as_json: bool,
 ) -> None:
+    """Print what grew, how each network did, and where the run is."""
     if quiet:
         console.out(str(folder), highlight=False)
         return

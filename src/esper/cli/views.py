@@ -72,7 +72,7 @@ class RunView(Protocol):
         """Nothing is kept back."""
 
     def note(self, text: str) -> None:
-        """Show what a person should know of the data."""
+        """Show what a person should know."""
 
 
 class QuietView:
@@ -125,7 +125,7 @@ class LinesView(QuietView):
 
     def note(self, text: str) -> None:
         """Print the note."""
-        self._console.print(f"data: {text}", markup=False, highlight=False, soft_wrap=True)
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 class JsonView(QuietView):
@@ -197,7 +197,7 @@ class LiveView(QuietView):
 
     def note(self, text: str) -> None:
         """Print the note above the table, where it stays."""
-        self._live.console.print(Text(f"data: {text}"))
+        self._live.console.print(Text(text))
 
     def _render(self) -> Group:
         if self._last is None:

@@ -28,6 +28,19 @@ class SettingsError(ValueError):
     """A setting, a file of settings or a task's name is wrong; the message says which and why."""
 
 
+class CheckpointConfig(Record):
+    """When a run is kept, so that it can go on if it is killed."""
+
+    enabled: bool = True
+    interval_steps: Annotated[int, Field(ge=1)] | None = None
+    """Optimizer steps between two checkpoints; None makes them between epochs."""
+    min_seconds: Annotated[FiniteFloat, Field(ge=0.0)] = 30.0
+    """Between epochs: at least so long after the last one."""
+    keep_last: Annotated[int, Field(ge=1)] = 2
+    keep_best: bool = True
+    """Whether the one with the lowest held-out loss stays besides."""
+
+
 class RunConfig(Record):
     """A run, fully specified; kept as config.json in the run folder."""
 
@@ -50,6 +63,7 @@ class RunConfig(Record):
     count_flops: bool = True
     """Whether floating-point operations are counted; the first step of each structure and every
     decision then run slower."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
     trainer: TrainerConfig
     slot: SlotConfig
     heuristic: HeuristicConfig

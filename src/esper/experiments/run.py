@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
-from esper.experiments.config import RunConfig, SettingsError
+from esper.experiments.config import CheckpointConfig, RunConfig, SettingsError
 from esper.lifecycle.events import RunFinished, RunStarted
 from esper.policies.depth_schedule import SLOPE, DepthSchedulePolicy, slope_policy
 from esper.policies.heuristic import HeuristicPolicy
@@ -20,8 +20,17 @@ from esper.slots.nested import to_device
 from esper.tasks.named import named_task
 from esper.tasks.task import TaskSetup
 from esper.telemetry.environment import describe_environment
-from esper.telemetry.run_store import WEIGHTS_FILE, RunStatus, RunStore
+from esper.telemetry.run_store import (
+    CHECKPOINTS_FOLDER,
+    WEIGHTS_FILE,
+    ReopenedRunStore,
+    RunFolderError,
+    RunReader,
+    RunStatus,
+    RunStore,
+)
 from esper.telemetry.sink import Sink
+from esper.training.checkpoints import Checkpoints, FoundCheckpoint
 from esper.training.growth import Growth
 from esper.training.policy import FrugalPolicy, Policy
 from esper.training.precision import matmul_settings, set_matmul_precision
@@ -35,12 +44,25 @@ class GrowingRun:
 
     setup: TaskSetup
     growth: Growth
-    reports: Iterator[EpochReport]
+    trainer: Trainer
     run_id: str
+    resumed: FoundCheckpoint | None = None
+    """The checkpoint that it goes on from."""
     weights_file: Path | None = None
     """Where `finish` keeps the weights; None keeps none."""
     finished: bool = False
     """Whether `finish` was called; what comes after it is no part of the run."""
+
+    @property
+    def reports(self) -> Iterator[EpochReport]:
+        """Train, an epoch at each step; a run from the start is announced first."""
+        if self.resumed is None:
+            parameters = self.setup.model.parameters()
+            count = sum(parameter.numel() for parameter in parameters)
+            slots = tuple(self.growth.slots)
+            started = RunStarted(run_id=self.run_id, slots=slots, host_param_count=count)
+            self.growth.publish([started])
+        yield from self.trainer.run()
 
     def param_count(self) -> int:
         """Return the parameters of the network as it is now."""
@@ -149,7 +171,6 @@ def prepare(
     Effects: sets the process's matmul precision.
     """
     setup = setup or build_setup(config)
-    host_param_count = sum(parameter.numel() for parameter in setup.model.parameters())
     slot = config.slot.model_copy(update={"random_seed": config.random_seed})
     slots = attach(setup.model, setup.targets, example=setup.example, config=slot)
     optimizer = torch.optim.AdamW(
@@ -182,13 +203,7 @@ def prepare(
         config=config.trainer,
         scheduler=scheduler,
     )
-    started = RunStarted(run_id=run_id, slots=tuple(slots), host_param_count=host_param_count)
-    return GrowingRun(setup=setup, growth=growth, reports=_reports(trainer, started), run_id=run_id)
-
-
-def _reports(trainer: Trainer, started: RunStarted) -> Iterator[EpochReport]:
-    trainer.growth.publish([started])
-    yield from trainer.run()
+    return GrowingRun(setup=setup, growth=growth, trainer=trainer, run_id=run_id)
 
 
 @contextmanager
@@ -208,10 +223,9 @@ def stored_run(
     Raises:
         RunFolderError: The folder holds a run already.
         SettingsError: As `prepare`; there is no folder then.
+        CheckpointError: Checkpoints cannot be written.
     """
-    set_matmul_precision(config.trainer.matmul_precision)
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
+    _set_process(config)
     environment = {
         **describe_environment(torch.device(config.device)),
         "matmul": matmul_settings(),
@@ -220,10 +234,73 @@ def stored_run(
     }
     run = prepare(config, run_id=folder.name, setup=setup)
     store = RunStore(folder, config=config.model_dump(mode="json"), environment=environment)
-    run.growth.sinks = [store, *sinks]
-    try:
-        run.weights_file = folder / WEIGHTS_FILE
+    with _in_folder(run, store, sinks):
+        run.trainer.keeper = _checkpoints(config.checkpoint, folder)
         yield run
+
+
+@contextmanager
+def resumed_run(folder: Path, sinks: Sequence[Sink] = ()) -> Iterator[GrowingRun]:
+    """Go on with a run that was stopped, from its newest checkpoint that is whole.
+
+    On a CPU what follows is, to the bit, what would have followed. Without any checkpoint the run
+    begins anew.
+
+    Args:
+        folder: Of the run.
+        sinks: Receive every further event and metric, besides the folder.
+
+    Effects: sets the process's matmul precision and number of threads. What the folder holds of
+    steps after the checkpoint is forgotten.
+
+    Raises:
+        RunFolderError: It is no run folder, the run is finished, or a process writes it.
+        CheckpointError: Every checkpoint is damaged, or of another version.
+        SettingsError: As `prepare`.
+        TaskDataError: The data cannot be read or used any more.
+        ModuleNotFoundError: The task needs an extra that is not installed.
+    """
+    reader = RunReader(folder)
+    if reader.status == "finished":
+        raise RunFolderError(f"{folder} holds a run that is finished; there is nothing to resume")
+    config = RunConfig.model_validate(reader.config())
+    _set_process(config)
+    run = prepare(config, run_id=folder.name)
+    checkpoints = _checkpoints(config.checkpoint, folder)
+    found = checkpoints.newest() if checkpoints is not None and checkpoints.names() else None
+    store = ReopenedRunStore(folder, after_step=-1 if found is None else found.info.step)
+    run.trainer.keeper, run.resumed = checkpoints, found
+    with _in_folder(run, store, sinks):
+        if found is not None:
+            found.give_to(run.trainer)
+        yield run
+
+
+def _set_process(config: RunConfig) -> None:
+    set_matmul_precision(config.trainer.matmul_precision)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+
+
+def _checkpoints(config: CheckpointConfig, folder: Path) -> Checkpoints | None:
+    if not config.enabled:
+        return None
+    return Checkpoints(
+        folder / CHECKPOINTS_FOLDER,
+        interval_steps=config.interval_steps,
+        min_seconds=config.min_seconds,
+        keep_last=config.keep_last,
+        keep_best=config.keep_best,
+    )
+
+
+@contextmanager
+def _in_folder(run: GrowingRun, store: RunStore, sinks: Sequence[Sink]) -> Iterator[None]:
+    """Let a run write into its folder, and close it with a status however the run ends."""
+    run.growth.sinks = [store, *sinks]
+    run.weights_file = store.folder / WEIGHTS_FILE
+    try:
+        yield
         store.set_status("finished")
     except BaseException as error:
         interrupted = isinstance(error, KeyboardInterrupt)

@@ -53,8 +53,7 @@ class SeedLife:
         )
 
     def go_on_from(self, snapshot: LifeSnapshot) -> None:
-        """Stand where the life stood that the snapshot is of."""
-        self.number = snapshot.number
+        """Stand where the life stood that the snapshot is of, which has the same number."""
         self.stage = snapshot.stage
         self.blueprint = snapshot.blueprint
         self.alpha = AlphaController(snapshot.alpha)

@@ -136,13 +136,13 @@ class OptimizerBinding:
         self._empty(group)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return how far each slot's warm-up is, and whether the optimizer has stepped."""
-        return {"steps": dict(self._steps), "stepped": self._stepped}
+        """Return how far each slot's warm-up is."""
+        return {"steps": dict(self._steps)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from there."""
         self._steps = dict(state["steps"])
-        self._stepped = state["stepped"]
+        self._stepped = False
 
     def regroup(self, removed: Sequence[SeedBranch]) -> None:
         """Bring the groups in step with slots that have become what they were.

@@ -17,7 +17,11 @@ class TaskDataError(ValueError):
 
 
 class Batches(Iterable[tuple[Any, Any]], Sized, Protocol):
-    """Pairs of inputs and targets; iterating again is the next epoch, the length is fixed."""
+    """Pairs of inputs and targets; iterating again is the next epoch, the length is fixed.
+
+    What they draw by must be found by a checkpoint: the global random streams, an attribute
+    `generator`, or `state_dict` and `load_state_dict`.
+    """
 
 
 @dataclass(frozen=True, kw_only=True)

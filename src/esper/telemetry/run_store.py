@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sqlite3
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,7 +16,12 @@ CONFIG_FILE = "config.json"
 ENVIRONMENT_FILE = "environment.json"
 DATABASE_FILE = "run.sqlite"
 WEIGHTS_FILE = "weights.safetensors"
+CHECKPOINTS_FOLDER = "checkpoints"
+LOCK_FILE = ".lock"
 STORE_VERSION = 1
+
+_FORGET_EVENTS = "DELETE FROM events WHERE step > ?"
+_FORGET_METRICS = "DELETE FROM metrics WHERE step > ?"
 
 RunStatus = Literal["running", "finished", "failed", "interrupted"]
 
@@ -66,7 +72,6 @@ class RunStore:
     def __init__(
         self, folder: Path, *, config: Mapping[str, Any], environment: Mapping[str, Any]
     ) -> None:
-        self.folder = folder
         if (folder / DATABASE_FILE).exists():
             raise RunFolderError(
                 f"{folder} holds a run already; choose another folder or remove this one"
@@ -74,12 +79,17 @@ class RunStore:
         folder.mkdir(parents=True, exist_ok=True)
         _write_json(folder / CONFIG_FILE, config)
         _write_json(folder / ENVIRONMENT_FILE, environment)
-        self._database = sqlite3.connect(folder / DATABASE_FILE)
-        self._database.execute("PRAGMA journal_mode=WAL")
-        self._database.execute("PRAGMA synchronous=NORMAL")
+        self._open(folder)
         self._database.executescript(_SCHEMA)
         self._set("store_version", str(STORE_VERSION))
         self.set_status("running")
+
+    def _open(self, folder: Path) -> None:
+        self.folder = folder
+        self._lock = _WriterLock(folder)
+        self._database = sqlite3.connect(folder / DATABASE_FILE)
+        self._database.execute("PRAGMA journal_mode=WAL")
+        self._database.execute("PRAGMA synchronous=NORMAL")
 
     def publish(self, record: EventRecord) -> None:
         """Store one event."""
@@ -120,9 +130,60 @@ class RunStore:
         """Commit and let go of the database."""
         self.flush()
         self._database.close()
+        self._lock.release()
 
     def _set(self, key: str, value: str) -> None:
         self._database.execute("INSERT OR REPLACE INTO run VALUES (?, ?)", (key, value))
+
+
+class ReopenedRunStore(RunStore):
+    """Goes on writing the folder of a run that was stopped.
+
+    Args:
+        folder: Of a run.
+        after_step: The last step that the run still knows of; what was written of later ones is
+            forgotten. Below 0 that is everything.
+
+    Raises:
+        RunFolderError: It is no run folder, of another version, or a process writes it.
+    """
+
+    def __init__(self, folder: Path, *, after_step: int) -> None:
+        RunReader(folder)
+        self._open(folder)
+        for forget in (_FORGET_EVENTS, _FORGET_METRICS):
+            self._database.execute(forget, (after_step,))
+        self.set_status("running")
+
+
+class _WriterLock:
+    """Held by the one process that writes a run folder; ends with it, however it ends.
+
+    Raises:
+        RunFolderError: Another process holds it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            _lock(self._descriptor)
+        except OSError as error:
+            os.close(self._descriptor)
+            raise RunFolderError(
+                f"{folder} is being written by another process; wait for it, or stop it"
+            ) from error
+
+    def release(self) -> None:
+        """Let others write."""
+        os.close(self._descriptor)
+
+
+def _lock(descriptor: int) -> None:
+    try:
+        import fcntl  # noqa: PLC0415 – not on Windows
+    except ModuleNotFoundError:
+        return
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 @dataclass(frozen=True, kw_only=True)

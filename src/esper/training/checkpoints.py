@@ -4,11 +4,13 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from esper.lifecycle.events import (
     CheckpointDamaged,
@@ -46,6 +48,30 @@ class CheckpointInfo(Record):
     """Held-out, as last evaluated; None before the first evaluation."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class FoundCheckpoint:
+    """A checkpoint that was read and verified.
+
+    Attributes:
+        damaged: Newer ones that are not what was written.
+    """
+
+    name: str
+    info: CheckpointInfo
+    state: Mapping[str, Any]
+    damaged: tuple[CheckpointDamaged, ...]
+
+    def give_to(self, trainer: Trainer) -> None:
+        """Let a trainer go on from here, and tell so.
+
+        Raises:
+            ValueError: As `Trainer.load_state_dict`.
+            BlueprintError: As `Trainer.load_state_dict`.
+        """
+        trainer.load_state_dict(self.state)
+        trainer.growth.publish([*self.damaged, RunResumed(name=self.name)])
+
+
 class Checkpoints:
     """Keeps a trainer's whole state in a folder, one sub-folder each time.
 
@@ -55,6 +81,7 @@ class Checkpoints:
     Args:
         folder: Is created.
         interval_steps: Optimizer steps between two; None makes one after each epoch.
+        min_seconds: Of an epoch's end, pass it by unless so long has gone since the last one.
         keep_last: How many of the newest stay; older ones are removed.
         keep_best: Keep the one with the lowest held-out loss besides.
         clock: Monotonic seconds.
@@ -68,6 +95,7 @@ class Checkpoints:
         folder: str | Path,
         *,
         interval_steps: int | None = None,
+        min_seconds: float = 0.0,
         keep_last: int = 2,
         keep_best: bool = True,
         clock: Callable[[], float] = time.monotonic,
@@ -78,9 +106,11 @@ class Checkpoints:
             raise ValueError(f"interval_steps must be at least 1, got {interval_steps}")
         self.folder = Path(folder)
         self.interval_steps = interval_steps
+        self.min_seconds = min_seconds
         self.keep_last = keep_last
         self.keep_best = keep_best
         self._clock = clock
+        self._last_seconds = clock()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             probe = self.folder / ".writable"
@@ -101,7 +131,8 @@ class Checkpoints:
 
     def after_epoch(self, trainer: Trainer) -> None:
         """Save if it is time, between two epochs."""
-        if self.interval_steps is None:
+        waited = self._clock() - self._last_seconds
+        if self.interval_steps is None and waited >= self.min_seconds:
             self.save(trainer)
 
     def save(self, trainer: Trainer) -> Path | None:
@@ -116,6 +147,8 @@ class Checkpoints:
         growth = trainer.growth
         target = self.folder / f"{_PREFIX}{growth.step:010d}"
         started = self._clock()
+        for sink in growth.sinks:  # what they hold of these steps must not be lost with the process
+            sink.flush()
         state = trainer.state_dict()
         losses = [loss for loss in growth.losses[-1:] if math.isfinite(loss)]
         info = CheckpointInfo(
@@ -136,9 +169,27 @@ class Checkpoints:
         except OSError as error:
             growth.publish([CheckpointFailed(name=target.name, error=str(error))])
             return None
-        seconds = self._clock() - started
+        self._last_seconds = self._clock()
+        seconds = self._last_seconds - started
         growth.publish([CheckpointSaved(name=target.name, seconds=seconds)])
         return target
+
+    def newest(self) -> "FoundCheckpoint":
+        """Return the newest checkpoint that is whole.
+
+        Raises:
+            CheckpointError: There is none, or it is of another version.
+        """
+        damaged = []
+        for name in reversed(self.names()):
+            try:
+                info, state = read_checkpoint(self.folder / name)
+            except DamagedFolderError as error:
+                damaged.append(CheckpointDamaged(name=name, error=str(error)))
+                continue
+            return FoundCheckpoint(name=name, info=info, state=state, damaged=tuple(damaged))
+        why = "; ".join(event.error for event in damaged) or "it is empty"
+        raise CheckpointError(f"{self.folder} has no checkpoint to go on from: {why}")
 
     def resume(self, trainer: Trainer) -> CheckpointInfo:
         """Let a trainer go on from the newest checkpoint that is whole.
@@ -148,18 +199,9 @@ class Checkpoints:
             ValueError: The trainer is not made as it was then; the message says what differs.
             BlueprintError: A blueprint is not registered here.
         """
-        damaged = []
-        for folder in reversed(self.names()):
-            try:
-                info, state = read_checkpoint(self.folder / folder)
-            except DamagedFolderError as error:
-                damaged.append(CheckpointDamaged(name=folder, error=str(error)))
-                continue
-            trainer.load_state_dict(state)
-            trainer.growth.publish([*damaged, RunResumed(name=folder)])
-            return info
-        why = "; ".join(event.error for event in damaged) or "there is none"
-        raise CheckpointError(f"{self.folder} has no checkpoint to go on from: {why}")
+        found = self.newest()
+        found.give_to(trainer)
+        return found.info
 
     def names(self) -> list[str]:
         """Return the checkpoints that are there, whole or not, oldest first."""
@@ -200,7 +242,10 @@ def read_checkpoint(folder: Path) -> tuple[CheckpointInfo, dict[str, Any]]:
     """
     check_sealed(folder)
     info = _read_info(folder)
-    state: dict[str, Any] = read_tree(folder, _STATE)
+    try:
+        state: dict[str, Any] = read_tree(folder, _STATE)
+    except (OSError, KeyError, ValueError, SafetensorError) as error:
+        raise DamagedFolderError(f"{folder / _STATE}.* is no state of a run: {error}") from error
     return info, state
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 _MARK = "$"
@@ -29,7 +30,10 @@ def write_tree(tree: Any, folder: Path, name: str) -> None:
     (folder / f"{name}.json").write_text(
         json.dumps(document, allow_nan=False, separators=(",", ":")) + "\n", encoding="utf-8"
     )
-    safetensors.torch.save_file(tensors, folder / f"{name}.safetensors")
+    try:
+        safetensors.torch.save_file(tensors, folder / f"{name}.safetensors")
+    except SafetensorError as error:  # a full disk too
+        raise OSError(f"{folder / name}.safetensors: {error}") from error
 
 
 def read_tree(folder: Path, name: str) -> Any:
@@ -46,8 +50,9 @@ def read_tree(folder: Path, name: str) -> Any:
 
 def _encode(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Tensor):
-        tensors[place] = value.detach().contiguous().cpu().clone()
-        return {_TENSOR: place}
+        name = place if place not in tensors else f"{place}#{len(tensors)}"
+        tensors[name] = value.detach().contiguous().cpu().clone()
+        return {_TENSOR: name}
     if isinstance(value, float):
         return value if math.isfinite(value) else {_FLOAT: repr(value)}
     if value is None or type(value) in (bool, int, str):

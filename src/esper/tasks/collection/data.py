@@ -4,7 +4,7 @@ Legend: N images, B batch, C channels, H height, W width.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -215,6 +215,15 @@ class ImageBatches:
 
     def __len__(self) -> int:
         return EPOCH_BATCHES
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return where its order stands."""
+        return {"generator": self._generator.get_state(), "waiting": self._waiting.clone()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from there."""
+        self._generator.set_state(state["generator"])
+        self._waiting = state["waiting"].clone()
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for _ in range(EPOCH_BATCHES):

@@ -57,16 +57,17 @@ class ShiftedBatches:
 
     def __init__(self, split: Split, *, random_seed: int) -> None:
         self._split = split
-        self._generator = torch.Generator().manual_seed(random_seed)
+        self.generator = torch.Generator().manual_seed(random_seed)
+        """Draws every epoch; a checkpoint keeps where it stands."""
 
     def __len__(self) -> int:
         return len(self._split.labels) // BATCH_IMAGES
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         images, labels = self._split.images, self._split.labels
-        order = torch.randperm(len(labels), generator=self._generator)
+        order = torch.randperm(len(labels), generator=self.generator)
         for indices in order[: len(self) * BATCH_IMAGES].split(BATCH_IMAGES):
-            yield shifted(images[indices], self._generator), labels[indices]
+            yield shifted(images[indices], self.generator), labels[indices]
 
 
 def shifted(images: Tensor, generator: torch.Generator) -> Tensor:

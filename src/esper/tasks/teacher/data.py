@@ -50,12 +50,13 @@ class ShuffledBatches:
 
     def __init__(self, split: Split, *, random_seed: int) -> None:
         self._split = split
-        self._generator = torch.Generator().manual_seed(random_seed)
+        self.generator = torch.Generator().manual_seed(random_seed)
+        """Draws every epoch; a checkpoint keeps where it stands."""
 
     def __len__(self) -> int:
         return len(self._split.targets) // BATCH_SAMPLES
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        order = torch.randperm(len(self._split.targets), generator=self._generator)
+        order = torch.randperm(len(self._split.targets), generator=self.generator)
         for indices in order[: len(self) * BATCH_SAMPLES].split(BATCH_SAMPLES):
             yield self._split.inputs[indices], self._split.targets[indices]

@@ -126,7 +126,8 @@ class WindowBatches:
         self._context = context
         self._batch_windows = batch_windows
         self._epoch_batches = epoch_batches
-        self._generator = torch.Generator().manual_seed(random_seed)
+        self.generator = torch.Generator().manual_seed(random_seed)
+        """Draws every epoch; a checkpoint keeps where it stands."""
 
     def __len__(self) -> int:
         return self._epoch_batches
@@ -134,7 +135,7 @@ class WindowBatches:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for _ in range(self._epoch_batches):
             last = len(self._data) - self._context
-            starts = torch.randint(0, last, (self._batch_windows,), generator=self._generator)
+            starts = torch.randint(0, last, (self._batch_windows,), generator=self.generator)
             yield windows(self._data, starts, self._context)
 
 

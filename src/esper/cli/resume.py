@@ -1,0 +1,64 @@
+"""`esper resume`: go on with a run that was stopped."""
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+
+from esper.cli.grow import Network, choose_view, conclude, train
+from esper.experiments.config import SettingsError
+from esper.experiments.run import resumed_run
+from esper.report.story import tell
+from esper.seeds.registry import BlueprintError
+from esper.tasks.task import TaskDataError
+from esper.telemetry.run_store import RunFolderError, RunReader
+from esper.training.checkpoints import CheckpointError
+
+_CANNOT_GO_ON = (
+    BlueprintError,
+    CheckpointError,
+    ModuleNotFoundError,
+    RunFolderError,
+    SettingsError,
+    TaskDataError,
+)
+
+
+def resume(
+    run: Annotated[Path, typer.Argument(help="Run folder, as esper grow prints it.")],
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print the run folder only.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines.")] = False,
+) -> None:
+    """Go on with RUN, which was killed or stopped, from its newest checkpoint.
+
+    On a CPU the rest of the run is the same, to the bit, as if it had never stopped.
+    """
+    if quiet and as_json:
+        raise typer.BadParameter("--quiet and --json exclude each other")
+    console = Console()
+    try:
+        task = str(RunReader(run).config()["task"])
+        view = choose_view(console, task, quiet=quiet, as_json=as_json)
+        with resumed_run(run, [view]) as growing:
+            with view:
+                found = growing.resumed
+                if found is None:
+                    view.note("no checkpoint was made yet: the run begins anew")
+                else:
+                    epoch, step = found.info.epoch, found.info.step
+                    view.note(f"going on after epoch {epoch}, step {step}")
+                    for event in found.damaged:
+                        view.note(f"passed over {event.name}: {event.error}")
+                    if found.info.torch_version != torch.__version__:
+                        view.note(
+                            f"begun with torch {found.info.torch_version}, this is "
+                            f"{torch.__version__}: the rest may differ in rounding"
+                        )
+                train(growing, view)
+            networks: dict[str, Network] = {"grown": (growing.param_count(), growing.finish())}
+    except _CANNOT_GO_ON as error:
+        raise typer.BadParameter(str(error)) from error
+    story = tell(RunReader(run).events())
+    conclude(console, run, story, networks, quiet=quiet, as_json=as_json)
