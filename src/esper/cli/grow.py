@@ -192,7 +192,7 @@ def _train_grown(
             fork = None if beside is None else ForkPoint(run.growth)
             with view:
                 for note in setup.notes:
-                    view.note(f"data: {note}")
+                    view.note(note, about="data")
                 cost = train(run, view)
             networks = {"grown": (run.param_count(), run.finish())}
             if beside is not None and fork is not None:

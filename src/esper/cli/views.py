@@ -71,8 +71,12 @@ class RunView(Protocol):
     def flush(self) -> None:
         """Nothing is kept back."""
 
-    def note(self, text: str) -> None:
+    def note(self, text: str, *, about: str | None = None) -> None:
         """Show what a person should know."""
+
+
+def _told(text: str, about: str | None) -> str:
+    return text if about is None else f"{about}: {text}"
 
 
 class QuietView:
@@ -101,7 +105,7 @@ class QuietView:
     def flush(self) -> None:
         """Nothing is kept back."""
 
-    def note(self, text: str) -> None:
+    def note(self, text: str, *, about: str | None = None) -> None:
         """Show nothing; the run folder has it."""
 
 
@@ -123,9 +127,9 @@ class LinesView(QuietView):
         if words is not None:
             self._console.print(f"  {words}", markup=False, highlight=False, soft_wrap=True)
 
-    def note(self, text: str) -> None:
+    def note(self, text: str, *, about: str | None = None) -> None:
         """Print the note."""
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self._console.print(_told(text, about), markup=False, highlight=False, soft_wrap=True)
 
 
 class JsonView(QuietView):
@@ -155,7 +159,7 @@ class JsonView(QuietView):
         """Print the event."""
         self._print({"kind": "event", **record.model_dump(mode="json")})
 
-    def note(self, text: str) -> None:
+    def note(self, text: str, *, about: str | None = None) -> None:
         """Print the note."""
         self._print({"kind": "note", "text": text})
 
@@ -195,9 +199,9 @@ class LiveView(QuietView):
             style = {Priority.CRITICAL: "bold red", Priority.WARNING: "yellow"}
             self._events.append(Text(words, style=style.get(record.event.priority, "")))
 
-    def note(self, text: str) -> None:
+    def note(self, text: str, *, about: str | None = None) -> None:
         """Print the note above the table, where it stays."""
-        self._live.console.print(Text(text))
+        self._live.console.print(Text(_told(text, about)))
 
     def _render(self) -> Group:
         if self._last is None:

@@ -4,6 +4,7 @@ from esper.training.checkpoints import CheckpointError, CheckpointInfo, Checkpoi
 from esper.training.governor import Governor
 from esper.training.growth import Growth
 from esper.training.held_out import Evaluate, HeldOut, VariantEvaluator
+from esper.training.optimizer_state import load_optimizer_state, optimizer_state
 from esper.training.policy import FrugalPolicy, Policy
 from esper.training.precision import matmul_settings, set_matmul_precision
 from esper.training.pretrained import from_pretrained, save_pretrained
@@ -29,7 +30,9 @@ __all__ = [
     "TrainerConfig",
     "VariantEvaluator",
     "from_pretrained",
+    "load_optimizer_state",
     "matmul_settings",
+    "optimizer_state",
     "probe_seeds",
     "save_pretrained",
     "set_matmul_precision",
