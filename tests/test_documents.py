@@ -18,7 +18,10 @@ PAGES = [*DOCUMENTS, ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "RESULTS.md
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-def test_python_examples_run_in_order(document: Path) -> None:
+def test_python_examples_run_in_order(
+    document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     namespace: dict[str, object] = {}
     for number, block in enumerate(BLOCK.findall(document.read_text(encoding="utf-8"))):
         exec(compile(block, f"{document.name}, block {number}", "exec"), namespace)
