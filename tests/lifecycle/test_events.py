@@ -16,6 +16,9 @@ from esper.lifecycle.events import (
     SCHEMA_VERSION,
     ActionRefused,
     BreakerChanged,
+    CheckpointDamaged,
+    CheckpointFailed,
+    CheckpointSaved,
     Event,
     EventRecord,
     EventSchemaError,
@@ -171,6 +174,9 @@ def breaker(to_state: str) -> BreakerChanged:
     [
         (SeedFailed(slot="a", blueprint="b", error="e"), Priority.CRITICAL),
         (StepSkipped(reason="loss is NaN", value=1.0), Priority.CRITICAL),
+        (CheckpointFailed(name="a", error="disk full"), Priority.CRITICAL),
+        (CheckpointDamaged(name="a", error="changed"), Priority.WARNING),
+        (CheckpointSaved(name="a", seconds=1.0), Priority.NORMAL),
         (SlotReset(slot="a", leftovers=("hook",)), Priority.CRITICAL),
         (SlotReset(slot="a", leftovers=()), Priority.NORMAL),
         (GerminationFailed(slot="a", blueprint="b", error="e"), Priority.WARNING),
@@ -210,6 +216,8 @@ CAN_BE_URGENT = {
     GradientHealthMeasured,
     IsolationViolated,
     BreakerChanged,
+    CheckpointFailed,
+    CheckpointDamaged,
 }
 
 
