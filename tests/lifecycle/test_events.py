@@ -27,6 +27,8 @@ from esper.lifecycle.events import (
     IsolationChecked,
     IsolationViolated,
     Priority,
+    RunWentBack,
+    SeedBlamed,
     SeedFailed,
     SeedPruned,
     SlotReset,
@@ -175,6 +177,8 @@ def breaker(to_state: str) -> BreakerChanged:
         (SeedFailed(slot="a", blueprint="b", error="e"), Priority.CRITICAL),
         (StepSkipped(reason="loss is NaN", value=1.0), Priority.CRITICAL),
         (CheckpointFailed(name="a", error="disk full"), Priority.CRITICAL),
+        (SeedBlamed(slot="a", blueprint="b", loss=9.0, loss_without=1.0), Priority.CRITICAL),
+        (RunWentBack(from_step=9, to_step=3, same_batches=True), Priority.CRITICAL),
         (CheckpointDamaged(name="a", error="changed"), Priority.WARNING),
         (CheckpointSaved(name="a", seconds=1.0), Priority.NORMAL),
         (SlotReset(slot="a", leftovers=("hook",)), Priority.CRITICAL),
@@ -218,6 +222,8 @@ CAN_BE_URGENT = {
     BreakerChanged,
     CheckpointFailed,
     CheckpointDamaged,
+    SeedBlamed,
+    RunWentBack,
 }
 
 

@@ -14,9 +14,12 @@ from rich.text import Text
 
 from esper.lifecycle.actions import SlotState
 from esper.lifecycle.events import (
+    CheckpointFailed,
     EventRecord,
     GateEvaluated,
     Priority,
+    RunWentBack,
+    SeedBlamed,
     SeedCommitted,
     SeedFailed,
     SeedGerminated,
@@ -233,6 +236,15 @@ def notable(record: EventRecord) -> str | None:
         return f"{when}: {event.blueprint} in {event.slot} failed: {event.error}"
     if isinstance(event, StepSkipped):
         return f"{when}: step {record.step} skipped: {event.reason}"
+    if isinstance(event, SeedBlamed):
+        return (
+            f"{when}: {event.blueprint} in {event.slot} is the fault of bad steps: the loss is "
+            f"{event.loss:.4g} with it, {event.loss_without:.4g} without"
+        )
+    if isinstance(event, RunWentBack):
+        return f"{when}: steps in a row were bad: from {event.from_step} back to {event.to_step}"
+    if isinstance(event, CheckpointFailed):
+        return f"{when}: no checkpoint could be written, training goes on: {event.error}"
     if (
         isinstance(event, GateEvaluated)
         and event.result.passed

@@ -294,6 +294,36 @@ class StepSkipped(_Event):
         return Priority.CRITICAL
 
 
+class SeedBlamed(_Event):
+    """Steps in a row were bad, and are not without this seed, which is pruned."""
+
+    type: Literal["seed_blamed"] = "seed_blamed"
+    slot: str
+    blueprint: str
+    loss: float
+    """Of the last bad batch."""
+    loss_without: float
+    """The same, with the seed left out."""
+
+    @property
+    def priority(self) -> Priority:
+        return Priority.CRITICAL
+
+
+class RunWentBack(_Event):
+    """Steps in a row were bad, and the run goes on from its last good state."""
+
+    type: Literal["run_went_back"] = "run_went_back"
+    from_step: int
+    to_step: int
+    same_batches: bool
+    """Whether it sees the same batches again; the second time to one state it sees others."""
+
+    @property
+    def priority(self) -> Priority:
+        return Priority.CRITICAL
+
+
 class ActionApplied(_Event):
     """An action of the policy was carried out; a gate may still have refused the stage."""
 
@@ -383,6 +413,8 @@ Event = Annotated[
     | SlotReset
     | BreakerChanged
     | StepSkipped
+    | SeedBlamed
+    | RunWentBack
     | ActionApplied
     | ActionRefused
     | CheckpointSaved

@@ -153,6 +153,16 @@ class SlotForward(nn.Module):
             yield
 
     @contextmanager
+    def left_out(self) -> Iterator[None]:
+        """Run the forward as it would be had the living seed never been there."""
+        inlined, self.num_inlined = self.num_inlined, self.num_committed
+        try:
+            with self._in_mode(ForwardMode.PASS_THROUGH, active=self.num_committed > 0):
+                yield
+        finally:
+            self.num_inlined = inlined
+
+    @contextmanager
     def cast_shadow(self) -> Iterator[None]:
         """Run the forward as it would be at full alpha, with no gradient to what is upstream."""
         with self._in_mode(ForwardMode.SHADOWED, active=True):

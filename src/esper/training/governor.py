@@ -1,21 +1,55 @@
 """What stands between a bad step and the model."""
 
 import math
+from collections import deque
+from collections.abc import Mapping
+from statistics import median
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field, FiniteFloat
 from torch import Tensor
 
 from esper.lifecycle.events import StepSkipped
+from esper.lifecycle.record import Record
+
+_SIGMA_PER_MAD = 1.4826
+"""Standard deviations in one median absolute deviation of a normal distribution."""
+_LEAST_SPREAD = 0.05
+"""Of the median: a loss that hardly varies may still rise by so much, times the band's width."""
+
+
+class GovernorConfig(Record):
+    """Which steps are refused, and when a run goes back."""
+
+    band_width: Annotated[FiniteFloat, Field(gt=0.0)] | None = 20.0
+    """A loss is bad if it lies so many robust standard deviations, each at least 5 % of the median,
+    above the median of recent losses; None refuses only what is not finite."""
+    history_steps: Annotated[int, Field(ge=8)] = 64
+    """Good steps that the band is taken of; before there are so many there is none. Counted anew
+    where a seed leaves the forward path, after which the loss may rise."""
+    max_bad_steps: Annotated[int, Field(ge=1)] = 3
+    """In a row, after which a seed is pruned or the run goes back."""
+    snapshot_steps: Annotated[int, Field(ge=1)] | None = 200
+    """Steps between two snapshots in memory, beside the model, to go back to; None makes none."""
+    max_returns: Annotated[int, Field(ge=1)] = 2
+    """To one snapshot, the first with the same batches, later ones with others; then the run ends
+    with an error."""
 
 
 class Governor:
-    """Refuses steps whose loss or host gradient norm is not finite.
+    """Refuses steps whose loss or host gradient norm is not finite, or whose loss is far too high.
 
-    `look` starts reading a value; `refusal` tells the verdict. On a GPU the copy of the loss runs
+    `look` starts reading a loss; `refusal` tells the verdict. On a GPU the copy of the loss runs
     beside the backward pass, so waiting for it leaves the device busy.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, config: GovernorConfig | None = None) -> None:
+        self.config = config or GovernorConfig()
+        self.bad_steps = 0
+        """In a row, up to now."""
+        self._history: deque[float] = deque(maxlen=self.config.history_steps)
+        self._limit: float | None = None
         self._loss: Tensor | None = None
         self._arrived: torch.cuda.Event | None = None
 
@@ -32,12 +66,17 @@ class Governor:
         self._loss = value
 
     def refusal(self, gradient_norm: Tensor | None = None) -> StepSkipped | None:
-        """Return why the optimizer must not step, or None if it may.
+        """Return why the optimizer must not step, or None if it may; counts bad steps in a row.
 
         Args:
             gradient_norm: The host's, where clipping has measured it; reading it waits for the
                 backward pass.
         """
+        refused = self._refusal(gradient_norm)
+        self.bad_steps = 0 if refused is None else self.bad_steps + 1
+        return refused
+
+    def _refusal(self, gradient_norm: Tensor | None) -> StepSkipped | None:
         if self._loss is not None:
             if self._arrived is not None:
                 self._arrived.synchronize()
@@ -45,8 +84,48 @@ class Governor:
             self._loss = None
             if not math.isfinite(loss):
                 return StepSkipped(reason="the loss is not finite", value=loss)
+            if self.is_bad(loss):
+                return StepSkipped(
+                    reason=f"the loss is above {self._limit:.4g}, {self.config.band_width:g} "
+                    f"deviations over the last {len(self._history)}",
+                    value=loss,
+                )
+            self._note(loss)
         if gradient_norm is not None:
             norm = float(gradient_norm)
             if not math.isfinite(norm):
                 return StepSkipped(reason="the host's gradient norm is not finite", value=norm)
         return None
+
+    def is_bad(self, loss: float) -> bool:
+        """Whether a loss is not finite, or above the band of recent ones."""
+        return not math.isfinite(loss) or (self._limit is not None and loss > self._limit)
+
+    @property
+    def at_a_loss(self) -> bool:
+        """Whether so many steps in a row were bad that skipping more of them will not help."""
+        return self.bad_steps >= self.config.max_bad_steps
+
+    def forget_losses(self) -> None:
+        """Begin a new history: the loss may rise now, and not be bad for that."""
+        self._history.clear()
+        self._limit = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the recent losses, and the bad steps in a row."""
+        history = list(self._history)
+        return {"history": history, "limit": self._limit, "bad_steps": self.bad_steps}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there."""
+        self._history = deque(state["history"], maxlen=self.config.history_steps)
+        self._limit, self.bad_steps = state["limit"], state["bad_steps"]
+
+    def _note(self, loss: float) -> None:
+        history, width = self._history, self.config.band_width
+        history.append(loss)
+        if width is None or len(history) < self.config.history_steps:
+            return
+        centre = median(history)
+        spread = _SIGMA_PER_MAD * median(abs(value - centre) for value in history)
+        self._limit = centre + width * max(spread, _LEAST_SPREAD * abs(centre))

@@ -33,6 +33,7 @@ from esper.lifecycle.events import (
 from esper.lifecycle.learning import Isolation
 from esper.lifecycle.stages import SeedStage
 from esper.slots.germination import GerminationError
+from esper.slots.gradient_health import EXPLODING_RATIO
 from esper.slots.isolation_monitor import IsolationMonitor
 from esper.slots.modes import device_of, forked_random_state
 from esper.slots.slot import SeedSlot
@@ -181,6 +182,7 @@ class Growth:
         self.losses.append(metrics["loss"])
         self._note_losses(metrics["loss"])
         self.publish(self._read_gradient_health())
+        self._prune_exploding()
         self.publish(self._read_isolation())
         host_learns = self.slots.host_learns()
         for slot in self.slots.values():
@@ -362,6 +364,17 @@ class Growth:
                 )
             )
         return events
+
+    def _prune_exploding(self) -> None:
+        """Prune seeds behind the host whose own gradients explode; the host never felt them."""
+        for slot in self.slots.values():
+            if slot.stage is not SeedStage.TRAINING:
+                continue
+            ratio, zeroed = slot.measurements.gradient_ratio, int(slot.nonfinite_gradients)
+            steps = slot.state().steps_in_stage
+            if (ratio is not None and ratio > EXPLODING_RATIO) or zeroed >= max(steps, 1):
+                told = "its gradients explode" if zeroed < steps else "its gradients are not finite"
+                self.publish(slot.prune(reason=told))
 
     def _read_isolation(self) -> list[Event]:
         events: list[Event] = []

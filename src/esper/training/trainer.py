@@ -8,20 +8,22 @@ from typing import Annotated, Any, Literal, Protocol
 
 import torch
 from pydantic import Field, FiniteFloat
-from torch import Tensor
+from torch import Tensor, nn
 
 from esper.lifecycle.record import Record
 from esper.slots.counterfactual import call_model
 from esper.slots.isolation_monitor import DEFAULT_INTERVAL_STEPS
-from esper.slots.modes import device_of, sole_device
+from esper.slots.modes import beside_the_step, device_of, sole_device
 from esper.slots.nested import to_device
+from esper.slots.slot import SeedSlot
 from esper.training.data_position import DataPosition
-from esper.training.governor import Governor
+from esper.training.governor import Governor, GovernorConfig
 from esper.training.growth import Growth
 from esper.training.held_out import Evaluate
 from esper.training.optimizer_state import load_optimizer_state, optimizer_state
 from esper.training.precision import MatmulPrecision, set_matmul_precision
 from esper.training.run_cost import RunCost
+from esper.training.safeguard import Safeguard, blamed, suspect, went_back
 
 Positive = Annotated[FiniteFloat, Field(gt=0.0)]
 AtLeastOne = Annotated[int, Field(ge=1)]
@@ -42,6 +44,7 @@ class TrainerConfig(Record):
     isolation_check_steps: AtLeastOne | None = DEFAULT_INTERVAL_STEPS
     """Optimizer steps between two checks that no gradient of an isolated seed reaches the host;
     None makes none."""
+    governor: GovernorConfig = GovernorConfig()
     matmul_precision: MatmulPrecision = "highest"
     scheduler_interval: Literal["step", "epoch"] = "epoch"
     """When the learning-rate scheduler steps."""
@@ -70,6 +73,10 @@ class Keeper(Protocol):
 
     def after_epoch(self, trainer: "Trainer") -> None:
         """Called after each epoch, when all of it is done."""
+
+
+class _WentBack(Exception):  # noqa: N818 – no error, a way out of the epoch
+    """The run has gone back to an earlier state."""
 
 
 class Trainer:
@@ -107,7 +114,10 @@ class Trainer:
         self.growth = growth
         self.model = growth.slots.model
         self.config = config
-        self.governor = Governor()
+        self.governor = Governor(config.governor)
+        self._safeguard = Safeguard(config.governor)
+        self._in_path: dict[str, nn.Module] = {}
+        """Living seeds in the forward path after the last step, by slot."""
         self.epoch = 0
         """Epochs that are finished."""
         self._data = DataPosition(batches)
@@ -142,7 +152,11 @@ class Trainer:
         """
         while self.epoch < self.config.epochs:
             self.growth.meter.start()
-            yield self._train_epoch()
+            try:
+                report = self._train_epoch()
+            except _WentBack:
+                continue
+            yield report
 
     def state_dict(self) -> dict[str, Any]:
         """Return the whole run between two steps, model and optimizer included.
@@ -157,6 +171,7 @@ class Trainer:
         return {
             "model": {name: _copy(value) for name, value in model.items()},
             "growth": self.growth.state_dict(),
+            "governor": self.governor.state_dict(),
             "optimizer": optimizer_state(self._optimizer, self.model),
             "scheduler": None if self._scheduler is None else self._scheduler.state_dict(),
             "scaler": self._scaler.state_dict(),
@@ -188,27 +203,32 @@ class Trainer:
         if self._scheduler is not None:
             self._scheduler.load_state_dict(state["scheduler"])
         self._scaler.load_state_dict(state["scaler"])
+        self.governor.load_state_dict(state["governor"])
         self._data.load_state_dict(state["data"])
         self.epoch = state["epoch"]
         self._losses = [loss.to(self._device) for loss in state["losses"]]
         self._undecided = [loss.to(self._device) for loss in state["undecided"]]
         self._metrics = dict(state["metrics"])
         self._optimizer.zero_grad(set_to_none=True)
+        self._in_path = self._seeds_in_path()
 
     def _train_epoch(self) -> EpochReport:
         interval = self.config.decision_interval_steps
+        self._keep_snapshot()
         for group in self._accumulation_groups():
             self.model.train()
-            loss = self._step(group)
-            if loss is not None:
-                self._losses.append(loss)
-                self._undecided.append(loss)
+            self._note(self._step(group))
+            if self.governor.at_a_loss:
+                self._intervene(group)
             if interval is not None and self.growth.step % interval == 0:
                 self._decide()
+            self._note_leaving()
+            self._keep_snapshot()
             if self.keeper is not None:
                 self.keeper.after_step(self)
         if interval is None:
             self._decide()
+            self._note_leaving()
         if self.config.scheduler_interval == "epoch":
             self._step_scheduler()
         train_loss = _mean(self._losses)
@@ -231,6 +251,71 @@ class Trainer:
             metrics=dict(self._metrics),
             cost=cost,
         )
+
+    def _note(self, loss: Tensor | None) -> None:
+        """Take note of a step's loss; None if it was refused."""
+        if loss is not None:
+            self._losses.append(loss)
+            self._undecided.append(loss)
+            self._safeguard.note_good_step()
+
+    def _note_leaving(self) -> None:
+        """Let the governor forget what losses were with a seed that has left, or is on its way."""
+        slots = self.growth.slots
+        for path, branch in self._in_path.items():
+            if slots[path].fading or all(branch is not other for other in slots[path].branches):
+                self.governor.forget_losses()
+        self._in_path = self._seeds_in_path()
+
+    def _seeds_in_path(self) -> dict[str, nn.Module]:
+        return {
+            path: slot.living
+            for path, slot in self.growth.slots.items()
+            if slot.in_forward_path and slot.living is not None
+        }
+
+    def _keep_snapshot(self) -> None:
+        if self.governor.bad_steps == 0 and self._safeguard.due(self.growth.step):
+            self._safeguard.keep(self.state_dict())
+
+    def _intervene(self, group: list[tuple[Any, Any]]) -> None:
+        """Prune the seed that bad steps are the fault of, or go back to the last good state.
+
+        Raises:
+            _WentBack: The run has gone back, and the epoch begins anew from there.
+            TrainingDivergedError: It has gone back too often.
+        """
+        governor, growth = self.governor, self.growth
+        slot = suspect(growth.slots)
+        if slot is not None:
+            loss, without = self._losses_without(slot, group)
+            if governor.is_bad(loss) and not governor.is_bad(without):
+                growth.publish([blamed(slot, loss=loss, without=without)])
+                growth.publish(slot.prune(reason="steps are bad with it, and not without"))
+                self._safeguard.mend_buffers(self.model)
+                return
+        found = self._safeguard.way_back(growth.step)
+        if found is None:
+            return
+        state, same_batches = found
+        growth.publish([went_back(state, from_step=growth.step, same_batches=same_batches)])
+        if not same_batches:
+            onward = {"data": self._data.state_dict(), "epoch": self.epoch}
+            state = {**state, **onward, "losses": [], "undecided": []}
+        self.load_state_dict(state)
+        raise _WentBack
+
+    def _losses_without(self, slot: SeedSlot, group: list[tuple[Any, Any]]) -> tuple[float, float]:
+        """Return the step's loss, and what it would be without the slot's seed."""
+
+        def total() -> float:
+            batches = (to_device(batch, self._input_device) for batch in group)
+            return sum(float(self._forward(x, y, len(group))) for x, y in batches)
+
+        with beside_the_step(self.model), torch.no_grad():
+            loss = total()
+            with slot.left_out():
+                return loss, total()
 
     def _decide(self) -> None:
         train_loss = _mean(self._undecided)

@@ -1,0 +1,336 @@
+"""Bad steps are refused, a run goes back where that does not help, and the seed at fault goes."""
+
+import itertools
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import mse_loss
+
+import esper
+from esper import SeedStage, SlotConfig
+from esper.lifecycle.actions import Action, Germinate, GrowthState, Prune
+from esper.lifecycle.events import RunWentBack, SeedBlamed, SeedPruned, StepSkipped
+from esper.seeds import Family, Seed, blueprints
+from esper.training.governor import Governor, GovernorConfig
+from esper.training.safeguard import TrainingDivergedError
+from growth_problem import Recorder
+
+SNAPSHOTS = {"snapshot_steps": 10, "history_steps": 8}
+STEPS = 16
+
+
+class Host(nn.Module):
+    """With running statistics behind the slot, which a NaN would spoil."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(4, 8)
+        self.norm = nn.BatchNorm1d(8)
+        self.dropout = nn.Dropout(0.1)
+        self.head = nn.Linear(8, 1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        hidden = self.dropout(torch.tanh(self.norm(self.embed(features))))
+        return self.head(hidden).squeeze(1)
+
+
+class Script:
+    """Germinates a blueprint after the second epoch, and may prune it after the fourth."""
+
+    name = "script"
+
+    def __init__(self, blueprint: str | None = None, prune: Prune | None = None) -> None:
+        self.blueprint = blueprint
+        self.prune = prune
+
+    def decide(self, state: GrowthState) -> list[Action]:
+        if self.prune is not None and state.epoch == 4:
+            return [self.prune]
+        if self.blueprint is None or state.epoch != 2:
+            return []
+        return [Germinate(slot=state.slots[0].path, blueprint=self.blueprint)]
+
+
+class Run:
+    """A run whose steps are counted and can be tampered with before they are made."""
+
+    def __init__(
+        self,
+        blueprint: str | None = None,
+        *,
+        slot: str | list[str] = "embed",
+        isolation: str = "none",
+        **governor: Any,
+    ) -> None:
+        torch.manual_seed(0)
+        self.host = Host()
+        self.made = 0
+        """Steps, those after going back counted again."""
+        self.every_loss: dict[int, list[float]] = {}
+        """By step, of each time that it was made."""
+        self.last_loss = math.nan
+        self.tamper: dict[int, Any] = {}
+        self.spoilt: set[int] = set()
+        """Steps, by how many were made, whose batch is NaN."""
+        features = torch.randn(STEPS * 8, 4)
+        self.data = list(zip(features.split(8), features.prod(1).split(8), strict=True))
+        slots = esper.attach(
+            self.host, slot, example=features[:2], config=SlotConfig(isolation=isolation)
+        )
+        optimizer = torch.optim.AdamW(self.host.parameters(), lr=1e-2)
+        self.recorder = Recorder()
+        growth = esper.Growth(
+            slots, optimizer, policy=Script(blueprint), max_epochs=6, sinks=[self.recorder]
+        )
+        config = esper.TrainerConfig(epochs=6, governor=GovernorConfig(**SNAPSHOTS | governor))
+        self.trainer = esper.Trainer(
+            growth, self, loss=self.loss, evaluate=lambda: 1.0, config=config, keeper=self
+        )
+
+    def fit(self) -> None:
+        torch.manual_seed(1)
+        self.trainer.fit()
+
+    def after_step(self, trainer: esper.Trainer) -> None:
+        self.every_loss.setdefault(trainer.growth.step, []).append(self.last_loss)
+
+    def after_epoch(self, trainer: esper.Trainer) -> None: ...
+
+    @property
+    def losses(self) -> dict[int, float]:
+        """By step; of one that was made again, the last."""
+        return {step: losses[-1] for step, losses in self.every_loss.items()}
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for features, targets in self.data:
+            self.made += 1
+            if self.made in self.tamper:
+                self.tamper.pop(self.made)()
+            yield (features * math.nan if self.made in self.spoilt else features), targets
+
+    def loss(self, output: Tensor, target: Tensor) -> Tensor:
+        value = mse_loss(output, target)
+        self.last_loss = float(value.detach())
+        return value
+
+    def of(self, *kinds: Any) -> list[Any]:
+        return self.recorder.of(*kinds)
+
+
+def test_a_single_bad_batch_is_skipped_and_nothing_else() -> None:
+    run = Run()
+    run.spoilt = {20}
+    run.fit()
+    assert len(run.of(StepSkipped)) == 1
+    assert not run.of(RunWentBack)
+    assert run.trainer.growth.step == 6 * STEPS
+
+
+def test_a_run_whose_weights_are_spoilt_goes_back_and_is_what_it_would_have_been() -> None:
+    """As a flipped bit would; random streams, data, optimizer and statistics go back too."""
+    run, untouched = Run(), Run()
+
+    def spoil() -> None:
+        with torch.no_grad():
+            run.host.head.weight.mul_(1e6)
+
+    run.tamper = {37: spoil}
+    run.fit()
+    untouched.fit()
+    (back,) = run.of(RunWentBack)
+    assert (back.from_step, back.to_step, back.same_batches) == (39, 30, True)
+    assert back.priority == "critical"
+    assert [event.value > 1e3 for event in run.of(StepSkipped)] == [True] * 3
+    state = untouched.host.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in run.host.state_dict().items())
+    assert run.losses == untouched.losses
+    assert run.trainer.growth.step == untouched.trainer.growth.step == 6 * STEPS
+
+
+def test_bad_data_is_passed_by_the_second_time() -> None:
+    run = Run()
+    drawn_again = 39 + 14 - 30  # 39 batches before going back to step 30, 14 into its epoch
+    run.spoilt = {*range(37, 40), *range(drawn_again + 37, drawn_again + 40)}
+    run.fit()
+    told = [(event.to_step, event.same_batches) for event in run.of(RunWentBack)]
+    assert told == [(30, True), (30, False)]
+    first, again, other = run.every_loss[32]
+    assert first == again != other
+    assert len(run.recorder.of(StepSkipped)) == 6
+    assert all(torch.isfinite(value).all() for value in run.host.state_dict().values())
+
+
+def test_what_stays_bad_ends_the_run_with_an_error() -> None:
+    run = Run()
+    run.spoilt = set(range(37, 500))
+    with pytest.raises(TrainingDivergedError, match=r"again, 2 times after going back to step 30"):
+        run.fit()
+    assert all(torch.isfinite(p).all() for p in run.host.parameters())
+
+
+@pytest.mark.parametrize("settings", [{"snapshot_steps": None}, {"max_bad_steps": 99}])
+def test_without_snapshots_bad_steps_are_skipped_and_no_more(settings: dict[str, Any]) -> None:
+    run = Run(**settings)
+    run.spoilt = set(range(37, 50))
+    run.fit()
+    assert len(run.of(StepSkipped)) == 13
+    assert not run.of(RunWentBack)
+
+
+class Bomb(Seed):
+    """Emits NaN, or far too much, from its thirtieth forward on."""
+
+    emits = math.nan
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(dim, dim)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+        self.calls = 0
+
+    @property
+    def output_layers(self) -> tuple[nn.Module, ...]:
+        return (self.linear,)
+
+    def increment(self, features: Tensor) -> Tensor:
+        self.calls += self.training
+        increment = self.linear(features)
+        return increment + self.emits if self.calls > 30 else increment
+
+
+def make_bomb(dim: int) -> Seed:
+    return Bomb(dim)
+
+
+@pytest.mark.parametrize(
+    ("emits", "slot"), [(math.nan, "embed"), (math.nan, "dropout"), (1e7, "dropout")]
+)
+def test_the_seed_that_bad_steps_are_the_fault_of_is_pruned(
+    emits: float, slot: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In front of the running statistics, which it spoils, and behind them."""
+    monkeypatch.setattr(Bomb, "emits", emits)
+    with blueprints.temporarily() as registry:
+        registry.register("bomb", family=Family.TRANSFORMER)(make_bomb)
+        run = Run("bomb", slot=slot)
+        run.fit()
+    (event,) = run.of(SeedBlamed)
+    assert (event.slot, event.blueprint, event.priority) == (slot, "bomb", "critical")
+    assert not event.loss <= 1e3
+    assert event.loss_without < 10.0
+    (pruned,) = run.of(SeedPruned)
+    assert pruned.reason == "steps are bad with it, and not without"
+    assert len(run.of(StepSkipped)) == 3
+    assert not run.of(RunWentBack), "no step of the host is lost"
+    assert all(torch.isfinite(value).all() for value in run.host.state_dict().values())
+    assert run.trainer.growth.step == 6 * STEPS
+
+
+@pytest.mark.parametrize("emits", [math.nan, math.inf])
+def test_a_seed_whose_own_gradients_explode_is_pruned_and_the_host_never_knew(
+    emits: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Bomb, "emits", emits)
+    with blueprints.temporarily() as registry:
+        registry.register("bomb", family=Family.TRANSFORMER)(make_bomb)
+        run, alone = Run("bomb", isolation="shadowing"), Run()
+        run.fit()
+    alone.fit()
+    (pruned,) = run.of(SeedPruned)
+    assert (pruned.from_stage, pruned.reason) == (
+        SeedStage.TRAINING,
+        "its gradients are not finite",
+    )
+    assert run.losses == alone.losses
+    state = alone.host.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in run.host.state_dict().items())
+
+
+def losses_of(governor: Governor, values: list[float]) -> list[bool]:
+    refused = []
+    for value in values:
+        governor.look(torch.tensor(value))
+        refused.append(governor.refusal() is not None)
+    return refused
+
+
+def test_the_band_follows_the_losses() -> None:
+    governor = Governor(GovernorConfig(history_steps=8, band_width=10.0))
+    falling = [1.0 - 0.05 * k for k in range(10)]
+    assert not any(losses_of(governor, falling))
+    assert losses_of(governor, [0.6 * 10, 0.6]) == [True, False]
+    noisy = Governor(GovernorConfig(history_steps=8, band_width=10.0))
+    assert not any(losses_of(noisy, [1.0, 0.1, 2.0, 0.3, 1.5, 0.2, 1.0, 0.5] * 3 + [6.0]))
+    constant = Governor(GovernorConfig(history_steps=8, band_width=10.0))
+    assert losses_of(constant, [1.0] * 8 + [1.49, 1.51]) == [False] * 9 + [True]
+    assert not any(losses_of(Governor(GovernorConfig(band_width=None)), [1.0] * 99 + [1e9]))
+
+
+@pytest.mark.parametrize("over_steps", [0, 5])
+def test_a_loss_that_rises_since_a_seed_has_left_is_not_bad(over_steps: int) -> None:
+    run = Run("mlp")
+    growth = run.trainer.growth
+    slot = growth.slots["embed"]
+    growth.policy = Script("mlp", Prune(slot="embed", over_steps=over_steps, reason="test"))
+
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        """As if the seed carried nearly all of it."""
+        missing = 1.0 - slot.alpha if growth.epoch > 2 else 0.0
+        return mse_loss(output, target) * (1.0 + 300.0 * missing)
+
+    run.trainer._loss = loss
+    run.fit()
+    assert run.of(SeedPruned)
+    assert not run.of(StepSkipped, RunWentBack)
+
+
+def test_a_snapshot_of_spoilt_weights_is_never_gone_back_to() -> None:
+    """They are spoilt in the very step after which it is taken."""
+    run = Run()
+    optimizer = run.trainer.growth.slots.binding.optimizer
+    steps = itertools.count(1)
+
+    def spoil(*_: Any) -> None:
+        if next(steps) in (40, 45):
+            with torch.no_grad():
+                run.host.head.weight.mul_(1e6)
+
+    optimizer.register_step_post_hook(spoil)
+    run.fit()
+    assert [event.to_step for event in run.of(RunWentBack)] == [30, 30]
+    assert run.losses[max(run.losses)] < 10.0
+    assert run.trainer._safeguard._candidate is None, "two copies are held for one step only"
+
+
+@pytest.mark.parametrize("stage", [SeedStage.BLENDING, SeedStage.SHADOWING, SeedStage.PROBATIONARY])
+def test_of_two_seeds_the_one_that_came_last_is_left_out(
+    stage: SeedStage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside one that is committed and one that is on trial."""
+    monkeypatch.setattr(Bomb, "emits", 1e7)
+    run = Run(slot=["embed", "dropout"])
+    slots = run.trainer.growth.slots
+
+    def grow(path: str, blueprint: str, until: SeedStage) -> None:
+        slots[path].germinate(blueprint)
+        while slots[path].stage is not until:
+            slots[path].advance(force=True)
+        if until is SeedStage.BLENDING:
+            slots[path].set_alpha_target(1.0, 0)
+
+    with blueprints.temporarily() as registry:
+        registry.register("bomb", family=Family.TRANSFORMER)(make_bomb)
+        grow("dropout", "mlp", SeedStage.FOSSILIZED)
+        grow("embed", "mlp", SeedStage.PROBATIONARY)
+        run.tamper = {20: lambda: grow("dropout", "bomb", stage)}
+        run.fit()
+    (event,) = run.of(SeedBlamed)
+    assert event.slot == "dropout"
+    assert event.loss_without < 10.0
+    assert slots["embed"].stage is SeedStage.PROBATIONARY
+    assert not run.of(RunWentBack)
