@@ -62,6 +62,7 @@ benchmarks: $(VENV)/.runtime
 	$(BIN)/python benchmarks/slot_overhead.py
 	$(BIN)/python benchmarks/slot_overhead.py --compile
 	$(BIN)/python benchmarks/isolation_monitor.py
+	$(BIN)/python benchmarks/snapshot_cost.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info src/*.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -12,6 +12,7 @@ import argparse
 import statistics
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -102,7 +103,7 @@ def main() -> None:
         snapshot = milliseconds(default.trainer.state_dict)
         with tempfile.TemporaryDirectory() as folder:
             checkpoints = Checkpoints(Path(folder))
-            checkpoint = milliseconds(lambda: checkpoints.save(default.trainer))
+            checkpoint = milliseconds(partial(checkpoints.save, default.trainer))
         table.add_row(
             task,
             f"{step:.2f} ms",
