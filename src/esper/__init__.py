@@ -5,6 +5,7 @@ from esper.policies import HeuristicConfig, HeuristicPolicy, RandomPolicy, Sched
 from esper.seeds import Seed, blueprints
 from esper.slots import SeedSlot, SlotConfig, SlotSet, attach, bake, detach
 from esper.training import (
+    EMA,
     Growth,
     HeldOut,
     Policy,
@@ -17,6 +18,7 @@ from esper.training import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "EMA",
     "Growth",
     "HeldOut",
     "HeuristicConfig",

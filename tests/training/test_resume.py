@@ -129,6 +129,7 @@ class Case:
     trainer: Mapping[str, Any] = field(default_factory=dict)
     epochs: int = 16
     plateau: bool = False
+    averaged: bool = False
     stages: frozenset[SeedStage] = frozenset()
     """Which cuts there must be at least."""
 
@@ -168,6 +169,7 @@ class Case:
             ),
             scheduler=scheduler,
             keeper=watch,
+            ema=esper.EMA(slots, decay=0.9) if self.averaged else None,
         )
 
 
@@ -180,7 +182,9 @@ BEHIND = frozenset(
 )
 
 CASES = {
-    "behind the host": Case(behind_the_host, {"isolation": "shadowing"}, stages=BEHIND),
+    "behind the host": Case(
+        behind_the_host, {"isolation": "shadowing"}, averaged=True, stages=BEHIND
+    ),
     "in shadow": Case(
         behind_the_host, {"isolation": "shadowing", "objective": "shadow"}, stages=BEHIND
     ),

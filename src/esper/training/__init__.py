@@ -1,6 +1,7 @@
 """The growth engine, the training loop around it and the governor (design name: Tolaria)."""
 
 from esper.training.checkpoints import CheckpointError, CheckpointInfo, Checkpoints
+from esper.training.ema import EMA
 from esper.training.governor import Governor, GovernorConfig
 from esper.training.growth import Growth
 from esper.training.held_out import Evaluate, HeldOut, VariantEvaluator
@@ -15,6 +16,7 @@ from esper.training.trainer import EpochReport, Keeper, Trainer, TrainerConfig
 
 __all__ = [
     "AMPLITUDES",
+    "EMA",
     "CheckpointError",
     "CheckpointInfo",
     "Checkpoints",

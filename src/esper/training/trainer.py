@@ -17,6 +17,7 @@ from esper.slots.modes import beside_the_step, device_of, sole_device
 from esper.slots.nested import to_device
 from esper.slots.slot import SeedSlot
 from esper.training.data_position import DataPosition
+from esper.training.ema import EMA, check_average
 from esper.training.governor import Governor, GovernorConfig
 from esper.training.growth import Growth
 from esper.training.held_out import Evaluate
@@ -91,6 +92,7 @@ class Trainer:
         config: Settings of the loop.
         scheduler: Steps the learning rate; with ReduceLROnPlateau the held-out loss is passed.
         keeper: Keeps the run, as `Checkpoints` does; None keeps nothing.
+        ema: Averages the weights after each step, and is kept with them.
 
     Effects: sets the process's matmul precision, and how often `growth` checks isolation.
     """
@@ -105,7 +107,9 @@ class Trainer:
         config: TrainerConfig,
         scheduler: Any | None = None,
         keeper: Keeper | None = None,
+        ema: EMA | None = None,
     ) -> None:
+        check_average(ema, growth.slots)
         set_matmul_precision(config.matmul_precision)
         binding = growth.slots.binding
         if binding is None:
@@ -125,6 +129,7 @@ class Trainer:
         self._evaluate = evaluate
         self._scheduler = scheduler
         self.keeper = keeper
+        self.ema = ema
         self._optimizer = binding.optimizer
         self._device = device_of(self.model)
         self._input_device = sole_device(self.model)
@@ -171,6 +176,7 @@ class Trainer:
         return {
             "model": {name: _copy(value) for name, value in model.items()},
             "growth": self.growth.state_dict(),
+            "ema": None if self.ema is None else self.ema.state_dict(),
             "governor": self.governor.state_dict(),
             "optimizer": optimizer_state(self._optimizer, self.model),
             "scheduler": None if self._scheduler is None else self._scheduler.state_dict(),
@@ -199,6 +205,11 @@ class Trainer:
         """
         self.growth.load_state_dict(state["growth"])
         self.model.load_state_dict(state["model"])
+        if (state["ema"] is None) != (self.ema is None):
+            had = "no average" if state["ema"] is None else "an average"
+            raise ValueError(f"the run had {had} of its weights; make the trainer as it was then")
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
         load_optimizer_state(self._optimizer, self.model, state["optimizer"])
         if self._scheduler is not None:
             self._scheduler.load_state_dict(state["scheduler"])
@@ -370,6 +381,8 @@ class Trainer:
             self._scaler.update()
             self._optimizer.zero_grad(set_to_none=True)
         self.growth.after_step()
+        if self.ema is not None and refusal is None:
+            self.ema.update()
         if self.config.scheduler_interval == "step":
             self._step_scheduler()
         return None if refusal is not None else total

@@ -1,0 +1,156 @@
+"""An exponential moving average of the weights that follows growth by the names of parameters."""
+
+from collections.abc import Hashable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from esper.slots.slot_set import SlotSet
+
+_FOREIGN = (
+    "{what} pairs weights and averages by position, which growth changes: layers would silently be "
+    "mixed. Make an average of your own for the growing model: esper.EMA(slots, decay=…)"
+)
+
+
+class EMA:
+    """Averages a growing model's parameters: `average = decay * average + (1 - decay) * weight`.
+
+    A seed's parameters join with the values that they have then, stay when the host takes the seed
+    over, and leave with a seed that is pruned. Buffers, as running statistics, are not averaged.
+
+    Args:
+        slots: From `esper.attach`; their model is averaged.
+        decay: Between 0 and 1; 0.999 remembers about a thousand steps.
+
+    Raises:
+        ValueError: `decay` is out of its range.
+
+    Example:
+        >>> import torch, esper
+        >>> host = torch.nn.Sequential(torch.nn.Linear(4, 4))
+        >>> slots = esper.attach(host, ["0"], example=torch.zeros(2, 4))
+        >>> ema = esper.EMA(slots, decay=0.9)
+        >>> ema.update()  # after each optimizer step
+        >>> with ema.applied():
+        ...     averaged = host(torch.zeros(2, 4))
+
+    Source: Polyak and Juditsky 1992, with exponential weights.
+    """
+
+    def __init__(self, slots: SlotSet, *, decay: float = 0.999) -> None:
+        if not isinstance(slots, SlotSet):
+            raise TypeError(
+                f"EMA averages the model of a SlotSet, as esper.attach returns it, got a "
+                f"{type(slots).__name__}"
+            )
+        if not 0.0 < decay < 1.0:
+            raise ValueError(f"decay must lie between 0 and 1, got {decay}")
+        self.slots = slots
+        self.decay = decay
+        self._weights: dict[str, nn.Parameter] = {}
+        self._averages: dict[str, Tensor] = {}
+        self._structure: Hashable = None
+        self._follow()
+
+    def update(self) -> None:
+        """Take the weights of a step into the average. No host–device synchronisation."""
+        self._follow()
+        with torch.no_grad():
+            averages = list(self._averages.values())
+            weights: list[Tensor] = list(self._weights.values())
+            torch._foreach_lerp_(averages, weights, 1.0 - self.decay)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Let the model have the averages inside the block, and its own weights again afterwards.
+
+        Train nothing inside it.
+        """
+        self._follow()
+        kept = {name: weight.detach().clone() for name, weight in self._weights.items()}
+        self._set(self._averages)
+        try:
+            yield
+        finally:
+            self._set(kept)
+
+    def averages(self) -> Mapping[str, Tensor]:
+        """Return the average of each parameter, by its name; do not change them."""
+        self._follow()
+        return self._averages
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the averages, by name; tensors are copies."""
+        self._follow()
+        averages = {name: average.clone() for name, average in self._averages.items()}
+        return {"decay": self.decay, "averages": averages}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from averages that were kept; the slots have their state of then by now.
+
+        Raises:
+            ValueError: They are of other parameters, or another average's that pairs by position.
+                Nothing has changed.
+        """
+        if "n_averaged" in state:
+            raise ValueError(_FOREIGN.format(what="torch.optim.swa_utils.AveragedModel"))
+        if "averages" not in state:
+            raise ValueError(_FOREIGN.format(what="A state without names of averages"))
+        self._follow()
+        averages = state["averages"]
+        missing, unknown = self._averages.keys() - averages, averages.keys() - self._averages
+        if missing or unknown:
+            raise ValueError(
+                f"the averages lack {', '.join(sorted(missing)[:3]) or 'nothing'} and have "
+                f"{', '.join(sorted(unknown)[:3]) or 'nothing'} beyond; give the slots their state "
+                "first"
+            )
+        for name, average in self._averages.items():
+            if averages[name].shape != average.shape:
+                raise ValueError(
+                    f"the average of {name!r} has shape {tuple(averages[name].shape)}, the "
+                    f"parameter {tuple(average.shape)}"
+                )
+        self.decay = state["decay"]
+        for name, average in self._averages.items():
+            average.copy_(averages[name])
+
+    def _follow(self) -> None:
+        """Bring the averages in step with the parameters that the model has now."""
+        structure = self.slots.structure()
+        if structure == self._structure:
+            return
+        self._structure = structure
+        weights = dict(self.slots.model.named_parameters())
+        self._averages = {
+            # A later seed may have the name of one that was pruned, and is another parameter.
+            name: self._averages[name]
+            if self._weights.get(name) is weight
+            else weight.detach().clone()
+            for name, weight in weights.items()
+        }
+        self._weights = weights
+
+    def _set(self, values: Mapping[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, weight in self._weights.items():
+                weight.copy_(values[name])
+
+
+def check_average(average: Any, slots: SlotSet) -> None:
+    """Raise unless an average, if there is one, follows these slots.
+
+    Raises:
+        TypeError: It is another kind of average, which pairs by position.
+        ValueError: It is of another model.
+    """
+    if average is None:
+        return
+    if not isinstance(average, EMA):
+        kind = f"{type(average).__module__}.{type(average).__qualname__}"
+        raise TypeError(_FOREIGN.format(what=kind))
+    if average.slots is not slots:
+        raise ValueError("the average is of another model's slots; make it of these")
