@@ -18,8 +18,9 @@ _FOREIGN = (
 class EMA:
     """Averages a growing model's parameters: `average = decay * average + (1 - decay) * weight`.
 
-    A seed's parameters join with the values that they have then, stay when the host takes the seed
-    over, and leave with a seed that is pruned. Buffers, as running statistics, are not averaged.
+    A seed's parameters join with the values that they have after their first step, stay when the
+    host takes the seed over, and leave with a seed that is pruned. Buffers, as running statistics,
+    are not averaged.
 
     Args:
         slots: From `esper.attach`; their model is averaged.
@@ -69,23 +70,32 @@ class EMA:
 
         Train nothing inside it.
         """
-        self._follow()
-        kept = {name: weight.detach().clone() for name, weight in self._weights.items()}
-        self._set(self._averages)
+        averages = self.averages()
+        weights = dict(self.slots.model.named_parameters())
+        kept = {name: weight.detach().clone() for name, weight in weights.items()}
+        _set(weights, averages)
         try:
             yield
         finally:
-            self._set(kept)
+            _set(weights, kept)
 
     def averages(self) -> Mapping[str, Tensor]:
-        """Return the average of each parameter, by its name; do not change them."""
-        self._follow()
-        return self._averages
+        """Return the average of each parameter, by its name; do not change them.
+
+        One that has not joined yet is there as it is.
+        """
+        return {
+            name: self._averages[name] if self._weights.get(name) is weight else weight.detach()
+            for name, weight in self.slots.model.named_parameters()
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """Return the averages, by name; tensors are copies."""
-        self._follow()
-        averages = {name: average.clone() for name, average in self._averages.items()}
+        averages = {
+            name: self._averages[name].clone()
+            for name, weight in self.slots.model.named_parameters()
+            if self._weights.get(name) is weight
+        }
         return {"decay": self.decay, "averages": averages}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -99,24 +109,37 @@ class EMA:
             raise ValueError(_FOREIGN.format(what="torch.optim.swa_utils.AveragedModel"))
         if "averages" not in state:
             raise ValueError(_FOREIGN.format(what="A state without names of averages"))
-        self._follow()
-        averages = state["averages"]
-        missing, unknown = self._averages.keys() - averages, averages.keys() - self._averages
+        weights, averages = dict(self.slots.model.named_parameters()), state["averages"]
+        missing = weights.keys() - averages - self._names_of_living(weights)
+        unknown = averages.keys() - weights
         if missing or unknown:
             raise ValueError(
                 f"the averages lack {', '.join(sorted(missing)[:3]) or 'nothing'} and have "
                 f"{', '.join(sorted(unknown)[:3]) or 'nothing'} beyond; give the slots their state "
                 "first"
             )
-        for name, average in self._averages.items():
-            if averages[name].shape != average.shape:
+        for name, average in averages.items():
+            if weights[name].shape != average.shape:
                 raise ValueError(
-                    f"the average of {name!r} has shape {tuple(averages[name].shape)}, the "
-                    f"parameter {tuple(average.shape)}"
+                    f"the average of {name!r} has shape {tuple(average.shape)}, the parameter "
+                    f"{tuple(weights[name].shape)}"
                 )
         self.decay = state["decay"]
-        for name, average in self._averages.items():
-            average.copy_(averages[name])
+        self._weights = {name: weights[name] for name in averages}
+        self._averages = {
+            name: average.to(weights[name].device, copy=True) for name, average in averages.items()
+        }
+        self._structure = None
+
+    def _names_of_living(self, weights: Mapping[str, nn.Parameter]) -> set[str]:
+        """Return the names of what may not have joined yet."""
+        living = {
+            parameter
+            for slot in self.slots.values()
+            if slot.living is not None
+            for parameter in slot.living.parameters()
+        }
+        return {name for name, weight in weights.items() if weight in living}
 
     def _follow(self) -> None:
         """Bring the averages in step with the parameters that the model has now."""
@@ -134,9 +157,11 @@ class EMA:
         }
         self._weights = weights
 
-    def _set(self, values: Mapping[str, Tensor]) -> None:
-        with torch.no_grad():
-            for name, weight in self._weights.items():
+
+def _set(weights: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, weight in weights.items():
+            if weight.data_ptr() != values[name].data_ptr():
                 weight.copy_(values[name])
 
 
