@@ -58,7 +58,8 @@ benchmarks: $(VENV)/.runtime
 	$(BIN)/python benchmarks/useless_seeds.py --cache benchmarks/results/useless_seeds.jsonl
 	$(BIN)/python benchmarks/seed_objective.py --cache benchmarks/results/seed_objective.jsonl
 	$(BIN)/python benchmarks/growth_timing.py --seeds 1 --cache benchmarks/results/growth_timing.jsonl \
-		--arms host "at 12 %" "at 25 %" "at 50 %" "at 25 %, copies"
+		--arms host "at 6 %" "at 12 %" "at 25 %" "at 38 %" "at 50 %" "at 12 and 38 %" \
+		"at 25 %, behind the last layer" "at 25 %, copies"
 	$(BIN)/python benchmarks/slot_overhead.py
 	$(BIN)/python benchmarks/slot_overhead.py --compile
 	$(BIN)/python benchmarks/isolation_monitor.py

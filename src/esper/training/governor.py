@@ -15,6 +15,8 @@ from esper.lifecycle.record import Record
 
 _SIGMA_PER_MAD = 1.4826
 """Standard deviations in one median absolute deviation of a normal distribution."""
+_RENEWED_STEPS = 8
+"""The band follows the losses at every so manyth good step: two medians take some microseconds."""
 _LEAST_SPREAD = 0.05
 """Of the median: a loss that hardly varies may still rise by so much, times the band's width."""
 
@@ -50,6 +52,8 @@ class Governor:
         """In a row, up to now."""
         self._history: deque[float] = deque(maxlen=self.config.history_steps)
         self._limit: float | None = None
+        self._unread = 0
+        """Losses since the limit was taken."""
         self._loss: Tensor | None = None
         self._arrived: torch.cuda.Event | None = None
 
@@ -114,18 +118,27 @@ class Governor:
     def state_dict(self) -> dict[str, Any]:
         """Return the recent losses, and the bad steps in a row."""
         history = list(self._history)
-        return {"history": history, "limit": self._limit, "bad_steps": self.bad_steps}
+        return {
+            "history": history,
+            "limit": self._limit,
+            "unread": self._unread,
+            "bad_steps": self.bad_steps,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from there."""
         self._history = deque(state["history"], maxlen=self.config.history_steps)
-        self._limit, self.bad_steps = state["limit"], state["bad_steps"]
+        self._limit, self._unread = state["limit"], state["unread"]
+        self.bad_steps = state["bad_steps"]
 
     def _note(self, loss: float) -> None:
         history, width = self._history, self.config.band_width
         history.append(loss)
-        if width is None or len(history) < self.config.history_steps:
+        self._unread += 1
+        full = len(history) == self.config.history_steps
+        if width is None or not full or (self._limit is not None and self._unread < _RENEWED_STEPS):
             return
+        self._unread = 0
         centre = median(history)
         spread = _SIGMA_PER_MAD * median(abs(value - centre) for value in history)
         self._limit = centre + width * max(spread, _LEAST_SPREAD * abs(centre))
