@@ -1,7 +1,7 @@
 """What a policy, a person or a remote controller may ask of a growing model."""
 
 from enum import StrEnum
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, FiniteFloat, JsonValue, TypeAdapter
 
@@ -96,6 +96,15 @@ def parse_action(document: str | bytes) -> Action:
         pydantic.ValidationError: The document is no action, or has unknown or missing fields.
     """
     return _ADAPTER.validate_json(document)
+
+
+def action_from_dump(dump: Any) -> Action:
+    """Return the action that `model_dump(mode="json")` was taken of.
+
+    Raises:
+        pydantic.ValidationError: It is no action, or has unknown or missing fields.
+    """
+    return _ADAPTER.validate_python(dump)
 
 
 class BlueprintChoice(Record):

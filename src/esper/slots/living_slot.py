@@ -221,6 +221,18 @@ class LivingSlot(SlotForward):
         finally:
             self.measured_as = before
 
+    def snapshot(self) -> SlotSnapshot:
+        """Return all of the slot that is neither in the state dict nor a tensor."""
+        living = self.living
+        return SlotSnapshot(
+            family=self.family,
+            dim=self.dim,
+            config=self.config,
+            committed=tuple(self.committed),
+            living=None if living is None else SeedRecipe.of(living),
+            life=self._life.snapshot(),
+        )
+
     def growth_state(self) -> dict[str, Any]:
         """Return what of the slot is not in the model's state dict; tensors are copies.
 
@@ -232,17 +244,8 @@ class LivingSlot(SlotForward):
                 f"{self._life.subject} has raised {self._failure} and is about to be pruned; call "
                 "tick(), then take the state"
             )
-        living = self.living
-        snapshot = SlotSnapshot(
-            family=self.family,
-            dim=self.dim,
-            config=self.config,
-            committed=tuple(self.committed),
-            living=None if living is None else SeedRecipe.of(living),
-            life=self._life.snapshot(),
-        )
         return {
-            "slot": snapshot.model_dump(mode="json"),
+            "slot": self.snapshot().model_dump(mode="json"),
             "nonfinite_gradients": self.nonfinite_gradients.clone(),
             "random_stream": None if self._stream is None else self._stream.state_dict(),
         }

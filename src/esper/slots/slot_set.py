@@ -6,6 +6,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -23,6 +24,7 @@ from esper.slots.gradient_health import GradientHealth, GradientReading
 from esper.slots.optimizer_binding import OptimizerBinding
 from esper.slots.ownership import HOST, OwnershipLedger
 from esper.slots.placement import SLOT_NAME, remove_slots
+from esper.slots.replication import Replication
 from esper.slots.shadow_pass import teach_in_shadow
 from esper.slots.slot import SeedSlot
 from esper.slots.slot_snapshot import SlotSnapshot
@@ -41,6 +43,10 @@ class SlotSet(Mapping[str, SeedSlot]):
         self.ledger = OwnershipLedger(model, self._living_seeds)
         self.gradient_health = GradientHealth()
         self.binding: OptimizerBinding | None = None
+        self.replication: Replication | None = None
+        """The processes that train copies of the model; None where there is one."""
+        self._averaged = False
+        """Whether the gradients of this step are averaged over processes."""
         self._slots: dict[str, SeedSlot] = {}
         self._breakers: dict[str, CircuitBreaker] = {}
         self._shape_probes: BoundedCache[int | None] = BoundedCache(
@@ -107,6 +113,36 @@ class SlotSet(Mapping[str, SeedSlot]):
             self.binding.release()
             self.binding = None
 
+    def replicate(self, group: dist.ProcessGroup | None = None) -> None:
+        """Stay one model with the other processes that train it.
+
+        Call it where the model is wrapped, `DistributedDataParallel(model)`, with what it has grown
+        by then: the wrapper averages the gradients of those parameters, and of what grows later the
+        slots do. Call `average_gradients` after each step's last backward; clipping and the
+        optimizer's step do it themselves where it was forgotten.
+
+        Args:
+            group: Of processes; None is all of them.
+
+        Raises:
+            RuntimeError: torch.distributed is not initialised.
+        """
+        self.replication = Replication(self.model, group)
+
+    def average_gradients(self) -> None:
+        """Average the gradients of seeds over the processes, once per optimizer step.
+
+        Does nothing unless `replicate` was called.
+
+        Raises:
+            LostReplicaError: A process has died.
+        """
+        if self.replication is None or self._averaged:
+            return
+        self._averaged = True
+        seeds = (p for slot in self._slots.values() for p in slot.branches.parameters())
+        self.replication.average_gradients(seeds, structure=self.structure())
+
     def shadow_pass(self, loss: Callable[[], Tensor]) -> None:
         """Give each seed that learns in shadow the gradient of the loss at full alpha.
 
@@ -165,6 +201,7 @@ class SlotSet(Mapping[str, SeedSlot]):
         """
         if not max_norm > 0.0:
             raise ValueError(f"max_norm must be above 0, got {max_norm}")
+        self.average_gradients()
         norms = {HOST: torch.nn.utils.clip_grad_norm_(self.host_parameters(), max_norm)}
         for owner, seed in self._living_seeds().items():
             norms[owner] = torch.nn.utils.clip_grad_norm_(list(seed.parameters()), max_norm)
@@ -206,6 +243,8 @@ class SlotSet(Mapping[str, SeedSlot]):
         )
 
     def _before_step(self) -> None:
+        self.average_gradients()
+        self._averaged = False
         for slot in self._slots.values():
             slot.check_shadow_gradient()
         learning = {

@@ -145,6 +145,8 @@ class Checkpoints:
             TypeError: The state holds what no checkpoint can; it says what and where.
         """
         growth = trainer.growth
+        if growth.slots.replication is not None and growth.slots.replication.rank != 0:
+            return None
         target = self.folder / f"{_PREFIX}{growth.step:010d}"
         started = self._clock()
         for sink in growth.sinks:  # what they hold of these steps must not be lost with the process

@@ -80,6 +80,11 @@ class Governor:
         self.bad_steps = 0 if refused is None else self.bad_steps + 1
         return refused
 
+    def refusal_elsewhere(self) -> StepSkipped:
+        """Return why the optimizer must not step where the step is bad in another process only."""
+        self.bad_steps += 1
+        return StepSkipped(reason="the step is bad in another process", value=math.nan)
+
     def _refusal(self, gradient_norm: Tensor | None) -> StepSkipped | None:
         if self._loss is not None:
             if self._arrived is not None:

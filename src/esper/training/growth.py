@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from torch import Tensor
@@ -17,6 +18,7 @@ from esper.lifecycle.actions import (
     Prune,
     SetAlphaTarget,
     Wait,
+    action_from_dump,
     check_action,
 )
 from esper.lifecycle.events import (
@@ -36,6 +38,7 @@ from esper.slots.germination import GerminationError
 from esper.slots.gradient_health import EXPLODING_RATIO
 from esper.slots.isolation_monitor import IsolationMonitor
 from esper.slots.modes import device_of, forked_random_state
+from esper.slots.replication import Replication
 from esper.slots.slot import SeedSlot
 from esper.slots.slot_set import SlotSet
 from esper.telemetry.sink import Sink
@@ -177,8 +180,13 @@ class Growth:
 
     def _decide(self, evaluate: Evaluate) -> dict[str, float]:
         self._timer.pause()
+        replication = self.slots.replication
+        if replication is not None:  # before anything is attached
+            replication.check_equal("the network", self._network())
         with self.meter.evaluation():
             metrics = metrics_of(evaluate())
+        if replication is not None:
+            metrics = replication.from_first(metrics)
         self.losses.append(metrics["loss"])
         self._note_losses(metrics["loss"])
         self.publish(self._read_gradient_health())
@@ -198,12 +206,43 @@ class Growth:
         timing = {} if median is None else {"step_seconds": median}
         for sink in self.sinks:
             sink.measure(self.epoch, self.step, {**metrics, **timing})
-        for action in self.policy.decide(self.state()):
+        for action in self._decided():
             self.apply(action)
         self.publish(self.slots.end_epoch())
         for sink in self.sinks:
             sink.flush()
         return metrics
+
+    def _network(self) -> Any:
+        """Return what has to be the same in all processes that train one model."""
+        slots = {}
+        for path, slot in self.slots.items():
+            snapshot = slot.snapshot()
+            slots[path] = {
+                "seeds": [recipe.model_dump(mode="json") for recipe in snapshot.recipes],
+                "stage": snapshot.life.stage.value,
+                "alpha": snapshot.life.alpha.model_dump(mode="json"),
+            }
+        return {"epoch": self.epoch, "step": self.step, "slots": slots}
+
+    def _decided(self) -> Sequence[Action]:
+        """Return what the policy decides; of several processes the first one's does, for all."""
+        replication = self.slots.replication
+        if replication is None:
+            return self.policy.decide(self.state())
+        self._share_measurements(replication)
+        decided: list[Any] = []
+        if replication.rank == 0:
+            actions = self.policy.decide(self.state())
+            decided = [action.model_dump(mode="json") for action in actions]
+        return [action_from_dump(action) for action in replication.from_first(decided)]
+
+    def _share_measurements(self, replication: Replication) -> None:
+        """Let the gates of every process judge what the first one has measured."""
+        mine = {path: asdict(slot.measurements) for path, slot in self.slots.items()}
+        for path, measured in replication.from_first(mine).items():
+            for name, value in measured.items():
+                setattr(self.slots[path].measurements, name, value)
 
     def _weighed(self) -> Mapping[str, SeedSlot]:
         """Return the slots whose seeds the policy wants to be weighed now."""

@@ -10,6 +10,7 @@ import torch
 from pydantic import Field, FiniteFloat
 from torch import Tensor, nn
 
+from esper.lifecycle.events import StepSkipped
 from esper.lifecycle.record import Record
 from esper.slots.counterfactual import call_model
 from esper.slots.isolation_monitor import DEFAULT_INTERVAL_STEPS
@@ -93,6 +94,8 @@ class Trainer:
         scheduler: Steps the learning rate; with ReduceLROnPlateau the held-out loss is passed.
         keeper: Keeps the run, as `Checkpoints` does; None keeps nothing.
         ema: Averages the weights after each step, and is kept with them.
+        forward: Is called instead of the model: `DistributedDataParallel(model)`, made after
+            attaching, where several processes train it; see docs/distributed.md.
 
     Effects: sets the process's matmul precision, and how often `growth` checks isolation.
     """
@@ -108,6 +111,7 @@ class Trainer:
         scheduler: Any | None = None,
         keeper: Keeper | None = None,
         ema: EMA | None = None,
+        forward: nn.Module | None = None,
     ) -> None:
         check_average(ema, growth.slots)
         set_matmul_precision(config.matmul_precision)
@@ -130,6 +134,9 @@ class Trainer:
         self._scheduler = scheduler
         self.keeper = keeper
         self.ema = ema
+        self.forward = self.model if forward is None else forward
+        if isinstance(forward, nn.parallel.DistributedDataParallel):
+            growth.slots.replicate(forward.process_group)
         self._optimizer = binding.optimizer
         self._device = device_of(self.model)
         self._input_device = sole_device(self.model)
@@ -321,7 +328,7 @@ class Trainer:
 
         def total() -> float:
             batches = (to_device(batch, self._input_device) for batch in group)
-            return sum(float(self._forward(x, y, len(group))) for x, y in batches)
+            return sum(float(self._forward(self.model, x, y, len(group))) for x, y in batches)
 
         with beside_the_step(self.model), torch.no_grad():
             loss = total()
@@ -354,8 +361,10 @@ class Trainer:
         total: Tensor | None = None
         for number, batch in enumerate(group, start=1):
             inputs, targets = to_device(batch, self._input_device)
-            forward = functools.partial(self._forward, inputs, targets, len(group))
-            scaled = functools.partial(self._scaled, forward)
+            forward = functools.partial(self._forward, self.forward, inputs, targets, len(group))
+            # Beside the step the model itself runs: a wrapper would wait for its gradients.
+            beside = functools.partial(self._forward, self.model, inputs, targets, len(group))
+            scaled = functools.partial(self._scaled, beside)
             if number == len(group):
                 self.growth.check_isolation(scaled)
             with self.growth.meter.batch((inputs, targets)):
@@ -365,12 +374,13 @@ class Trainer:
                 if number == len(group):
                     self.governor.look(total)
                 self._scaler.scale(loss).backward()
+        self.growth.slots.average_gradients()
         norm = None
         if self.config.max_gradient_norm is not None:
             self._scaler.unscale_(self._optimizer)
             norm = self.growth.slots.clip_grad_norm_(self.config.max_gradient_norm)
         # With a GradScaler a non-finite gradient is its own affair: it skips and lowers the scale.
-        refusal = self.governor.refusal(None if self._scaler.is_enabled() else norm)
+        refusal = self._refusal(None if self._scaler.is_enabled() else norm)
         if refusal is not None:
             self._optimizer.zero_grad(set_to_none=True)
             self.growth.publish([refusal])
@@ -387,10 +397,17 @@ class Trainer:
             self._step_scheduler()
         return None if refusal is not None else total
 
-    def _forward(self, inputs: Any, targets: Any, num_batches: int) -> Tensor:
+    def _refusal(self, norm: Tensor | None) -> StepSkipped | None:
+        """Return why the optimizer must not step, in this process or, of several, in any."""
+        refusal, replication = self.governor.refusal(norm), self.growth.slots.replication
+        if replication is not None and replication.any(refusal is not None) and refusal is None:
+            return self.governor.refusal_elsewhere()
+        return refusal
+
+    def _forward(self, model: nn.Module, inputs: Any, targets: Any, num_batches: int) -> Tensor:
         """Return one batch's share of the step's loss."""
         with self._autocast():
-            return self._loss(call_model(self.model, inputs), targets) / num_batches
+            return self._loss(call_model(model, inputs), targets) / num_batches
 
     def _scaled(self, forward: Callable[[], Tensor]) -> Tensor:
         """Return the loss as the step's backward will see it."""

@@ -1,0 +1,152 @@
+"""Several processes that train one model: what grows after wrapping stays one model, too.
+
+A DDP wrapper averages the gradients of the parameters that it was given. Seeds that grow later are
+none of them, and would silently be trained apart.
+"""
+
+import hashlib
+import json
+from collections.abc import Hashable, Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+class ReplicasDisagreeError(RuntimeError):
+    """The processes do not hold the same network; nothing was changed."""
+
+
+class LostReplicaError(RuntimeError):
+    """Another process does not answer any more."""
+
+
+class Replication:
+    """The processes that train copies of one model.
+
+    Args:
+        model: As it was wrapped: the wrapper averages the gradients of these parameters.
+        group: Of processes; None is all of them.
+
+    Raises:
+        RuntimeError: torch.distributed is not initialised.
+    """
+
+    def __init__(self, model: nn.Module, group: dist.ProcessGroup | None = None) -> None:
+        if not dist.is_initialized():
+            raise RuntimeError(
+                "torch.distributed is not initialised; call init_process_group first, as scripts "
+                "that torchrun starts do"
+            )
+        self.group = group
+        self.rank = dist.get_rank(group)
+        self.size = dist.get_world_size(group)
+        nccl = dist.get_backend(group) == "nccl"
+        self._device = torch.device("cuda" if nccl else "cpu")
+        """Where what is not of the model is exchanged."""
+        self._wrapped = set(model.parameters())
+        self._structure: Hashable = None
+        self._shared: list[int] = []
+        """Which of the seeds' parameters have a gradient in any process."""
+
+    def average_gradients(self, parameters: Iterable[nn.Parameter], *, structure: Hashable) -> None:
+        """Average gradients over the processes, but for those that the wrapper averages.
+
+        A gradient that one process lacks counts as zero there; one that all lacked in the first
+        step of a structure stays lacking.
+
+        Args:
+            parameters: The same in every process, in the same order.
+            structure: Of the network. Waits for the device where it is another one than before, and
+                not otherwise.
+
+        Raises:
+            LostReplicaError: A process has died.
+        """
+        ours = [p for p in parameters if p not in self._wrapped and p.requires_grad]
+        if not ours:
+            return
+        if structure != self._structure:
+            has = torch.tensor([p.grad is not None for p in ours], dtype=torch.int32)
+            has = has.to(self._device)
+            self._reduce(has, dist.ReduceOp.MAX)
+            self._shared, self._structure = has.tolist(), structure
+        by_dtype: dict[torch.dtype, list[Tensor]] = {}
+        for parameter, shared in zip(ours, self._shared, strict=True):
+            if shared:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                by_dtype.setdefault(parameter.grad.dtype, []).append(parameter.grad)
+        for gradients in by_dtype.values():
+            flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+            self._reduce(flat, dist.ReduceOp.SUM)
+            flat /= self.size
+            parts = flat.split([gradient.numel() for gradient in gradients])
+            for gradient, part in zip(gradients, parts, strict=True):
+                gradient.copy_(part.view_as(gradient))
+
+    def from_first(self, value: Any) -> Any:
+        """Return the first process's value, of anything that JSON can hold, in every process.
+
+        Raises:
+            LostReplicaError: A process has died.
+        """
+        text = json.dumps(value).encode() if self.rank == 0 else b""
+        size = torch.tensor([len(text)], dtype=torch.int64, device=self._device)
+        self._broadcast(size)
+        data = torch.empty(int(size), dtype=torch.uint8, device=self._device)
+        if self.rank == 0:
+            data.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
+        self._broadcast(data)
+        return json.loads(bytes(data.tolist()))
+
+    def any(self, mine: bool) -> bool:
+        """Return whether it is so in any process.
+
+        Raises:
+            LostReplicaError: A process has died.
+        """
+        told = torch.tensor([mine], device=self._device, dtype=torch.int32)
+        self._reduce(told, dist.ReduceOp.MAX)
+        return bool(told)
+
+    def check_equal(self, what: str, value: Any) -> None:
+        """Raise in every process unless all of them have the same value.
+
+        Args:
+            what: Names it in the error.
+            value: Anything that JSON can hold.
+
+        Raises:
+            ReplicasDisagreeError: They differ.
+            LostReplicaError: A process has died.
+        """
+        digest = hashlib.sha256(json.dumps(value, sort_keys=True).encode()).digest()[:7]
+        mine = torch.tensor([int.from_bytes(digest)], dtype=torch.int64, device=self._device)
+        everyones = [torch.zeros_like(mine) for _ in range(self.size)]
+        self._told(lambda: dist.all_gather(everyones, mine, group=self.group))
+        hashes = [int(one) for one in everyones]
+        if len(set(hashes)) > 1:
+            usual = max(set(hashes), key=hashes.count)
+            others = [rank for rank, one in enumerate(hashes) if one != usual]
+            raise ReplicasDisagreeError(
+                f"{what} is not the same in all {self.size} processes: rank "
+                f"{', '.join(map(str, others))} differs. Nothing was changed; start all of them "
+                "from the same checkpoint, with the same code and settings"
+            )
+
+    def _reduce(self, tensor: Tensor, operation: Any) -> None:
+        self._told(lambda: dist.all_reduce(tensor, op=operation, group=self.group))
+
+    def _broadcast(self, tensor: Tensor) -> None:
+        first = 0 if self.group is None else dist.get_global_rank(self.group, 0)
+        self._told(lambda: dist.broadcast(tensor, src=first, group=self.group))
+
+    def _told(self, collective: Any) -> None:
+        try:
+            collective()
+        except (RuntimeError, dist.DistBackendError) as error:
+            raise LostReplicaError(
+                f"rank {self.rank} of {self.size} waits for a process that does not answer: {error}"
+            ) from error

@@ -1,0 +1,178 @@
+"""One of several processes that train one model, or the one that trains on all of their batches.
+
+    torchrun --nproc-per-node 2 replica.py FOLDER SCENARIO
+    python replica.py FOLDER SCENARIO 2
+
+Writes gradients and parameters after every step, by rank, for a test to compare.
+"""
+
+import os
+import sys
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.functional import mse_loss
+from torch.nn.parallel import DistributedDataParallel
+
+import esper
+from esper.lifecycle.actions import Action, Germinate, GrowthState, Prune
+
+EPOCH_STEPS = 4
+EPOCHS = 8
+SAMPLES = 4
+"""Of one process, in one step."""
+
+
+class Host(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 8)
+        self.second = nn.Linear(8, 8)
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.second(torch.tanh(self.first(features)))))
+
+
+class Script:
+    """Germinates live and behind the host, prunes one, commits the other; by the first's word."""
+
+    name = "script"
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+    def decide(self, state: GrowthState) -> list[Action]:
+        assert self.rank == 0, "the first process decides for all"
+        plan: dict[int, list[Action]] = {
+            1: [Germinate(slot="first", blueprint="mlp")],
+            2: [Germinate(slot="second", blueprint="lora")],
+            4: [Prune(slot="second", reason="test")],
+        }
+        tending = esper.SchedulePolicy({}, patience_epochs=9)
+        return [*tending.decide(state), *plan.get(state.epoch, [])]
+
+
+LENIENT = {
+    "min_steps_at_target": 1,
+    "min_contribution_fraction": -9.0,
+    "min_over_linear_fraction": None,
+    "max_linear_share": 1.0,
+    "max_loss_increase_fraction": 9.0,
+    "standard_errors": 0.0,
+    "trial_epochs": 1,
+}
+
+
+class Watch:
+    def __init__(self, folder: Path, rank: int) -> None:
+        self.folder, self.rank = folder, rank
+        self.kept: dict[str, Tensor] = {}
+        self.gradients: dict[str, Tensor] = {}
+
+    def before_step(self, trainer: esper.Trainer) -> None:
+        self.gradients = {
+            name: p.grad.clone()
+            for name, p in trainer.model.named_parameters()
+            if p.grad is not None
+        }
+
+    def after_step(self, trainer: esper.Trainer) -> None:
+        step = trainer.growth.step
+        for name, gradient in self.gradients.items():
+            self.kept[f"{step:03d} gradient {name}"] = gradient
+        for name, value in trainer.model.named_parameters():
+            self.kept[f"{step:03d} weight {name}"] = value.detach().clone()
+
+    def after_epoch(self, trainer: esper.Trainer) -> None:
+        safetensors.torch.save_file(self.kept, self.folder / f"rank{self.rank}.safetensors")
+
+
+def batches(rank: int, size: int, samples: int) -> list[tuple[Tensor, Tensor]]:
+    """Return this process's shares of the same data for all."""
+    generator = torch.Generator().manual_seed(3)
+    inputs = torch.randn(EPOCH_STEPS, size * SAMPLES, 4, generator=generator)
+    targets = torch.stack([inputs.prod(-1), inputs.sum(-1)], dim=-1)
+    share = slice(rank * samples, (rank + 1) * samples)
+    return [(x[share], y[share]) for x, y in zip(inputs, targets, strict=True)]
+
+
+def make(rank: int, size: int, samples: int, watch: Watch, scenario: str) -> esper.Trainer:
+    torch.manual_seed(0)
+    model = Host()
+    # The other objectives weigh by norms over the batch, each process by its own.
+    behind = {"isolation": "shadowing", "objective": "plain"}
+    config = esper.SlotConfig(
+        **({} if scenario == "live" else behind),
+        thresholds={
+            **LENIENT,
+            "min_training_steps": 2,
+            "min_gradient_ratio": 0.0,
+            "min_line_search_gain_fraction": -9.0,
+        },
+        ramp_steps=3,
+        embargo_epochs=1,
+    )
+    data = batches(rank, size, samples)
+    slots = esper.attach(model, ["first", "second"], example=data[0][0], config=config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    growth = esper.Growth(slots, optimizer, policy=Script(rank), max_epochs=EPOCHS)
+    held_out = esper.HeldOut(
+        model,
+        batches(0, size, size * SAMPLES),
+        loss=lambda out, y: mse_loss(out, y, reduction="none").mean(-1),
+    )
+    several = dist.is_initialized()
+    trainer = esper.Trainer(
+        growth,
+        data,
+        loss=mse_loss,
+        evaluate=held_out,
+        config=esper.TrainerConfig(
+            epochs=EPOCHS, max_gradient_norm=1.0 if scenario == "live" else None
+        ),
+        keeper=watch,
+        forward=DistributedDataParallel(model) if several else None,
+    )
+    optimizer.register_step_pre_hook(lambda *_: watch.before_step(trainer))
+    return trainer
+
+
+def plant(scenario: str, trainer: esper.Trainer, rank: int) -> None:
+    """Let one process differ from the others, or die, when the second decision falls due."""
+    decide = trainer.growth.after_epoch
+
+    def differ(*args: Any, **kwargs: Any) -> Any:
+        if trainer.growth.epoch == 1 and rank == 1:
+            if scenario == "disagree":
+                trainer.growth.slots["second"].germinate("norm")
+            if scenario == "die":
+                os._exit(7)
+        return decide(*args, **kwargs)
+
+    trainer.growth.after_epoch = differ  # type: ignore[method-assign]
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    folder, scenario = Path(sys.argv[1]), sys.argv[2]
+    if "RANK" in os.environ:
+        dist.init_process_group("gloo", timeout=timedelta(seconds=20))
+        rank, size, samples = dist.get_rank(), dist.get_world_size(), SAMPLES
+    else:
+        rank, size = 0, int(sys.argv[3])
+        samples = size * SAMPLES
+    trainer = make(rank, size, samples, Watch(folder, rank), scenario)
+    plant(scenario, trainer, rank)
+    trainer.fit()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
