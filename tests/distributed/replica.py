@@ -8,6 +8,7 @@ Writes gradients and parameters after every step, by rank, for a test to compare
 
 import os
 import sys
+import time
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import esper
 from esper.lifecycle.actions import Action, Germinate, GrowthState, Prune
+from esper.slots.replication import LostReplicaError
+from esper.training import Checkpoints
 
 EPOCH_STEPS = 4
 EPOCHS = 8
@@ -143,16 +146,17 @@ def make(rank: int, size: int, samples: int, watch: Watch, scenario: str) -> esp
     return trainer
 
 
-def plant(scenario: str, trainer: esper.Trainer, rank: int) -> None:
-    """Let one process differ from the others, or die, when the second decision falls due."""
+def plant(scenario: str, folder: Path, trainer: esper.Trainer, rank: int) -> None:
+    """Let one process differ from the others, or die, when a decision falls due."""
     decide = trainer.growth.after_epoch
+    started_again = (folder / "checkpoints" / "latest").exists()
 
     def differ(*args: Any, **kwargs: Any) -> Any:
-        if trainer.growth.epoch == 1 and rank == 1:
-            if scenario == "disagree":
-                trainer.growth.slots["second"].germinate("norm")
-            if scenario == "die":
-                os._exit(7)
+        if rank == 1 and scenario == "disagree" and trainer.growth.epoch == 1:
+            trainer.growth.slots["second"].germinate("norm")
+        if rank == 1 and scenario == "die" and trainer.growth.epoch == 3 and not started_again:
+            print(f"dies at {time.monotonic()}", flush=True)  # noqa: T201
+            os._exit(7)
         return decide(*args, **kwargs)
 
     trainer.growth.after_epoch = differ  # type: ignore[method-assign]
@@ -162,14 +166,27 @@ def main() -> None:
     torch.set_num_threads(1)
     folder, scenario = Path(sys.argv[1]), sys.argv[2]
     if "RANK" in os.environ:
-        dist.init_process_group("gloo", timeout=timedelta(seconds=20))
+        dist.init_process_group("gloo", timeout=timedelta(seconds=60))
         rank, size, samples = dist.get_rank(), dist.get_world_size(), SAMPLES
     else:
         rank, size = 0, int(sys.argv[3])
         samples = size * SAMPLES
     trainer = make(rank, size, samples, Watch(folder, rank), scenario)
-    plant(scenario, trainer, rank)
-    trainer.fit()
+    plant(scenario, folder, trainer, rank)
+    if scenario == "die":
+        checkpoints = Checkpoints(folder / "checkpoints")
+        trainer.keeper = checkpoints
+        if checkpoints.names():
+            checkpoints.resume(trainer)
+    try:
+        trainer.fit()
+    except LostReplicaError:
+        print(f"lost at {time.monotonic()}", flush=True)  # noqa: T201
+        raise
+    if scenario == "die":
+        end = Watch(folder, rank)
+        end.after_step(trainer)
+        end.after_epoch(trainer)
     if dist.is_initialized():
         dist.destroy_process_group()
 

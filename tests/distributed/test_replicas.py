@@ -1,9 +1,9 @@
 """Several processes stay one model while it grows: torchrun with gloo, for real."""
 
 import os
+import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -20,7 +20,7 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
         text=True,
         check=False,
         timeout=120,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
     )
 
 
@@ -61,8 +61,46 @@ def test_processes_that_disagree_are_stopped_before_anything_is_attached(tmp_pat
 
 
 def test_survivors_of_a_killed_process_end_soon_with_a_clear_error(tmp_path: Path) -> None:
-    started = time.monotonic()
-    done = torchrun(tmp_path, "die", 3)
-    assert done.returncode != 0
-    assert time.monotonic() - started < 40.0
-    assert "exitcode  : 7" in done.stderr.replace("exitcode: 7", "exitcode  : 7")
+    """Without torchrun, which would end them itself."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "3"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(REPLICA), str(tmp_path), "die"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **address, "OMP_NUM_THREADS": "1", "RANK": str(rank)},
+        )
+        for rank in range(3)
+    ]
+    ended = [(*process.communicate(timeout=120), process.returncode) for process in processes]
+    assert [code for _, _, code in ended] == [1, 7, 1]
+    died = float(ended[1][0].split("dies at ")[1].split()[0])
+    for rank in (0, 2):
+        output, errors, _ = ended[rank]
+        assert float(output.split("lost at ")[1].split()[0]) - died < 10.0
+        assert f"rank {rank} of 3 waits for a process that does not answer" in errors
+
+
+def test_a_run_started_again_goes_on_and_finishes_as_if_nothing_had_happened(
+    tmp_path: Path,
+) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    whole.mkdir()
+    killed.mkdir()
+    assert torchrun(whole, "behind", 2).returncode == 0
+    first = torchrun(killed, "die", 2)
+    assert first.returncode != 0
+    assert "dies at" in first.stdout
+    # By hand: within torchrun's own restart gloo at times fails to connect anew.
+    again = torchrun(killed, "die", 2)
+    assert again.returncode == 0, again.stderr[-3000:]
+    wanted = safetensors.torch.load_file(whole / "rank0.safetensors")
+    for rank in range(2):
+        found = safetensors.torch.load_file(killed / f"rank{rank}.safetensors")
+        weights = [key for key in found if " weight " in key]
+        assert any("branches.0" in key for key in weights)
+        assert all(torch.equal(found[key], wanted[key]) for key in weights)

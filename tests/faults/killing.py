@@ -128,8 +128,10 @@ def run(folder: Path, point: str, number: int) -> dict[str, Any]:
     _, status = os.waitpid(process, 0)
     further: Losses = {}
     trainer = make(further)
-    checkpoints = Checkpoints(folder)
+    checkpoints = Checkpoints(folder, interval_steps=SAVED_STEPS)
+    latest = (folder / "latest").resolve().is_dir()
     info = checkpoints.resume(trainer)
+    trainer.keeper = checkpoints
     for _ in trainer.run():
         if trainer.growth.step >= info.step + FURTHER_STEPS:
             break
@@ -141,7 +143,7 @@ def run(folder: Path, point: str, number: int) -> dict[str, Any]:
         "number": number,
         "killed": os.WIFSIGNALED(status),
         "step": info.step,
-        "latest": (folder / "latest").resolve().is_dir(),
+        "latest": latest,
         "left_over": [p.name for p in folder.iterdir() if p.name.startswith(".step-")],
         "same": all(expected[step] == loss for step, loss in further.items()),
         "further": len(further),

@@ -197,6 +197,8 @@ def test_what_a_killed_process_left_is_cleared_away(tmp_path: Path) -> None:
     left.mkdir()
     (left / "state.safetensors").write_bytes(b"half")
     assert Checkpoints(tmp_path).names() == ["step-0000000016", "step-0000000032"]
+    assert left.exists(), "another process may be writing it"
+    trained(tmp_path, epochs=3)
     assert not left.exists()
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from esper.lifecycle.events import (
     RunResumed,
 )
 from esper.lifecycle.record import Record
+from esper.slots.replication import Replication
 from esper.training.sealed_folder import DamagedFolderError, check_sealed, sealed_folder
 from esper.training.state_tree import read_tree, write_tree
 from esper.training.trainer import Trainer
@@ -113,16 +115,14 @@ class Checkpoints:
         self._last_seconds = clock()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            probe = self.folder / ".writable"
-            probe.touch()
-            probe.unlink()
+            tempfile.TemporaryFile(dir=self.folder).close()
         except OSError as error:
             raise CheckpointError(
                 f"checkpoints cannot be written to {self.folder}: {error}; choose another folder, "
                 "or train without checkpoints"
             ) from error
-        for unfinished in self.folder.glob(f".{_PREFIX}*"):  # of a process that was killed
-            shutil.rmtree(unfinished, ignore_errors=True)
+        self._cleared = False
+        """Whether what a killed process began is cleared away; the one that writes does it."""
 
     def after_step(self, trainer: Trainer) -> None:
         """Save if it is time, between two steps."""
@@ -160,6 +160,7 @@ class Checkpoints:
             epoch=trainer.epoch,
             loss=losses[0] if losses else None,
         )
+        self._clear_unfinished()
         try:
             with sealed_folder(target, overwrite=True) as writing:
                 (writing / INFO_FILE).write_text(
@@ -201,13 +202,38 @@ class Checkpoints:
             ValueError: The trainer is not made as it was then; the message says what differs.
             BlueprintError: A blueprint is not registered here.
         """
-        found = self.newest()
+        replication = trainer.growth.slots.replication
+        found = self.newest() if replication is None else self._newest_for_all(replication)
         found.give_to(trainer)
+        if replication is not None:  # nobody goes on, and saves, while others still read
+            replication.check_equal("the step to go on from", found.info.step)
         return found.info
+
+    def _newest_for_all(self, replication: Replication) -> FoundCheckpoint:
+        """Return, in every process, the checkpoint that the first one finds."""
+        found, why = None, ""
+        if replication.rank == 0:
+            try:
+                found = self.newest()
+            except CheckpointError as error:
+                why = str(error)
+        name, why = replication.from_first([found.name if found else None, why])
+        if name is None:
+            raise CheckpointError(why)
+        if found is None:
+            info, state = read_checkpoint(self.folder / name)
+            found = FoundCheckpoint(name=name, info=info, state=state, damaged=())
+        return found
 
     def names(self) -> list[str]:
         """Return the checkpoints that are there, whole or not, oldest first."""
         return sorted(path.name for path in self.folder.glob(f"{_PREFIX}*") if path.is_dir())
+
+    def _clear_unfinished(self) -> None:
+        if not self._cleared:
+            for unfinished in self.folder.glob(f".{_PREFIX}*"):
+                shutil.rmtree(unfinished, ignore_errors=True)
+            self._cleared = True
 
     def _point_at(self, target: Path) -> None:
         link = self.folder / LATEST
