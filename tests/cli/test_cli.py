@@ -281,6 +281,16 @@ def test_doctor_finds_this_machine_ready(tmp_path: Path) -> None:
     output = esper("doctor", cwd=tmp_path, env={"COLUMNS": "200"})
     assert "a seed was built, pruned, and left no trace" in output
     assert "extra [data]" in output
+    assert "one was written here, verified and read back" in output
+    assert "gloo" in output
+
+
+def test_doctor_tells_where_no_checkpoint_can_be_written(tmp_path: Path) -> None:
+    environment = {"COLUMNS": "200", "PYTHONPATH": str(Path(__file__).parents[2] / "src")}
+    done = run_esper("doctor", cwd=Path("/proc"), env=environment)
+    assert done.returncode == 1
+    assert "none can be written here" in done.stdout
+    assert "Traceback" not in done.stderr
 
 
 def test_known_keys_reach_into_nested_settings() -> None:

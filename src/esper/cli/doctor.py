@@ -14,12 +14,15 @@ import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from torch import distributed as dist
 from torch import nn
 
 from esper.slots.attach import attach, detach
 from esper.tasks.collection import SCHEMES
 from esper.tasks.named import TASKS
 from esper.telemetry.environment import describe_device, describe_environment
+from esper.training.sealed_folder import check_sealed, sealed_folder
+from esper.training.state_tree import read_tree, write_tree
 
 _MIN_FREE_BYTES = 1 << 30
 _EXTRAS = (
@@ -84,6 +87,24 @@ def _machine() -> Iterator[Finding]:
         yield Finding("folder", os.access(folder, os.W_OK), "temporary folder is writable")
 
 
+def _keeping() -> Iterator[Finding]:
+    try:
+        with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
+            sealed = Path(folder) / "sealed"
+            with sealed_folder(sealed) as writing:
+                write_tree({"weights": torch.ones(2)}, writing, "state")
+            check_sealed(sealed)
+            same = torch.equal(read_tree(sealed, "state")["weights"], torch.ones(2))
+        detail = "one was written here, verified and read back"
+    except OSError as error:
+        same, detail = False, f"none can be written here: {error}"
+    yield Finding("checkpoints", same, detail)
+    backends = [name for name in ("gloo", "nccl") if getattr(dist, f"is_{name}_available")()]
+    several = dist.is_available() and bool(backends)
+    detail = ", ".join(backends) if several else "none: one process can train a model, not several"
+    yield Finding("several processes", several, detail, needed=False)
+
+
 def _extras() -> Iterator[Finding]:
     for module, extra in _EXTRAS:
         found = find_spec(module) is not None
@@ -105,4 +126,10 @@ def _growth() -> Iterator[Finding]:
     yield Finding("growth", same, "a seed was built, pruned, and left no trace")
 
 
-_CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (_python, _machine, _extras, _growth)
+_CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (
+    _python,
+    _machine,
+    _keeping,
+    _extras,
+    _growth,
+)
