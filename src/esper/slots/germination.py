@@ -156,6 +156,32 @@ def build_branch(order: SeedOrder) -> SeedBranch:
     )
 
 
+def build_again(order: SeedOrder, *, param_count: int, path: str) -> SeedBranch:
+    """Build a seed that was there before, where its slot is; its weights are yet to be loaded.
+
+    Args:
+        order: As it was built then.
+        param_count: That it had then.
+        path: Of the slot, for errors.
+
+    Raises:
+        BlueprintError: Unknown blueprint or option.
+        ValueError: The blueprint refuses an option's value or the width, or builds another number
+            of parameters.
+
+    Effects: random streams are left as they were.
+    """
+    with forked_random_state(order.device):
+        branch = build_branch(order).to(device=order.device, dtype=order.dtype)
+    if branch.param_count != param_count:
+        raise ValueError(
+            f"slot {path!r}: blueprint {order.blueprint!r} builds {branch.param_count} parameters "
+            f"now, {param_count} when it was saved: the blueprint or the host is another one than "
+            "it was then"
+        )
+    return branch
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sprout:
     """A built branch that is not in a slot yet, with what was measured of it."""

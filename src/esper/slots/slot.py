@@ -35,7 +35,7 @@ from esper.slots.config import choose
 from esper.slots.germination import (
     GerminationError,
     SeedOrder,
-    build_branch,
+    build_again,
     derive_random_seed,
     parameters_finite,
     sprout_guarded,
@@ -46,7 +46,7 @@ from esper.slots.gradient_guard import GradientGuard
 from esper.slots.life import SeedLife
 from esper.slots.living_slot import LivingSlot
 from esper.slots.measurements import SeedMeasurements
-from esper.slots.modes import SeparateRandomStream, forked_random_state
+from esper.slots.modes import SeparateRandomStream
 from esper.slots.slot_forward import ForwardMode
 from esper.slots.slot_snapshot import SeedRecipe, SlotSnapshot
 
@@ -341,34 +341,17 @@ class SeedSlot(LivingSlot):
 
         Effects: random streams are left as they were.
         """
-        here = {"family": self.family, "dim": self.dim, "config": self.config}
-        for name, value in here.items():
-            wanted = getattr(snapshot, name)
-            if value != wanted:
-                raise ValueError(
-                    f"slot {self.path!r} had {name} {wanted!r}, and has {value!r}; build the host "
-                    "and attach as it was done then"
-                )
+        snapshot.check_fits(self.path, family=self.family, dim=self.dim, config=self.config)
         branches: list[SeedBranch] = []
         for index, recipe in enumerate(snapshot.recipes):
             standing = self.branches[index] if index < len(self.branches) else None
             if isinstance(standing, SeedBranch) and SeedRecipe.of(standing) == recipe:
                 branches.append(standing)
             else:
-                branches.append(self._build(recipe))
+                order = self._order(recipe.blueprint, recipe.options, recipe.blend_operator)
+                branch = build_again(order, param_count=recipe.param_count, path=self.path)
+                branches.append(branch.train(self.training))
         return branches
-
-    def _build(self, recipe: SeedRecipe) -> SeedBranch:
-        order = self._order(recipe.blueprint, recipe.options, recipe.blend_operator)
-        with forked_random_state(order.device):
-            branch = build_branch(order).to(device=order.device, dtype=order.dtype)
-        if branch.param_count != recipe.param_count:
-            raise ValueError(
-                f"slot {self.path!r}: blueprint {recipe.blueprint!r} builds {branch.param_count} "
-                f"parameters now, {recipe.param_count} when it was saved: the blueprint or the "
-                "host is another one than it was then"
-            )
-        return branch.train(self.training)
 
     def load_growth_state(
         self, snapshot: SlotSnapshot, state: Mapping[str, Any], branches: Sequence[SeedBranch]

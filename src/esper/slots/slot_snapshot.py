@@ -56,6 +56,20 @@ class SlotSnapshot(Record):
     living: SeedRecipe | None
     life: LifeSnapshot
 
+    def check_fits(self, path: str, *, family: Family, dim: int, config: SlotConfig) -> None:
+        """Raise unless a slot is what the one was that this is of.
+
+        Raises:
+            ValueError: Its family, width or settings are others.
+        """
+        for name, value in {"family": family, "dim": dim, "config": config}.items():
+            wanted = getattr(self, name)
+            if value != wanted:
+                raise ValueError(
+                    f"slot {path!r} had {name} {wanted!r}, and has {value!r}; build the host and "
+                    "attach as it was done then"
+                )
+
     @property
     def recipes(self) -> list[SeedRecipe]:
         """How each of its branches was built, in their order: committed, then living."""
