@@ -17,12 +17,15 @@ import safetensors.torch
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import mse_loss
 from torch.nn.parallel import DistributedDataParallel
 
 import esper
 from esper.lifecycle.actions import Action, Germinate, GrowthState, Prune
 from esper.slots.replication import LostReplicaError
+from esper.slots.sharded import whole
 from esper.training import Checkpoints
 
 EPOCH_STEPS = 4
@@ -80,7 +83,7 @@ class Watch:
 
     def before_step(self, trainer: esper.Trainer) -> None:
         self.gradients = {
-            name: p.grad.clone()
+            name: whole(p.grad).clone()
             for name, p in trainer.model.named_parameters()
             if p.grad is not None
         }
@@ -90,7 +93,10 @@ class Watch:
         for name, gradient in self.gradients.items():
             self.kept[f"{step:03d} gradient {name}"] = gradient
         for name, value in trainer.model.named_parameters():
-            self.kept[f"{step:03d} weight {name}"] = value.detach().clone()
+            self.kept[f"{step:03d} weight {name}"] = whole(value.detach()).clone()
+        assert trainer.ema is not None
+        for name, value in trainer.ema.averages().items():
+            self.kept[f"{step:03d} average {name}"] = whole(value).clone()
 
     def after_epoch(self, trainer: esper.Trainer) -> None:
         safetensors.torch.save_file(self.kept, self.folder / f"rank{self.rank}.safetensors")
@@ -111,7 +117,7 @@ def make(rank: int, size: int, samples: int, watch: Watch, scenario: str) -> esp
     # The other objectives weigh by norms over the batch, each process by its own.
     behind = {"isolation": "shadowing", "objective": "plain"}
     config = esper.SlotConfig(
-        **({} if scenario == "live" else behind),
+        **({} if "live" in scenario else behind),
         thresholds={
             **LENIENT,
             "min_training_steps": 2,
@@ -123,6 +129,12 @@ def make(rank: int, size: int, samples: int, watch: Watch, scenario: str) -> esp
     )
     data = batches(rank, size, samples)
     slots = esper.attach(model, ["first", "second"], example=data[0][0], config=config)
+    several, sharded = dist.is_initialized(), scenario.startswith("sharded")
+    if several and sharded:
+        mesh = init_device_mesh("cpu", (size,))
+        for layer in (model.first, model.second, model):
+            fully_shard(layer, mesh=mesh)
+        slots.replicate_sharded(lambda seed: fully_shard(seed, mesh=mesh))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     growth = esper.Growth(slots, optimizer, policy=Script(rank), max_epochs=EPOCHS)
     held_out = esper.HeldOut(
@@ -130,17 +142,17 @@ def make(rank: int, size: int, samples: int, watch: Watch, scenario: str) -> esp
         batches(0, size, size * SAMPLES),
         loss=lambda out, y: mse_loss(out, y, reduction="none").mean(-1),
     )
-    several = dist.is_initialized()
     trainer = esper.Trainer(
         growth,
         data,
         loss=mse_loss,
         evaluate=held_out,
         config=esper.TrainerConfig(
-            epochs=EPOCHS, max_gradient_norm=1.0 if scenario == "live" else None
+            epochs=EPOCHS, max_gradient_norm=1.0 if "live" in scenario else None
         ),
         keeper=watch,
-        forward=DistributedDataParallel(model) if several else None,
+        ema=esper.EMA(slots, decay=0.9),
+        forward=DistributedDataParallel(model) if several and not sharded else None,
     )
     optimizer.register_step_pre_hook(lambda *_: watch.before_step(trainer))
     return trainer
@@ -154,12 +166,36 @@ def plant(scenario: str, folder: Path, trainer: esper.Trainer, rank: int) -> Non
     def differ(*args: Any, **kwargs: Any) -> Any:
         if rank == 1 and scenario == "disagree" and trainer.growth.epoch == 1:
             trainer.growth.slots["second"].germinate("norm")
-        if rank == 1 and scenario == "die" and trainer.growth.epoch == 3 and not started_again:
+        if (
+            rank == 1
+            and scenario.endswith("die")
+            and trainer.growth.epoch == 3
+            and not started_again
+        ):
             print(f"dies at {time.monotonic()}", flush=True)  # noqa: T201
             os._exit(7)
         return decide(*args, **kwargs)
 
     trainer.growth.after_epoch = differ  # type: ignore[method-assign]
+
+
+def check_limits(trainer: esper.Trainer, folder: Path) -> None:
+    """Ask a sharded model for what it cannot give."""
+    slots = trainer.growth.slots
+    for ask in (
+        lambda: slots["second"].germinate("block", source="head"),
+        lambda: esper.save_pretrained(slots, folder / "pretrained"),
+        lambda: slots.replicate_sharded(lambda seed: None) or slots.shard(nn.Linear(2, 2)),
+    ):
+        try:
+            ask()
+        except ValueError as error:
+            assert "sharded" in str(error), error  # noqa: PT017 – no test, a script
+        else:
+            raise AssertionError("was not refused")
+    assert not (folder / "pretrained").exists()
+    state = trainer.growth.isolation_monitor.state_dict()
+    assert state["checks"] == 0
 
 
 def main() -> None:
@@ -173,7 +209,7 @@ def main() -> None:
         samples = size * SAMPLES
     trainer = make(rank, size, samples, Watch(folder, rank), scenario)
     plant(scenario, folder, trainer, rank)
-    if scenario == "die":
+    if scenario.endswith("die"):
         checkpoints = Checkpoints(folder / "checkpoints")
         trainer.keeper = checkpoints
         if checkpoints.names():
@@ -183,7 +219,9 @@ def main() -> None:
     except LostReplicaError:
         print(f"lost at {time.monotonic()}", flush=True)  # noqa: T201
         raise
-    if scenario == "die":
+    if scenario.startswith("sharded") and dist.is_initialized():
+        check_limits(trainer, folder)
+    if scenario.endswith("die"):
         end = Watch(folder, rank)
         end.after_step(trainer)
         end.after_epoch(trainer)

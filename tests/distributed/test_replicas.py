@@ -10,26 +10,12 @@ import pytest
 import safetensors.torch
 import torch
 
+from processes import run_python, torchrun
+
 REPLICA = Path(__file__).parent / "replica.py"
 
 
-def run(*command: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *command],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
-    )
-
-
-def torchrun(folder: Path, scenario: str, processes: int) -> subprocess.CompletedProcess[str]:
-    options = ("--standalone", "--nproc-per-node", str(processes))
-    return run("-m", "torch.distributed.run", *options, str(REPLICA), str(folder), scenario)
-
-
-@pytest.mark.parametrize("scenario", ["live", "behind"])
+@pytest.mark.parametrize("scenario", ["live", "behind", "sharded live", "sharded behind"])
 @pytest.mark.parametrize("processes", [2, 3])
 def test_gradients_and_weights_are_those_of_one_process_with_all_batches(
     processes: int, scenario: str, tmp_path: Path
@@ -37,9 +23,9 @@ def test_gradients_and_weights_are_those_of_one_process_with_all_batches(
     together, alone = tmp_path / "together", tmp_path / "alone"
     together.mkdir()
     alone.mkdir()
-    done = torchrun(together, scenario, processes)
+    done = torchrun(REPLICA, str(together), scenario, processes=processes)
     assert done.returncode == 0, done.stderr[-3000:]
-    reference = run(str(REPLICA), str(alone), scenario, str(processes))
+    reference = run_python(str(REPLICA), str(alone), scenario, str(processes))
     assert reference.returncode == 0, reference.stderr[-3000:]
     wanted = safetensors.torch.load_file(alone / "rank0.safetensors")
     seeds = {key for key in wanted if "esper_slot" in key}
@@ -54,7 +40,7 @@ def test_gradients_and_weights_are_those_of_one_process_with_all_batches(
 
 
 def test_processes_that_disagree_are_stopped_before_anything_is_attached(tmp_path: Path) -> None:
-    done = torchrun(tmp_path, "disagree", 2)
+    done = torchrun(REPLICA, str(tmp_path), "disagree")
     assert done.returncode != 0
     assert "the network is not the same in all 2 processes" in done.stderr
     assert done.stderr.count("ReplicasDisagreeError") >= 2, "every process is told"
@@ -85,22 +71,28 @@ def test_survivors_of_a_killed_process_end_soon_with_a_clear_error(tmp_path: Pat
         assert f"rank {rank} of 3 waits for a process that does not answer" in errors
 
 
+@pytest.mark.parametrize("kind", ["", "sharded "])
 def test_a_run_started_again_goes_on_and_finishes_as_if_nothing_had_happened(
-    tmp_path: Path,
+    tmp_path: Path, kind: str
 ) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     whole.mkdir()
     killed.mkdir()
-    assert torchrun(whole, "behind", 2).returncode == 0
-    first = torchrun(killed, "die", 2)
+    assert torchrun(REPLICA, str(whole), f"{kind}behind").returncode == 0
+    first = torchrun(REPLICA, str(killed), f"{kind}die")
     assert first.returncode != 0
     assert "dies at" in first.stdout
     # By hand: within torchrun's own restart gloo at times fails to connect anew.
-    again = torchrun(killed, "die", 2)
+    again = torchrun(REPLICA, str(killed), f"{kind}die")
     assert again.returncode == 0, again.stderr[-3000:]
     wanted = safetensors.torch.load_file(whole / "rank0.safetensors")
     for rank in range(2):
         found = safetensors.torch.load_file(killed / f"rank{rank}.safetensors")
-        weights = [key for key in found if " weight " in key]
+        weights = [key for key in found if " weight " in key or " average " in key]
         assert any("branches.0" in key for key in weights)
         assert all(torch.equal(found[key], wanted[key]) for key in weights)
+    if kind:
+        alone = run_python(str(REPLICA), str(killed), "die", "2")
+        assert alone.returncode == 0, alone.stderr[-3000:]
+        found = safetensors.torch.load_file(killed / "rank0.safetensors")
+        assert all(torch.equal(found[key], wanted[key]) for key in weights), "in one process"

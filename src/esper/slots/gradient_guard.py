@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from esper.slots.sharded import local_part
+
 
 class GradientGuard:
     """Hooks on a seed's parameters that run as their gradients arrive in `.grad`.
@@ -46,6 +48,7 @@ class GradientGuard:
         if self.frozen:
             parameter.grad = None
         elif self.sanitising:
+            gradient = local_part(gradient)
             largest = torch.linalg.vector_norm(gradient, ord=torch.inf)
             broken = torch.isfinite(largest).logical_not_()
             gradient.masked_fill_(broken, 0.0)

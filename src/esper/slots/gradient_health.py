@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from esper.slots.sharded import whole
+
 VANISHING_RATIO = 1e-4
 EXPLODING_RATIO = 1e3
 
@@ -37,7 +39,7 @@ class GradientReading:
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     """Return the 2-norm of all gradients together, 0-dim on their device, in O(1) launches."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    return torch.nn.utils.get_total_norm(gradients)
+    return whole(torch.nn.utils.get_total_norm(gradients))
 
 
 class GradientHealth:

@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from esper.slots.sharded import is_sharded
+
 
 class ReplicasDisagreeError(RuntimeError):
     """The processes do not hold the same network; nothing was changed."""
@@ -64,7 +66,11 @@ class Replication:
         Raises:
             LostReplicaError: A process has died.
         """
-        ours = [p for p in parameters if p not in self._wrapped and p.requires_grad]
+        ours = [
+            p
+            for p in parameters
+            if p not in self._wrapped and p.requires_grad and not is_sharded(p)
+        ]
         if not ours:
             return
         if structure != self._structure:

@@ -146,6 +146,7 @@ class SeedSlot(LivingSlot):
 
     def _register(self, life: SeedLife, branch: SeedBranch, state_of: str | None) -> Event:
         branch.train(self.training)
+        self._attached().shard(branch)
         before = self.branches
         self.branches = nn.ModuleList([*before, branch])
         try:
@@ -350,6 +351,7 @@ class SeedSlot(LivingSlot):
             else:
                 order = self._order(recipe.blueprint, recipe.options, recipe.blend_operator)
                 branch = build_again(order, param_count=recipe.param_count, path=self.path)
+                self._attached().shard(branch)
                 branches.append(branch.train(self.training))
         return branches
 

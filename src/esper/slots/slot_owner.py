@@ -24,6 +24,9 @@ class SlotOwner(Protocol):
     def copy_of_host_module(self, name: str) -> nn.Module:
         """Return a copy of a module of the host, without slots and seeds."""
 
+    def shard(self, branch: SeedBranch) -> None:
+        """Shard a seed that is not attached yet as the host is, if it is."""
+
     def seed_added(self, path: str, branch: SeedBranch, *, state_of: str | None = None) -> None:
         """Take note that a seed was registered.
 

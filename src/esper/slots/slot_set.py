@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
 from esper.lifecycle.actions import BlueprintChoice
@@ -26,6 +27,7 @@ from esper.slots.ownership import HOST, OwnershipLedger
 from esper.slots.placement import SLOT_NAME, remove_slots
 from esper.slots.replication import Replication
 from esper.slots.shadow_pass import teach_in_shadow
+from esper.slots.sharded import keep_sharded, whole
 from esper.slots.slot import SeedSlot
 from esper.slots.slot_snapshot import SlotSnapshot
 
@@ -45,6 +47,7 @@ class SlotSet(Mapping[str, SeedSlot]):
         self.binding: OptimizerBinding | None = None
         self.replication: Replication | None = None
         """The processes that train copies of the model; None where there is one."""
+        self._shard: Callable[[nn.Module], Any] | None = None
         self._averaged = False
         """Whether the gradients of this step are averaged over processes."""
         self._slots: dict[str, SeedSlot] = {}
@@ -129,6 +132,31 @@ class SlotSet(Mapping[str, SeedSlot]):
         """
         self.replication = Replication(self.model, group)
 
+    def replicate_sharded(
+        self, shard: Callable[[nn.Module], Any], group: dist.ProcessGroup | None = None
+    ) -> None:
+        """Stay one model with the other processes, each of which holds a part of it. Experimental.
+
+        Call it where the model is sharded, `fully_shard(model)`, after attaching and before the
+        optimizer is made. A seed is sharded when it germinates, before it is attached; limits are
+        in docs/distributed.md.
+
+        Args:
+            shard: Does it, in place: `lambda seed: fully_shard(seed, mesh=mesh)`.
+            group: Of processes; None is all of them.
+
+        Raises:
+            RuntimeError: torch.distributed is not initialised.
+        """
+        self.replicate(group)
+        self._shard = shard
+        keep_sharded(self.model)
+
+    @property
+    def sharded(self) -> bool:
+        """Whether each process holds a part of the parameters only."""
+        return self._shard is not None
+
     def average_gradients(self) -> None:
         """Average the gradients of seeds over the processes, once per optimizer step.
 
@@ -202,9 +230,9 @@ class SlotSet(Mapping[str, SeedSlot]):
         if not max_norm > 0.0:
             raise ValueError(f"max_norm must be above 0, got {max_norm}")
         self.average_gradients()
-        norms = {HOST: torch.nn.utils.clip_grad_norm_(self.host_parameters(), max_norm)}
+        norms = {HOST: whole(clip_grad_norm_(self.host_parameters(), max_norm))}
         for owner, seed in self._living_seeds().items():
-            norms[owner] = torch.nn.utils.clip_grad_norm_(list(seed.parameters()), max_norm)
+            norms[owner] = whole(clip_grad_norm_(seed.parameters(), max_norm))
         self.gradient_health.note_before_clipping(norms)
         return norms[HOST]
 
@@ -357,8 +385,13 @@ class SlotSet(Mapping[str, SeedSlot]):
 
         Raises:
             ValueError: The name is no string, or the host has no such module; the nearest ones are
-                listed.
+                listed. Or the host is sharded.
         """
+        if self.sharded:
+            raise ValueError(
+                f"source={name!r}: the host is sharded, and torch cannot copy a sharded module; "
+                "take a blueprint that is built anew"
+            )
         if not isinstance(name, str):
             raise ValueError(  # noqa: TRY004 – as for any other value that names no module
                 f"source must be the path of a module of the host, got a {type(name).__name__}"
@@ -376,6 +409,12 @@ class SlotSet(Mapping[str, SeedSlot]):
             part._forward_hooks.clear()  # noqa: SLF001 – torch has no other way to drop them
             part._forward_pre_hooks.clear()  # noqa: SLF001
         return module.requires_grad_(requires_grad=True)
+
+    def shard(self, branch: SeedBranch) -> None:
+        """Shard a seed that is not attached yet as the host is, if it is."""
+        if self._shard is not None:
+            self._shard(branch)
+            keep_sharded(branch)
 
     def seed_added(self, path: str, branch: SeedBranch, *, state_of: str | None = None) -> None:
         """Give a new seed to the optimizer.

@@ -20,7 +20,9 @@ from esper.lifecycle.events import (
     RunResumed,
 )
 from esper.lifecycle.record import Record
+from esper.slots.nested import map_tensors
 from esper.slots.replication import Replication
+from esper.slots.sharded import whole
 from esper.training.sealed_folder import DamagedFolderError, check_sealed, sealed_folder
 from esper.training.state_tree import read_tree, write_tree
 from esper.training.trainer import Trainer
@@ -131,8 +133,13 @@ class Checkpoints:
 
     def after_epoch(self, trainer: Trainer) -> None:
         """Save if it is time, between two epochs."""
-        waited = self._clock() - self._last_seconds
-        if self.interval_steps is None and waited >= self.min_seconds:
+        if self.interval_steps is not None:
+            return
+        due = self._clock() - self._last_seconds >= self.min_seconds
+        slots = trainer.growth.slots
+        if slots.replication is not None and slots.sharded:  # all of them save, or none
+            due = slots.replication.from_first(due)
+        if due:
             self.save(trainer)
 
     def save(self, trainer: Trainer) -> Path | None:
@@ -144,14 +151,20 @@ class Checkpoints:
         Raises:
             TypeError: The state holds what no checkpoint can; it says what and where.
         """
-        growth = trainer.growth
-        if growth.slots.replication is not None and growth.slots.replication.rank != 0:
+        growth, slots = trainer.growth, trainer.growth.slots
+        first = slots.replication is None or slots.replication.rank == 0
+        if not (first or slots.sharded):
             return None
         target = self.folder / f"{_PREFIX}{growth.step:010d}"
         started = self._clock()
         for sink in growth.sinks:  # what they hold of these steps must not be lost with the process
             sink.flush()
         state = trainer.state_dict()
+        if slots.sharded:
+            state = map_tensors(whole, state)
+        if not first:
+            self._last_seconds = self._clock()
+            return None
         losses = [loss for loss in growth.losses[-1:] if math.isfinite(loss)]
         info = CheckpointInfo(
             format_version=FORMAT_VERSION,

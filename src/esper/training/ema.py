@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from esper.slots.sharded import sharded_like
 from esper.slots.slot_set import SlotSet
 
 _FOREIGN = (
@@ -127,7 +128,8 @@ class EMA:
         self.decay = state["decay"]
         self._weights = {name: weights[name] for name in averages}
         self._averages = {
-            name: average.to(weights[name].device, copy=True) for name, average in averages.items()
+            name: sharded_like(average, weights[name]).to(weights[name].device, copy=True)
+            for name, average in averages.items()
         }
         self._structure = None
 

@@ -55,11 +55,17 @@ def save_pretrained(slots: SlotSet, folder: str | Path, *, overwrite: bool = Fal
 
     Raises:
         FileExistsError: The folder exists and `overwrite` is not set.
-        ValueError: A living seed is in the forward path; commit or prune it first.
+        ValueError: A living seed is in the forward path; commit or prune it first. Or the model is
+            sharded.
         TypeError: The state dict holds something that is no tensor.
         pydantic_core.PydanticSerializationError: An option of a committed seed has no JSON form.
         In each case nothing is written.
     """
+    if slots.sharded:
+        raise ValueError(
+            "the model is sharded over several processes; keep the run with esper.training."
+            "Checkpoints, let one process go on from that, and save there"
+        )
     undecided = [path for path, slot in slots.items() if slot.in_forward_path]
     if undecided:
         raise ValueError(

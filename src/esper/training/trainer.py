@@ -16,6 +16,7 @@ from esper.slots.counterfactual import call_model
 from esper.slots.isolation_monitor import DEFAULT_INTERVAL_STEPS
 from esper.slots.modes import beside_the_step, device_of, sole_device
 from esper.slots.nested import to_device
+from esper.slots.sharded import sharded_like
 from esper.slots.slot import SeedSlot
 from esper.training.data_position import DataPosition
 from esper.training.ema import EMA, check_average
@@ -211,7 +212,10 @@ class Trainer:
         Effects: random streams are put where they were when the next epoch begins.
         """
         self.growth.load_state_dict(state["growth"])
-        self.model.load_state_dict(state["model"])
+        here = self.model.state_dict()
+        self.model.load_state_dict(
+            {n: sharded_like(value, here.get(n, value)) for n, value in state["model"].items()}
+        )
         if (state["ema"] is None) != (self.ema is None):
             had = "no average" if state["ema"] is None else "an average"
             raise ValueError(f"the run had {had} of its weights; make the trainer as it was then")
