@@ -30,6 +30,8 @@ _EXTRAS = (
     ("datasets", "data"),
     ("PIL", "data"),
     ("transformers", "hf"),
+    ("accelerate", "hf"),
+    ("lightning", "lightning"),
     ("matplotlib", "report"),
 )
 """Modules that an extra brings."""

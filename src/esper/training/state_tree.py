@@ -1,4 +1,4 @@
-"""States as files: plain values in JSON, tensors in safetensors, nothing that could run code."""
+"""States as files or as one tensor: JSON and safetensors, nothing that could run code."""
 
 import json
 import math
@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
 _MARK = "$"
 """Begins the one key of an object that stands for what JSON has not."""
 _TENSOR, _TUPLE, _FLOAT, _PAIRS = "$tensor", "$tuple", "$float", "$pairs"
+_DOCUMENT = "$document"
+"""Names the JSON among the tensors, where both are one tensor."""
 
 
 def write_tree(tree: Any, folder: Path, name: str) -> None:
@@ -26,10 +29,8 @@ def write_tree(tree: Any, folder: Path, name: str) -> None:
         OSError: The folder cannot be written.
     """
     tensors: dict[str, Tensor] = {}
-    document = _encode(tree, name, tensors)
-    (folder / f"{name}.json").write_text(
-        json.dumps(document, allow_nan=False, separators=(",", ":")) + "\n", encoding="utf-8"
-    )
+    document = _json(_encode(tree, name, tensors))
+    (folder / f"{name}.json").write_text(document + "\n", encoding="utf-8")
     try:
         safetensors.torch.save_file(tensors, folder / f"{name}.safetensors")
     except SafetensorError as error:  # a full disk too
@@ -46,6 +47,36 @@ def read_tree(folder: Path, name: str) -> Any:
     document = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
     tensors = safetensors.torch.load_file(folder / f"{name}.safetensors")
     return _decode(document, tensors)
+
+
+def tree_as_tensor(tree: Any, name: str) -> Tensor:
+    """Return what `write_tree` would write, as one tensor of bytes on the CPU.
+
+    Raises:
+        TypeError: As `write_tree`; `name` begins the place that the message tells.
+    """
+    tensors: dict[str, Tensor] = {}
+    document = _json(_encode(tree, name, tensors)).encode()
+    tensors[_DOCUMENT] = torch.frombuffer(bytearray(document), dtype=torch.uint8)
+    return torch.frombuffer(bytearray(safetensors.torch.save(tensors)), dtype=torch.uint8)
+
+
+def tree_from_tensor(tensor: Tensor) -> Any:
+    """Return what `tree_as_tensor` was given; tensors are on the CPU.
+
+    Raises:
+        ValueError: It is not what `tree_as_tensor` returned.
+    """
+    try:
+        tensors = safetensors.torch.load(tensor.cpu().numpy().tobytes())
+        document = json.loads(tensors[_DOCUMENT].numpy().tobytes())
+        return _decode(document, tensors)
+    except (SafetensorError, KeyError, RuntimeError) as error:
+        raise ValueError(f"the tensor holds no state: {error}") from error
+
+
+def _json(document: Any) -> str:
+    return json.dumps(document, allow_nan=False, separators=(",", ":"))
 
 
 def _encode(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:

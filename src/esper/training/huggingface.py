@@ -1,0 +1,141 @@
+"""Growth in the Trainer of transformers."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.training_args import ParallelMode
+
+from esper.training.carried_state import CarriedState
+from esper.training.ema import EMA
+from esper.training.growth import Growth
+from esper.training.growth_driver import GrowthDriver, check_loop
+from esper.training.held_out import Evaluate
+
+
+class GrowthCallback(TrainerCallback):
+    """Grows the model of a transformers Trainer while it trains.
+
+    Checkpoints of the Trainer hold what has grown, and `train(resume_from_checkpoint=…)` goes on as
+    if nothing had happened, where the callback is made as it was then.
+
+    Args:
+        growth: Slots of the Trainer's model and its optimizer, made before training begins:
+            `esper.Growth(slots, trainer.create_optimizer(), policy=…)`. Schedulers come later.
+        evaluate: As `Growth.after_epoch`; `esper.HeldOut` for one.
+        decision_interval_steps: Optimizer steps between growth decisions; None decides after each
+            epoch.
+        max_gradient_norm: Clips host and seeds each on their own. Turn the Trainer's own clipping
+            off then: `TrainingArguments(max_grad_norm=0)`.
+        ema: Averages the weights after each step.
+
+    Raises:
+        TypeError: The average pairs weights by position.
+
+    Example: examples/huggingface_trainer.py
+    """
+
+    def __init__(
+        self,
+        growth: Growth,
+        *,
+        evaluate: Evaluate,
+        decision_interval_steps: int | None = None,
+        max_gradient_norm: float | None = None,
+        ema: EMA | None = None,
+    ) -> None:
+        self.growth = growth
+        self.max_gradient_norm = max_gradient_norm
+        model = growth.slots.model
+        self._driver = GrowthDriver(
+            growth,
+            model,
+            evaluate=evaluate,
+            decision_interval_steps=decision_interval_steps,
+            ema=ema,
+        )
+        self._decision_interval_steps = decision_interval_steps
+        self._training = False
+        self._carried = CarriedState(model, state=self._state, load=self._driver.load_state_dict)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Check that the Trainer trains what grows, and in a way that seeds can stand.
+
+        Raises:
+            ValueError: It does not; the message says how to make it so.
+        """
+        slots = self.growth.slots
+        if kwargs["model"] is not slots.model:
+            raise ValueError(
+                f"the slots are in a {type(slots.model).__name__}, and the Trainer trains another "
+                f"model, a {type(kwargs['model']).__name__}; attach to the Trainer's model itself, "
+                "without model_init, and before FSDP or DeepSpeed wrap anything"
+            )
+        bound = None if slots.binding is None else slots.binding.optimizer
+        optimizer = _innermost(kwargs["optimizer"])
+        if optimizer is not bound:
+            raise ValueError(
+                f"growth is bound to another optimizer than the Trainer's "
+                f"{type(optimizer).__name__}, which would never train a seed; use its own: "
+                "esper.Growth(slots, trainer.create_optimizer(), …), or give yours to the Trainer: "
+                "Trainer(…, optimizers=(optimizer, None))"
+            )
+        sharded = [name for name in ("fsdp", "deepspeed") if getattr(args, name, None)]
+        if sharded or getattr(args, "deepspeed_plugin", None) is not None:
+            raise ValueError(
+                f"growth does not know {sharded[0] if sharded else 'deepspeed'}, which shards what "
+                "it was given before; train with DDP, one process per GPU"
+            )
+        several = args.parallel_mode is ParallelMode.DISTRIBUTED
+        if args.parallel_mode not in (ParallelMode.DISTRIBUTED, ParallelMode.NOT_PARALLEL):
+            raise ValueError(
+                f"the Trainer would train by {args.parallel_mode.value}, which growth does not "
+                "know; start one process per GPU with torchrun"
+            )
+        check_loop(slots, joint_clipping=args.max_grad_norm > 0, several=several, scaled=args.fp16)
+        if several:
+            slots.replicate()
+        if self.growth.max_epochs is None:
+            every = self._decision_interval_steps
+            epochs = int(state.num_train_epochs)
+            self.growth.max_epochs = epochs if every is None else state.max_steps // every
+        self._training = True
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Clip gradients per owner, if asked to."""
+        if self.max_gradient_norm is not None:
+            self.growth.slots.clip_grad_norm_(self.max_gradient_norm)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Let growth go on by a step; at an epoch's last one decide, before anything is saved."""
+        self._driver.after_step(epoch_ends=float(state.epoch).is_integer())
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take note of the training loss, for policies that decide by it."""
+        logs: Mapping[str, float] = kwargs["logs"]
+        if "loss" in logs:
+            self._driver.note_loss(logs["loss"])
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Leave the model's state dict alone again."""
+        self._training = False
+
+    def _state(self) -> Mapping[str, Any] | None:
+        return self._driver.state_dict() if self._training else None
+
+
+def _innermost(optimizer: Any) -> Any:
+    """Return the optimizer inside those that only wrap it, as accelerate's does."""
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer

@@ -1,0 +1,314 @@
+"""A transformers model that grows: trained, interrupted and resumed by the library's Trainer."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor
+from torch.nn.functional import mse_loss
+
+import esper
+from esper import SeedStage, SlotConfig
+from esper.lifecycle.actions import Germinate, Prune
+from growth_problem import Recorder
+from processes import kill_after, torchrun
+
+transformers = pytest.importorskip("transformers", reason="needs esper-lite[hf]")
+pytest.importorskip("accelerate", reason="the Trainer of transformers needs it")
+from esper.training.huggingface import GrowthCallback  # noqa: E402 – only where it can be
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # the libraries' own
+
+LENIENT = {
+    "min_training_steps": 4,
+    "min_gradient_ratio": 0.0,
+    "min_contribution_fraction": -9.0,
+    "min_over_linear_fraction": None,
+    "max_linear_share": 1.0,
+    "max_loss_increase_fraction": 9.0,
+    "min_line_search_gain_fraction": -9.0,
+    "standard_errors": 0.0,
+    "trial_epochs": 2,
+}
+EPOCHS = 10
+STEPS_PER_EPOCH = 8
+
+
+def plan() -> esper.Policy:
+    """Two slots that commit in the other order than they stand in the model, and one prune."""
+    first, second = "bert.encoder.layer.0", "bert.encoder.layer.1"
+    return esper.SchedulePolicy(
+        {
+            1: [Germinate(slot=second, blueprint="block")],
+            2: [Germinate(slot=first, blueprint="mlp")],
+            7: [Germinate(slot=second, blueprint="lora")],
+            9: [Prune(slot=second, reason="test")],
+        },
+        tend_seeds=True,
+        patience_epochs=20,
+    )
+
+
+class Watch(transformers.TrainerCallback):
+    def __init__(self, slots: esper.SlotSet) -> None:
+        self.slots = slots
+        self.losses: list[float] = []
+        self.stages: set[SeedStage] = set()
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if "loss" in kwargs["logs"]:
+            self.losses.append(kwargs["logs"]["loss"])
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.stages |= {slot.stage for slot in self.slots.values()}
+
+
+class Run:
+    """Everything as a fresh process would make it."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        slot: dict[str, Any] | None = None,
+        clip: float | None = 1.0,
+        bound: bool = True,
+        **arguments: Any,
+    ) -> None:
+        transformers.set_seed(0)
+        config = transformers.BertConfig(
+            vocab_size=20, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+            intermediate_size=32, max_position_embeddings=8, num_labels=3,
+        )  # fmt: skip
+        self.model = transformers.BertForSequenceClassification(config)
+        ids = torch.randint(0, 20, (128, 8))
+        self.data = [{"input_ids": row, "labels": row.sum() % 3} for row in ids]
+        self.slots = esper.attach(
+            self.model,
+            "bert.encoder.layer.*",
+            example={"input_ids": ids[:2]},
+            config=SlotConfig(
+                thresholds=LENIENT, ramp_steps=6, embargo_epochs=1, max_committed=3, **(slot or {})
+            ),
+        )
+        settings = {
+            "num_train_epochs": EPOCHS,
+            "per_device_train_batch_size": 16,
+            "learning_rate": 1e-2,
+            "weight_decay": 0.1,
+            "warmup_steps": 5,
+            "max_grad_norm": 0,
+            "data_seed": 0,
+            "save_strategy": "steps",
+            "save_steps": 4,
+            "logging_steps": 1,
+            "logging_nan_inf_filter": False,
+            "disable_tqdm": True,
+            "report_to": [],
+            "use_cpu": True,
+            **arguments,
+        }
+        self.trainer = transformers.Trainer(
+            self.model,
+            transformers.TrainingArguments(output_dir=str(folder), **settings),
+            train_dataset=self.data,
+            eval_dataset=self.data[:32],
+        )
+        held_out = esper.HeldOut(
+            self.model,
+            [({"input_ids": ids[:64]}, torch.nn.functional.one_hot(ids[:64].sum(1) % 3).float())],
+            loss=lambda out, target: mse_loss(out.logits, target, reduction="none").mean(1),
+        )
+        optimizer = (
+            self.trainer.create_optimizer()
+            if bound
+            else torch.optim.AdamW(self.model.parameters(), lr=1e-2)
+        )
+        self.recorder = Recorder()
+        self.growth = esper.Growth(self.slots, optimizer, policy=plan(), sinks=[self.recorder])
+        self.ema = esper.EMA(self.slots, decay=0.9)
+        self.callback = GrowthCallback(
+            self.growth, evaluate=held_out, max_gradient_norm=clip, ema=self.ema
+        )
+        self.watch = Watch(self.slots)
+        self.trainer.add_callback(self.callback)
+        self.trainer.add_callback(self.watch)
+
+    def fit(self, checkpoint: Path | None = None) -> dict[str, Tensor]:
+        self.trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        averages = {f"average of {n}": value.clone() for n, value in self.ema.averages().items()}
+        return {**self.model.state_dict(), **averages}
+
+
+@pytest.mark.parametrize(
+    ("slot", "accumulation"),
+    [({}, 1), ({"isolation": "shadowing"}, 2)],
+    ids=["live", "behind the host, accumulated"],
+)
+def test_every_checkpoint_goes_on_as_if_nothing_had_happened(
+    slot: dict[str, Any], accumulation: int, tmp_path: Path
+) -> None:
+    settings = {
+        "slot": slot,
+        "gradient_accumulation_steps": accumulation,
+        "per_device_train_batch_size": 16 // accumulation,
+    }
+    whole = Run(tmp_path, **settings)
+    wanted = whole.fit()
+    assert {SeedStage.PROBATIONARY, SeedStage.FOSSILIZED} <= whole.watch.stages
+    assert [len(slot.committed) for slot in whole.slots.values()] == [1, 1]
+    last = EPOCHS * STEPS_PER_EPOCH
+    for step in range(12, last, 8 if accumulation == 1 else 12):  # ends and middles of epochs
+        again = Run(tmp_path / "again", **settings)
+        torch.manual_seed(99)
+        found = again.fit(tmp_path / f"checkpoint-{step}")
+        assert again.watch.losses == whole.watch.losses[step:], step
+        assert again.growth.train_losses == whole.growth.train_losses
+        assert found.keys() == wanted.keys()
+        assert all(torch.equal(found[name], value) for name, value in wanted.items()), step
+
+
+def test_seeds_are_trained_groups_stay_and_schedulers_go_on(tmp_path: Path) -> None:
+    """What goes wrong where groups are added later: LambdaLR raises, or nothing is trained."""
+    run = Run(tmp_path, num_train_epochs=3)
+    run.fit()
+    optimizer = run.trainer.optimizer
+    assert isinstance(run.trainer.lr_scheduler, torch.optim.lr_scheduler.LambdaLR)
+    assert len(optimizer.param_groups) == 2 + len(run.slots)
+    seed = run.slots["bert.encoder.layer.1"].living
+    assert seed is not None
+    assert all(float(optimizer.state[p]["exp_avg"].abs().sum()) > 0.0 for p in seed.parameters())
+    assert run.growth.max_epochs == 3
+    assert len(run.growth.train_losses) == 3
+
+
+def test_only_the_model_in_training_carries_what_has_grown(tmp_path: Path) -> None:
+    class Copying(transformers.TrainerCallback):
+        def on_epoch_end(self, *args: Any, model: Any, **kwargs: Any) -> None:
+            assert "esper_growth" in model.state_dict()
+            assert "esper_growth" not in copy.deepcopy(model).state_dict()
+
+    run = Run(tmp_path, num_train_epochs=2)
+    run.trainer.add_callback(Copying())
+    assert "esper_growth" not in run.model.state_dict()
+    assert "esper_growth" not in run.fit()
+
+
+def test_the_best_network_is_loaded_at_the_end_with_what_it_had_grown(tmp_path: Path) -> None:
+    run = Run(
+        tmp_path,
+        num_train_epochs=6,
+        eval_strategy="steps",
+        eval_steps=4,
+        load_best_model_at_end=True,
+        greater_is_better=True,  # the worst, and so an early one
+        metric_for_best_model="loss",
+    )
+    run.fit()
+    best = Path(run.trainer.state.best_model_checkpoint)
+    weights = safetensors.torch.load_file(best / "model.safetensors")
+    step = int(best.name.removeprefix("checkpoint-"))
+    assert step < 6 * STEPS_PER_EPOCH
+    assert run.growth.step == step
+    found = run.model.state_dict()
+    assert weights.keys() - found.keys() == {"esper_growth"}
+    assert found.keys() <= weights.keys()
+    assert all(torch.equal(found[name], weights[name]) for name in found)
+
+
+def others() -> dict[str, tuple[Callable[[Path], Run], str]]:
+    def another_model(folder: Path) -> Run:
+        run = Run(folder)
+        run.trainer.model = run.trainer.model_wrapped = Run(folder).model
+        return run
+
+    def sharded(folder: Path) -> Run:
+        run = Run(folder)
+        run.trainer.args.deepspeed = "settings.json"
+        return run
+
+    return {
+        "sharded": (sharded, "does not know deepspeed"),
+        "another optimizer": (lambda f: Run(f, bound=False), "would never train a seed"),
+        "another model": (another_model, "trains another model"),
+        "joint clipping": (
+            lambda f: Run(f, slot={"isolation": "shadowing"}, max_grad_norm=1.0),
+            "clips by one norm",
+        ),
+        "in shadow": (
+            lambda f: Run(f, slot={"isolation": "shadowing", "objective": "shadow"}),
+            "learn in shadow",
+        ),
+    }
+
+
+@pytest.mark.parametrize("case", others())
+def test_what_cannot_work_is_refused(case: str, tmp_path: Path) -> None:
+    make, message = others()[case]
+    with pytest.raises(ValueError, match=message):
+        make(tmp_path).fit()
+
+
+def test_weights_of_seeds_without_what_has_grown_are_refused(tmp_path: Path) -> None:
+    Run(tmp_path, num_train_epochs=2).fit()
+    file = tmp_path / "checkpoint-16" / "model.safetensors"
+    weights = safetensors.torch.load_file(file)
+    del weights["esper_growth"]
+    safetensors.torch.save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="of a seed that is not here"):
+        Run(tmp_path / "fresh").fit(file.parent)
+
+
+def test_the_example_killed_and_run_again_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
+    example = Path(__file__).parents[2] / "examples" / "huggingface_trainer.py"
+    arguments = [str(example), "--epochs", "8"]
+    whole = kill_after(None, [*arguments, "--folder", str(tmp_path / "whole")])
+    assert "grown: {'transformer.h.0': ['block']" in whole
+    folder = ["--folder", str(tmp_path / "killed")]
+    kill_after("epoch   6", [*arguments, *folder])
+    assert not (tmp_path / "killed" / "grown").exists()
+    again = kill_after(None, [*arguments, *folder])
+    assert "epoch   1 " not in again
+    weights = "grown/model.safetensors"
+    assert (tmp_path / "whole" / weights).read_bytes() == (
+        tmp_path / "killed" / weights
+    ).read_bytes()
+
+
+REPLICA = """
+import sys
+from pathlib import Path
+
+import torch
+from test_huggingface_trainer import Run
+
+folder = Path(sys.argv[1])
+run = Run(folder, ddp_backend="gloo", per_device_train_batch_size=8)
+weights = run.fit(folder / sys.argv[2] if len(sys.argv) > 2 else None)
+assert run.slots.replication is not None
+assert [len(slot.committed) for slot in run.slots.values()] == [1, 1]
+flat = torch.cat([weight.flatten().float() for weight in weights.values()])
+gathered = [torch.empty_like(flat) for _ in range(2)]
+torch.distributed.all_gather(gathered, flat)
+assert torch.equal(gathered[0], gathered[1])
+if run.trainer.is_world_process_zero():
+    print(f"digest {float(flat.double().abs().sum()):.17g}")
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_two_processes_stay_one_model_and_go_on(tmp_path: Path) -> None:
+    script = tmp_path / "replica.py"
+    script.write_text(REPLICA)
+
+    def digest(*arguments: str) -> str:
+        done = torchrun(script, str(tmp_path), *arguments)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout.split("digest ")[1].split()[0]
+
+    whole = digest()
+    assert digest("checkpoint-44") == whole
