@@ -34,9 +34,12 @@ def kill_after(line: str | None, arguments: list[str]) -> str:
     return output
 
 
-def torchrun(script: Path, *arguments: str, processes: int = 2) -> subprocess.CompletedProcess[str]:
+def torchrun(
+    script: Path, *arguments: str, processes: int = 2, restarts: int = 0
+) -> subprocess.CompletedProcess[str]:
     """Run a script in several processes that find each other, with the tests' modules at hand."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    launcher = ["-m", "torch.distributed.run", "--standalone"]
+    launcher += ["--nproc-per-node", str(processes), "--max-restarts", str(restarts)]
     return run_python(*launcher, str(script), *arguments)
 
 
@@ -52,6 +55,8 @@ def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
             **os.environ,
             "OMP_NUM_THREADS": "1",
             "GLOO_SOCKET_IFNAME": "lo",
+            # Started again by torchrun, gloo else connects to addresses of processes that died.
+            "TORCH_GLOO_LAZY_INIT": "1",
             "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS / "libraries")]),
         },
     )

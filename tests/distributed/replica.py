@@ -35,14 +35,15 @@ SAMPLES = 4
 
 
 class Host(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, dropout: float) -> None:
         super().__init__()
+        self.dropout = nn.Dropout(dropout)
         self.first = nn.Linear(4, 8)
         self.second = nn.Linear(8, 8)
         self.head = nn.Linear(8, 2)
 
     def forward(self, features: Tensor) -> Tensor:
-        return self.head(torch.tanh(self.second(torch.tanh(self.first(features)))))
+        return self.head(self.dropout(torch.tanh(self.second(torch.tanh(self.first(features))))))
 
 
 class Script:
@@ -113,7 +114,7 @@ def batches(rank: int, size: int, samples: int) -> list[tuple[Tensor, Tensor]]:
 
 def make(rank: int, size: int, samples: int, watch: Watch, scenario: str) -> esper.Trainer:
     torch.manual_seed(0)
-    model = Host()
+    model = Host(0.2 if "random" in scenario else 0.0)
     # The other objectives weigh by norms over the batch, each process by its own.
     behind = {"isolation": "shadowing", "objective": "plain"}
     config = esper.SlotConfig(

@@ -107,6 +107,22 @@ class Replication:
         self._broadcast(data)
         return json.loads(bytes(data.tolist()))
 
+    def gather(self, data: Tensor) -> list[Tensor]:
+        """Return every process's bytes, by rank, in every process.
+
+        Args:
+            data: Of any length, uint8, shape `N`, on the CPU.
+
+        Raises:
+            LostReplicaError: A process has died.
+        """
+        size = torch.tensor([len(data)], dtype=torch.int64, device=self._device)
+        sizes = [int(one) for one in self._gathered(size)]
+        padded = torch.zeros(max(sizes), dtype=torch.uint8, device=self._device)
+        padded[: len(data)] = data
+        everyones = self._gathered(padded)
+        return [one[:length].cpu() for one, length in zip(everyones, sizes, strict=True)]
+
     def any(self, mine: bool) -> bool:
         """Return whether it is so in any process.
 
@@ -130,9 +146,7 @@ class Replication:
         """
         digest = hashlib.sha256(json.dumps(value, sort_keys=True).encode()).digest()[:7]
         mine = torch.tensor([int.from_bytes(digest)], dtype=torch.int64, device=self._device)
-        everyones = [torch.zeros_like(mine) for _ in range(self.size)]
-        self._told(lambda: dist.all_gather(everyones, mine, group=self.group))
-        hashes = [int(one) for one in everyones]
+        hashes = [int(one) for one in self._gathered(mine)]
         if len(set(hashes)) > 1:
             usual = max(set(hashes), key=hashes.count)
             others = [rank for rank, one in enumerate(hashes) if one != usual]
@@ -141,6 +155,11 @@ class Replication:
                 f"{', '.join(map(str, others))} differs. Nothing was changed; start all of them "
                 "from the same checkpoint, with the same code and settings"
             )
+
+    def _gathered(self, mine: Tensor) -> list[Tensor]:
+        everyones = [torch.zeros_like(mine) for _ in range(self.size)]
+        self._told(lambda: dist.all_gather(everyones, mine, group=self.group))
+        return everyones
 
     def _reduce(self, tensor: Tensor, operation: Any) -> None:
         self._told(lambda: dist.all_reduce(tensor, op=operation, group=self.group))

@@ -24,7 +24,7 @@ from esper.slots.nested import map_tensors
 from esper.slots.replication import Replication
 from esper.slots.sharded import whole
 from esper.training.sealed_folder import DamagedFolderError, check_sealed, sealed_folder
-from esper.training.state_tree import read_tree, write_tree
+from esper.training.state_tree import read_tree, tree_as_tensor, tree_from_tensor, write_tree
 from esper.training.trainer import Trainer
 
 INFO_FILE = "checkpoint.json"
@@ -72,7 +72,10 @@ class FoundCheckpoint:
             ValueError: As `Trainer.load_state_dict`.
             BlueprintError: As `Trainer.load_state_dict`.
         """
-        trainer.load_state_dict(self.state)
+        places, replication = self.state["data"], trainer.growth.slots.replication
+        rank = 0 if replication is None else replication.rank
+        place = places[rank if replication is not None and len(places) == replication.size else 0]
+        trainer.load_state_dict({**self.state, "data": place})
         trainer.growth.publish([*self.damaged, RunResumed(name=self.name)])
 
 
@@ -136,14 +139,16 @@ class Checkpoints:
         if self.interval_steps is not None:
             return
         due = self._clock() - self._last_seconds >= self.min_seconds
-        slots = trainer.growth.slots
-        if slots.replication is not None and slots.sharded:  # all of them save, or none
-            due = slots.replication.from_first(due)
+        replication = trainer.growth.slots.replication
+        if replication is not None:  # all of them save, or none
+            due = replication.from_first(due)
         if due:
             self.save(trainer)
 
     def save(self, trainer: Trainer) -> Path | None:
         """Write a checkpoint, then remove those that need not be kept.
+
+        Of several processes all must call it, and the first one writes.
 
         Returns:
             Its folder; None if the disk refused it, which an event tells, and training goes on.
@@ -152,19 +157,18 @@ class Checkpoints:
             TypeError: The state holds what no checkpoint can; it says what and where.
         """
         growth, slots = trainer.growth, trainer.growth.slots
-        first = slots.replication is None or slots.replication.rank == 0
-        if not (first or slots.sharded):
-            return None
         target = self.folder / f"{_PREFIX}{growth.step:010d}"
         started = self._clock()
         for sink in growth.sinks:  # what they hold of these steps must not be lost with the process
             sink.flush()
-        state = trainer.state_dict()
+        places = _places_in_data(trainer)
+        first = slots.replication is None or slots.replication.rank == 0
+        state = trainer.state_dict() if first or slots.sharded else {}
         if slots.sharded:
             state = map_tensors(whole, state)
         if not first:
-            self._last_seconds = self._clock()
             return None
+        state["data"] = places
         losses = [loss for loss in growth.losses[-1:] if math.isfinite(loss)]
         info = CheckpointInfo(
             format_version=FORMAT_VERSION,
@@ -272,6 +276,14 @@ class Checkpoints:
             return _read_info(self.folder / name).loss
         except (CheckpointError, DamagedFolderError):
             return None
+
+
+def _places_in_data(trainer: Trainer) -> list[Any]:
+    """Return where in its data and its random streams each process is, by rank."""
+    mine, replication = trainer.data.state_dict(), trainer.growth.slots.replication
+    if replication is None:
+        return [mine]
+    return [tree_from_tensor(data) for data in replication.gather(tree_as_tensor(mine, "data"))]
 
 
 def read_checkpoint(folder: Path) -> tuple[CheckpointInfo, dict[str, Any]]:

@@ -129,7 +129,8 @@ class Trainer:
         """Living seeds in the forward path after the last step, by slot."""
         self.epoch = 0
         """Epochs that are finished."""
-        self._data = DataPosition(batches)
+        self.data = DataPosition(batches)
+        """Where the run is in its data, and in the random streams."""
         self._loss = loss
         self._evaluate = evaluate
         self._scheduler = scheduler
@@ -189,7 +190,7 @@ class Trainer:
             "optimizer": optimizer_state(self._optimizer, self.model),
             "scheduler": None if self._scheduler is None else self._scheduler.state_dict(),
             "scaler": self._scaler.state_dict(),
-            "data": self._data.state_dict(),
+            "data": self.data.state_dict(),
             "epoch": self.epoch,
             "losses": [loss.clone() for loss in self._losses],
             "undecided": [loss.clone() for loss in self._undecided],
@@ -226,7 +227,7 @@ class Trainer:
             self._scheduler.load_state_dict(state["scheduler"])
         self._scaler.load_state_dict(state["scaler"])
         self.governor.load_state_dict(state["governor"])
-        self._data.load_state_dict(state["data"])
+        self.data.load_state_dict(state["data"])
         self.epoch = state["epoch"]
         self._losses = [loss.to(self._device) for loss in state["losses"]]
         self._undecided = [loss.to(self._device) for loss in state["undecided"]]
@@ -322,7 +323,7 @@ class Trainer:
         state, same_batches = found
         growth.publish([went_back(state, from_step=growth.step, same_batches=same_batches)])
         if not same_batches:
-            onward = {"data": self._data.state_dict(), "epoch": self.epoch}
+            onward = {"data": self.data.state_dict(), "epoch": self.epoch}
             state = {**state, **onward, "losses": [], "undecided": []}
         self.load_state_dict(state)
         raise _WentBack
@@ -352,7 +353,7 @@ class Trainer:
 
     def _accumulation_groups(self) -> Iterator[list[tuple[Any, Any]]]:
         group: list[tuple[Any, Any]] = []
-        for batch in self._data.epoch():
+        for batch in self.data.epoch():
             group.append(batch)
             if len(group) == self.config.accumulation_steps:
                 yield group
