@@ -155,6 +155,8 @@ def make(rank: int, size: int, samples: int, watch: Watch, scenario: str) -> esp
         ema=esper.EMA(slots, decay=0.9),
         forward=DistributedDataParallel(model) if several and not sharded else None,
     )
+    if "random" in scenario:
+        torch.manual_seed(100 + rank)  # masks of its own
     optimizer.register_step_pre_hook(lambda *_: watch.before_step(trainer))
     return trainer
 
