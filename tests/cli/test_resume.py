@@ -72,9 +72,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_killed_run_goes_on_to_the_same_weights_events_and_metrics(folder: Path) -> None:
     assert "running" in run_esper("inspect", "killed", cwd=folder).stdout
-    done = run_esper("resume", "killed", cwd=folder)
+    done = run_esper("resume", "killed", "--control", cwd=folder)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("going on after epoch ")
+    assert "the same host without growth" in done.stdout
+    assert "host alone" in done.stdout
     assert "epoch 14/14" in done.stdout
     weights = [(folder / run / "weights.safetensors").read_bytes() for run in ("whole", "killed")]
     assert weights[0] == weights[1]

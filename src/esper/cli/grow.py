@@ -34,7 +34,7 @@ _MAX_TASK_CHARACTERS = 80
 
 Network = tuple[int, dict[str, float]]
 """Its parameters, and how it did on the test split."""
-_Beside = Callable[[str], RunView]
+Beside = Callable[[str], RunView]
 """Announces a run beside the grown one, and returns its view."""
 
 
@@ -109,16 +109,10 @@ def grow(
     folder = out or Path("runs") / folder_name(settings.task, datetime.now(UTC))
     view = choose_view(console, settings.task, quiet=quiet, as_json=as_json)
 
-    def beside(words: str) -> RunView:
-        """Announce a run beside the grown one, and return its view."""
-        if not (quiet or as_json):
-            console.print(words, highlight=False)
-        return choose_view(console, settings.task, quiet=quiet or as_json, as_json=False)
-
+    beside = views_beside(console, settings.task, silent=quiet or as_json)
     networks = _train_grown(settings, folder, view, beside if audit else None)
     if control:
-        control_view = beside("the same host without growth, for comparison")
-        networks = {"host alone": _train_control(settings, control_view), **networks}
+        networks = {"host alone": train_control(settings, beside), **networks}
     reader = RunReader(folder)
     story = tell(reader.events())
     if picture is not None:
@@ -176,8 +170,19 @@ def choose_view(console: Console, task: str, *, quiet: bool, as_json: bool) -> R
     return LinesView(console)
 
 
+def views_beside(console: Console, task: str, *, silent: bool) -> Beside:
+    """Return what announces runs beside the grown one, in lines and never in JSON."""
+
+    def announce(words: str) -> RunView:
+        if not silent:
+            console.print(words, highlight=False)
+        return choose_view(console, task, quiet=silent, as_json=False)
+
+    return announce
+
+
 def _train_grown(
-    settings: RunConfig, folder: Path, view: RunView, beside: _Beside | None
+    settings: RunConfig, folder: Path, view: RunView, beside: Beside | None
 ) -> dict[str, Network]:
     """Train and grow into a run folder, and the twin too if there is to be one.
 
@@ -207,15 +212,16 @@ def _train_grown(
         raise typer.BadParameter(str(error)) from error
 
 
-def _train_control(settings: RunConfig, view: RunView) -> Network:
+def train_control(settings: RunConfig, beside: Beside) -> Network:
     """Train the same host with the same data and steps, without growth."""
+    view = beside("the same host without growth, for comparison")
     run = prepare(settings.model_copy(update={"policy": NEVER}), run_id="control")
     with view:
         train(run, view)
     return run.param_count(), run.finish()
 
 
-def _train_twin(twin: Twin, grown: GrowingRun, beside: _Beside) -> Network:
+def _train_twin(twin: Twin, grown: GrowingRun, beside: Beside) -> Network:
     """Train a host that never grows for as many operations as growth took."""
     view = beside(
         "its twin for comparison: never grown, as many operations "

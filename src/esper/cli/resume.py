@@ -7,8 +7,8 @@ import torch
 import typer
 from rich.console import Console
 
-from esper.cli.grow import Network, choose_view, conclude, train
-from esper.experiments.config import SettingsError
+from esper.cli.grow import Network, choose_view, conclude, train, train_control, views_beside
+from esper.experiments.config import RunConfig, SettingsError
 from esper.experiments.run import resumed_run
 from esper.report.story import tell
 from esper.seeds.registry import BlueprintError
@@ -28,6 +28,9 @@ _CANNOT_GO_ON = (
 
 def resume(
     run: Annotated[Path, typer.Argument(help="Run folder, as esper grow prints it.")],
+    control: Annotated[
+        bool, typer.Option("--control", help="Then train the same host without growth.")
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print the run folder only.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines.")] = False,
 ) -> None:
@@ -39,8 +42,8 @@ def resume(
         raise typer.BadParameter("--quiet and --json exclude each other")
     console = Console()
     try:
-        task = str(RunReader(run).config()["task"])
-        view = choose_view(console, task, quiet=quiet, as_json=as_json)
+        settings = RunConfig.model_validate(RunReader(run).config())
+        view = choose_view(console, settings.task, quiet=quiet, as_json=as_json)
         with resumed_run(run, [view]) as growing:
             with view:
                 found = growing.resumed
@@ -60,5 +63,8 @@ def resume(
             networks: dict[str, Network] = {"grown": (growing.param_count(), growing.finish())}
     except _CANNOT_GO_ON as error:
         raise typer.BadParameter(str(error)) from error
+    if control:
+        beside = views_beside(console, settings.task, silent=quiet or as_json)
+        networks = {"host alone": train_control(settings, beside), **networks}
     story = tell(RunReader(run).events())
     conclude(console, run, story, networks, quiet=quiet, as_json=as_json)
