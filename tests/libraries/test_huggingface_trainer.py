@@ -186,6 +186,17 @@ def test_seeds_are_trained_groups_stay_and_schedulers_go_on(tmp_path: Path) -> N
     assert len(run.growth.train_losses) == 3
 
 
+def test_data_without_a_length_ends_its_epochs_with_a_decision(tmp_path: Path) -> None:
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self) -> Any:
+            yield from run.data
+
+    run = Run(tmp_path, max_steps=3 * STEPS_PER_EPOCH)
+    run.trainer.train_dataset = Stream()
+    run.fit()
+    assert (run.growth.step, run.growth.epoch) == (24, 3)
+
+
 def test_only_the_model_in_training_carries_what_has_grown(tmp_path: Path) -> None:
     class Copying(transformers.TrainerCallback):
         def on_epoch_end(self, *args: Any, model: Any, **kwargs: Any) -> None:

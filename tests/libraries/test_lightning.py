@@ -80,7 +80,8 @@ class Watch(pl.Callback):
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self.losses.append(float(outputs["loss"]))
+        if "loss" in outputs:
+            self.losses.append(float(outputs["loss"]))
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         slots = next(c.slots for c in trainer.callbacks if isinstance(c, GrowthCallback))
@@ -201,6 +202,17 @@ def test_metrics_of_decisions_are_logged_and_the_policy_knows_the_length(tmp_pat
     steps = [sum(run.watch.losses[start : start + 16]) / 16 for start in (0, 16, 32)]
     assert run.growth.growth.train_losses == pytest.approx(steps)
     assert len(run.recorder.metrics) == 3
+
+
+def test_an_epoch_whose_last_batch_makes_no_step_ends_with_a_decision(tmp_path: Path) -> None:
+    run = Run(tmp_path, max_epochs=3)
+    step = run.module.training_step
+    run.module.training_step = lambda batch, batch_idx: (
+        None if batch_idx == 15 else step(batch, batch_idx)
+    )
+    run.fit()
+    assert run.growth.growth is not None
+    assert (run.growth.growth.step, run.growth.growth.epoch) == (45, 3)
 
 
 def test_after_training_the_state_dict_is_that_of_the_model(tmp_path: Path) -> None:

@@ -44,6 +44,8 @@ class GrowthDriver:
         self._interval = decision_interval_steps
         self._losses: list[Tensor] = []
         """Of the steps since the last decision."""
+        self._decided_at = growth.step
+        """The step after which a decision was made last."""
 
     def note_loss(self, loss: Tensor | float) -> None:
         """Take note of a training loss, for policies that decide by it."""
@@ -53,7 +55,7 @@ class GrowthDriver:
         """Let one optimizer step pass, and decide if it is time.
 
         Args:
-            epoch_ends: Whether it was the epoch's last.
+            epoch_ends: Whether it was the epoch's last, as far as is known.
 
         Returns:
             The held-out metrics if a decision was made.
@@ -62,9 +64,20 @@ class GrowthDriver:
         if self.ema is not None:
             self.ema.update()
         due = epoch_ends if self._interval is None else self.growth.step % self._interval == 0
-        if not due:
-            return None
+        return self._decide() if due else None
+
+    def after_epoch(self) -> dict[str, float] | None:
+        """Decide after an epoch whose last step was not known to be that.
+
+        Returns:
+            The held-out metrics if a decision was made.
+        """
+        due = self._interval is None and self._decided_at < self.growth.step
+        return self._decide() if due else None
+
+    def _decide(self) -> dict[str, float]:
         losses, self._losses = self._losses, []
+        self._decided_at = self.growth.step
         train_loss = float(torch.stack(losses).mean()) if losses else None
         return self.growth.after_epoch(self._evaluate, train_loss=train_loss)
 
@@ -77,6 +90,7 @@ class GrowthDriver:
             "trained": parameter_names(binding.optimizer, self._model),
             "ema": None if self.ema is None else self.ema.state_dict(),
             "losses": [loss.clone() for loss in self._losses],
+            "decided_at": self._decided_at,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -95,6 +109,7 @@ class GrowthDriver:
             raise ValueError(f"the run had {had} of its weights; make the callback as it was then")
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
+        self._decided_at = state["decided_at"]
         device = device_of(self._model)
         self._losses = [loss.to(device) for loss in state["losses"]]
 

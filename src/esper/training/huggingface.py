@@ -116,6 +116,12 @@ class GrowthCallback(TrainerCallback):
         """Let growth go on by a step; at an epoch's last one decide, before anything is saved."""
         self._driver.after_step(epoch_ends=float(state.epoch).is_integer())
 
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Decide after an epoch of a data set that did not tell its length."""
+        self._driver.after_epoch()
+
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:

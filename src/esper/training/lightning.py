@@ -156,9 +156,12 @@ class GrowthCallback(pl.Callback):
             self._loss = None
         for left in reversed(range(steps)):
             metrics = self._driver.after_step(epoch_ends=trainer.is_last_batch and left == 0)
-            if metrics is not None:
-                named = {f"held_out/{name}": value for name, value in metrics.items()}
-                pl_module.log_dict(named, on_step=False, on_epoch=True, batch_size=1)
+            _log(pl_module, metrics)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Decide after an epoch whose last batch made no step."""
+        assert self._driver is not None
+        _log(pl_module, self._driver.after_epoch())
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leave the model's state dict and the optimizer alone again."""
@@ -194,6 +197,13 @@ class GrowthCallback(pl.Callback):
     def _load(self, state: Mapping[str, Any]) -> None:
         build_again(self.slots, state)
         self._loaded = state
+
+
+def _log(module: pl.LightningModule, metrics: Mapping[str, float] | None) -> None:
+    """Log the held-out metrics of a decision, if one was made."""
+    if metrics is not None:
+        named = {f"held_out/{name}": value for name, value in metrics.items()}
+        module.log_dict(named, on_step=False, on_epoch=True, batch_size=1)
 
 
 def _only_optimizer(trainer: pl.Trainer) -> tuple[Optimizer, Any]:
