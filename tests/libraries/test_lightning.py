@@ -204,15 +204,26 @@ def test_metrics_of_decisions_are_logged_and_the_policy_knows_the_length(tmp_pat
     assert len(run.recorder.metrics) == 3
 
 
-def test_an_epoch_whose_last_batch_makes_no_step_ends_with_a_decision(tmp_path: Path) -> None:
+def test_optimization_by_hand_with_several_steps_a_batch_and_none_at_the_end(
+    tmp_path: Path,
+) -> None:
     run = Run(tmp_path, max_epochs=3)
-    step = run.module.training_step
-    run.module.training_step = lambda batch, batch_idx: (
-        None if batch_idx == 15 else step(batch, batch_idx)
-    )
+
+    def training_step(batch: list[Tensor], batch_idx: int) -> Tensor:
+        optimizer = run.module.optimizers()
+        for _ in range(0 if batch_idx == 15 else 2):
+            optimizer.zero_grad()
+            loss = mse_loss(run.module.host(batch[0]), batch[1])
+            run.module.manual_backward(loss)
+            optimizer.step()
+        return torch.zeros(())
+
+    run.module.automatic_optimization = False
+    run.module.training_step = training_step
+    run.growth.max_gradient_norm = None
     run.fit()
     assert run.growth.growth is not None
-    assert (run.growth.growth.step, run.growth.growth.epoch) == (45, 3)
+    assert (run.growth.growth.step, run.growth.growth.epoch) == (90, 3)
 
 
 def test_after_training_the_state_dict_is_that_of_the_model(tmp_path: Path) -> None:
