@@ -93,6 +93,7 @@ class Watch:
         step = trainer.growth.step
         for name, gradient in self.gradients.items():
             self.kept[f"{step:03d} gradient {name}"] = gradient
+        self.gradients = {}
         for name, value in trainer.model.named_parameters():
             self.kept[f"{step:03d} weight {name}"] = whole(value.detach()).clone()
         assert trainer.ema is not None
@@ -119,6 +120,7 @@ def make(rank: int, size: int, samples: int, watch: Watch, scenario: str) -> esp
     behind = {"isolation": "shadowing", "objective": "plain"}
     config = esper.SlotConfig(
         **({} if "live" in scenario else behind),
+        blend_operator="gate" if scenario.startswith("sharded") else "add",
         thresholds={
             **LENIENT,
             "min_training_steps": 2,
@@ -161,6 +163,23 @@ def make(rank: int, size: int, samples: int, watch: Watch, scenario: str) -> esp
     return trainer
 
 
+class Told:
+    """Prints what the governor does."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+    def publish(self, record: Any) -> None:
+        if record.event.type in ("step_skipped", "run_went_back", "seed_blamed"):
+            print(f"rank {self.rank} step {record.step}: {record.event.type}", flush=True)  # noqa: T201
+
+    def measure(self, epoch: int, step: int, metrics: Any) -> None:
+        pass
+
+    def flush(self) -> None:
+        pass
+
+
 def plant(scenario: str, folder: Path, trainer: esper.Trainer, rank: int) -> None:
     """Let one process differ from the others, or die, when a decision falls due."""
     decide = trainer.growth.after_epoch
@@ -180,6 +199,16 @@ def plant(scenario: str, folder: Path, trainer: esper.Trainer, rank: int) -> Non
         return decide(*args, **kwargs)
 
     trainer.growth.after_epoch = differ  # type: ignore[method-assign]
+    if scenario == "spoilt":
+        look, losses = trainer.governor.look, []
+
+        def spoil(loss: Tensor) -> None:
+            losses.append(loss)
+            bad = rank == 1 and 14 <= len(losses) < 17
+            look(loss * torch.nan if bad else loss)
+
+        trainer.governor.look = spoil  # type: ignore[method-assign]
+        trainer.growth.sinks.append(Told(rank))
 
 
 def check_limits(trainer: esper.Trainer, folder: Path) -> None:
@@ -197,6 +226,11 @@ def check_limits(trainer: esper.Trainer, folder: Path) -> None:
         else:
             raise AssertionError("was not refused")
     assert not (folder / "pretrained").exists()
+    assert trainer.ema is not None
+    averages = {name: whole(value).clone() for name, value in trainer.ema.averages().items()}
+    with trainer.ema.applied():
+        for name, value in trainer.model.named_parameters():
+            assert torch.equal(whole(value), averages[name]), name
     state = trainer.growth.isolation_monitor.state_dict()
     assert state["checks"] == 0
 
@@ -229,7 +263,9 @@ def main() -> None:
         end.after_step(trainer)
         end.after_epoch(trainer)
     if dist.is_initialized():
-        dist.destroy_process_group()
+        dist.barrier()
+        sys.stdout.flush()
+        os._exit(0)  # threads of gloo now and then abort a process that ends in the usual way
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import pytest
 import safetensors.torch
 import torch
 
+import esper
 from processes import run_python, torchrun
 
 REPLICA = Path(__file__).parent / "replica.py"
@@ -44,6 +45,34 @@ def test_processes_that_disagree_are_stopped_before_anything_is_attached(tmp_pat
     assert done.returncode != 0
     assert "the network is not the same in all 2 processes" in done.stderr
     assert done.stderr.count("ReplicasDisagreeError") >= 2, "every process is told"
+
+
+def test_all_processes_go_back_where_the_losses_of_one_are_bad(tmp_path: Path) -> None:
+    done = torchrun(REPLICA, str(tmp_path), "spoilt")
+    assert done.returncode == 0, done.stderr[-3000:]
+    told = sorted(line for line in done.stdout.splitlines() if line.startswith("rank "))
+    ranks = [[line[6:] for line in told if line.startswith(f"rank {rank}")] for rank in (0, 1)]
+    assert ranks[0] == ranks[1]
+    assert sum("step_skipped" in line for line in ranks[0]) == 3
+    assert sum("run_went_back" in line for line in ranks[0]) == 1
+    found = [safetensors.torch.load_file(tmp_path / f"rank{rank}.safetensors") for rank in (0, 1)]
+    last = max(found[0])[:3]
+    weights = [key for key in found[0] if key.startswith(f"{last} weight ")]
+    assert weights
+    assert all(torch.equal(found[0][key], found[1][key]) for key in weights)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [({"isolation": "shadowing", "objective": "shadow"}, "learn in shadow"), ({}, "not sharded")],
+)
+def test_what_cannot_be_sharded_is_refused(config: dict[str, str], message: str) -> None:
+    host = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    slots = esper.attach(host, ["0"], example=torch.zeros(2, 4), config=esper.SlotConfig(**config))
+    with pytest.raises(ValueError, match=message):
+        slots.replicate_sharded(lambda seed: None)
+    assert not slots.sharded
+    assert slots.replication is None
 
 
 def test_survivors_of_a_killed_process_end_soon_with_a_clear_error(tmp_path: Path) -> None:
@@ -89,7 +118,7 @@ def test_a_run_that_torchrun_starts_again_finishes_as_if_nothing_had_happened(
         assert any("branches.0" in key for key in weights)
         assert all(torch.equal(found[key], wanted[key]) for key in weights)
     if kind == "sharded ":
-        alone = run_python(str(REPLICA), str(killed), "die", "2")
+        alone = run_python(str(REPLICA), str(killed), f"{kind}die", "2")
         assert alone.returncode == 0, alone.stderr[-3000:]
         found = safetensors.torch.load_file(killed / "rank0.safetensors")
         assert all(torch.equal(found[key], wanted[key]) for key in weights), "in one process"

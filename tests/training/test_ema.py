@@ -168,3 +168,16 @@ def test_a_decay_out_of_range_is_refused(decay: float) -> None:
 def test_a_model_by_itself_is_refused() -> None:
     with pytest.raises(TypeError, match=r"as esper\.attach returns it, got a Linear"):
         esper.EMA(nn.Linear(2, 2))  # type: ignore[arg-type]
+
+
+def test_averages_go_where_the_weights_go() -> None:
+    run = Run()
+    run.step()
+    run.grow("0", "mlp", SeedStage.TRAINING)
+    run.step()
+    before = {name: value.clone() for name, value in run.ema.averages().items()}
+    run.model.to(torch.bfloat16)
+    run.ema.update()
+    for name, value in run.ema.averages().items():
+        assert value.dtype == torch.bfloat16
+        torch.testing.assert_close(value.float(), before[name], rtol=0.05, atol=0.05)

@@ -255,7 +255,8 @@ def losses_of(governor: Governor, values: list[float]) -> list[bool]:
     refused = []
     for value in values:
         governor.look(torch.tensor(value))
-        refused.append(governor.refusal() is not None)
+        refused.append(governor.judge() is not None)
+        governor.count(refused=refused[-1])
     return refused
 
 

@@ -49,6 +49,8 @@ class GradientGuard:
             parameter.grad = None
         elif self.sanitising:
             gradient = local_part(gradient)
+            if gradient.numel() == 0:  # no part of it is here
+                return
             largest = torch.linalg.vector_norm(gradient, ord=torch.inf)
             broken = torch.isfinite(largest).logical_not_()
             gradient.masked_fill_(broken, 0.0)

@@ -127,12 +127,18 @@ class GradientHealth:
             },
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what was collected then."""
+    def load_state_dict(self, state: Mapping[str, Any], *, device: torch.device) -> None:
+        """Go on from what was collected then, on the device of the steps to come."""
         self._steps = state["steps"]
         self._clipped = {}
         self._seed_norms = {
-            owner: list(zip(norms["host"].unbind(), norms["seed"].unbind(), strict=True))
+            owner: list(
+                zip(
+                    norms["host"].to(device).unbind(),
+                    norms["seed"].to(device).unbind(),
+                    strict=True,
+                )
+            )
             for owner, norms in state["norms"].items()
         }
 

@@ -239,9 +239,15 @@ class OptimizerBinding:
         if "param_names" in group:
             group["param_names"] = []
 
-    def _step_begins(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def _step_begins(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         self._restore_learning_rates()  # a step that raised did not get to it
-        self._before_step()
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")  # the optimizer comes first
+        changed = None
+        if closure is None:
+            self._before_step()
+        else:  # the backward is in there, as Lightning has it
+            kept = {key: value for key, value in kwargs.items() if key != "closure"}
+            changed = ((args[0], self._measured_after(closure), *args[2:]), kept)
         for path, group in self._groups().items():
             slot = self._slots.get(path)
             if slot is None or not group["params"]:
@@ -253,6 +259,15 @@ class OptimizerBinding:
             if factor != 1.0:
                 self._restore.append((group, group["lr"]))
                 group["lr"] = group["lr"] * factor
+        return changed
+
+    def _measured_after(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        def measured() -> Any:
+            result = closure()
+            self._before_step()
+            return result
+
+        return measured
 
     def _step_ends(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._restore_learning_rates()

@@ -1,7 +1,8 @@
 """Several processes that train one model: what grows after wrapping stays one model, too.
 
 A DDP wrapper averages the gradients of the parameters that it was given. Seeds that grow later are
-none of them, and would silently be trained apart.
+none of them, and would silently be trained apart; those that were there would be missed by it when
+they are pruned. So no wrapper ever gets a seed.
 """
 
 import hashlib
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from esper.slots.sharded import is_sharded
 
@@ -28,14 +30,13 @@ class Replication:
     """The processes that train copies of one model.
 
     Args:
-        model: As it was wrapped: the wrapper averages the gradients of these parameters.
         group: Of processes; None is all of them.
 
     Raises:
         RuntimeError: torch.distributed is not initialised.
     """
 
-    def __init__(self, model: nn.Module, group: dist.ProcessGroup | None = None) -> None:
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         if not dist.is_initialized():
             raise RuntimeError(
                 "torch.distributed is not initialised; call init_process_group first, as scripts "
@@ -47,13 +48,12 @@ class Replication:
         nccl = dist.get_backend(group) == "nccl"
         self._device = torch.device("cuda" if nccl else "cpu")
         """Where what is not of the model is exchanged."""
-        self._wrapped = set(model.parameters())
         self._structure: Hashable = None
         self._shared: list[int] = []
         """Which of the seeds' parameters have a gradient in any process."""
 
     def average_gradients(self, parameters: Iterable[nn.Parameter], *, structure: Hashable) -> None:
-        """Average gradients over the processes, but for those that the wrapper averages.
+        """Average gradients over the processes, but for those of sharded parameters.
 
         A gradient that one process lacks counts as zero there; one that all lacked in the first
         step of a structure stays lacking.
@@ -66,11 +66,7 @@ class Replication:
         Raises:
             LostReplicaError: A process has died.
         """
-        ours = [
-            p
-            for p in parameters
-            if p not in self._wrapped and p.requires_grad and not is_sharded(p)
-        ]
+        ours = [p for p in parameters if p.requires_grad and not is_sharded(p)]
         if not ours:
             return
         if structure != self._structure:
@@ -123,15 +119,23 @@ class Replication:
         everyones = self._gathered(padded)
         return [one[:length].cpu() for one, length in zip(everyones, sizes, strict=True)]
 
+    def largest(self, mine: int) -> int:
+        """Return the largest of all processes' numbers.
+
+        Raises:
+            LostReplicaError: A process has died.
+        """
+        told = torch.tensor([mine], device=self._device, dtype=torch.int64)
+        self._reduce(told, dist.ReduceOp.MAX)
+        return int(told)
+
     def any(self, mine: bool) -> bool:
         """Return whether it is so in any process.
 
         Raises:
             LostReplicaError: A process has died.
         """
-        told = torch.tensor([mine], device=self._device, dtype=torch.int32)
-        self._reduce(told, dist.ReduceOp.MAX)
-        return bool(told)
+        return bool(self.largest(int(mine)))
 
     def check_equal(self, what: str, value: Any) -> None:
         """Raise in every process unless all of them have the same value.
@@ -175,3 +179,19 @@ class Replication:
             raise LostReplicaError(
                 f"rank {self.rank} of {self.size} waits for a process that does not answer: {error}"
             ) from error
+
+
+def keep_out_of_wrappers(model: nn.Module, seeds: Iterable[nn.Module]) -> None:
+    """Let a DDP wrapper of a model leave out some modules of it; `SlotSet` says why."""
+    ignoring = "_ddp_params_and_buffers_to_ignore"
+    inside = {id(part) for seed in seeds for part in seed.modules()}
+    grown = [
+        f"{prefix}.{name}" if prefix else name
+        for prefix, part in model.named_modules()
+        if id(part) in inside
+        for name, _ in (*part.named_parameters(recurse=False), *part.named_buffers(recurse=False))
+    ]
+    names = [*getattr(model, ignoring, ()), *grown]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(  # noqa: SLF001
+        model, list(dict.fromkeys(names))
+    )

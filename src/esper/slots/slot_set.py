@@ -2,7 +2,7 @@
 
 import difflib
 import weakref
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from esper.lifecycle.actions import BlueprintChoice
 from esper.lifecycle.events import CachesSwept, Event
+from esper.lifecycle.learning import Isolation, SeedObjective
 from esper.lifecycle.stages import SeedStage
 from esper.seeds.block_masks import block_masks
 from esper.seeds.copied_block import copy_module
@@ -22,10 +23,11 @@ from esper.slots.breaker import CircuitBreaker
 from esper.slots.caches import BoundedCache, CacheStatistics
 from esper.slots.germination import SeedOrder, fits
 from esper.slots.gradient_health import GradientHealth, GradientReading
+from esper.slots.modes import device_of
 from esper.slots.optimizer_binding import OptimizerBinding
 from esper.slots.ownership import HOST, OwnershipLedger
 from esper.slots.placement import SLOT_NAME, remove_slots
-from esper.slots.replication import Replication
+from esper.slots.replication import Replication, keep_out_of_wrappers
 from esper.slots.shadow_pass import teach_in_shadow
 from esper.slots.sharded import keep_sharded, whole
 from esper.slots.slot import SeedSlot
@@ -119,10 +121,9 @@ class SlotSet(Mapping[str, SeedSlot]):
     def replicate(self, group: dist.ProcessGroup | None = None) -> None:
         """Stay one model with the other processes that train it.
 
-        Call it where the model is wrapped, `DistributedDataParallel(model)`, with what it has grown
-        by then: the wrapper averages the gradients of those parameters, and of what grows later the
-        slots do. Call `average_gradients` after each step's last backward; clipping and the
-        optimizer's step do it themselves where it was forgotten.
+        Call it where the model is wrapped, `DistributedDataParallel(model)`: the wrapper averages
+        the host's gradients, and the slots those of whatever grows. Call `average_gradients` after
+        each step's last backward; clipping and the optimizer's step do it where it was forgotten.
 
         Args:
             group: Of processes; None is all of them.
@@ -130,7 +131,23 @@ class SlotSet(Mapping[str, SeedSlot]):
         Raises:
             RuntimeError: torch.distributed is not initialised.
         """
-        self.replication = Replication(self.model, group)
+        self.replication = Replication(group)
+
+    def keep_out_of_wrappers(self, model: nn.Module | None = None) -> None:
+        """Let a DDP wrapper that is made next leave out what has grown, which the slots average.
+
+        Needed where seeds are there before the model is wrapped: a wrapper waits for the gradients
+        of all it was given, and a seed that is pruned has none.
+
+        Args:
+            model: That will be wrapped, if another module contains the slots' model.
+
+        Effects: sets the attribute that DistributedDataParallel asks the model for.
+        """
+        keep_out_of_wrappers(
+            self.model if model is None else model,
+            [slot.branches for slot in self._slots.values()],
+        )
 
     def replicate_sharded(
         self, shard: Callable[[nn.Module], Any], group: dist.ProcessGroup | None = None
@@ -147,10 +164,18 @@ class SlotSet(Mapping[str, SeedSlot]):
 
         Raises:
             RuntimeError: torch.distributed is not initialised.
+            ValueError: A parameter of the model is not sharded, or a slot's seeds learn in shadow.
         """
+        for path, slot in self._slots.items():
+            objective, isolation = slot.config.objective, slot.config.isolation
+            if objective is SeedObjective.SHADOW and isolation is not Isolation.NONE:
+                raise ValueError(
+                    f"seeds in {path!r} learn in shadow, by a backward of their own, and the "
+                    "gradients of sharded parameters do not arrive there; choose another objective"
+                )
+        keep_sharded(self.model)
         self.replicate(group)
         self._shard = shard
-        keep_sharded(self.model)
 
     @property
     def sharded(self) -> bool:
@@ -216,10 +241,14 @@ class SlotSet(Mapping[str, SeedSlot]):
         )
         return [*events, swept]
 
-    def clip_grad_norm_(self, max_norm: float) -> Tensor:
+    def clip_grad_norm_(self, max_norm: float, *, others: Sequence[nn.Parameter] = ()) -> Tensor:
         """Clip gradients to `max_norm` per owner: the host alone, and each living seed alone.
 
         With one norm over everything a seed's gradients would change the host's step.
+
+        Args:
+            max_norm: Above 0.
+            others: Parameters outside of the model that count as the host's, as a loss may have.
 
         Returns:
             The host's norm before clipping, 0-dim, on its device.
@@ -230,7 +259,7 @@ class SlotSet(Mapping[str, SeedSlot]):
         if not max_norm > 0.0:
             raise ValueError(f"max_norm must be above 0, got {max_norm}")
         self.average_gradients()
-        norms = {HOST: whole(clip_grad_norm_(self.host_parameters(), max_norm))}
+        norms = {HOST: whole(clip_grad_norm_([*self.host_parameters(), *others], max_norm))}
         for owner, seed in self._living_seeds().items():
             norms[owner] = whole(clip_grad_norm_(seed.parameters(), max_norm))
         self.gradient_health.note_before_clipping(norms)
@@ -326,7 +355,7 @@ class SlotSet(Mapping[str, SeedSlot]):
             bound = "no optimizer" if state["binding"] is None else "an optimizer"
             raise ValueError(f"the slots were bound to {bound} when their state was taken")
         self.restore(state["slots"])
-        self.gradient_health.load_state_dict(state["gradient_health"])
+        self.gradient_health.load_state_dict(state["gradient_health"], device=device_of(self.model))
         self._breakers = {}
         for name, kept in state["breakers"].items():
             self.breaker(name).load_state_dict(kept)

@@ -25,6 +25,8 @@ class CarriedState:
         state: Returns what is carried: mappings, lists, plain values and tensors. None carries
             nothing, as before training begins.
         load: Takes it before the weights are loaded, and gives the model the modules for them.
+
+    A model has one: a later one takes the place of an earlier one.
     """
 
     def __init__(
@@ -34,12 +36,15 @@ class CarriedState:
         state: Callable[[], Mapping[str, Any] | None],
         load: Callable[[Mapping[str, Any]], None],
     ) -> None:
+        for hook in list(model._state_dict_hooks.values()):  # noqa: SLF001 – no other way to ask
+            if isinstance(hook, _Hook):
+                hook.owner.remove()
         self._model = model
         self._state = state
         self._load = load
         self._handles = [
-            model.register_state_dict_post_hook(_Hook(self._add)),
-            model.register_load_state_dict_pre_hook(_Hook(self._take)),
+            model.register_state_dict_post_hook(_Hook(self, self._add)),
+            model.register_load_state_dict_pre_hook(_Hook(self, self._take)),
         ]
 
     def remove(self) -> None:
@@ -55,9 +60,9 @@ class CarriedState:
             state_dict[prefix + KEY] = tree_as_tensor(tree, KEY)
 
     def _take(self, model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-        if model is not self._model:
-            return
         carried = state_dict.pop(prefix + KEY, None)
+        if model is not self._model:  # a copy has grown what it has
+            return
         if carried is not None:
             self._load(_checked(carried))
             return
@@ -72,7 +77,8 @@ class CarriedState:
 class _Hook:
     """A hook that a copy of the model shares instead of copying what it holds."""
 
-    def __init__(self, call: Callable[..., None]) -> None:
+    def __init__(self, owner: CarriedState, call: Callable[..., None]) -> None:
+        self.owner = owner
         self._call = call
 
     def __call__(self, *args: Any) -> None:

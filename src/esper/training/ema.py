@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from esper.slots.sharded import sharded_like
+from esper.slots.sharded import local_part, sharded_like
 from esper.slots.slot_set import SlotSet
 
 _FOREIGN = (
@@ -20,8 +20,8 @@ class EMA:
     """Averages a growing model's parameters: `average = decay * average + (1 - decay) * weight`.
 
     A seed's parameters join with the values that they have after their first step, stay when the
-    host takes the seed over, and leave with a seed that is pruned. Buffers, as running statistics,
-    are not averaged.
+    host takes the seed over, and leave with a seed that is pruned. They go where the weights go,
+    and have their dtype. Buffers, as running statistics, are not averaged.
 
     Args:
         slots: From `esper.attach`; their model is averaged.
@@ -145,25 +145,28 @@ class EMA:
 
     def _follow(self) -> None:
         """Bring the averages in step with the parameters that the model has now."""
-        structure = self.slots.structure()
+        first = next(iter(self._weights.values()), None)
+        place = None if first is None else (first.device, first.dtype)
+        structure = (self.slots.structure(), place)
         if structure == self._structure:
             return
-        self._structure = structure
         weights = dict(self.slots.model.named_parameters())
         self._averages = {
             # A later seed may have the name of one that was pruned, and is another parameter.
-            name: self._averages[name]
+            name: self._averages[name].to(weight.device, weight.dtype)
             if self._weights.get(name) is weight
             else weight.detach().clone()
             for name, weight in weights.items()
         }
         self._weights = weights
+        one = next(iter(weights.values()))
+        self._structure = (self.slots.structure(), (one.device, one.dtype))
 
 
 def _set(weights: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for name, weight in weights.items():
-            if weight.data_ptr() != values[name].data_ptr():
+            if local_part(weight).data_ptr() != local_part(values[name]).data_ptr():
                 weight.copy_(values[name])
 
 

@@ -42,7 +42,7 @@ class GovernorConfig(Record):
 class Governor:
     """Refuses steps whose loss or host gradient norm is not finite, or whose loss is far too high.
 
-    `look` starts reading a loss; `refusal` tells the verdict. On a GPU the copy of the loss runs
+    `look` starts reading a loss; `judge` tells the verdict. On a GPU the copy of the loss runs
     beside the backward pass, so waiting for it leaves the device busy.
     """
 
@@ -69,23 +69,13 @@ class Governor:
             value = pinned
         self._loss = value
 
-    def refusal(self, gradient_norm: Tensor | None = None) -> StepSkipped | None:
-        """Return why the optimizer must not step, or None if it may; counts bad steps in a row.
+    def judge(self, gradient_norm: Tensor | None = None) -> StepSkipped | None:
+        """Return why the optimizer must not step, or None if it may.
 
         Args:
             gradient_norm: The host's, where clipping has measured it; reading it waits for the
                 backward pass.
         """
-        refused = self._refusal(gradient_norm)
-        self.bad_steps = 0 if refused is None else self.bad_steps + 1
-        return refused
-
-    def refusal_elsewhere(self) -> StepSkipped:
-        """Return why the optimizer must not step where the step is bad in another process only."""
-        self.bad_steps += 1
-        return StepSkipped(reason="the step is bad in another process", value=math.nan)
-
-    def _refusal(self, gradient_norm: Tensor | None) -> StepSkipped | None:
         if self._loss is not None:
             if self._arrived is not None:
                 self._arrived.synchronize()
@@ -105,6 +95,10 @@ class Governor:
             if not math.isfinite(norm):
                 return StepSkipped(reason="the host's gradient norm is not finite", value=norm)
         return None
+
+    def count(self, *, refused: bool) -> None:
+        """Count bad steps in a row."""
+        self.bad_steps = self.bad_steps + 1 if refused else 0
 
     def is_bad(self, loss: float) -> bool:
         """Whether a loss is not finite, or above the band of recent ones."""

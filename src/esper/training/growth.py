@@ -406,14 +406,22 @@ class Growth:
 
     def _prune_exploding(self) -> None:
         """Prune seeds behind the host whose own gradients explode; the host never felt them."""
-        for slot in self.slots.values():
+        replication = self.slots.replication
+        exploding: dict[str, str] = {}
+        for path, slot in self.slots.items():
             if slot.stage is not SeedStage.TRAINING:
                 continue
             ratio, zeroed = slot.measurements.gradient_ratio, int(slot.nonfinite_gradients)
+            if replication is not None:  # each counts what arrives in it
+                zeroed = replication.largest(zeroed)
             steps = slot.state().steps_in_stage
             if (ratio is not None and ratio > EXPLODING_RATIO) or zeroed >= max(steps, 1):
                 told = "its gradients explode" if zeroed < steps else "its gradients are not finite"
-                self.publish(slot.prune(reason=told))
+                exploding[path] = told
+        if replication is not None:
+            exploding = replication.from_first(exploding)
+        for path, told in exploding.items():
+            self.publish(self.slots[path].prune(reason=told))
 
     def _read_isolation(self) -> list[Event]:
         events: list[Event] = []

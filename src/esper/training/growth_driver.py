@@ -49,30 +49,29 @@ class GrowthDriver:
 
     def note_loss(self, loss: Tensor | float) -> None:
         """Take note of a training loss, for policies that decide by it."""
-        self._losses.append(torch.as_tensor(loss).detach())
+        value = torch.as_tensor(loss, device=device_of(self._model))
+        self._losses.append(value.detach().float())
 
-    def after_step(self, *, epoch_ends: bool) -> dict[str, float] | None:
-        """Let one optimizer step pass, and decide if it is time.
-
-        Args:
-            epoch_ends: Whether it was the epoch's last, as far as is known.
-
-        Returns:
-            The held-out metrics if a decision was made.
-        """
+    def after_step(self) -> None:
+        """Let one optimizer step pass."""
         self.growth.after_step()
         if self.ema is not None:
             self.ema.update()
-        due = epoch_ends if self._interval is None else self.growth.step % self._interval == 0
-        return self._decide() if due else None
 
-    def after_epoch(self) -> dict[str, float] | None:
-        """Decide after an epoch whose last step was not known to be that.
+    def decide(self, *, epoch_ends: bool) -> dict[str, float] | None:
+        """Decide if it is time, between two steps.
+
+        Args:
+            epoch_ends: Whether the epoch is at its end.
 
         Returns:
             The held-out metrics if a decision was made.
         """
-        due = self._interval is None and self._decided_at < self.growth.step
+        step, every = self.growth.step, self._interval
+        if every is None:
+            due = epoch_ends and self._decided_at < step
+        else:
+            due = step // every > self._decided_at // every
         return self._decide() if due else None
 
     def _decide(self) -> dict[str, float]:
@@ -112,20 +111,6 @@ class GrowthDriver:
         self._decided_at = state["decided_at"]
         device = device_of(self._model)
         self._losses = [loss.to(device) for loss in state["losses"]]
-
-
-def build_again(slots: SlotSet, state: Mapping[str, Any]) -> None:
-    """Give slots the seeds that they had, where no optimizer is bound yet.
-
-    Args:
-        slots: As they were attached.
-        state: From `GrowthDriver.state_dict`.
-
-    Raises:
-        ValueError: The slots are others.
-        BlueprintError: A blueprint is not registered here.
-    """
-    slots.restore(state["growth"]["slots"]["slots"])
 
 
 def check_loop(slots: SlotSet, *, joint_clipping: bool, several: bool, scaled: bool) -> None:

@@ -17,7 +17,8 @@ class GrowthCallback(TrainerCallback):
     """Grows the model of a transformers Trainer while it trains.
 
     Checkpoints of the Trainer hold what has grown, and `train(resume_from_checkpoint=…)` goes on as
-    if nothing had happened, where the callback is made as it was then.
+    if nothing had happened, where the callback is made as it was then: from now on the model's
+    state dict carries what has grown.
 
     Args:
         growth: Slots of the Trainer's model and its optimizer, made before training begins:
@@ -55,8 +56,8 @@ class GrowthCallback(TrainerCallback):
             ema=ema,
         )
         self._decision_interval_steps = decision_interval_steps
-        self._training = False
-        self._carried = CarriedState(model, state=self._state, load=self._driver.load_state_dict)
+        self._plans_itself = growth.max_epochs is not None
+        CarriedState(model, state=self._state, load=self._load)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -95,13 +96,12 @@ class GrowthCallback(TrainerCallback):
                 "know; start one process per GPU with torchrun"
             )
         check_loop(slots, joint_clipping=args.max_grad_norm > 0, several=several, scaled=args.fp16)
-        if several:
+        if several and slots.replication is None:
             slots.replicate()
-        if self.growth.max_epochs is None:
+        if not self._plans_itself:
             every = self._decision_interval_steps
             epochs = int(state.num_train_epochs)
             self.growth.max_epochs = epochs if every is None else state.max_steps // every
-        self._training = True
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -114,13 +114,14 @@ class GrowthCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Let growth go on by a step; at an epoch's last one decide, before anything is saved."""
-        self._driver.after_step(epoch_ends=float(state.epoch).is_integer())
+        self._driver.after_step()
+        self._driver.decide(epoch_ends=float(state.epoch).is_integer())
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Decide after an epoch of a data set that did not tell its length."""
-        self._driver.after_epoch()
+        self._driver.decide(epoch_ends=True)
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -130,14 +131,13 @@ class GrowthCallback(TrainerCallback):
         if "loss" in logs:
             self._driver.note_loss(logs["loss"])
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Leave the model's state dict alone again."""
-        self._training = False
-
     def _state(self) -> Mapping[str, Any] | None:
-        return self._driver.state_dict() if self._training else None
+        bound = self.growth.slots.binding is not None
+        return self._driver.state_dict() if bound else None
+
+    def _load(self, state: Mapping[str, Any]) -> None:
+        self._driver.load_state_dict(state)
+        self.growth.slots.keep_out_of_wrappers()
 
 
 def _innermost(optimizer: Any) -> Any:

@@ -7,13 +7,14 @@ from typing import Any
 import lightning.pytorch as pl
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from esper.slots.slot_set import SlotSet
 from esper.telemetry.sink import Sink
 from esper.training.carried_state import CarriedState
 from esper.training.ema import EMA, check_average
 from esper.training.growth import Growth
-from esper.training.growth_driver import GrowthDriver, build_again, check_loop
+from esper.training.growth_driver import GrowthDriver, check_loop
 from esper.training.held_out import Evaluate
 from esper.training.policy import Policy
 from esper.training.random_states import random_states, set_random_states
@@ -27,7 +28,7 @@ class GrowthCallback(pl.Callback):
 
     Lightning's checkpoints hold what has grown, and `fit(…, ckpt_path=…)` goes on as if nothing had
     happened, where the callback is made as it was then. Held-out metrics are logged as
-    "held_out/…" whenever a decision is made.
+    "held_out/…", the mean over an epoch's decisions.
 
     Args:
         slots: From `esper.attach` to the LightningModule or a module in it, before `fit`.
@@ -67,74 +68,85 @@ class GrowthCallback(pl.Callback):
         self._ema = ema
         self._sinks = sinks
         self._driver: GrowthDriver | None = None
-        self._carried: CarriedState | None = None
+        self._module: pl.LightningModule | None = None
+        self._others: list[nn.Parameter] = []
+        """The LightningModule's parameters outside of the slots' model."""
+        self._handle: RemovableHandle | None = None
+        """Of the hook that counts the optimizer's steps."""
+        self._stepped = False
         self._loaded: Mapping[str, Any] | None = None
         """From a checkpoint, until training begins."""
-        self._global_step = 0
         self._loss: Tensor | None = None
         """Of the batches since the last optimizer step."""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Let the weights carry what has grown."""
-        self._release()
+        """Let the weights carry what has grown, from now on."""
         for callback in trainer.callbacks:
             if any(kind.__name__ in _POSITION_PAIRED for kind in type(callback).__mro__):
                 check_average(callback, self.slots)
-        self._carried = CarriedState(pl_module, state=self._state, load=self._load)
+        self._loaded = None
+        self._module = pl_module
+        CarriedState(pl_module, state=self._state, load=self._load)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Bind the optimizer, before its state is loaded.
+        """Bind the optimizer, before its state is loaded. A further `fit` goes on growing.
 
         Raises:
             ValueError: Lightning trains in a way that growth does not know, or that seeds cannot
                 stand; the message says how to do without.
         """
         optimizer, scheduler = _only_optimizer(trainer)
-        check_loop(
-            self.slots,
-            joint_clipping=bool(trainer.gradient_clip_val),
-            several=trainer.world_size > 1,
-            scaled=str(trainer.precision).startswith("16"),
-        )
-        if isinstance(trainer.model, nn.parallel.DistributedDataParallel):
-            self.slots.replicate(trainer.model.process_group)
-        elif trainer.world_size > 1:
+        scaled = str(trainer.precision).startswith("16")
+        several = trainer.world_size > 1
+        clips = bool(trainer.gradient_clip_val)
+        check_loop(self.slots, joint_clipping=clips, several=several, scaled=scaled)
+        unscales = getattr(optimizer, "_step_supports_amp_scaling", False)
+        if scaled and unscales and self.max_gradient_norm is not None:
+            raise ValueError(
+                f"this {type(optimizer).__name__} takes scaled gradients and cannot be clipped "
+                "with float16; make it with fused=False"
+            )
+        if several and not isinstance(trainer.model, nn.parallel.DistributedDataParallel):
             raise ValueError(
                 f"{type(trainer.strategy).__name__} shards or wraps the model in a way that growth "
                 'does not know; use strategy="ddp"'
             )
-        growth = Growth(
-            self.slots,
-            optimizer,
-            policy=self._policy,
-            scheduler=scheduler,
-            max_epochs=self._num_decisions(trainer),
-            sinks=self._sinks,
-        )
-        self.growth = growth
+        if several:
+            self.slots.replicate(trainer.model.process_group)
+        self._release()
+        if self.growth is None:
+            self.growth = Growth(
+                self.slots,
+                optimizer,
+                policy=self._policy,
+                scheduler=scheduler,
+                sinks=self._sinks,
+            )
+        else:
+            self.slots.bind(optimizer, scheduler)
+        self.growth.max_epochs = self._num_decisions(trainer)
         self._driver = GrowthDriver(
-            growth,
+            self.growth,
             pl_module,
             evaluate=self._evaluate,
             decision_interval_steps=self._interval,
             ema=self._ema,
         )
+        inside = set(self.slots.model.parameters())
+        self._others = [p for p in pl_module.parameters() if p not in inside]
         if self._loaded is not None:
             self._driver.load_state_dict(self._loaded)
             if self._loaded["random"] is not None:  # soon Lightning makes the data's iterator
                 set_random_states(self._loaded["random"])
             self._loaded = None
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Count steps from here."""
-        self._global_step = trainer.global_step
+        self._handle = optimizer.register_step_post_hook(self._after_step)
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         """Clip gradients per owner, if asked to."""
         if self.max_gradient_norm is not None:
-            self.slots.clip_grad_norm_(self.max_gradient_norm)
+            self.slots.clip_grad_norm_(self.max_gradient_norm, others=self._others)
 
     def on_train_batch_end(
         self,
@@ -144,35 +156,39 @@ class GrowthCallback(pl.Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Let growth go on by a step; at an epoch's last one decide, before anything is saved."""
+        """Decide after an epoch's last step, or every N steps, before anything is saved."""
         assert self._driver is not None
         self._note_loss(outputs)
-        steps = trainer.global_step - self._global_step
-        if steps == 0:  # gradients accumulate
-            return
-        self._global_step = trainer.global_step
-        if self._loss is not None:
-            self._driver.note_loss(self._loss)
-            self._loss = None
-        for left in reversed(range(steps)):
-            metrics = self._driver.after_step(epoch_ends=trainer.is_last_batch and left == 0)
-            _log(pl_module, metrics)
+        if self._stepped:
+            self._stepped = False
+            if self._loss is not None:
+                self._driver.note_loss(self._loss)
+                self._loss = None
+            self._decide(pl_module, epoch_ends=trainer.is_last_batch)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Decide after an epoch whose last batch made no step."""
-        assert self._driver is not None
-        _log(pl_module, self._driver.after_epoch())
+        self._decide(pl_module, epoch_ends=True)
 
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Leave the model's state dict and the optimizer alone again."""
-        self._release()
+    def _after_step(self, *_: Any) -> None:
+        assert self._driver is not None
+        self._stepped = True
+        self._driver.after_step()
+
+    def _decide(self, pl_module: pl.LightningModule, *, epoch_ends: bool) -> None:
+        assert self._driver is not None
+        metrics = self._driver.decide(epoch_ends=epoch_ends)
+        if metrics is not None:
+            named = {f"held_out/{name}": value for name, value in metrics.items()}
+            pl_module.log_dict(named, on_step=False, on_epoch=True, batch_size=1)
 
     def _release(self) -> None:
-        if self._carried is not None:
-            self._carried.remove()
-        if self._driver is not None:
-            self.slots.unbind()
-        self._carried = self._driver = self._loaded = self._loss = None
+        """Let go of the optimizer of an earlier fit."""
+        if self._handle is not None:
+            self._handle.remove()
+        self.slots.unbind()
+        self._driver = self._handle = self._loss = None
+        self._stepped = False
 
     def _note_loss(self, outputs: Any) -> None:
         """Add a batch's share of the step's loss, if the LightningModule tells it."""
@@ -195,15 +211,9 @@ class GrowthCallback(pl.Callback):
         return {**self._driver.state_dict(), "random": random_states() if alone else None}
 
     def _load(self, state: Mapping[str, Any]) -> None:
-        build_again(self.slots, state)
+        self.slots.restore(state["growth"]["slots"]["slots"])
+        self.slots.keep_out_of_wrappers(self._module)
         self._loaded = state
-
-
-def _log(module: pl.LightningModule, metrics: Mapping[str, float] | None) -> None:
-    """Log the held-out metrics of a decision, if one was made."""
-    if metrics is not None:
-        named = {f"held_out/{name}": value for name, value in metrics.items()}
-        module.log_dict(named, on_step=False, on_epoch=True, batch_size=1)
 
 
 def _only_optimizer(trainer: pl.Trainer) -> tuple[Optimizer, Any]:

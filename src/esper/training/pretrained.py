@@ -20,6 +20,7 @@ from esper.slots.placement import remove_slots
 from esper.slots.slot import SeedSlot
 from esper.slots.slot_set import SlotSet
 from esper.slots.slot_snapshot import LifeSnapshot, SlotSnapshot
+from esper.training.carried_state import KEY
 from esper.training.sealed_folder import DamagedFolderError, check_sealed, sealed_folder
 
 CONFIG_FILE = "config.json"
@@ -139,6 +140,8 @@ def _weights_to_save(slots: SlotSet) -> dict[str, Tensor]:
     weights: dict[str, Tensor] = {}
     seen: set[tuple[int, torch.Size, tuple[int, ...]]] = set()
     for name, tensor in slots.model.state_dict().items():
+        if name == KEY:  # of a callback; what is committed is in the config
+            continue
         if not isinstance(tensor, Tensor):
             raise TypeError(
                 f"{name!r} in the state dict is a {type(tensor).__name__}; only tensors are saved"

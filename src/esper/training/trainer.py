@@ -312,7 +312,8 @@ class Trainer:
         slot = suspect(growth.slots)
         if slot is not None:
             loss, without = self._losses_without(slot, group)
-            if governor.is_bad(loss) and not governor.is_bad(without):
+            bad_with = self._anywhere(bad=governor.is_bad(loss))
+            if not self._anywhere(bad=governor.is_bad(without)) and bad_with:
                 growth.publish([blamed(slot, loss=loss, without=without)])
                 growth.publish(slot.prune(reason="steps are bad with it, and not without"))
                 self._safeguard.mend_buffers(self.model)
@@ -404,10 +405,18 @@ class Trainer:
 
     def _refusal(self, norm: Tensor | None) -> StepSkipped | None:
         """Return why the optimizer must not step, in this process or, of several, in any."""
-        refusal, replication = self.governor.refusal(norm), self.growth.slots.replication
-        if replication is not None and replication.any(refusal is not None) and refusal is None:
-            return self.governor.refusal_elsewhere()
+        refusal = self.governor.judge(norm)
+        if refusal is None and self._anywhere(bad=False):
+            refusal = StepSkipped(reason="the step is bad in another process", value=math.nan)
+        elif refusal is not None:
+            self._anywhere(bad=True)
+        self.governor.count(refused=refusal is not None)
         return refusal
+
+    def _anywhere(self, *, bad: bool) -> bool:
+        """Return whether it is so here or in another process; all of them must ask."""
+        replication = self.growth.slots.replication
+        return bad if replication is None else replication.any(bad)
 
     def _forward(self, model: nn.Module, inputs: Any, targets: Any, num_batches: int) -> Tensor:
         """Return one batch's share of the step's loss."""
