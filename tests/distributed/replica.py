@@ -164,14 +164,15 @@ def make(rank: int, size: int, samples: int, watch: Watch, scenario: str) -> esp
 
 
 class Told:
-    """Prints what the governor does."""
+    """Writes what the governor does."""
 
-    def __init__(self, rank: int) -> None:
-        self.rank = rank
+    def __init__(self, file: Path) -> None:
+        self.file = file
 
     def publish(self, record: Any) -> None:
         if record.event.type in ("step_skipped", "run_went_back", "seed_blamed"):
-            print(f"rank {self.rank} step {record.step}: {record.event.type}", flush=True)  # noqa: T201
+            with self.file.open("a") as file:
+                file.write(f"{record.step} {record.event.type}\n")
 
     def measure(self, epoch: int, step: int, metrics: Any) -> None:
         pass
@@ -208,7 +209,7 @@ def plant(scenario: str, folder: Path, trainer: esper.Trainer, rank: int) -> Non
             look(loss * torch.nan if bad else loss)
 
         trainer.governor.look = spoil  # type: ignore[method-assign]
-        trainer.growth.sinks.append(Told(rank))
+        trainer.growth.sinks.append(Told(folder / f"told{rank}"))
 
 
 def check_limits(trainer: esper.Trainer, folder: Path) -> None:

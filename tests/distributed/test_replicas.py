@@ -50,11 +50,10 @@ def test_processes_that_disagree_are_stopped_before_anything_is_attached(tmp_pat
 def test_all_processes_go_back_where_the_losses_of_one_are_bad(tmp_path: Path) -> None:
     done = torchrun(REPLICA, str(tmp_path), "spoilt")
     assert done.returncode == 0, done.stderr[-3000:]
-    told = sorted(line for line in done.stdout.splitlines() if line.startswith("rank "))
-    ranks = [[line[6:] for line in told if line.startswith(f"rank {rank}")] for rank in (0, 1)]
-    assert ranks[0] == ranks[1]
-    assert sum("step_skipped" in line for line in ranks[0]) == 3
-    assert sum("run_went_back" in line for line in ranks[0]) == 1
+    told = [(tmp_path / f"told{rank}").read_text() for rank in (0, 1)]
+    assert told[0] == told[1]
+    assert told[0].count("step_skipped") == 3
+    assert told[0].count("run_went_back") == 1
     found = [safetensors.torch.load_file(tmp_path / f"rank{rank}.safetensors") for rank in (0, 1)]
     last = max(found[0])[:3]
     weights = [key for key in found[0] if key.startswith(f"{last} weight ")]

@@ -167,10 +167,10 @@ def learn(model: nn.Module, host: Any, index: int, scale: float = 1.0) -> None:
     (scale * F.cross_entropy(model(host.inputs(index)), host.labels(index))).backward()
 
 
-@pytest.mark.parametrize("clipped", [False, True])
+@pytest.mark.parametrize("loop", ["plain", "clipped", "closure"])
 @pytest.mark.parametrize("stage", [SeedStage.TRAINING, SeedStage.BLENDING, SeedStage.PROBATIONARY])
 def test_gradient_health_equals_norms_by_hand(
-    host: Any, stage: SeedStage, clipped: bool, grow: Any, randomise: Any
+    host: Any, stage: SeedStage, loop: str, grow: Any, randomise: Any
 ) -> None:
     model, slots = attach(host)
     slots.gradient_health = GradientHealth(interval_steps=1)
@@ -185,12 +185,16 @@ def test_gradient_health_equals_norms_by_hand(
     seed = list(slot.living.parameters())
     hosts, seeds = [], []
     for index in range(3):
-        learn(model, host, index)
+        if loop == "closure":
+            optimizer.step(lambda index=index: learn(model, host, index))
+        else:
+            learn(model, host, index)
         hosts.append(norm(own))
         seeds.append(norm(seed))
-        if clipped:
+        if loop == "clipped":
             slots.clip_grad_norm_(1e-3)
-        optimizer.step()
+        if loop != "closure":
+            optimizer.step()
         optimizer.zero_grad()
     reading = slots.read_gradient_health(slot)
     assert reading.host_norm == pytest.approx(sum(hosts) / 3, rel=1e-5)
