@@ -261,7 +261,7 @@ class SlotSet(Mapping[str, SeedSlot]):
         self.average_gradients()
         norms = {HOST: whole(clip_grad_norm_([*self.host_parameters(), *others], max_norm))}
         for owner, seed in self._living_seeds().items():
-            norms[owner] = whole(clip_grad_norm_(seed.parameters(), max_norm))
+            norms[owner] = whole(clip_grad_norm_(list(seed.parameters()), max_norm))
         self.gradient_health.note_before_clipping(norms)
         return norms[HOST]
 
