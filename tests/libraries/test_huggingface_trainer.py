@@ -230,6 +230,13 @@ def test_a_later_callback_takes_the_place_of_an_earlier_one(tmp_path: Path) -> N
     assert (growth.step, run.growth.step) == (12, 24)
 
 
+def test_a_further_training_goes_on_growing(tmp_path: Path) -> None:
+    run = Run(tmp_path, num_train_epochs=3)
+    run.fit()
+    run.fit()
+    assert (run.growth.step, run.growth.epoch, run.growth.max_epochs) == (48, 6, 6)
+
+
 def test_the_best_network_is_loaded_at_the_end_with_what_it_had_grown(tmp_path: Path) -> None:
     run = Run(
         tmp_path,

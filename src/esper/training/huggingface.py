@@ -1,5 +1,6 @@
 """Growth in the Trainer of transformers."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -58,6 +59,7 @@ class GrowthCallback(TrainerCallback):
         self._decision_interval_steps = decision_interval_steps
         self._plans_itself = growth.max_epochs is not None
         CarriedState(model, state=self._state, load=self._load)
+        growth.slots.keep_out_of_wrappers()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -100,8 +102,11 @@ class GrowthCallback(TrainerCallback):
             slots.replicate()
         if not self._plans_itself:
             every = self._decision_interval_steps
-            epochs = int(state.num_train_epochs)
-            self.growth.max_epochs = epochs if every is None else state.max_steps // every
+            if every is None:
+                left = math.ceil(state.num_train_epochs - (state.epoch or 0.0))
+            else:
+                left = state.max_steps // every - state.global_step // every
+            self.growth.max_epochs = self.growth.epoch + left
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -87,6 +87,7 @@ class GrowthCallback(pl.Callback):
         self._loaded = None
         self._module = pl_module
         CarriedState(pl_module, state=self._state, load=self._load)
+        self.slots.keep_out_of_wrappers(pl_module)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Bind the optimizer, before its state is loaded. A further `fit` goes on growing.
@@ -124,7 +125,10 @@ class GrowthCallback(pl.Callback):
             )
         else:
             self.slots.bind(optimizer, scheduler)
-        self.growth.max_epochs = self._num_decisions(trainer)
+        total, done = self._num_decisions(trainer)
+        resumes = self._loaded is not None  # then its epochs are those of this run
+        before = 0 if resumes else self.growth.epoch - done
+        self.growth.max_epochs = None if total is None else before + total
         self._driver = GrowthDriver(
             self.growth,
             pl_module,
@@ -196,13 +200,14 @@ class GrowthCallback(pl.Callback):
         if isinstance(loss, Tensor):
             self._loss = loss.detach() if self._loss is None else self._loss + loss.detach()
 
-    def _num_decisions(self, trainer: pl.Trainer) -> int | None:
-        """Return how many decisions will come, if that is known."""
+    def _num_decisions(self, trainer: pl.Trainer) -> tuple[int | None, int]:
+        """Return how many decisions the Trainer's run has, if that is known, and had already."""
         if self._interval is None:
             epochs = trainer.max_epochs
-            return None if epochs is None or epochs < 0 else epochs
+            return None if epochs is None or epochs < 0 else epochs, trainer.current_epoch
         steps = trainer.estimated_stepping_batches
-        return int(steps) // self._interval if math.isfinite(steps) else None
+        total = int(steps) // self._interval if math.isfinite(steps) else None
+        return total, trainer.global_step // self._interval
 
     def _state(self) -> Mapping[str, Any] | None:
         if self._driver is None:
