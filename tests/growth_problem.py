@@ -60,6 +60,7 @@ class Problem:
         evaluate = settings.pop("evaluate", self.held_out)
         loss = settings.pop("loss", mse_loss)
         count_flops = settings.pop("count_flops", False)
+        compiled = settings.pop("compiled", None)
         growth = esper.Growth(
             self.slots,
             self.optimizer,
@@ -69,6 +70,7 @@ class Problem:
             sinks=[self.recorder],
             clock=lambda: 0.0,
             count_flops=count_flops,
+            compiled=compiled,
         )
         config = esper.TrainerConfig(epochs=epochs, **settings)
         return esper.Trainer(

@@ -59,6 +59,9 @@ def grow(
     device: Annotated[
         str | None, typer.Option(help="Where to train: cpu, cuda, cuda:N; default cpu.")
     ] = None,
+    compile_: Annotated[
+        bool, typer.Option("--compile", help="Run host and seeds compiled by torch.compile.")
+    ] = False,
     config: Annotated[Path | None, typer.Option(help="TOML file of settings.")] = None,
     set_: Annotated[
         list[str] | None,
@@ -93,6 +96,8 @@ def grow(
         raise typer.BadParameter("--quiet and --json exclude each other")
     name = only_task(task, task_option)
     options: dict[str, Any] = {"policy": policy, "random_seed": seed, "device": device}
+    if compile_:
+        options["compile"] = True
     if epochs is not None:
         options["trainer"] = {"epochs": epochs}
     try:

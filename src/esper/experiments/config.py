@@ -63,6 +63,8 @@ class RunConfig(Record):
     count_flops: bool = True
     """Whether floating-point operations are counted; the first step of each structure and every
     decision then run slower."""
+    compile: bool = False
+    """Whether host and seeds run compiled by torch.compile."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     trainer: TrainerConfig
     slot: SlotConfig

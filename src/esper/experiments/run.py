@@ -10,6 +10,7 @@ import safetensors.torch
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
+from esper.compilation import CompiledHost
 from esper.experiments.config import CheckpointConfig, RunConfig, SettingsError
 from esper.lifecycle.events import RunFinished, RunStarted
 from esper.policies.depth_schedule import SLOPE, DepthSchedulePolicy, slope_policy
@@ -187,6 +188,7 @@ def prepare(
         policy=policy,
         max_epochs=num_decisions(config, setup),
         sinks=sinks,
+        compiled=CompiledHost(slots) if config.compile else None,
         count_flops=config.count_flops,
     )
     if isinstance(policy, DepthSchedulePolicy):

@@ -382,6 +382,34 @@ class RunResumed(_Event):
     name: str
 
 
+class SeedCompiled(_Event):
+    """Everything that a seed will run in the stages to come is compiled."""
+
+    type: Literal["seed_compiled"] = "seed_compiled"
+    slot: str
+    blueprint: str
+    kinds: int
+    """Of forward, each a graph unless it was there already."""
+    checked: bool
+    """Whether results and gradients were compared with the seed's own."""
+    milliseconds: float
+
+
+class CompileFailed(_Event):
+    """A module of the host, or a seed, runs as it is, because compiling it did not work."""
+
+    type: Literal["compile_failed"] = "compile_failed"
+    place: str
+    """Path of the module or of the slot."""
+    blueprint: str | None
+    """None for a module of the host."""
+    error: str
+
+    @property
+    def priority(self) -> Priority:
+        return Priority.WARNING
+
+
 class CachesSwept(_Event):
     """Expired entries were dropped from the bounded caches."""
 
@@ -421,6 +449,8 @@ Event = Annotated[
     | CheckpointFailed
     | CheckpointDamaged
     | RunResumed
+    | SeedCompiled
+    | CompileFailed
     | CachesSwept,
     Field(discriminator="type"),
 ]

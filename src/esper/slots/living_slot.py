@@ -22,7 +22,7 @@ from esper.slots.germination import FeatureLayout, probe_samples
 from esper.slots.gradient_guard import GradientGuard
 from esper.slots.life import SeedLife
 from esper.slots.measurements import SeedMeasurements
-from esper.slots.slot_forward import ForwardMode, SlotForward
+from esper.slots.slot_forward import ForwardKind, ForwardMode, SlotForward
 from esper.slots.slot_owner import SlotOwner
 from esper.slots.slot_snapshot import SeedRecipe, SlotSnapshot
 
@@ -36,6 +36,14 @@ _GRADIENT_GONE = (
     "before the optimizer's step; call optimizer.zero_grad() before growth.shadow_pass(…), or "
     "right after optimizer.step()"
 )
+
+_STAGES_THAT_RUN = (
+    SeedStage.TRAINING,
+    SeedStage.BLENDING,
+    SeedStage.SHADOWING,
+    SeedStage.PROBATIONARY,
+)
+"""Stages in which a living seed's forward runs, from the first to the last."""
 
 _FORCEABLE = LIVING_STAGES - {SeedStage.GERMINATED}
 
@@ -115,6 +123,11 @@ class LivingSlot(SlotForward):
     def measurements(self) -> SeedMeasurements:
         """What has been measured of the current seed; the growth engine writes into it."""
         return self._life.measurements
+
+    @property
+    def draws_random_numbers(self) -> bool:
+        """Whether the living seed's forward draws random numbers, as dropout does."""
+        return self._stream is not None
 
     @property
     def fading(self) -> bool:
@@ -268,20 +281,39 @@ class LivingSlot(SlotForward):
             live=self.isolation is Isolation.NONE,
         )
 
+    def kinds_to_come(self) -> list[ForwardKind]:
+        """Return what the forward does now, or will do in the living seed's life, where it runs."""
+        stages = [self.stage]
+        if self.living is not None and not self.fading:
+            first = self.stage
+            if first is SeedStage.GERMINATED:
+                live = self.isolation is Isolation.NONE
+                first = SeedStage.BLENDING if live else SeedStage.TRAINING
+            stages = list(_STAGES_THAT_RUN[_STAGES_THAT_RUN.index(first) :])
+        kinds = [self._kind_in(stage) for stage in stages]
+        runs = [k for k in kinds if k.num_inlined or k.mode is not ForwardMode.PASS_THROUGH]
+        return list({kind.graph: kind for kind in runs}.values())
+
+    def _kind_in(self, stage: SeedStage) -> ForwardKind:
+        in_blend = stage in (SeedStage.BLENDING, SeedStage.SHADOWING)
+        mode = ForwardMode.PASS_THROUGH
+        if in_blend:
+            mode = ForwardMode.BLENDED
+        elif stage is SeedStage.PROBATIONARY:
+            mode = ForwardMode.INLINED
+        elif stage is SeedStage.TRAINING and self.config.objective is not SeedObjective.SHADOW:
+            mode = ForwardMode.STRAIGHT_THROUGH
+        return self.kind_of(
+            mode,
+            self.num_committed + (mode is ForwardMode.INLINED),
+            isolated=not in_blend or self.isolation is Isolation.SHADOWING,
+        )
+
     def _follow_stage(self) -> None:
         stage = self.stage
         self._shadow_passes, self._shadow_gradient_came = 0, False
-        if stage is SeedStage.TRAINING and not self.learns_in_shadow:
-            self.mode = ForwardMode.STRAIGHT_THROUGH
-        elif stage in (SeedStage.BLENDING, SeedStage.SHADOWING):
-            self.mode = ForwardMode.BLENDED
-        elif stage is SeedStage.PROBATIONARY:
-            self.mode = ForwardMode.INLINED
-        else:
-            self.mode = ForwardMode.PASS_THROUGH
-        self.num_inlined = self.num_committed + (self.mode is ForwardMode.INLINED)
-        in_blend = stage in (SeedStage.BLENDING, SeedStage.SHADOWING)
-        self.isolated = not in_blend or self.isolation is Isolation.SHADOWING
+        kind = self._kind_in(stage)
+        self.mode, self.num_inlined, self.isolated = kind.mode, kind.num_inlined, kind.isolated
         self.active = self.num_inlined > 0 or self.mode is not ForwardMode.PASS_THROUGH
         self._note_branches()
         if self._guard is not None:
@@ -329,7 +361,9 @@ class LivingSlot(SlotForward):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the slot set behind: a copied or pickled model runs, but does not grow."""
-        return {**self.__dict__, "_owner": None, "_guard": None, "example_call": NO_ARGUMENTS}
+        state = {**self.__dict__, "_owner": None, "_guard": None, "example_call": NO_ARGUMENTS}
+        state.pop("forward", None)  # that stands in for the slot's own, as a compiled one
+        return state
 
     def extra_repr(self) -> str:
         return f"{self.path!r}, {self.stage.name}, alpha={self.alpha:g}"

@@ -1,8 +1,9 @@
 """The forward half of a slot: what the host's features meet on their way."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from enum import Enum
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,16 @@ class ForwardMode(Enum):
     """`h + u`, just as committed seeds run, so that a commit changes no graph."""
     SHADOWED = 4
     """`h + u` with h detached, beside the step only; see `cast_shadow`."""
+
+
+class ForwardKind(NamedTuple):
+    """What a slot's forward does, apart from values."""
+
+    mode: ForwardMode
+    num_inlined: int
+    isolated: bool
+    graph: Hashable
+    """Equal kinds of graphs have equal ones: a commit changes no graph."""
 
 
 class SlotForward(nn.Module):
@@ -82,6 +93,37 @@ class SlotForward(nn.Module):
         if len(self.branches) == self.num_committed:
             return None
         return self.branch(self.num_committed)
+
+    @property
+    def kind(self) -> ForwardKind:
+        """What the forward does now."""
+        return self.kind_of(self.mode, self.num_inlined, isolated=self.isolated)
+
+    def kind_of(self, mode: ForwardMode, num_inlined: int, *, isolated: bool) -> ForwardKind:
+        """Return what the forward does in a mode."""
+        if num_inlined == len(self.branches):
+            graph: Hashable = num_inlined
+        else:
+            blended = mode is ForwardMode.BLENDED
+            graph = (mode, num_inlined, blended and isolated, blended and self.severed)
+        return ForwardKind(mode, num_inlined, isolated, graph)
+
+    @contextmanager
+    def in_kind(self, kind: ForwardKind) -> Iterator[None]:
+        """Run the forward as it will be then."""
+        before = self.num_inlined, self.isolated
+        self.num_inlined, self.isolated = kind.num_inlined, kind.isolated
+        try:
+            with self._in_mode(kind.mode, active=True):
+                yield
+        finally:
+            self.num_inlined, self.isolated = before
+
+    @contextmanager
+    def passed_through(self) -> Iterator[None]:
+        """Call the forward in any case, also where there is nothing to do."""
+        with self._in_mode(self.mode, active=True):
+            yield
 
     def prepare_seeds(self) -> None:
         """Let the seeds build what their increments look up."""

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+from esper.compilation.compiled_host import CompiledHost
 from esper.lifecycle.actions import (
     Action,
     Advance,
@@ -65,6 +66,7 @@ class Growth:
         scheduler: A learning-rate scheduler made before; one made afterwards needs nothing.
         max_epochs: How many decisions will come, for policies that plan by it.
         sinks: Receive every event and metric.
+        compiled: The host and its seeds run compiled; None leaves that to the caller.
         clock: Unix seconds, for event records.
         count_flops: Whether `meter` counts operations besides taking times: the first step of each
             structure then runs slower, and so do decisions.
@@ -83,6 +85,7 @@ class Growth:
         scheduler: Any | None = None,
         max_epochs: int | None = None,
         sinks: Sequence[Sink] = (),
+        compiled: CompiledHost | None = None,
         clock: Callable[[], float] = time.time,
         count_flops: bool = False,
     ) -> None:
@@ -90,6 +93,7 @@ class Growth:
         self.policy = policy
         self.max_epochs = max_epochs
         self.sinks = list(sinks)
+        self.compiled = compiled
         self.isolation_monitor = IsolationMonitor(slots)
         self.meter = CostMeter(slots, count_flops=count_flops)
         """What the run costs. A loop of one's own wraps its batches in `meter.batch`, and calls
@@ -121,6 +125,19 @@ class Growth:
         if self.isolation_monitor.due(self.step) is not None:
             with self.meter.decision():
                 self.isolation_monitor.check(loss, step=self.step)
+
+    def compile_ahead(self, loss: Callable[[], Tensor]) -> None:
+        """Compile what seeds will run next, if growth has a `compiled` host and something is due.
+
+        Call it before a step's forward, as `check_isolation`; the step then waits for no compiler.
+
+        Args:
+            loss: Computes the step's loss as the step will: `lambda: criterion(model(x), y)`.
+
+        Effects: as `CompiledHost.prepare`. What it costs is not in `meter`.
+        """
+        if self.compiled is not None:
+            self.publish(self.compiled.prepare(loss))
 
     def shadow_pass(self, loss: Callable[[], Tensor]) -> None:
         """Give each seed that learns in shadow the gradient of the loss at full alpha.

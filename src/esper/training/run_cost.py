@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from enum import Enum
 from types import MappingProxyType
@@ -67,7 +67,8 @@ class CostMeter:
     Operations are counted by torch's `FlopCounterMode`: matrix products, convolutions and
     attention, a multiplication and an addition each one operation; elementwise work counts as none.
     A step is counted the first time that a structure meets batches of a shape, and has the same
-    figure from then on; what a decision does is counted each time. Counting changes no result.
+    figure from then on; what a decision does is counted each time. Counting changes no result, but
+    that a step that is counted runs eagerly, and so may round otherwise than a compiled one.
 
     Args:
         slots: Whose structure a step depends on.
@@ -186,9 +187,11 @@ class CostMeter:
             return
         key = (self._slots.structure(), *what)
         counter = None if key in self._known else flop_counter()
-        running: AbstractContextManager[object] = counter or nullcontext()
-        with running:
+        if counter is None:
             yield
+        else:  # what compiled code does cannot be counted
+            with torch.compiler.set_stance("force_eager"), counter:
+                yield
         if counter is not None:
             self._known[key] = counter.get_total_flops()
         self._flops[_Purpose.TRAINING] += self._known[key]

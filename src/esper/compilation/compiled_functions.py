@@ -1,0 +1,64 @@
+"""Compiled functions, one for each structure that they compute."""
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from types import FunctionType
+from typing import Any
+
+import torch
+
+MAX_STRUCTURES = 32
+
+
+class CompiledFunctions:
+    """Compiles one function anew for each structure, and drops those unused for longest.
+
+    The compiler keeps its graphs with a function's code, looks through them in turn, and gives up
+    on code that has more than a few. So each structure gets code of its own: a few graphs for its
+    modes, found at once, and freed with it.
+
+    Args:
+        function: A plain function that is not a closure.
+        max_structures: How many are kept.
+        options: Of torch.compile.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        *,
+        max_structures: int = MAX_STRUCTURES,
+        options: dict[str, Any],
+    ) -> None:
+        assert isinstance(function, FunctionType)
+        self._function = function
+        self._max_structures = max_structures
+        self._options = options
+        self._compiled: OrderedDict[Hashable, Callable[..., Any]] = OrderedDict()
+        self.dropped = 0
+        """Structures that were dropped."""
+
+    def __len__(self) -> int:
+        return len(self._compiled)
+
+    def of(self, structure: Hashable) -> Callable[..., Any]:
+        """Return the function for a structure; it compiles when it is called."""
+        compiled = self._compiled.get(structure)
+        if compiled is None:
+            compiled = torch.compile(_with_own_code(self._function), **self._options)
+            self._compiled[structure] = compiled
+            if len(self._compiled) > self._max_structures:
+                self._compiled.popitem(last=False)
+                self.dropped += 1
+        self._compiled.move_to_end(structure)
+        return compiled
+
+
+def _with_own_code(function: FunctionType) -> FunctionType:
+    return FunctionType(
+        function.__code__.replace(),
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )

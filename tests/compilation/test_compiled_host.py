@@ -1,0 +1,278 @@
+"""A host compiled module by module: what it computes, how many graphs, and who waits for them."""
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from torch.nn.functional import mse_loss
+
+import esper
+from esper import SeedStage, SlotConfig
+from esper.compilation import CompiledHost
+from esper.lifecycle.actions import Germinate
+from esper.lifecycle.events import BreakerChanged, CompileFailed, SeedCompiled
+from esper.seeds import Seed, blueprints, zero_initialise_
+from growth_problem import make_problem
+
+pytestmark = [
+    # torch's own tracer instantiates, and looks at, what it warns of
+    pytest.mark.filterwarnings("ignore:.*Function'> should not be instantiated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
+]
+WIDTH = 8
+BATCHES = torch.randn(6, 5, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(WIDTH, WIDTH, 3, padding=1)
+        self.norm = nn.BatchNorm2d(WIDTH)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features + torch.relu(self.norm(self.convolution(features)))
+
+
+class Host(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, WIDTH, 3, padding=1)
+        self.first = Block()
+        self.second = Block()
+        self.head = nn.Linear(WIDTH, 2)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.second(self.first(self.stem(images))).mean(dim=(2, 3)))
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def graphs() -> int:
+    return counters["stats"]["unique_graphs"]
+
+
+class Run:
+    """A growing host with its optimizer."""
+
+    def __init__(self, *, compiled: bool, backend: str = "aot_eager", **config: Any) -> None:
+        torch.manual_seed(0)
+        self.host = Host()
+        self.slots = esper.attach(
+            self.host,
+            ["first", "second"],
+            example=BATCHES[0],
+            config=SlotConfig(max_committed=4, embargo_epochs=0, **config),
+        )
+        self.optimizer = torch.optim.SGD(self.host.parameters(), lr=0.05, momentum=0.9)
+        self.slots.bind(self.optimizer)
+        self.compiled = CompiledHost(self.slots, backend=backend) if compiled else None
+        self.number = 0
+
+    def loss(self) -> Tensor:
+        images = BATCHES[self.number % len(BATCHES)]
+        return mse_loss(self.host(images), images.mean(dim=(2, 3))[:, :2])
+
+    def prepare(self) -> list[Any]:
+        return [] if self.compiled is None else self.compiled.prepare(self.loss)
+
+    def step(self) -> float:
+        loss = self.loss()
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.slots.tick()
+        self.number += 1
+        return float(loss.detach())
+
+    def live(self, path: str, blueprint: str, **options: Any) -> Iterator[None]:
+        """Take a seed through its life, a stop at each stage."""
+        slot = self.slots[path]
+        slot.germinate(blueprint, **options)
+        yield
+        slot.advance(force=True)
+        if slot.isolation is esper.lifecycle.learning.Isolation.NONE:
+            slot.advance(force=True)
+        else:
+            yield
+            slot.advance(force=True)
+        slot.set_alpha_target(1.0, 2)
+        yield
+        slot.advance(force=True)
+        yield
+        slot.advance(force=True)
+        yield
+        slot.commit()
+        yield
+
+
+@pytest.mark.parametrize("config", [{}, {"isolation": "shadowing"}], ids=["live", "behind"])
+def test_a_life_is_the_eager_one_and_no_step_compiles_what_was_prepared(
+    config: dict[str, Any],
+) -> None:
+    plain, compiled = Run(compiled=False, **config), Run(compiled=True, **config)
+    assert compiled.prepare() == []
+    for _ in range(2):
+        assert compiled.step() == pytest.approx(plain.step(), rel=1e-4)
+    host_graphs = graphs()
+    assert host_graphs == 1, "both blocks are the same code"
+    total = []
+    for path in ("first", "second"):
+        lives = [run.live(path, "conv_light") for run in (plain, compiled)]
+        for _ in zip(*lives, strict=True):
+            events = compiled.prepare()
+            before = graphs()
+            for _ in range(4):
+                assert compiled.step() == pytest.approx(plain.step(), rel=1e-3)
+            assert graphs() == before, "no step has waited for the compiler"
+            total += events
+    assert [type(event) for event in total] == [SeedCompiled] * len(total)
+    kinds = 2 if config == {} else 3
+    assert [event.kinds for event in total][:1] == [kinds]
+    assert all(event.checked for event in total)
+    assert graphs() == host_graphs + kinds, "the second slot runs the first one's graphs"
+    own = dict(plain.host.named_parameters())
+    for name, parameter in compiled.host.named_parameters():
+        torch.testing.assert_close(parameter, own[name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_twenty_seeds_over_two_slots_never_meet_a_limit() -> None:
+    run = Run(compiled=True)
+    names = ["conv_light", "norm", "depthwise", "bottleneck", "conv_small"]
+    for number in range(20):
+        path = ("first", "second")[number % 2]
+        slot = run.slots[path]
+        slot.germinate(names[number % len(names)])
+        for _ in range(2):
+            slot.advance(force=True)
+        slot.set_alpha_target(0.5, 0)
+        (event,) = run.prepare()
+        assert isinstance(event, SeedCompiled)
+        before = graphs()
+        run.step()
+        assert graphs() == before
+        slot.prune()
+        while slot.stage is not SeedStage.DORMANT:
+            run.slots.end_epoch()
+            if slot.stage in (SeedStage.PRUNED, SeedStage.EMBARGOED, SeedStage.RESETTING):
+                slot.advance(force=True)
+        run.prepare()
+    assert graphs() <= 1 + 2 * len(names), "what returns costs nothing"
+
+
+def test_measuring_compiles_nothing_and_a_copy_runs_as_it_is() -> None:
+    run = Run(compiled=True)
+    for _ in run.live("first", "conv_light"):
+        run.prepare()
+        run.step()
+    before = graphs()
+    run.host.eval()
+    with torch.inference_mode():
+        run.host(BATCHES[0][:3])
+    run.host.train()
+    with torch.no_grad():
+        run.host(BATCHES[0][:3])
+    copied = copy.deepcopy(run.host)
+    plain = esper.bake(run.host)
+    for model in (copied, plain):
+        model.train()
+        model(BATCHES[0][:2]).sum().backward()
+    assert graphs() == before
+    assert not any(
+        "forward" in vars(part) and part in set(run.host.modules()) for part in plain.modules()
+    )
+    run.host.train()
+    assert run.compiled is not None
+    run.compiled.release()
+    assert not any("forward" in vars(part) for part in run.host.modules())
+
+
+class Wrong(Seed):
+    """Computes something else, or raises, when it is compiled."""
+
+    def __init__(self, dim: int, *, raises: bool) -> None:
+        super().__init__()
+        self.layer = zero_initialise_(nn.Conv2d(dim, dim, 1))
+        self.raises = raises
+
+    @property
+    def output_layers(self) -> tuple[nn.Module, ...]:
+        return (self.layer,)
+
+    def increment(self, features: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            if self.raises:
+                torch._dynamo.graph_break()
+            features = 2.0 * features
+        return self.layer(features)
+
+
+@pytest.mark.parametrize("raises", [False, True], ids=["miscomputes", "does not compile"])
+def test_what_the_compiler_cannot_do_runs_as_it_is(raises: bool) -> None:
+    with blueprints.temporarily():
+
+        @blueprints.register("wrong", family="cnn")
+        def wrong(dim: int) -> Seed:
+            """Compiled, it is another one."""
+            return Wrong(dim, raises=raises)
+
+        plain, run = Run(compiled=False), Run(compiled=True)
+        lives = [r.live("first", "wrong") for r in (plain, run)]
+        events: list[Any] = []
+        for _ in zip(*lives, strict=True):
+            events += run.prepare()
+            for _ in range(2):
+                assert run.step() == pytest.approx(plain.step(), rel=1e-4)
+        failures = [event for event in events if isinstance(event, CompileFailed)]
+        assert failures
+        assert failures[0].blueprint == "wrong"
+        assert ("differs by" in failures[0].error) is not raises
+        for number in range(4):
+            path = ("second", "first")[number % 2]
+            if run.slots[path].stage is not SeedStage.GERMINATED:
+                run.slots[path].germinate("wrong")
+            events += run.prepare()
+        assert any(isinstance(event, BreakerChanged) for event in events)
+
+
+def test_a_module_of_the_host_that_does_not_compile_runs_as_it_is() -> None:
+    run, plain = Run(compiled=False), Run(compiled=False)
+    forward = Block.forward
+
+    class Broken(Block):
+        def forward(self, features: Tensor) -> Tensor:
+            torch._dynamo.graph_break()
+            return forward(self, features)
+
+    run.host.second.__class__ = Broken
+    run.compiled = CompiledHost(run.slots, backend="aot_eager")
+    for _ in range(2):
+        assert run.step() == pytest.approx(plain.step(), rel=1e-4)
+    (event,) = run.prepare()
+    assert (event.place, event.blueprint) == ("second", None)
+
+
+@pytest.mark.parametrize("count_flops", [False, True])
+def test_the_trainer_compiles_ahead_and_counts_what_it_would_count(count_flops: bool) -> None:
+    runs = []
+    for compiled in (False, True):
+        problem = make_problem(config=SlotConfig(ramp_steps=4))
+        host = CompiledHost(problem.slots, backend="aot_eager") if compiled else None
+        policy = esper.SchedulePolicy({1: [Germinate(slot="embed", blueprint="mlp")]})
+        trainer = problem.trainer(policy, epochs=4, count_flops=count_flops, compiled=host)
+        runs.append((problem, [report.train_loss for report in trainer.run()], trainer))
+    (_, plain, eager), (problem, losses, trainer) = runs
+    assert losses == pytest.approx(plain, rel=1e-3)
+    assert trainer.growth.meter.cost.training.flops == eager.growth.meter.cost.training.flops
+    (event,) = problem.recorder.of(SeedCompiled)
+    assert (event.slot, event.kinds) == ("embed", 2)
+    assert problem.slots["embed"].measurements.prewarm_ms >= event.milliseconds
