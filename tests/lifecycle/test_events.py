@@ -19,6 +19,7 @@ from esper.lifecycle.events import (
     CheckpointDamaged,
     CheckpointFailed,
     CheckpointSaved,
+    CompileFailed,
     Event,
     EventRecord,
     EventSchemaError,
@@ -180,6 +181,7 @@ def breaker(to_state: str) -> BreakerChanged:
         (SeedBlamed(slot="a", blueprint="b", loss=9.0, loss_without=1.0), Priority.CRITICAL),
         (RunWentBack(from_step=9, to_step=3, same_batches=True), Priority.CRITICAL),
         (CheckpointDamaged(name="a", error="changed"), Priority.WARNING),
+        (CompileFailed(place="a", blueprint="b", error="e"), Priority.WARNING),
         (CheckpointSaved(name="a", seconds=1.0), Priority.NORMAL),
         (SlotReset(slot="a", leftovers=("hook",)), Priority.CRITICAL),
         (SlotReset(slot="a", leftovers=()), Priority.NORMAL),
@@ -222,6 +224,7 @@ CAN_BE_URGENT = {
     BreakerChanged,
     CheckpointFailed,
     CheckpointDamaged,
+    CompileFailed,
     SeedBlamed,
     RunWentBack,
 }
