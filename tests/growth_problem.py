@@ -12,6 +12,19 @@ from esper.lifecycle.events import Event, EventRecord
 
 TEST_CONFIG = esper.SlotConfig(isolation="shadowing", ramp_steps=10, embargo_epochs=1)
 
+LENIENT = {
+    "min_training_steps": 4,
+    "min_gradient_ratio": 0.0,
+    "min_contribution_fraction": -9.0,
+    "min_over_linear_fraction": None,
+    "max_linear_share": 1.0,
+    "max_loss_increase_fraction": 9.0,
+    "min_line_search_gain_fraction": -9.0,
+    "standard_errors": 0.0,
+    "trial_epochs": 2,
+}
+"""Thresholds that let a seed through every gate, and soon."""
+
 
 @dataclass
 class Recorder:

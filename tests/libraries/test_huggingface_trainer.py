@@ -14,7 +14,7 @@ from torch.nn.functional import mse_loss
 import esper
 from esper import SeedStage, SlotConfig
 from esper.lifecycle.actions import Germinate, Prune
-from growth_problem import Recorder
+from growth_problem import LENIENT, Recorder
 from processes import kill_after, torchrun
 
 transformers = pytest.importorskip("transformers", reason="needs esper-lite[hf]")
@@ -23,17 +23,6 @@ from esper.training.huggingface import GrowthCallback  # noqa: E402 – only whe
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the libraries' own
 
-LENIENT = {
-    "min_training_steps": 4,
-    "min_gradient_ratio": 0.0,
-    "min_contribution_fraction": -9.0,
-    "min_over_linear_fraction": None,
-    "max_linear_share": 1.0,
-    "max_loss_increase_fraction": 9.0,
-    "min_line_search_gain_fraction": -9.0,
-    "standard_errors": 0.0,
-    "trial_epochs": 2,
-}
 EPOCHS = 10
 STEPS_PER_EPOCH = 8
 

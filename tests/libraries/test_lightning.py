@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import esper
 from esper import SeedStage, SlotConfig
 from esper.lifecycle.actions import Germinate, Prune
-from growth_problem import LinearHost, Recorder, quadratic
+from growth_problem import LENIENT, LinearHost, Recorder, quadratic
 from processes import kill_after, torchrun
 
 pl = pytest.importorskip("lightning.pytorch", reason="needs esper-lite[lightning]")
@@ -23,17 +23,6 @@ from esper.training.lightning import GrowthCallback  # noqa: E402 – only where
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's own
 
-LENIENT = {
-    "min_training_steps": 4,
-    "min_gradient_ratio": 0.0,
-    "min_contribution_fraction": -9.0,
-    "min_over_linear_fraction": None,
-    "max_linear_share": 1.0,
-    "max_loss_increase_fraction": 9.0,
-    "min_line_search_gain_fraction": -9.0,
-    "standard_errors": 0.0,
-    "trial_epochs": 2,
-}
 EPOCHS = 12
 
 

@@ -22,6 +22,7 @@ from esper.lifecycle.stages import SeedStage
 from esper.policies import HeuristicConfig
 from esper.slots.config import SlotConfig
 from esper.training.state_tree import read_tree, write_tree
+from growth_problem import LENIENT
 
 TIMES = {"seconds", "step_seconds_before", "prewarm_ms", "step_time_ratio"}
 STEPS_PER_EPOCH = 6
@@ -106,17 +107,7 @@ def eager_heuristic() -> esper.Policy:
     return esper.HeuristicPolicy(HeuristicConfig(max_living=2, patience_epochs=3, **settings))
 
 
-LENIENT = {
-    "min_training_steps": 5,
-    "min_gradient_ratio": 0.0,
-    "min_contribution_fraction": -9.0,
-    "min_over_linear_fraction": None,
-    "max_linear_share": 1.0,
-    "max_loss_increase_fraction": 9.0,
-    "min_line_search_gain_fraction": -9.0,
-    "standard_errors": 0.0,
-    "trial_epochs": 2,
-}
+THRESHOLDS = {**LENIENT, "min_training_steps": 5}
 
 
 @dataclass(frozen=True)
@@ -138,7 +129,7 @@ class Case:
         host = Host()
         images, labels = torch.randn(96, 1, 6, 6), torch.randint(0, 3, (96,))
         config = SlotConfig(
-            thresholds=LENIENT, ramp_steps=10, embargo_epochs=2, warmup_steps=4, **self.slot
+            thresholds=THRESHOLDS, ramp_steps=10, embargo_epochs=2, warmup_steps=4, **self.slot
         )
         slots = esper.attach(host, ["first", "second"], example=images[:2], config=config)
         optimizer = self.optimizer(host.parameters())
