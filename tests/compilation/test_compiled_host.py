@@ -76,6 +76,8 @@ class Run:
         self.optimizer = torch.optim.SGD(self.host.parameters(), lr=0.05, momentum=0.9)
         self.slots.bind(self.optimizer)
         self.compiled = CompiledHost(self.slots, backend=backend) if compiled else None
+        self.events: list[Any] = []
+        self.compiled_in_steps = 0
         self.number = 0
 
     def loss(self) -> Tensor:
@@ -83,15 +85,20 @@ class Run:
         return mse_loss(self.host(images), images.mean(dim=(2, 3))[:, :2])
 
     def prepare(self) -> list[Any]:
-        return [] if self.compiled is None else self.compiled.prepare(self.loss)
+        events = self.compiled.prepare() if self.compiled and self.compiled.due() else []
+        self.events += events
+        return events
 
     def step(self) -> float:
+        before = graphs()
         loss = self.loss()
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.slots.tick()
         self.number += 1
+        self.compiled_in_steps += graphs() - before
+        self.prepare()
         return float(loss.detach())
 
     def live(self, path: str, blueprint: str, **options: Any) -> Iterator[None]:
@@ -120,25 +127,21 @@ def test_a_life_is_the_eager_one_and_no_step_compiles_what_was_prepared(
     config: dict[str, Any],
 ) -> None:
     plain, compiled = Run(compiled=False, **config), Run(compiled=True, **config)
-    assert compiled.prepare() == []
     for _ in range(2):
         assert compiled.step() == pytest.approx(plain.step(), rel=1e-4)
     host_graphs = graphs()
     assert host_graphs == 1, "both blocks are the same code"
-    total = []
+    compiled.compiled_in_steps = 0
     for path in ("first", "second"):
         lives = [run.live(path, "conv_light") for run in (plain, compiled)]
         for _ in zip(*lives, strict=True):
-            events = compiled.prepare()
-            before = graphs()
             for _ in range(4):
                 assert compiled.step() == pytest.approx(plain.step(), rel=1e-3)
-            assert graphs() == before, "no step has waited for the compiler"
-            total += events
-    assert [type(event) for event in total] == [SeedCompiled] * len(total)
+    assert compiled.compiled_in_steps == 0, "no step has waited for the compiler"
     kinds = 2 if config == {} else 3
-    assert [event.kinds for event in total][:1] == [kinds]
-    assert all(event.checked for event in total)
+    found = [(type(event), event.slot, event.kinds) for event in compiled.events]
+    assert found == [(SeedCompiled, "first", kinds), (SeedCompiled, "second", kinds)]
+    assert all(event.checked for event in compiled.events)
     assert graphs() == host_graphs + kinds, "the second slot runs the first one's graphs"
     own = dict(plain.host.named_parameters())
     for name, parameter in compiled.host.named_parameters():
@@ -155,24 +158,23 @@ def test_twenty_seeds_over_two_slots_never_meet_a_limit() -> None:
         for _ in range(2):
             slot.advance(force=True)
         slot.set_alpha_target(0.5, 0)
-        (event,) = run.prepare()
-        assert isinstance(event, SeedCompiled)
-        before = graphs()
         run.step()
-        assert graphs() == before
+        (event,) = run.events
+        assert isinstance(event, SeedCompiled)
+        run.events, run.compiled_in_steps = [], 0
+        run.step()
+        assert run.compiled_in_steps == 0
         slot.prune()
         while slot.stage is not SeedStage.DORMANT:
             run.slots.end_epoch()
             if slot.stage in (SeedStage.PRUNED, SeedStage.EMBARGOED, SeedStage.RESETTING):
                 slot.advance(force=True)
-        run.prepare()
     assert graphs() <= 1 + 2 * len(names), "what returns costs nothing"
 
 
 def test_measuring_compiles_nothing_and_a_copy_runs_as_it_is() -> None:
     run = Run(compiled=True)
     for _ in run.live("first", "conv_light"):
-        run.prepare()
         run.step()
     before = graphs()
     run.host.eval()
@@ -227,12 +229,10 @@ def test_what_the_compiler_cannot_do_runs_as_it_is(raises: bool) -> None:
 
         plain, run = Run(compiled=False), Run(compiled=True)
         lives = [r.live("first", "wrong") for r in (plain, run)]
-        events: list[Any] = []
         for _ in zip(*lives, strict=True):
-            events += run.prepare()
             for _ in range(2):
                 assert run.step() == pytest.approx(plain.step(), rel=1e-4)
-        failures = [event for event in events if isinstance(event, CompileFailed)]
+        failures = [event for event in run.events if isinstance(event, CompileFailed)]
         assert failures
         assert failures[0].blueprint == "wrong"
         assert ("differs by" in failures[0].error) is not raises
@@ -240,8 +240,8 @@ def test_what_the_compiler_cannot_do_runs_as_it_is(raises: bool) -> None:
             path = ("second", "first")[number % 2]
             if run.slots[path].stage is not SeedStage.GERMINATED:
                 run.slots[path].germinate("wrong")
-            events += run.prepare()
-        assert any(isinstance(event, BreakerChanged) for event in events)
+            run.step()
+        assert any(isinstance(event, BreakerChanged) for event in run.events)
 
 
 def test_a_module_of_the_host_that_does_not_compile_runs_as_it_is() -> None:
@@ -257,7 +257,7 @@ def test_a_module_of_the_host_that_does_not_compile_runs_as_it_is() -> None:
     run.compiled = CompiledHost(run.slots, backend="aot_eager")
     for _ in range(2):
         assert run.step() == pytest.approx(plain.step(), rel=1e-4)
-    (event,) = run.prepare()
+    (event,) = run.events
     assert (event.place, event.blueprint) == ("second", None)
 
 

@@ -4,6 +4,7 @@ import typer
 
 from esper.cli.blueprints import blueprints
 from esper.cli.compare import compare
+from esper.cli.compile import compile_
 from esper.cli.doctor import doctor
 from esper.cli.grow import grow
 from esper.cli.inspecting import inspect
@@ -21,6 +22,7 @@ app.command()(resume)
 app.command()(compare)
 app.command()(inspect)
 app.command()(blueprints)
+app.command("compile")(compile_)
 app.command()(doctor)
 
 

@@ -97,7 +97,7 @@ def grow(
     name = only_task(task, task_option)
     options: dict[str, Any] = {"policy": policy, "random_seed": seed, "device": device}
     if compile_:
-        options["compile"] = True
+        options["compile"] = {"enabled": True}
     if epochs is not None:
         options["trainer"] = {"epochs": epochs}
     try:

@@ -1,6 +1,15 @@
 """Hosts and seeds that run compiled, without a step that waits for it (design name: Tezzeret)."""
 
-from esper.compilation.compiled_host import CompiledHost
+from esper.compilation.artefact_store import ArtefactError, ArtefactStore
+from esper.compilation.compile_service import CompileService
+from esper.compilation.compiled_host import CompiledHost, CompileError
 from esper.compilation.compiled_slot import MiscompiledError
 
-__all__ = ["CompiledHost", "MiscompiledError"]
+__all__ = [
+    "ArtefactError",
+    "ArtefactStore",
+    "CompileError",
+    "CompileService",
+    "CompiledHost",
+    "MiscompiledError",
+]

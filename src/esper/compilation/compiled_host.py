@@ -1,16 +1,16 @@
 """A host that runs compiled while it trains, and the seeds that grow in it."""
 
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from typing import Any
+from collections.abc import Hashable, Iterable, Sequence
+from typing import Any, Literal
 
-from torch import Tensor
-
+from esper.compilation.compile_job import CompileJob
+from esper.compilation.compile_service import CompileService
 from esper.compilation.compiled_functions import CompiledFunctions
 from esper.compilation.compiled_region import CompiledRegion, regions_of, run_module
-from esper.compilation.compiled_slot import CompiledSlot, run_slot
+from esper.compilation.compiled_slot import CompiledSlot, SeenCall, run_slot
 from esper.compilation.structures import structure_of_module, structure_of_slot
+from esper.lifecycle.actions import Germinate
 from esper.lifecycle.events import CompileFailed, Event, SeedCompiled
 from esper.slots.breaker import CircuitBreaker
 from esper.slots.modes import beside_the_step
@@ -18,16 +18,29 @@ from esper.slots.slot_forward import ForwardKind
 from esper.slots.slot_set import SlotSet
 
 
+class CompileError(RuntimeError):
+    """Another process could not compile a seed; the message says why."""
+
+
+def seed_options(**options: Any) -> dict[str, Any]:
+    """Return the options of torch.compile for seeds, with those that were chosen for the host."""
+    return {"dynamic": False, **options, "fullgraph": True}
+
+
 class CompiledHost:
-    """Compiles a host's modules each alone, and its slots' seeds when they germinate.
+    """Compiles a host's modules each alone, and its slots' seeds while they grow.
 
     The host's graphs are never built anew: slots stand outside of them. A seed's graphs are those
-    of every stage to come; they are compiled and compared with the seed itself in `prepare`, beside
-    the step, and until then, or if that fails, the seed runs as it is.
+    of every stage to come; `prepare` compiles them between two steps, on features that a step
+    really had, and compares them with the seed itself. Until then, or if that fails, the seed runs
+    as it is. With a service the compiler is not waited for: its worker compiles meanwhile, and
+    `prepare` finds everything done.
 
     Args:
         slots: From `esper.attach`.
-        options: Of torch.compile, as `mode`; `fullgraph` is True.
+        service: Compiles ahead in another process; None compiles here, and waits for it.
+        options: Of torch.compile, as `mode`; `fullgraph` is True. Seeds are compiled for the shapes
+            of features that they meet, so `dynamic` is False for them unless it is given.
 
     Example:
         >>> import torch, esper
@@ -42,11 +55,15 @@ class CompiledHost:
         >>> compiled.release()
     """
 
-    def __init__(self, slots: SlotSet, **options: Any) -> None:
+    def __init__(
+        self, slots: SlotSet, *, service: CompileService | None = None, **options: Any
+    ) -> None:
         settings = {**options, "fullgraph": True}
-        self._slots = slots
-        self._functions = CompiledFunctions(run_slot, options=settings)
+        self._service = service
+        self._options = seed_options(**options)
+        self._functions = CompiledFunctions(run_slot, options=self._options)
         self._breakers: dict[str, CircuitBreaker] = {}
+        self._foreseen: set[Hashable] = set()
         self._events: list[Event] = []
         host = CompiledFunctions(run_module, options=settings)
         self.regions = [
@@ -54,9 +71,12 @@ class CompiledHost:
             for path, module in list(regions_of(slots.model))
         ]
         self.seeds = {path: CompiledSlot(slot) for path, slot in slots.items()}
+        if service is not None:
+            for slot in slots.values():  # what may grow here can be compiled before it does
+                slot.watched = True
 
     def release(self) -> None:
-        """Give every module its own forward back."""
+        """Give every module its own forward back; the service stays as it is."""
         for region in self.regions:
             region.release()
         for seed in self.seeds.values():
@@ -64,61 +84,134 @@ class CompiledHost:
 
     def due(self) -> bool:
         """Return whether `prepare` has something to do."""
-        return any(seed.missing() for seed in self.seeds.values())
+        if self._events or (self._service is not None and self._service.news):
+            return True
+        return not all(seed.settled for seed in self.seeds.values())
 
-    def prepare(self, loss: Callable[[], Tensor]) -> list[Event]:
-        """Compile what seeds will run in the stages to come; does nothing unless that is due.
+    def prepare(self) -> list[Event]:
+        """Compile what seeds will run in the stages to come, as far as a step has shown on what.
 
-        Args:
-            loss: Computes the step's loss as the step will: `lambda: criterion(model(x), y)`.
+        Call it between two steps; it does nothing unless that is `due`.
 
         Returns:
             SeedCompiled or CompileFailed for each seed, and what has failed in the host meanwhile.
 
-        Effects, when due: `loss` is called once, forward only, so module hooks run once more; the
-        seeds run a few times more. Random streams, buffers and gradients are left as they were.
-        Waits for the compiler and for the device.
+        Effects: seeds run a few times. Random streams, buffers and gradients are left as they were.
+        Without a service it waits for the compiler.
         """
-        due = {path: kinds for path, seed in self.seeds.items() if (kinds := seed.missing())}
-        if due:
-            model = self._slots.model
-            with ExitStack() as stack:
-                stack.enter_context(beside_the_step(model))
-                for slot in self._slots.values():
-                    stack.enter_context(slot.unchanged_stream())
-                with ExitStack() as watching:
-                    for path in due:
-                        watching.enter_context(self.seeds[path].watch())
-                    loss()
-                for path, kinds in due.items():
-                    self._events.append(self._prepare(self.seeds[path], kinds))
+        if self._service is not None:
+            self._events += self._service.events()
+        for seed in self.seeds.values():
+            if self._waits(seed):
+                continue
+            kinds = seed.missing()
+            if kinds:
+                self._attend(seed, kinds)
         events, self._events = self._events, []
         return events
 
-    def _prepare(self, seed: CompiledSlot, kinds: Sequence[ForwardKind]) -> Event:
+    def foresee(self, germinations: Iterable[Germinate]) -> None:
+        """Let the service compile what may germinate next; without one it does nothing.
+
+        Args:
+            germinations: The likeliest first.
+
+        Effects: builds each seed once, beside the model.
+        """
+        if self._service is None:
+            return
+        for action in germinations:
+            seed = self.seeds[action.slot]
+            slot, guards = seed.slot, seed.guards
+            key = (action.model_dump_json(), len(slot.branches), guards)
+            if guards is None or key in self._foreseen:
+                continue
+            self._foreseen.add(key)
+            try:
+                foreseen = slot.foreseen(
+                    action.blueprint, blend_operator=action.blend_operator, **action.options
+                )
+                if foreseen.contextual:  # what its calls will pass is not known yet
+                    continue
+                job = CompileJob.of(foreseen, guards, self._options)
+            except Exception:  # noqa: BLE001, S112 – told when it germinates
+                continue
+            self._service.ask(job, ahead=True)
+
+    def _waits(self, seed: CompiledSlot) -> bool:
+        """Return whether a seed's request is not answered yet."""
+        if self._service is None or not seed.still_waits():
+            return False
+        assert seed.waits_for is not None
+        return self._service.answer(seed.waits_for) is None
+
+    def _attend(self, seed: CompiledSlot, kinds: Sequence[ForwardKind]) -> None:
+        """Compile a seed, let it be compiled, or tell why that cannot be."""
         slot = seed.slot
         name = slot.branch(len(slot.branches) - 1).blueprint
         breaker = self._breakers.setdefault(name, CircuitBreaker(f"compile {name}"))
         if not breaker.allows:
             seed.refuse(kinds)
             told = f"compiling {name!r} failed {breaker.max_failures} times in a row"
-            return CompileFailed(place=slot.path, blueprint=name, error=told)
-        started = time.perf_counter()
+            self._events.append(CompileFailed(place=slot.path, blueprint=name, error=told))
+            return
         try:
-            seed.prepare(kinds, self._functions.of(structure_of_slot(slot)))
+            compiled = self._compile(seed, kinds)
         except Exception as error:  # noqa: BLE001 – whatever the compiler raises, training goes on
+            seed.refuse(kinds)
             self._events += breaker.failed()
             told = f"{type(error).__name__}: {error}".splitlines()[0]
-            return CompileFailed(place=slot.path, blueprint=name, error=told)
-        self._events += breaker.succeeded()
-        milliseconds = 1e3 * (time.perf_counter() - started)
-        slot.measurements.prewarm_ms = (slot.measurements.prewarm_ms or 0.0) + milliseconds
+            self._events.append(CompileFailed(place=slot.path, blueprint=name, error=told))
+            return
+        if compiled is not None:
+            self._events += breaker.succeeded()
+            measured = slot.measurements
+            measured.prewarm_ms = (measured.prewarm_ms or 0.0) + compiled.milliseconds
+            self._events.append(compiled)
+
+    def _compile(self, seed: CompiledSlot, kinds: Sequence[ForwardKind]) -> SeedCompiled | None:
+        """Return what was compiled; None if it has to wait, for a step or for the service."""
+        slot, seen = seed.slot, seed.seen
+        if self._service is None:
+            return None if seen is None else self._prepare(seed, kinds, seen, "here")
+        if seed.waits_for is not None:
+            waited = self._service.answer(seed.waits_for)
+            if waited is not None and waited.error is not None:
+                raise CompileError(waited.error)
+        if seen is None:
+            if seed.waits_for is None and seed.guards is not None and not slot.contextual:
+                # What the next step will show, most likely.
+                self._service.ask(CompileJob.of(slot, seed.guards, self._options))
+            return None
+        job = CompileJob.of(slot, seen.guards, self._options, seen.call)
+        answer = self._service.answer(job.request)
+        if answer is None:
+            self._service.ask(job)
+            seed.wait_for(job.request)
+            return None
+        if answer.error is not None:
+            raise CompileError(answer.error)
+        return self._prepare(seed, kinds, seen, answer.source)
+
+    def _prepare(
+        self,
+        seed: CompiledSlot,
+        kinds: Sequence[ForwardKind],
+        seen: SeenCall,
+        source: Literal["here", "worker", "store"],
+    ) -> SeedCompiled:
+        slot = seed.slot
+        started = time.perf_counter()
+        function = self._functions.of((structure_of_slot(slot), seen.guards.shape))
+        with beside_the_step(slot):
+            seed.prepare(kinds, seen, function)
         return SeedCompiled(
             slot=slot.path,
-            blueprint=name,
+            blueprint=slot.branch(len(slot.branches) - 1).blueprint,
             kinds=len(kinds),
             checked=not slot.draws_random_numbers,
-            milliseconds=milliseconds,
+            source=source,
+            milliseconds=1e3 * (time.perf_counter() - started),
         )
 
     def _failed(self, path: str, error: Exception) -> None:

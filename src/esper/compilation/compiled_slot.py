@@ -1,17 +1,22 @@
 """A slot whose seeds run compiled once they are ready, and until then as they are."""
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from esper.compilation.compile_request import CompileRequest
+from esper.compilation.feature_guards import FeatureGuards
+from esper.lifecycle.stages import SeedStage
 from esper.slots.call_arguments import NO_ARGUMENTS, CallArguments
 from esper.slots.slot import SeedSlot
 from esper.slots.slot_forward import ForwardKind, SlotForward
 
+MAX_SHAPES = 4
+"""Shapes of features for which a slot is compiled; on others it runs as it is."""
+
+_NOTHING: dict[Hashable, Callable[..., Any]] = {}
 _RELATIVE_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 5e-2}
 _TOLERANCE_OF_OTHERS = 2e-2
 """Of float16. Compiled code fuses, and so rounds otherwise than eager code does."""
@@ -21,21 +26,20 @@ class MiscompiledError(RuntimeError):
     """Compiled code computes something else than the module does."""
 
 
-@dataclass(frozen=True)
-class SeenCall:
+class SeenCall(NamedTuple):
     """One call of a slot, as a step makes it."""
 
     features: Tensor
     call: CallArguments
-    autocast: torch.dtype | None
-    """None outside of autocast."""
+    guards: FeatureGuards
 
 
 class CompiledSlot:
     """Stands in for a slot's forward.
 
-    A kind of forward runs compiled once `prepare` has compiled it and compared it with the slot
-    itself; every other one runs as it is, so that no step waits for the compiler.
+    A kind of forward runs compiled, on features of a shape, once `prepare` has compiled it and
+    compared it with the slot itself. Everything else runs as it is, so that no step waits for the
+    compiler; what it was called with is in `seen` then, for `prepare`.
 
     Args:
         slot: Whose forward is replaced until `release`.
@@ -43,84 +47,125 @@ class CompiledSlot:
 
     def __init__(self, slot: SeedSlot) -> None:
         self.slot = slot
+        self.seen: SeenCall | None = None
+        """The last call in a step that did not run compiled and could."""
+        self.guards: FeatureGuards | None = None
+        """Of the features that were seen last."""
+        self.waits_for: CompileRequest | None = None
+        """What is being compiled elsewhere; None if nothing is."""
         self._ready: dict[Hashable, Callable[..., Any]] = {}
+        """By the kind's graph and the features' shape."""
+        self._shapes: set[torch.Size] = set()
         self._refused: set[Hashable] = set()
-        self._branches = slot.branches
-        self._watching = False
-        self._seen: SeenCall | None = None
+        self._branches = self._seen_with = slot.branches
+        self._stage: SeedStage | None = None
+        """The life's stage for which everything is done that can be."""
         slot.forward = self  # type: ignore[method-assign]
 
     def release(self) -> None:
         """Give the slot its own forward back."""
+        self.slot.watched = False
         if self.slot.__dict__.get("forward") is self:
             del self.slot.forward
 
     def __call__(self, features: Tensor, call: CallArguments = NO_ARGUMENTS) -> Tensor:
         slot = self.slot
-        if self._watching:
-            device = features.device.type
-            dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-            self._seen = SeenCall(features, call, dtype)
-        elif (
-            self._ready
-            and slot.training
-            and slot.forced_alpha is None
-            and slot.branches is self._branches
-            and torch.is_grad_enabled()
-        ):
-            compiled = self._ready.get(slot.kind.graph)
-            if compiled is not None:
-                result: Tensor = compiled(slot, features, call)
-                return result
+        if slot.training and slot.forced_alpha is None and torch.is_grad_enabled():
+            ready = self._ready if slot.branches is self._branches else _NOTHING
+            if ready:
+                compiled = ready.get((slot.kind.graph, features.shape))
+                if compiled is not None:
+                    result: Tensor = compiled(slot, features, call)
+                    return result
+            new_seeds = slot.branches is not self._branches
+            if slot.watched or new_seeds or (ready and self._is_new(features.shape)):
+                self._see(features, call)
         return SlotForward.forward(slot, features, call)
 
+    def _is_new(self, shape: torch.Size) -> bool:
+        return shape not in self._shapes and len(self._shapes) < MAX_SHAPES
+
+    def _see(self, features: Tensor, call: CallArguments) -> None:
+        self.guards = FeatureGuards.of(features)
+        self.seen = SeenCall(features.detach(), call.detached(), self.guards)
+        self._seen_with = self.slot.branches
+        self.slot.watched = False
+
+    @property
+    def settled(self) -> bool:
+        """Whether nothing has changed since `missing` was asked last, and nothing was seen."""
+        slot = self.slot
+        return slot.branches is self._branches and slot.stage is self._stage and self.seen is None
+
+    def still_waits(self) -> bool:
+        """Return whether its seeds are being compiled elsewhere; another stage changes nothing."""
+        if self.waits_for is None or self.slot.branches is not self._branches:
+            return False
+        self._stage = self.slot.stage
+        return True
+
     def missing(self) -> list[ForwardKind]:
-        """Return the kinds of forward that will come and are neither ready nor refused."""
-        if self.slot.branches is not self._branches:
-            self._branches, self._ready, self._refused = self.slot.branches, {}, set()
-        return [
+        """Return the kinds of forward that will come and are not ready on what was seen.
+
+        Where nothing was seen yet, the slot is watched, so that the next step shows it.
+        """
+        slot = self.slot
+        if slot.branches is not self._branches:
+            self._branches = slot.branches
+            self._ready, self._refused, self._shapes = {}, set(), set()
+            self.waits_for = None
+            if self._seen_with is not slot.branches:
+                self.seen = None
+        self._stage = slot.stage
+        shapes = self._shapes if self.seen is None else {torch.Size(self.seen.guards.shape)}
+        missing = [
             kind
-            for kind in self.slot.kinds_to_come()
-            if kind.graph not in self._ready and kind.graph not in self._refused
+            for kind in slot.kinds_to_come()
+            if kind.graph not in self._refused
+            and not (shapes and all((kind.graph, shape) in self._ready for shape in shapes))
         ]
+        slot.watched = bool(missing) and self.seen is None
+        if not missing:
+            self.seen = self.waits_for = None
+        return missing
 
     def refuse(self, kinds: Sequence[ForwardKind]) -> None:
         """Let kinds run as they are while the slot holds these seeds."""
         self._refused.update(kind.graph for kind in kinds)
+        self.seen = self.waits_for = None
+        self.slot.watched = False
 
-    @contextmanager
-    def watch(self) -> Iterator[None]:
-        """Look at the call that is made inside, which passes the features through."""
-        self._watching = True
-        try:
-            with self.slot.passed_through():
-                yield
-        finally:
-            self._watching = False
+    def wait_for(self, request: CompileRequest) -> None:
+        """Let go of what was seen, which holds memory, until a request is answered."""
+        self.waits_for = request
+        self.seen = None
 
-    def prepare(self, kinds: Sequence[ForwardKind], compiled: Callable[..., Any]) -> None:
-        """Compile kinds of forward for calls like the one that was seen, and compare the results.
+    def prepare(
+        self, kinds: Sequence[ForwardKind], seen: SeenCall, compiled: Callable[..., Any]
+    ) -> None:
+        """Compile kinds of forward for a call, and compare the results.
 
         Seeds that draw random numbers are not compared: compiled, they draw others.
 
         Args:
-            kinds: From `missing`.
+            kinds: What to compile.
+            seen: A call to compile it for.
             compiled: Takes the slot, features and call.
 
         Raises:
             MiscompiledError: The compiled code computes something else.
             Exception: What compiling raises.
-            In both cases none of them is tried again while the slot holds these seeds.
         """
-        seen, self._seen = self._seen, None
-        assert seen is not None
-        self.refuse(kinds)
-        for kind in kinds:
-            with self.slot.in_kind(kind):
-                found = _outputs(compiled, self.slot, seen)
-                if not self.slot.draws_random_numbers:
-                    _compare(found, _outputs(SlotForward.forward, self.slot, seen))
-        self._ready.update(dict.fromkeys((kind.graph for kind in kinds), compiled))
+        slot, shape = self.slot, torch.Size(seen.guards.shape)
+        with slot.unchanged_stream():
+            for kind in kinds:
+                with slot.in_kind(kind):
+                    found = _outputs(compiled, slot, seen)
+                    if not slot.draws_random_numbers:
+                        _compare(found, _outputs(SlotForward.forward, slot, seen))
+        self._shapes.add(shape)
+        self._ready.update({(kind.graph, shape): compiled for kind in kinds})
+        self.seen = self.waits_for = None
 
 
 def run_slot(slot: SlotForward, features: Tensor, call: CallArguments) -> Tensor:
@@ -130,11 +175,13 @@ def run_slot(slot: SlotForward, features: Tensor, call: CallArguments) -> Tensor
 
 def _outputs(function: Callable[..., Tensor], slot: SeedSlot, seen: SeenCall) -> list[Tensor]:
     """Return the output, and the gradients of its features and of the seeds' parameters."""
-    features = seen.features.detach().clone().requires_grad_(seen.features.requires_grad)
+    autocast = seen.guards.autocast_dtype
+    features = seen.features.detach().clone().requires_grad_(seen.guards.requires_grad)
     learning = [p for p in slot.branches.parameters() if p.requires_grad]
     sources = [*([features] if features.requires_grad else []), *learning]
-    with torch.autocast(
-        features.device.type, dtype=seen.autocast, enabled=seen.autocast is not None
+    with (
+        torch.enable_grad(),
+        torch.autocast(features.device.type, dtype=autocast, enabled=autocast is not None),
     ):
         output = function(slot, features, seen.call)
     if not output.requires_grad:

@@ -41,6 +41,24 @@ class CheckpointConfig(Record):
     """Whether the one with the lowest held-out loss stays besides."""
 
 
+class CompileConfig(Record):
+    """Whether host and seeds run compiled by torch.compile, and who compiles."""
+
+    enabled: bool = False
+    ahead: bool = True
+    """A process beside the run compiles seeds, and keeps what it has compiled; else the run does it
+    itself, between two steps, and waits."""
+    store: str | None = None
+    """Folder, or URL of fsspec, of what was compiled; None is a folder in the user's caches."""
+    key_file: Path | None = None
+    """Signs and verifies it; None is the user's own."""
+    limit_seconds: Annotated[FiniteFloat, Field(gt=0.0)] = 600.0
+    """For the graphs of one seed; then it is given up and the seed runs as it is."""
+    mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = (
+        "default"
+    )
+
+
 class RunConfig(Record):
     """A run, fully specified; kept as config.json in the run folder."""
 
@@ -63,8 +81,7 @@ class RunConfig(Record):
     count_flops: bool = True
     """Whether floating-point operations are counted; the first step of each structure and every
     decision then run slower."""
-    compile: bool = False
-    """Whether host and seeds run compiled by torch.compile."""
+    compile: CompileConfig = CompileConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     trainer: TrainerConfig
     slot: SlotConfig

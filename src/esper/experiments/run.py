@@ -10,14 +10,18 @@ import safetensors.torch
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
-from esper.compilation import CompiledHost
-from esper.experiments.config import CheckpointConfig, RunConfig, SettingsError
+from esper.compilation import CompiledHost, CompileService
+from esper.compilation.artefact_store import ArtefactStore
+from esper.compilation.inductor_cache import CacheFolderError, user_cache_folder
+from esper.experiments.config import CheckpointConfig, CompileConfig, RunConfig, SettingsError
 from esper.lifecycle.events import RunFinished, RunStarted
 from esper.policies.depth_schedule import SLOPE, DepthSchedulePolicy, slope_policy
 from esper.policies.heuristic import HeuristicPolicy
 from esper.policies.named import named_policy
+from esper.signing import Keyring
 from esper.slots.attach import attach
 from esper.slots.nested import to_device
+from esper.slots.slot_set import SlotSet
 from esper.tasks.named import named_task
 from esper.tasks.task import TaskSetup
 from esper.telemetry.environment import describe_environment
@@ -155,6 +159,7 @@ def prepare(
     sinks: Sequence[Sink] = (),
     setup: TaskSetup | None = None,
     policy: Policy | None = None,
+    service: CompileService | None = None,
 ) -> GrowingRun:
     """Build host, slots, optimizer, policy and loop.
 
@@ -164,6 +169,7 @@ def prepare(
         sinks: Receive every event and metric.
         setup: From `build_setup`, used by one run only; None builds it.
         policy: Decides instead of the one that `config` names.
+        service: Compiles ahead, if the run is to be compiled.
 
     Raises:
         SettingsError: The depth schedule cannot be carried out on this host, or the run is shorter
@@ -188,7 +194,7 @@ def prepare(
         policy=policy,
         max_epochs=num_decisions(config, setup),
         sinks=sinks,
-        compiled=CompiledHost(slots) if config.compile else None,
+        compiled=_compiled_host(config.compile, slots, service),
         count_flops=config.count_flops,
     )
     if isinstance(policy, DepthSchedulePolicy):
@@ -224,7 +230,7 @@ def stored_run(
 
     Raises:
         RunFolderError: The folder holds a run already.
-        SettingsError: As `prepare`; there is no folder then.
+        SettingsError: As `prepare`, or compiled graphs cannot be kept; there is no folder then.
         CheckpointError: Checkpoints cannot be written.
     """
     _set_process(config)
@@ -234,11 +240,12 @@ def stored_run(
         "random_seed": config.random_seed,
         "data_notes": list(setup.notes),
     }
-    run = prepare(config, run_id=folder.name, setup=setup)
-    store = RunStore(folder, config=config.model_dump(mode="json"), environment=environment)
-    with _in_folder(run, store, sinks):
-        run.trainer.keeper = _checkpoints(config.checkpoint, folder)
-        yield run
+    with _compile_service(config.compile) as service:
+        run = prepare(config, run_id=folder.name, setup=setup, service=service)
+        store = RunStore(folder, config=config.model_dump(mode="json"), environment=environment)
+        with _in_folder(run, store, sinks):
+            run.trainer.keeper = _checkpoints(config.checkpoint, folder)
+            yield run
 
 
 @contextmanager
@@ -267,15 +274,50 @@ def resumed_run(folder: Path, sinks: Sequence[Sink] = ()) -> Iterator[GrowingRun
         raise RunFolderError(f"{folder} holds a run that is finished; there is nothing to resume")
     config = RunConfig.model_validate(reader.config())
     _set_process(config)
-    run = prepare(config, run_id=folder.name)
-    checkpoints = _checkpoints(config.checkpoint, folder)
-    found = checkpoints.newest() if checkpoints is not None and checkpoints.names() else None
-    store = ReopenedRunStore(folder, after_step=-1 if found is None else found.info.step)
-    run.trainer.keeper, run.resumed = checkpoints, found
-    with _in_folder(run, store, sinks):
-        if found is not None:
-            found.give_to(run.trainer)
-        yield run
+    with _compile_service(config.compile) as service:
+        run = prepare(config, run_id=folder.name, service=service)
+        checkpoints = _checkpoints(config.checkpoint, folder)
+        found = checkpoints.newest() if checkpoints is not None and checkpoints.names() else None
+        store = ReopenedRunStore(folder, after_step=-1 if found is None else found.info.step)
+        run.trainer.keeper, run.resumed = checkpoints, found
+        with _in_folder(run, store, sinks):
+            if found is not None:
+                found.give_to(run.trainer)
+            yield run
+
+
+def artefact_store(config: CompileConfig) -> ArtefactStore:
+    """Return where compiled graphs are kept.
+
+    Raises:
+        SettingsError: Its URL cannot be used, or the keys cannot be read.
+    """
+    try:
+        file = config.key_file
+        keyring = Keyring.of_user() if file is None else Keyring.from_file(file)
+        return ArtefactStore(config.store or str(user_cache_folder() / "compiled"), keyring)
+    except (ImportError, ValueError) as error:
+        raise SettingsError(f"compile: {error}") from error
+
+
+@contextmanager
+def _compile_service(config: CompileConfig) -> Iterator[CompileService | None]:
+    if not (config.enabled and config.ahead):
+        yield None
+        return
+    store = artefact_store(config)
+    try:
+        service = CompileService(store, limit_seconds=config.limit_seconds)
+    except CacheFolderError as error:
+        raise SettingsError(f"compile: {error}") from error
+    with service:
+        yield service
+
+
+def _compiled_host(
+    config: CompileConfig, slots: SlotSet, service: CompileService | None
+) -> CompiledHost | None:
+    return CompiledHost(slots, service=service, mode=config.mode) if config.enabled else None
 
 
 def _set_process(config: RunConfig) -> None:

@@ -392,7 +392,10 @@ class SeedCompiled(_Event):
     """Of forward, each a graph unless it was there already."""
     checked: bool
     """Whether results and gradients were compared with the seed's own."""
+    source: Literal["here", "worker", "store"]
+    """Who compiled: this process, which waited for it; another one, ahead; or one long ago."""
     milliseconds: float
+    """That this process took for it, between two steps."""
 
 
 class CompileFailed(_Event):
@@ -404,6 +407,18 @@ class CompileFailed(_Event):
     blueprint: str | None
     """None for a module of the host."""
     error: str
+
+    @property
+    def priority(self) -> Priority:
+        return Priority.WARNING
+
+
+class ArtefactRefused(_Event):
+    """Compiled graphs that were kept are not used; they are compiled anew."""
+
+    type: Literal["artefact_refused"] = "artefact_refused"
+    blueprint: str
+    reason: str
 
     @property
     def priority(self) -> Priority:
@@ -451,6 +466,7 @@ Event = Annotated[
     | RunResumed
     | SeedCompiled
     | CompileFailed
+    | ArtefactRefused
     | CachesSwept,
     Field(discriminator="type"),
 ]

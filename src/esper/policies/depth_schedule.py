@@ -153,6 +153,13 @@ class DepthSchedulePolicy:
         self._pending = waiting
         return [*actions, *(seed.model_copy(update={"slot": path}) for path in ready)]
 
+    def upcoming(self, state: GrowthState) -> Sequence[Germinate]:
+        """Return what germinates at the next event; none after the last."""
+        if self._num_past >= self.timing.num_events:
+            return []
+        seed = self._seed(state)
+        return [seed.model_copy(update={"slot": slot.path}) for slot in self._places(state)]
+
     def state_dict(self) -> dict[str, Any]:
         """Return how many events there have been, and what waits for a free slot."""
         return {"num_past": self._num_past, "pending": list(self._pending)}

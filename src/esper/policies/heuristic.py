@@ -90,6 +90,10 @@ class HeuristicPolicy:
                 actions.append(germination)
         return actions
 
+    def upcoming(self, state: GrowthState) -> Sequence[Germinate]:
+        """Return what it would try next, in that order."""
+        return [Germinate(slot=slot, blueprint=name) for slot, name in self._ranked(state)]
+
     def state_dict(self) -> dict[str, Any]:
         """Return what has been tried, refused and committed so far."""
         return {
@@ -123,6 +127,16 @@ class HeuristicPolicy:
 
     def _germination(self, state: GrowthState) -> Germinate | None:
         self._refuse_unknown(state)
+        ranked = self._ranked(state)
+        if not ranked:
+            return None
+        slot, blueprint = ranked[0]
+        self._tried[slot, blueprint] += 1
+        self._living[slot] = blueprint
+        return Germinate(slot=slot, blueprint=blueprint)
+
+    def _ranked(self, state: GrowthState) -> list[tuple[str, str]]:
+        """Return the slots and blueprints that may be tried, the first choice first."""
         pairs = [
             (slot.path, blueprint)
             for slot in state.slots
@@ -130,14 +144,7 @@ class HeuristicPolicy:
             for blueprint in self._candidates(slot)
             if not self._given_up(slot.path, blueprint)
         ]
-        if not pairs:
-            return None
-        slot, blueprint = min(
-            pairs, key=lambda pair: (self._tried[pair], -self._committed[pair[1]])
-        )
-        self._tried[slot, blueprint] += 1
-        self._living[slot] = blueprint
-        return Germinate(slot=slot, blueprint=blueprint)
+        return sorted(pairs, key=lambda pair: (self._tried[pair], -self._committed[pair[1]]))
 
     def _given_up(self, path: str, blueprint: str) -> bool:
         limit = self.config.max_refusals

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from esper.lifecycle.actions import Action, GrowthState
+from esper.lifecycle.actions import Action, Germinate, GrowthState
 from esper.policies.tending import tend
 
 
@@ -37,6 +37,16 @@ class SchedulePolicy:
     def weighs(self, state: GrowthState) -> Sequence[str]:
         """Return every slot: any gate may be tried."""
         return [slot.path for slot in state.slots]
+
+    def upcoming(self, state: GrowthState) -> Sequence[Germinate]:
+        """Return the germinations that are still to come."""
+        return [
+            action
+            for epoch in sorted(self._actions)
+            if epoch > state.epoch
+            for action in self._actions[epoch]
+            if isinstance(action, Germinate)
+        ]
 
     def decide(self, state: GrowthState) -> Sequence[Action]:
         """Return this epoch's actions, after those that tend what grows."""

@@ -281,12 +281,16 @@ class LivingSlot(SlotForward):
             live=self.isolation is Isolation.NONE,
         )
 
-    def kinds_to_come(self) -> list[ForwardKind]:
-        """Return what the forward does now, or will do in the living seed's life, where it runs."""
+    def kinds_to_come(self, *, from_birth: bool = False) -> list[ForwardKind]:
+        """Return what the forward does now, or will do in the living seed's life, where it runs.
+
+        Args:
+            from_birth: Include what it did in the living seed's life before.
+        """
         stages = [self.stage]
-        if self.living is not None and not self.fading:
+        if self.living is not None and (from_birth or not self.fading):
             first = self.stage
-            if first is SeedStage.GERMINATED:
+            if from_birth or first is SeedStage.GERMINATED:
                 live = self.isolation is Isolation.NONE
                 first = SeedStage.BLENDING if live else SeedStage.TRAINING
             stages = list(_STAGES_THAT_RUN[_STAGES_THAT_RUN.index(first) :])

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 
-def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
     """Return the value with every tensor in its tuples, lists and mappings replaced."""
     if isinstance(value, Tensor):
         return function(value)

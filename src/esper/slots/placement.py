@@ -57,7 +57,7 @@ def _through_slot(
     Looks the slot up by name, so that a copy of the module runs its own copy of the slot.
     """
     slot: Any = module.esper_slot
-    if not slot.active:
+    if not (slot.active or slot.watched):
         return None
     features = output if isinstance(output, Tensor) else output[0]
     if slot.mixes_tokens:

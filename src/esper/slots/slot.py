@@ -1,5 +1,6 @@
 """The slot: what a host's forward meets, and where one seed after another lives."""
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -38,6 +39,7 @@ from esper.slots.germination import (
     build_again,
     derive_random_seed,
     parameters_finite,
+    sprout,
     sprout_guarded,
     state_source,
     with_own_source,
@@ -128,6 +130,49 @@ class SeedSlot(LivingSlot):
             )
         )
         return events
+
+    def foreseen(
+        self,
+        blueprint: str,
+        *,
+        blend_operator: BlendOperator | str | None = None,
+        **options: Any,
+    ) -> "SeedSlot":
+        """Return a copy of the slot with a seed as `germinate` would build it now.
+
+        The copy runs, but cannot grow. The slot itself is as it was, breakers included.
+
+        Args:
+            blueprint: As for `germinate`.
+            blend_operator: The same.
+            options: The same.
+
+        Raises:
+            IllegalTransition: The slot holds a living seed, is cooling down or TERMINATED.
+            Exception: What building raises.
+
+        Effects: random streams are left as they were.
+        """
+        life = self._life_for_next_seed()
+        wanted = self.config.blend_operator if blend_operator is None else blend_operator
+        operator = choose(BlendOperator, wanted, "blend operator")
+        random_seed = derive_random_seed(self.config.random_seed, self.path, life.number)
+        new = sprout(
+            self._order(blueprint, options, operator),
+            random_seed=random_seed,
+            check_unshared=lambda _: None,
+        )
+        copied = copy.deepcopy(self, {id(self.hook_handle): None})
+        copied._begin(life, new.branch.train(self.training))  # noqa: SLF001 – its own copy
+        if new.draws_random_numbers:
+            copied._stream = SeparateRandomStream(random_seed)  # noqa: SLF001
+        return copied
+
+    def _begin(self, life: SeedLife, branch: SeedBranch) -> None:
+        self.branches = nn.ModuleList([*self.branches, branch])
+        self._life = life
+        life.enter(SeedStage.GERMINATED)
+        self._follow_stage()
 
     def _order(
         self, blueprint: str, options: Mapping[str, Any], blend_operator: BlendOperator

@@ -62,7 +62,9 @@ class SlotForward(nn.Module):
         self.mode = ForwardMode.PASS_THROUGH
         self.isolated = True
         self.active = False
-        """Whether the forward does anything; the hook looks at nothing else."""
+        """Whether the forward does anything; else the hook calls it only where it is watched."""
+        self.watched = False
+        """Whether somebody who stands in for the forward wants to see a call."""
         self.severed = False
         """No gradient path leads through the blended seed; see `sever`."""
         self.num_committed = 0
@@ -118,12 +120,6 @@ class SlotForward(nn.Module):
                 yield
         finally:
             self.num_inlined, self.isolated = before
-
-    @contextmanager
-    def passed_through(self) -> Iterator[None]:
-        """Call the forward in any case, also where there is nothing to do."""
-        with self._in_mode(self.mode, active=True):
-            yield
 
     def prepare_seeds(self) -> None:
         """Let the seeds build what their increments look up."""

@@ -44,7 +44,7 @@ from esper.slots.slot import SeedSlot
 from esper.slots.slot_set import SlotSet
 from esper.telemetry.sink import Sink
 from esper.training.held_out import Evaluate, metrics_of
-from esper.training.policy import FrugalPolicy, Policy, StatefulPolicy
+from esper.training.policy import ForesightedPolicy, FrugalPolicy, Policy, StatefulPolicy
 from esper.training.probing import probe_seeds
 from esper.training.run_cost import CostMeter
 from esper.training.step_timer import StepTimer
@@ -126,19 +126,6 @@ class Growth:
             with self.meter.decision():
                 self.isolation_monitor.check(loss, step=self.step)
 
-    def compile_ahead(self, loss: Callable[[], Tensor]) -> None:
-        """Compile what seeds will run next, if growth has a `compiled` host and something is due.
-
-        Call it before a step's forward, as `check_isolation`; the step then waits for no compiler.
-
-        Args:
-            loss: Computes the step's loss as the step will: `lambda: criterion(model(x), y)`.
-
-        Effects: as `CompiledHost.prepare`. What it costs is not in `meter`.
-        """
-        if self.compiled is not None:
-            self.publish(self.compiled.prepare(loss))
-
     def shadow_pass(self, loss: Callable[[], Tensor]) -> None:
         """Give each seed that learns in shadow the gradient of the loss at full alpha.
 
@@ -157,7 +144,7 @@ class Growth:
         """Let one optimizer step pass: alpha moves, ramps end, a failed seed is pruned.
 
         Call it once per optimizer step, with gradient accumulation after the last micro-batch.
-        Never waits for the device.
+        Never waits for the device, but where a new seed of a `compiled` host is made ready.
 
         Raises:
             RuntimeError: A seed learns in shadow, and `shadow_pass` was not called for this step.
@@ -170,6 +157,7 @@ class Growth:
         events = self.slots.tick()
         if events:
             self.publish(events)
+        self._compile_seeds()
 
     def after_epoch(
         self, evaluate: Evaluate, *, train_loss: float | None = None
@@ -226,9 +214,16 @@ class Growth:
         for action in self._decided():
             self.apply(action)
         self.publish(self.slots.end_epoch())
+        if self.compiled is not None and isinstance(self.policy, ForesightedPolicy):
+            self.compiled.foresee(self.policy.upcoming(self.state()))
+        self._compile_seeds()
         for sink in self.sinks:
             sink.flush()
         return metrics
+
+    def _compile_seeds(self) -> None:
+        if self.compiled is not None and self.compiled.due():
+            self.publish(self.compiled.prepare())
 
     def _network(self) -> Any:
         """Return what has to be the same in all processes that train one model."""

@@ -3,7 +3,7 @@
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
-from esper.lifecycle.actions import Action, GrowthState
+from esper.lifecycle.actions import Action, Germinate, GrowthState
 
 
 class Policy(Protocol):
@@ -37,6 +37,18 @@ class FrugalPolicy(Policy, Protocol):
 
         Args:
             state: As `decide` will see it, but for what is weighed now.
+        """
+
+
+@runtime_checkable
+class ForesightedPolicy(Policy, Protocol):
+    """A policy that can say what it may ask for soon, so that it is compiled by then."""
+
+    def upcoming(self, state: GrowthState) -> Sequence[Germinate]:
+        """Return germinations, the likeliest first; some may never come.
+
+        Args:
+            state: As after the last decision.
         """
 
 

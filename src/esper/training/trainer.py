@@ -371,8 +371,6 @@ class Trainer:
             # Beside the step the model itself runs: a wrapper would wait for its gradients.
             beside = functools.partial(self._forward, self.model, inputs, targets, len(group))
             scaled = functools.partial(self._scaled, beside)
-            if number == 1:
-                self.growth.compile_ahead(beside)
             if number == len(group):
                 self.growth.check_isolation(scaled)
             with self.growth.meter.batch((inputs, targets)):

@@ -1,0 +1,259 @@
+"""Compiles ahead of need, in another process, and keeps what it has compiled."""
+
+import contextlib
+import os
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections import OrderedDict
+from typing import IO, Literal, NamedTuple, Self
+
+from esper.compilation.artefact_store import Artefact, ArtefactError, ArtefactStore
+from esper.compilation.compile_job import CompileJob
+from esper.compilation.compile_request import CompileRequest
+from esper.compilation.inductor_cache import inductor_folder, unpack
+from esper.compilation.worker import WorkDone, WorkOrder, receive, send
+from esper.lifecycle.events import ArtefactRefused, Event
+
+_TOLD_LINES = 3
+"""Of what a worker that died has said last."""
+
+
+class CompileAnswer(NamedTuple):
+    """How a request ended."""
+
+    artefact: Artefact | None
+    """Its files are in the compiler's folder; None if it could not be made."""
+    source: Literal["store", "worker"]
+    error: str | None
+
+
+class CompileService:
+    """Gets compiled graphs from an artefact store, or has a worker process make them.
+
+    Everything happens in a thread and in the worker: asking returns at once, and the answer is
+    there when it is there. The compiler's folder is then such that compiling the same in this
+    process finds everything done.
+
+    Args:
+        store: Where artefacts are kept.
+        limit_seconds: For one job; a worker that takes longer is killed.
+        max_ahead: How many requests may wait that nobody needs yet.
+
+    Raises:
+        CacheFolderError: The compiler's folder in this process cannot be trusted.
+
+    Effects: as `inductor_folder`.
+    """
+
+    def __init__(
+        self, store: ArtefactStore, *, limit_seconds: float = 600.0, max_ahead: int = 4
+    ) -> None:
+        self._store = store
+        self._limit_seconds = limit_seconds
+        self._max_ahead = max_ahead
+        self._folder = inductor_folder()
+        self._condition = threading.Condition()
+        self._jobs: OrderedDict[str, CompileJob] = OrderedDict()
+        """Waiting, the most urgent first."""
+        self._known: set[str] = set()
+        """Requests that were made, answered or not."""
+        self._answers: dict[str, CompileAnswer] = {}
+        self._events: list[Event] = []
+        self._worker: _Worker | None = None
+        self._closed = False
+        self.news = False
+        """Whether there are answers since `answer` or `events` was asked last."""
+        self._thread = threading.Thread(target=self._serve, name="esper-compile", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def ask(self, job: CompileJob, *, ahead: bool = False) -> None:
+        """Let a job be done; one that was asked for before is done again only if it failed.
+
+        Args:
+            job: What to compile.
+            ahead: Nobody needs it yet: it comes after what is needed, and if too many wait already,
+                it is left out.
+        """
+        digest = job.request.digest
+        with self._condition:
+            if self._closed or (ahead and len(self._jobs) >= self._max_ahead):
+                return
+            known = self._answers.get(digest)
+            if not ahead and known is not None and known.error is not None:
+                del self._answers[digest]
+                self._known.discard(digest)
+            if digest not in self._known:
+                self._known.add(digest)
+                self._jobs[digest] = job
+            if not ahead and digest in self._jobs:
+                self._jobs.move_to_end(digest, last=False)
+            self._condition.notify_all()
+
+    def answer(self, request: CompileRequest) -> CompileAnswer | None:
+        """Return how a request ended; None while it has not, or was never made."""
+        self.news = False
+        return self._answers.get(request.digest)
+
+    def wait(self, job: CompileJob) -> CompileAnswer:
+        """Let a job be done, and return how it ended; for those who have nothing else to do.
+
+        Raises:
+            RuntimeError: The service was closed.
+        """
+        self.ask(job)
+        digest = job.request.digest
+        with self._condition:
+            while digest not in self._answers and not self._closed:
+                self._condition.wait()
+            if digest not in self._answers:
+                raise RuntimeError("the compile service was closed")
+            return self._answers[digest]
+
+    def events(self) -> list[Event]:
+        """Return what has happened since the last call: artefacts that were refused."""
+        self.news = False
+        with self._condition:
+            events, self._events = self._events, []
+        return events
+
+    def close(self) -> None:
+        """Stop the worker, whatever it does; nothing more is answered."""
+        with self._condition:
+            self._closed = True
+            self._jobs.clear()
+            if self._worker is not None:
+                self._worker.kill()
+            self._condition.notify_all()
+        self._thread.join()
+        if self._worker is not None:
+            self._worker.close()
+            self._worker = None
+
+    def _serve(self) -> None:
+        while True:
+            with self._condition:
+                while not self._jobs and not self._closed:
+                    self._condition.wait()
+                if self._closed:
+                    return
+                digest, job = self._jobs.popitem(last=False)
+            answer = self._do(job)
+            with self._condition:
+                self._answers[digest] = answer
+                self.news = True
+                self._condition.notify_all()
+
+    def _do(self, job: CompileJob) -> CompileAnswer:
+        try:
+            artefact = self._take(job.request)
+            if artefact is not None:
+                return CompileAnswer(artefact, "store", None)
+            error = self._have_made(job)
+            if error is None:
+                artefact = self._take(job.request)
+                error = "the artefact is not in the store" if artefact is None else None
+        except Exception as problem:  # noqa: BLE001 – the store's, of whatever kind it is
+            return CompileAnswer(None, "store", f"{type(problem).__name__}: {problem}")
+        return CompileAnswer(artefact, "worker", error)
+
+    def _take(self, request: CompileRequest) -> Artefact | None:
+        """Put what the store has for a request into the compiler's folder."""
+        try:
+            stored = self._store.load(request)
+        except ArtefactError as error:
+            self._tell(ArtefactRefused(blueprint=request.living, reason=str(error)))
+            return None
+        if stored is None:
+            return None
+        unpack(stored.files, self._folder)
+        return stored.artefact
+
+    def _have_made(self, job: CompileJob) -> str | None:
+        with self._condition:
+            if self._closed:
+                return "the service was closed"
+            if self._worker is None:
+                self._worker = _Worker()
+            worker = self._worker
+        order = WorkOrder(job, self._store.url, self._store.keyring.keys)
+        try:
+            return worker.do(order, self._limit_seconds).error
+        except WorkerError as error:
+            worker.kill()
+            worker.close()
+            self._worker = None
+            return str(error)
+
+    def _tell(self, event: Event) -> None:
+        with self._condition:
+            self._events.append(event)
+            self.news = True
+
+
+class WorkerError(RuntimeError):
+    """The worker did not answer, and cannot be used any more."""
+
+
+class _Worker:
+    """A worker process and the pipes to it, in a process group of its own."""
+
+    def __init__(self) -> None:
+        self._told: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 – as long as the process
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", "from esper.compilation.worker import main; main()"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._told,
+            env=environment,
+            start_new_session=True,
+        )
+
+    def do(self, order: WorkOrder, limit_seconds: float) -> WorkDone:
+        """Wait for the end of one job.
+
+        Raises:
+            WorkerError: It took longer than the limit, or the worker died.
+        """
+        process = self._process
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            send(process.stdin, order)
+            if not select.select([process.stdout], [], [], limit_seconds)[0]:
+                raise WorkerError(f"compiling took longer than {limit_seconds:g} s and was stopped")
+            done: WorkDone = receive(process.stdout.read)
+        except (EOFError, OSError) as error:
+            process.wait()
+            status = process.returncode
+            raise WorkerError(
+                f"the compiling process ended with status {status}: {self._last_words()}"
+            ) from error
+        return done
+
+    def kill(self) -> None:
+        """End it at once, and a compiler that it has started."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+    def close(self) -> None:
+        """Close the pipes of a worker that was killed."""
+        with contextlib.suppress(BrokenPipeError):
+            self._process.__exit__(None, None, None)
+        self._told.close()
+
+    def _last_words(self) -> str:
+        self._told.seek(0)
+        lines = self._told.read().decode(errors="replace").splitlines()
+        return " | ".join(lines[-_TOLD_LINES:]) or "it said nothing"

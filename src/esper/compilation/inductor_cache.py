@@ -1,0 +1,115 @@
+"""The folder in which inductor keeps what it has compiled, and finds it again."""
+
+import io
+import os
+import re
+import secrets
+import stat
+import zipfile
+from pathlib import Path, PurePosixPath
+
+CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
+_OTHERS_MAY_WRITE = stat.S_IWGRP | stat.S_IWOTH
+_NAME = re.compile(r"[A-Za-z0-9_+=,-][A-Za-z0-9._+=,-]*")
+_LOCKS = "locks"
+_INCOMING = "incoming"
+"""Not read by the compiler; files are written here and then get their names."""
+
+
+class CacheFolderError(RuntimeError):
+    """The compiler's folder cannot be trusted; the message says why."""
+
+
+def inductor_folder() -> Path:
+    """Return the folder that inductor uses in this process, made if it is not there.
+
+    It is what TORCHINDUCTOR_CACHE_DIR names. Without that variable it is `esper/inductor` in the
+    user's cache folder, since torch's own default is in the folder of temporary files, where others
+    can write.
+
+    Effects: sets the variable if it is not set.
+
+    Raises:
+        CacheFolderError: It belongs to another user, or others may write into it: inductor runs
+            what it finds there.
+    """
+    named = os.environ.get(CACHE_VARIABLE)
+    folder = Path(named) if named else user_cache_folder() / "inductor"
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if os.name == "posix":
+        state = folder.stat()
+        if state.st_uid != os.getuid():
+            problem = "belongs to another user"
+        elif state.st_mode & _OTHERS_MAY_WRITE:
+            problem = "can be written by others"
+        else:
+            problem = None
+        if problem is not None:
+            raise CacheFolderError(
+                f"{folder} {problem}, and the compiler runs what it finds there; set "
+                f"{CACHE_VARIABLE} to a folder of your own, or make it yours: chmod 700 {folder}"
+            )
+    os.environ[CACHE_VARIABLE] = str(folder)
+    return folder
+
+
+def user_cache_folder() -> Path:
+    """Return where this user's caches of esper are: `esper` in XDG_CACHE_HOME or `~/.cache`."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "esper"
+
+
+def pack(folder: Path) -> bytes:
+    """Return a zip archive of a cache folder, its locks left out."""
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as archive:
+        for file in sorted(folder.rglob("*")):
+            name = file.relative_to(folder)
+            if file.is_file() and name.parts[0] not in (_LOCKS, _INCOMING):
+                archive.write(file, name.as_posix())
+    return stream.getvalue()
+
+
+def unpack(archive: bytes, folder: Path) -> int:
+    """Add an archive's files to a cache folder; those that are there already stay.
+
+    Only for archives that were verified: the compiler runs what is in them.
+
+    Returns:
+        How many files are new.
+
+    Raises:
+        ValueError: It is no zip archive, or it names a place outside of the folder.
+    """
+    added = 0
+    try:
+        with zipfile.ZipFile(io.BytesIO(archive)) as opened:
+            names = opened.namelist()
+            for name in names:
+                _check_inside(name)
+            for name in names:
+                target = folder / name
+                if not target.exists():
+                    _write(target, opened.read(name), folder)
+                    added += 1
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"the compiler's files are no zip archive: {error}") from error
+    return added
+
+
+def _check_inside(name: str) -> None:
+    path = PurePosixPath(name)
+    if path.is_absolute() or not all(_NAME.fullmatch(part) for part in path.parts):
+        raise ValueError(f"the compiler's files name {name!r}, which is no place in its folder")
+
+
+def _write(target: Path, content: bytes, folder: Path) -> None:
+    """Write a file that appears whole: the compiler takes whatever it finds in its folders."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    incoming = folder / _INCOMING
+    incoming.mkdir(exist_ok=True)
+    temporary = incoming / secrets.token_hex(16)
+    temporary.write_bytes(content)
+    if target.suffix == ".so":
+        temporary.chmod(0o755)
+    temporary.replace(target)

@@ -1,0 +1,108 @@
+"""The process that compiles for another; `main` is all that it runs.
+
+It reads jobs from its standard input, keeps what it has compiled in an artefact store, and answers
+on its standard output, in pickles between it and the process that has started it. When that one
+ends, it does too.
+"""
+
+import os
+import pickle
+import queue
+import signal
+import struct
+import sys
+import tempfile
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+from esper.compilation.artefact_store import ArtefactStore
+from esper.compilation.compile_job import CompileJob
+from esper.compilation.inductor_cache import CACHE_VARIABLE, pack
+from esper.signing import Keyring
+
+_LENGTH = struct.Struct(">Q")
+_NICENESS = 10
+"""Training goes first."""
+
+
+class WorkOrder(NamedTuple):
+    """A job, and where what comes of it is kept."""
+
+    job: CompileJob
+    store: str
+    """URL of the artefact store."""
+    keys: tuple[bytes, ...]
+
+
+class WorkDone(NamedTuple):
+    """How a job ended."""
+
+    error: str | None
+    """None if the artefact is in the store."""
+
+
+def send(stream: IO[bytes], message: Any) -> None:
+    """Write one message.
+
+    Raises:
+        OSError: The other process has ended.
+    """
+    content = pickle.dumps(message)
+    stream.write(_LENGTH.pack(len(content)) + content)
+    stream.flush()
+
+
+def receive(read: Callable[[int], bytes]) -> Any:
+    """Read one message.
+
+    Args:
+        read: Returns as many bytes as asked for, or fewer where the stream ends.
+
+    Raises:
+        EOFError: The stream has ended.
+    """
+    (length,) = _LENGTH.unpack(_whole(read, _LENGTH.size))
+    return pickle.loads(_whole(read, length))  # noqa: S301 – of a process of one's own
+
+
+def main() -> None:
+    """Work until the standard input ends, which is when the other process does."""
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # whatever prints, prints to where errors go
+    os.nice(_NICENESS)
+    orders: queue.SimpleQueue[WorkOrder] = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=(sys.stdin.buffer.read, orders), daemon=True).start()
+    while True:
+        send(answers, _work(orders.get()))
+
+
+def _listen(read: Callable[[int], bytes], orders: "queue.SimpleQueue[WorkOrder]") -> None:
+    try:
+        while True:
+            orders.put(receive(read))
+    except EOFError:
+        os.killpg(0, signal.SIGKILL)  # and with it a compiler that was started here
+
+
+def _work(order: WorkOrder) -> WorkDone:
+    request = order.job.request
+    request.settings.take()
+    try:
+        with tempfile.TemporaryDirectory(prefix="esper-compiling-") as folder:
+            os.environ[CACHE_VARIABLE] = folder
+            compiled = order.job.run()
+            files = pack(Path(folder))
+        store = ArtefactStore(order.store, Keyring(order.keys))
+        store.save(request, files, **compiled._asdict())
+    except Exception as error:  # noqa: BLE001 – whatever it is, the run goes on without
+        return WorkDone(f"{type(error).__name__}: {error}".splitlines()[0])
+    return WorkDone(None)
+
+
+def _whole(read: Callable[[int], bytes], length: int) -> bytes:
+    content = read(length)
+    if len(content) < length:
+        raise EOFError
+    return content
