@@ -29,6 +29,7 @@ def kill_after(line: str | None, arguments: list[str]) -> str:
         output += printed
         if line is not None and printed.startswith(line):
             process.send_signal(signal.SIGKILL)
+    process.stdout.close()
     code = process.wait(timeout=120)
     assert code == (0 if line is None else -signal.SIGKILL), output[-3000:]
     return output

@@ -1,4 +1,4 @@
-"""Nothing in the project unpickles anything: what a file holds can never run."""
+"""Nothing in the project unpickles what it has read: what a file holds can never run."""
 
 import ast
 from pathlib import Path
@@ -14,6 +14,9 @@ LOADERS = {("torch", "load"), ("np", "load"), ("numpy", "load"), ("pd", "read_pi
 """What reads pickles too."""
 SAVERS = {("torch", "save")}
 """What writes a file that only those can read."""
+
+PIPE = "src/esper/compilation/pipe.py"
+"""To a process that this one has started, and back."""
 
 
 def unpickles(tree: ast.AST) -> list[str]:
@@ -38,7 +41,7 @@ def test_no_source_unpickles() -> None:
         for path in SOURCES
         if (names := unpickles(ast.parse(path.read_text(encoding="utf-8"))))
     }
-    assert found == {}
+    assert found == {PIPE: ["pickle"]}
 
 
 @pytest.mark.parametrize(

@@ -6,16 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._dynamo.utils import counters
-from torch.nn.functional import mse_loss
 
 import esper
+from compiled_run import BATCHES, Block, Run, Wrong, graphs
 from esper import SeedStage, SlotConfig
 from esper.compilation import CompiledHost
 from esper.lifecycle.actions import Germinate
 from esper.lifecycle.events import BreakerChanged, CompileFailed, SeedCompiled
-from esper.seeds import Seed, blueprints, zero_initialise_
+from esper.seeds import Seed, blueprints
 from growth_problem import make_problem
 
 pytestmark = [
@@ -23,30 +23,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*Function'> should not be instantiated:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
 ]
-WIDTH = 8
-BATCHES = torch.randn(6, 5, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.convolution = nn.Conv2d(WIDTH, WIDTH, 3, padding=1)
-        self.norm = nn.BatchNorm2d(WIDTH)
-
-    def forward(self, features: Tensor) -> Tensor:
-        return features + torch.relu(self.norm(self.convolution(features)))
-
-
-class Host(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, WIDTH, 3, padding=1)
-        self.first = Block()
-        self.second = Block()
-        self.head = nn.Linear(WIDTH, 2)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.head(self.second(self.first(self.stem(images))).mean(dim=(2, 3)))
 
 
 @pytest.fixture(autouse=True)
@@ -55,71 +31,6 @@ def _fresh_compiler() -> Iterator[None]:
     counters.clear()
     yield
     torch._dynamo.reset()
-
-
-def graphs() -> int:
-    return counters["stats"]["unique_graphs"]
-
-
-class Run:
-    """A growing host with its optimizer."""
-
-    def __init__(self, *, compiled: bool, backend: str = "aot_eager", **config: Any) -> None:
-        torch.manual_seed(0)
-        self.host = Host()
-        self.slots = esper.attach(
-            self.host,
-            ["first", "second"],
-            example=BATCHES[0],
-            config=SlotConfig(max_committed=4, embargo_epochs=0, **config),
-        )
-        self.optimizer = torch.optim.SGD(self.host.parameters(), lr=0.05, momentum=0.9)
-        self.slots.bind(self.optimizer)
-        self.compiled = CompiledHost(self.slots, backend=backend) if compiled else None
-        self.events: list[Any] = []
-        self.compiled_in_steps = 0
-        self.number = 0
-
-    def loss(self) -> Tensor:
-        images = BATCHES[self.number % len(BATCHES)]
-        return mse_loss(self.host(images), images.mean(dim=(2, 3))[:, :2])
-
-    def prepare(self) -> list[Any]:
-        events = self.compiled.prepare() if self.compiled and self.compiled.due() else []
-        self.events += events
-        return events
-
-    def step(self) -> float:
-        before = graphs()
-        loss = self.loss()
-        loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.slots.tick()
-        self.number += 1
-        self.compiled_in_steps += graphs() - before
-        self.prepare()
-        return float(loss.detach())
-
-    def live(self, path: str, blueprint: str, **options: Any) -> Iterator[None]:
-        """Take a seed through its life, a stop at each stage."""
-        slot = self.slots[path]
-        slot.germinate(blueprint, **options)
-        yield
-        slot.advance(force=True)
-        if slot.isolation is esper.lifecycle.learning.Isolation.NONE:
-            slot.advance(force=True)
-        else:
-            yield
-            slot.advance(force=True)
-        slot.set_alpha_target(1.0, 2)
-        yield
-        slot.advance(force=True)
-        yield
-        slot.advance(force=True)
-        yield
-        slot.commit()
-        yield
 
 
 @pytest.mark.parametrize("config", [{}, {"isolation": "shadowing"}], ids=["live", "behind"])
@@ -196,26 +107,6 @@ def test_measuring_compiles_nothing_and_a_copy_runs_as_it_is() -> None:
     assert run.compiled is not None
     run.compiled.release()
     assert not any("forward" in vars(part) for part in run.host.modules())
-
-
-class Wrong(Seed):
-    """Computes something else, or raises, when it is compiled."""
-
-    def __init__(self, dim: int, *, raises: bool) -> None:
-        super().__init__()
-        self.layer = zero_initialise_(nn.Conv2d(dim, dim, 1))
-        self.raises = raises
-
-    @property
-    def output_layers(self) -> tuple[nn.Module, ...]:
-        return (self.layer,)
-
-    def increment(self, features: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():
-            if self.raises:
-                torch._dynamo.graph_break()
-            features = 2.0 * features
-        return self.layer(features)
 
 
 @pytest.mark.parametrize("raises", [False, True], ids=["miscomputes", "does not compile"])

@@ -23,7 +23,8 @@ class _Host(nn.Module):
         self.place = nn.Identity()
 
     def forward(self, features: Tensor) -> Tensor:
-        return self.place(features)
+        placed: Tensor = self.place(features)
+        return placed
 
 
 def seed_alone(

@@ -1,7 +1,6 @@
 """A slot's seeds compiled alone, outside of the run that will use them."""
 
 import copy
-import pickle
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from esper.compilation.compile_request import CompileRequest
 from esper.compilation.compiled_functions import CompiledFunctions
 from esper.compilation.compiled_slot import CompiledSlot, SeenCall, run_slot
 from esper.compilation.feature_guards import FeatureGuards
+from esper.compilation.pipe import pack_object, unpack_object
 from esper.slots.call_arguments import NO_ARGUMENTS, CallArguments
 from esper.slots.nested import map_tensors
 from esper.slots.slot import SeedSlot
@@ -24,6 +24,12 @@ _WEIGHT_SCALE = 0.1
 
 class JobError(ValueError):
     """A slot that cannot be sent to another process; the message says why."""
+
+
+def told(error: Exception) -> str:
+    """Return an error in one line; where the compiler quotes another error, that one too."""
+    lines = [line for line in f"{type(error).__name__}: {error}".splitlines() if line.strip()]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])
 
 
 class Compiled(NamedTuple):
@@ -37,14 +43,11 @@ class Compiled(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class CompileJob:
-    """All that another process needs to compile a slot's seeds.
-
-    Goes from a process to one that it has started, and nowhere else: it is pickled.
-    """
+    """All that a process needs that is started to compile a slot's seeds."""
 
     request: CompileRequest
     slot: bytes
-    """Pickled, its parameters without values."""
+    """As `pack_object` makes it; its parameters are without values."""
     call: CallArguments
     options: Mapping[str, Any]
     """Of torch.compile."""
@@ -60,7 +63,7 @@ class CompileJob:
         """Return the job for all that a slot does in its living seed's life.
 
         Raises:
-            JobError: A seed cannot be pickled.
+            JobError: A seed is of a class that another process would not find.
         """
         request = CompileRequest.of(slot, features, call, options)
         empty = {id(parameter): _without_values(parameter) for parameter in slot.parameters()}
@@ -68,13 +71,13 @@ class CompileJob:
         for part in copied.modules():
             part.__dict__.pop("forward", None)  # of a compiled host's module
         try:
-            pickled = pickle.dumps(copied)
+            packed = pack_object(copied)
         except Exception as error:
             raise JobError(
                 f"{request.living!r} cannot be compiled in another process: {error}"
             ) from error
         kept = CallArguments(*map_tensors(Tensor.detach, (call.args, call.kwargs)))
-        return cls(request=request, slot=pickled, call=kept, options=dict(options))
+        return cls(request=request, slot=packed, call=kept, options=dict(options))
 
     def run(self) -> Compiled:
         """Compile everything twice, with nothing there and with what the first time has left.
@@ -87,7 +90,7 @@ class CompileJob:
         Effects: consumes the default random stream, and forgets all that was compiled before.
         """
         try:
-            slot = pickle.loads(self.slot)  # noqa: S301 – from the process that started this one
+            slot = unpack_object(self.slot)
         except (AttributeError, ImportError) as error:
             raise JobError(
                 f"{self.request.living!r} cannot be compiled in another process: {error}; define "

@@ -12,10 +12,11 @@ from collections import OrderedDict
 from typing import IO, Literal, NamedTuple, Self
 
 from esper.compilation.artefact_store import Artefact, ArtefactError, ArtefactStore
-from esper.compilation.compile_job import CompileJob
+from esper.compilation.compile_job import CompileJob, told
 from esper.compilation.compile_request import CompileRequest
 from esper.compilation.inductor_cache import inductor_folder, unpack
-from esper.compilation.worker import WorkDone, WorkOrder, receive, send
+from esper.compilation.pipe import receive, send
+from esper.compilation.worker import WorkDone, WorkOrder
 from esper.lifecycle.events import ArtefactRefused, Event
 
 _TOLD_LINES = 3
@@ -76,6 +77,12 @@ class CompileService:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @property
+    def worker_pid(self) -> int | None:
+        """The worker's process, which also leads its group; None if there is none."""
+        with self._condition:
+            return None if self._worker is None else self._worker.pid
+
     def ask(self, job: CompileJob, *, ahead: bool = False) -> None:
         """Let a job be done; one that was asked for before is done again only if it failed.
 
@@ -115,7 +122,7 @@ class CompileService:
         with self._condition:
             while digest not in self._answers and not self._closed:
                 self._condition.wait()
-            if digest not in self._answers:
+            if self._closed:
                 raise RuntimeError("the compile service was closed")
             return self._answers[digest]
 
@@ -163,7 +170,7 @@ class CompileService:
                 artefact = self._take(job.request)
                 error = "the artefact is not in the store" if artefact is None else None
         except Exception as problem:  # noqa: BLE001 – the store's, of whatever kind it is
-            return CompileAnswer(None, "store", f"{type(problem).__name__}: {problem}")
+            return CompileAnswer(None, "store", told(problem))
         return CompileAnswer(artefact, "worker", error)
 
     def _take(self, request: CompileRequest) -> Artefact | None:
@@ -218,6 +225,10 @@ class _Worker:
             env=environment,
             start_new_session=True,
         )
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
 
     def do(self, order: WorkOrder, limit_seconds: float) -> WorkDone:
         """Wait for the end of one job.

@@ -4,7 +4,7 @@ import time
 from collections.abc import Hashable, Iterable, Sequence
 from typing import Any, Literal
 
-from esper.compilation.compile_job import CompileJob
+from esper.compilation.compile_job import CompileJob, told
 from esper.compilation.compile_service import CompileService
 from esper.compilation.compiled_functions import CompiledFunctions
 from esper.compilation.compiled_region import CompiledRegion, regions_of, run_module
@@ -152,16 +152,16 @@ class CompiledHost:
         breaker = self._breakers.setdefault(name, CircuitBreaker(f"compile {name}"))
         if not breaker.allows:
             seed.refuse(kinds)
-            told = f"compiling {name!r} failed {breaker.max_failures} times in a row"
-            self._events.append(CompileFailed(place=slot.path, blueprint=name, error=told))
+            often = f"compiling {name!r} failed {breaker.max_failures} times in a row"
+            self._events.append(CompileFailed(place=slot.path, blueprint=name, error=often))
             return
         try:
             compiled = self._compile(seed, kinds)
         except Exception as error:  # noqa: BLE001 – whatever the compiler raises, training goes on
             seed.refuse(kinds)
             self._events += breaker.failed()
-            told = f"{type(error).__name__}: {error}".splitlines()[0]
-            self._events.append(CompileFailed(place=slot.path, blueprint=name, error=told))
+            failure = CompileFailed(place=slot.path, blueprint=name, error=told(error))
+            self._events.append(failure)
             return
         if compiled is not None:
             self._events += breaker.succeeded()
@@ -215,5 +215,4 @@ class CompiledHost:
         )
 
     def _failed(self, path: str, error: Exception) -> None:
-        told = f"{type(error).__name__}: {error}".splitlines()[0]
-        self._events.append(CompileFailed(place=path, blueprint=None, error=told))
+        self._events.append(CompileFailed(place=path, blueprint=None, error=told(error)))

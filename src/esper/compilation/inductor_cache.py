@@ -1,5 +1,6 @@
 """The folder in which inductor keeps what it has compiled, and finds it again."""
 
+import copyreg
 import io
 import os
 import re
@@ -7,6 +8,9 @@ import secrets
 import stat
 import zipfile
 from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
 
 CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 _OTHERS_MAY_WRITE = stat.S_IWGRP | stat.S_IWOTH
@@ -14,6 +18,21 @@ _NAME = re.compile(r"[A-Za-z0-9_+=,-][A-Za-z0-9._+=,-]*")
 _LOCKS = "locks"
 _INCOMING = "incoming"
 """Not read by the compiler; files are written here and then get their names."""
+
+
+def memory_format_named(name: str) -> torch.memory_format:
+    """Return the memory format of a name, as `contiguous_format`."""
+    found: torch.memory_format = getattr(torch, name)
+    return found
+
+
+def _reduce_memory_format(memory_format: torch.memory_format) -> tuple[Any, tuple[str]]:
+    return memory_format_named, (str(memory_format).removeprefix("torch."),)
+
+
+# A memory format is pickled by its name in the first module of the process that has imported torch.
+# Inductor's keys are of pickled tensors' layouts, so another process would not find its entries.
+copyreg.pickle(torch.memory_format, _reduce_memory_format)
 
 
 class CacheFolderError(RuntimeError):

@@ -1,28 +1,25 @@
 """The process that compiles for another; `main` is all that it runs.
 
 It reads jobs from its standard input, keeps what it has compiled in an artefact store, and answers
-on its standard output, in pickles between it and the process that has started it. When that one
-ends, it does too.
+on its standard output. When the process that has started it ends, it does too.
 """
 
 import os
-import pickle
 import queue
 import signal
-import struct
 import sys
 import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import NamedTuple
 
 from esper.compilation.artefact_store import ArtefactStore
-from esper.compilation.compile_job import CompileJob
+from esper.compilation.compile_job import CompileJob, told
 from esper.compilation.inductor_cache import CACHE_VARIABLE, pack
+from esper.compilation.pipe import receive, send
 from esper.signing import Keyring
 
-_LENGTH = struct.Struct(">Q")
 _NICENESS = 10
 """Training goes first."""
 
@@ -41,30 +38,6 @@ class WorkDone(NamedTuple):
 
     error: str | None
     """None if the artefact is in the store."""
-
-
-def send(stream: IO[bytes], message: Any) -> None:
-    """Write one message.
-
-    Raises:
-        OSError: The other process has ended.
-    """
-    content = pickle.dumps(message)
-    stream.write(_LENGTH.pack(len(content)) + content)
-    stream.flush()
-
-
-def receive(read: Callable[[int], bytes]) -> Any:
-    """Read one message.
-
-    Args:
-        read: Returns as many bytes as asked for, or fewer where the stream ends.
-
-    Raises:
-        EOFError: The stream has ended.
-    """
-    (length,) = _LENGTH.unpack(_whole(read, _LENGTH.size))
-    return pickle.loads(_whole(read, length))  # noqa: S301 – of a process of one's own
 
 
 def main() -> None:
@@ -97,12 +70,5 @@ def _work(order: WorkOrder) -> WorkDone:
         store = ArtefactStore(order.store, Keyring(order.keys))
         store.save(request, files, **compiled._asdict())
     except Exception as error:  # noqa: BLE001 – whatever it is, the run goes on without
-        return WorkDone(f"{type(error).__name__}: {error}".splitlines()[0])
+        return WorkDone(told(error))
     return WorkDone(None)
-
-
-def _whole(read: Callable[[int], bytes], length: int) -> bytes:
-    content = read(length)
-    if len(content) < length:
-        raise EOFError
-    return content

@@ -1,0 +1,221 @@
+"""Compiled graphs are code: nothing of them is opened that these keys have not signed."""
+
+import io
+import os
+import pickle
+import zipfile
+from pathlib import Path
+
+import fsspec
+import pytest
+import torch
+
+from esper.compilation import ArtefactError, ArtefactStore
+from esper.compilation.alone import seed_alone
+from esper.compilation.compile_request import CompileRequest
+from esper.compilation.compiled_host import seed_options
+from esper.compilation.feature_guards import FeatureGuards
+from esper.compilation.fingerprint import Fingerprint
+from esper.compilation.inductor_cache import (
+    CACHE_VARIABLE,
+    CacheFolderError,
+    inductor_folder,
+    pack,
+    unpack,
+)
+from esper.signing import Keyring
+from esper.slots.call_arguments import NO_ARGUMENTS
+
+KEYRING = Keyring([b"k" * 32])
+FILES = b"the compiler's files"
+TIMES = {"checked": True, "cold_ms": 2.0, "warm_ms": 1.0}
+
+
+def request_for(blueprint: str = "norm", dim: int = 4, **options: object) -> CompileRequest:
+    features = FeatureGuards.of(torch.randn(2, dim, 3, 3, requires_grad=True))
+    slot = seed_alone(blueprint, features)
+    return CompileRequest.of(slot, features, NO_ARGUMENTS, seed_options(**options))
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> ArtefactStore:
+    return ArtefactStore(str(tmp_path / "store"), KEYRING)
+
+
+def only_file(store: ArtefactStore) -> Path:
+    (file,) = Path(store.url).iterdir()
+    return file
+
+
+def test_what_is_kept_comes_back(store: ArtefactStore) -> None:
+    request = request_for()
+    assert store.load(request) is None
+    assert list(store.names()) == []
+    artefact = store.save(request, FILES, **TIMES)
+    again = ArtefactStore(store.url, KEYRING).load(request)
+    assert again is not None
+    assert again == (artefact, FILES)
+    assert list(store.names()) == [request.digest]
+    assert store.describe(request.digest) == artefact
+    assert store.load(request_for(dim=8)) is None
+    newer = store.save(request, b"newer", **TIMES)
+    assert store.load(request) == (newer, b"newer")
+    only_file(store)
+
+
+def test_an_object_store_by_its_url() -> None:
+    store = ArtefactStore("memory://esper/compiled", KEYRING)
+    store.save(request_for(), FILES, **TIMES)
+    found = ArtefactStore("memory://esper/compiled", KEYRING).load(request_for())
+    assert found is not None
+    assert found.files == FILES
+    fsspec.filesystem("memory").store.clear()
+    with pytest.raises(ValueError, match="nowhere"):
+        ArtefactStore("nowhere://esper", KEYRING)
+
+
+def test_every_truncation_and_every_flipped_bit_is_refused(store: ArtefactStore) -> None:
+    request = request_for()
+    store.save(request, FILES, **TIMES)
+    file = only_file(store)
+    content = file.read_bytes()
+    for length in range(len(content)):
+        file.write_bytes(content[:length])
+        with pytest.raises(ArtefactError, match="not what was signed"):
+            store.load(request)
+    for place in range(len(content)):
+        changed = bytearray(content)
+        changed[place] ^= 1 << (place % 8)
+        file.write_bytes(changed)
+        with pytest.raises(ArtefactError, match="not what was signed"):
+            store.load(request)
+    file.write_bytes(content + b"x")
+    with pytest.raises(ArtefactError, match="not what was signed"):
+        store.load(request)
+    file.write_bytes(content)
+    assert store.load(request) is not None
+
+
+def test_other_keys_and_another_name_are_refused(store: ArtefactStore) -> None:
+    request, other = request_for(), request_for(dim=8)
+    ArtefactStore(store.url, Keyring([b"x" * 32])).save(request, FILES, **TIMES)
+    with pytest.raises(ArtefactError, match="comes from someone else"):
+        store.load(request)
+    rotated = ArtefactStore(store.url, Keyring([b"k" * 32, b"x" * 32]))
+    assert rotated.load(request) is not None
+    store.save(request, FILES, **TIMES)
+    file = only_file(store)
+    file.rename(file.with_name(f"{other.digest}.artefact"))
+    with pytest.raises(ArtefactError, match="not what was signed"):
+        store.load(other)
+
+
+def test_what_was_made_elsewhere_is_told_apart(store: ArtefactStore) -> None:
+    there = Fingerprint.here().model_copy(update={"torch": "9.9", "cpu": "another"})
+    ArtefactStore(store.url, KEYRING, fingerprint=there).save(request_for(), FILES, **TIMES)
+    with pytest.raises(ArtefactError, match=r"made elsewhere: torch is .*, was 9\.9, cpu is"):
+        store.load(request_for())
+
+
+def test_equal_seeds_have_equal_requests_and_others_have_others() -> None:
+    base = request_for()
+    assert base.digest == request_for().digest
+    others = [
+        request_for("conv_light"),
+        request_for(dim=8),
+        request_for(mode="max-autotune"),
+        base.model_copy(update={"features": base.features.model_copy(update={"dtype": "float64"})}),
+        base.model_copy(update={"settings": base.settings.model_copy(update={"num_threads": 77})}),
+    ]
+    assert len({request.digest for request in [base, *others]}) == 1 + len(others)
+
+
+class Canary:
+    """Leaves a trace when it is unpickled."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, (str(self.trace),)
+
+
+def planted_archive(canary: bytes) -> bytes:
+    """Return the compiler's files, with a canary under every kind of name that it looks for."""
+    stream = io.BytesIO()
+    names = ["fxgraph/ab/fab/entry", "aotautograd/abc/entry", "ab/cab.py", "ab/cab.main.so"]
+    with zipfile.ZipFile(stream, "w") as archive:
+        for name in names:
+            archive.writestr(name, canary)
+    return stream.getvalue()
+
+
+def test_a_planted_canary_is_never_opened(store: ArtefactStore, tmp_path: Path) -> None:
+    trace, request = tmp_path / "trace", request_for()
+    canary = pickle.dumps(Canary(trace))
+    pickle.loads(canary)  # noqa: S301 – planted here
+    trace.rmdir()  # so it works
+    planted = planted_archive(canary)
+    store.save(request, FILES, **TIMES)
+    file = only_file(store)
+    signed = file.read_bytes()
+    header, description, _ = signed.split(b"\n", 2)
+    stranger = ArtefactStore(str(tmp_path / "stranger"), Keyring([b"x" * 32]))
+    stranger.save(request, planted, **TIMES)
+    for content in (
+        canary,
+        planted,
+        header + b"\n" + canary,
+        header + b"\n" + description + b"\n" + planted,
+        header + b"\n" + canary + b"\n" + planted,
+        b"esper artefact \n" + description + b"\n" + planted,
+        only_file(stranger).read_bytes(),
+    ):
+        for name in (f"{request.digest}.artefact", "other.artefact"):
+            file.with_name(name).write_bytes(content)
+        with pytest.raises(ArtefactError):
+            store.load(request)
+        for name in store.names():
+            with pytest.raises(ArtefactError):
+                store.describe(name)
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize("name", ["../escaped", "/etc/escaped", "a/../../b", "a/.hidden", "a\nb"])
+def test_an_archive_cannot_leave_the_folder(tmp_path: Path, name: str) -> None:
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+        archive.writestr("ok", b"1")
+        archive.writestr(name, b"2")
+    folder = tmp_path / "folder"
+    with pytest.raises(ValueError, match="no place in its folder"):
+        unpack(stream.getvalue(), folder)
+    assert list(tmp_path.rglob("*")) == []
+    with pytest.raises(ValueError, match="no zip archive"):
+        unpack(b"nonsense", folder)
+
+
+def test_files_that_are_there_stay_and_locks_do_not_travel(tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    for name, content in {"ab/x.so": b"1", "fxgraph/a/b": b"2", "locks/l.lock": b""}.items():
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_bytes(content)
+    (target / "ab").mkdir(parents=True)
+    (target / "ab/x.so").write_bytes(b"mine")
+    assert unpack(pack(source), target) == 1
+    assert (target / "ab/x.so").read_bytes() == b"mine"
+    assert (target / "fxgraph/a/b").read_bytes() == b"2"
+    assert not (target / "locks").exists()
+    assert pack(target) == pack(target)
+
+
+def test_the_compilers_folder_is_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(CACHE_VARIABLE, "as before, afterwards")
+    monkeypatch.delenv(CACHE_VARIABLE)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = inductor_folder()
+    assert folder == tmp_path / "esper" / "inductor"
+    assert os.environ[CACHE_VARIABLE] == str(folder)
+    folder.chmod(0o777)
+    with pytest.raises(CacheFolderError, match="can be written by others"):
+        inductor_folder()

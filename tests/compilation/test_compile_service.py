@@ -1,0 +1,239 @@
+"""Seeds compiled in another process while training goes on; a real one, killed for real."""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from compiled_run import WIDTH, Run, Wrong, graphs
+from esper import SeedStage
+from esper.compilation import ArtefactStore, CompileService
+from esper.compilation.alone import seed_alone
+from esper.compilation.compile_job import CompileJob
+from esper.compilation.compiled_host import seed_options
+from esper.compilation.feature_guards import FeatureGuards
+from esper.compilation.inductor_cache import CACHE_VARIABLE
+from esper.lifecycle.actions import Germinate
+from esper.lifecycle.events import ArtefactRefused, CompileFailed, SeedCompiled
+from esper.seeds import Seed, blueprints
+from esper.signing import Keyring
+from processes import kill_after
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*Function'> should not be instantiated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
+    pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated"),
+]
+MAX_STEPS = 200_000
+BUSY = """
+import os, sys, time
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = sys.argv[1] + "/inductor"
+import torch
+from esper.compilation import ArtefactStore, CompileService
+from esper.compilation.alone import seed_alone
+from esper.compilation.compile_job import CompileJob
+from esper.compilation.feature_guards import FeatureGuards
+from esper.signing import Keyring
+
+features = FeatureGuards.of(torch.randn(2, 8, 4, 4))
+service = CompileService(ArtefactStore(sys.argv[1] + "/store", Keyring([b"k" * 32])))
+service.ask(CompileJob.of(seed_alone("norm", features), features, {"fullgraph": True}))
+while service.worker_pid is None:
+    time.sleep(0.01)
+print("worker", service.worker_pid, flush=True)
+time.sleep(600.0)
+"""
+"""What is killed: a process that has a worker busy."""
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    folder = tmp_path / "inductor"
+    folder.mkdir(mode=0o700)
+    monkeypatch.setenv(CACHE_VARIABLE, str(folder))
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> ArtefactStore:
+    return ArtefactStore(str(tmp_path / "store"), Keyring([b"k" * 32]))
+
+
+def job_for(blueprint: str) -> CompileJob:
+    features = FeatureGuards.of(torch.randn(2, WIDTH, 4, 4, requires_grad=True))
+    return CompileJob.of(seed_alone(blueprint, features), features, seed_options())
+
+
+def step_until_an_event(run: Run) -> Any:
+    for _ in range(MAX_STEPS):
+        run.step()
+        if run.events:
+            return run.events.pop(0)
+    raise AssertionError("nothing was heard of the compiler")
+
+
+def beside(run: Run, plain: Run) -> None:
+    """Let an eager run make the steps that the other one has made, and compare."""
+    while plain.number < run.number:
+        plain.step()
+    for name, parameter in plain.host.named_parameters():
+        assert torch.equal(run.host.get_parameter(name), parameter), name
+
+
+def test_a_worker_compiles_what_a_step_then_finds_ready(store: ArtefactStore) -> None:
+    with CompileService(store) as service:
+        run = Run(compiled=True, backend="inductor", service=service)
+        run.step()
+        counters.clear()
+        run.slots["first"].germinate("norm")
+        run.compiled_in_steps = 0
+        event = step_until_an_event(run)
+        assert isinstance(event, SeedCompiled)
+        assert (event.slot, event.kinds, event.source) == ("first", 2, "worker")
+        assert counters["inductor"]["fxgraph_cache_hit"] == 4, "forward and backward of both"
+        assert counters["inductor"]["fxgraph_cache_miss"] == 0
+        assert run.compiled_in_steps == 0
+        assert run.slots["first"].measurements.prewarm_ms >= event.milliseconds
+        (name,) = store.names()
+        assert store.describe(name).warm_ms < 0.5 * store.describe(name).cold_ms
+        before = graphs()
+        run.slots["second"].germinate("norm")
+        event = step_until_an_event(run)
+        assert (event.slot, event.source) == ("second", "worker")
+        assert graphs() == before, "an equal seed in another slot finds the graphs themselves"
+
+
+def test_another_run_takes_it_from_the_store(store: ArtefactStore) -> None:
+    sources = []
+    for _ in range(2):
+        with CompileService(store) as service:
+            run = Run(compiled=True, service=service)
+            run.slots["first"].germinate("norm")
+            sources.append(step_until_an_event(run).source)
+    assert sources == ["worker", "store"]
+
+
+def test_what_is_foreseen_is_there_when_it_germinates(store: ArtefactStore) -> None:
+    with CompileService(store, max_ahead=1) as service:
+        run = Run(compiled=True, service=service)
+        assert run.compiled is not None
+        run.step()  # which shows the features
+        coming = [Germinate(slot="first", blueprint=name) for name in ("norm", "conv_light")]
+        state = torch.get_rng_state()
+        run.compiled.foresee([Germinate(slot="first", blueprint="nonsense"), *coming])
+        assert torch.equal(torch.get_rng_state(), state)
+        while not service.news:
+            time.sleep(0.01)
+        assert run.slots["first"].stage is SeedStage.DORMANT
+        run.slots["first"].germinate("norm")
+        run.prepare()
+        run.step()  # eagerly; its features are compiled for
+        (event,) = run.events
+        assert (event.blueprint, event.source) == ("norm", "worker")
+
+
+def test_a_tampered_artefact_is_refused_told_and_made_anew(
+    store: ArtefactStore, tmp_path: Path
+) -> None:
+    for number in range(2):
+        with CompileService(store) as service:
+            run = Run(compiled=True, service=service)
+            run.slots["first"].germinate("norm")
+            events = [step_until_an_event(run)]
+            if number:
+                events.append(step_until_an_event(run))
+        (file,) = Path(store.url).iterdir()
+        file.write_bytes(file.read_bytes()[:-1] + b"?")
+    refused, compiled = events
+    assert isinstance(refused, ArtefactRefused)
+    assert "not what was signed" in refused.reason
+    assert compiled.source == "worker"
+    assert {path.name for path in (tmp_path / "inductor").iterdir()} <= {"incoming", "locks"}
+
+
+class Exits(Wrong):
+    """Ends the process that unpickles it, if that is a worker."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if sys.argv == ["-c"]:
+            sys.stderr.write("no more\n")
+            sys.stderr.flush()
+            os._exit(3)
+        super().__setstate__(state)
+
+
+def unpicklable() -> Seed:
+    class Local(Wrong):
+        """Of a class that only this function knows."""
+
+    return Local(WIDTH, raises=False)
+
+
+@pytest.mark.parametrize(
+    ("make", "limit_seconds", "told"),
+    [
+        (lambda: Wrong(WIDTH, raises=True), 600.0, "Unsupported"),
+        (lambda: Wrong(WIDTH, raises=False), 600.0, "MiscompiledError"),
+        (lambda: Wrong(WIDTH, raises=False), 0.05, "took longer than 0.05 s"),
+        (lambda: Exits(WIDTH, raises=False), 600.0, "status 3: no more"),
+        (unpicklable, 600.0, "cannot be compiled in another process"),
+    ],
+    ids=["raises", "miscomputes", "hangs", "dies", "is not found"],
+)
+def test_what_a_worker_cannot_do_runs_as_it_is(
+    store: ArtefactStore, make: Callable[[], Seed], limit_seconds: float, told: str
+) -> None:
+    with blueprints.temporarily():
+        blueprints.register("wrong", family="cnn")(lambda dim: make())
+        # Nothing of the host is compiled, so that all is the same to the bit.
+        plain = Run(compiled=False)
+        with CompileService(store, limit_seconds=limit_seconds) as service:
+            run = Run(compiled=True, backend="eager", service=service)
+            for each in (run, plain):
+                each.slots["first"].germinate("wrong")
+            event = step_until_an_event(run)
+            assert isinstance(event, CompileFailed), event
+            assert (event.place, event.blueprint) == ("first", "wrong")
+            assert told in event.error
+            for _ in range(3):
+                run.step()
+            assert run.events == []
+            beside(run, plain)
+            assert list(store.names()) == []
+
+
+def test_a_worker_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
+    output = kill_after("worker", ["-c", BUSY, str(tmp_path)])
+    pid = int(output.split("worker ")[1].split()[0])
+    deadline = time.monotonic() + 60.0
+    while Path(f"/proc/{pid}").exists():
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        if state == "Z":
+            break
+        assert time.monotonic() < deadline, "the worker is an orphan"
+        time.sleep(0.05)
+
+
+def test_closing_ends_a_worker_that_is_busy(store: ArtefactStore) -> None:
+    service = CompileService(store)
+    job = job_for("norm")
+    service.ask(job)
+    while (pid := service.worker_pid) is None:
+        time.sleep(0.01)
+    started = time.monotonic()
+    service.close()
+    assert time.monotonic() - started < 10.0
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, signal.SIGCONT)
+    with pytest.raises(RuntimeError, match="closed"):
+        service.wait(job)
