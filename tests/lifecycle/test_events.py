@@ -15,6 +15,7 @@ from esper.lifecycle import events as events_module
 from esper.lifecycle.events import (
     SCHEMA_VERSION,
     ActionRefused,
+    ArtefactRefused,
     BreakerChanged,
     CheckpointDamaged,
     CheckpointFailed,
@@ -182,6 +183,7 @@ def breaker(to_state: str) -> BreakerChanged:
         (RunWentBack(from_step=9, to_step=3, same_batches=True), Priority.CRITICAL),
         (CheckpointDamaged(name="a", error="changed"), Priority.WARNING),
         (CompileFailed(place="a", blueprint="b", error="e"), Priority.WARNING),
+        (ArtefactRefused(blueprint="b", reason="changed"), Priority.WARNING),
         (CheckpointSaved(name="a", seconds=1.0), Priority.NORMAL),
         (SlotReset(slot="a", leftovers=("hook",)), Priority.CRITICAL),
         (SlotReset(slot="a", leftovers=()), Priority.NORMAL),
@@ -225,6 +227,7 @@ CAN_BE_URGENT = {
     CheckpointFailed,
     CheckpointDamaged,
     CompileFailed,
+    ArtefactRefused,
     SeedBlamed,
     RunWentBack,
 }
