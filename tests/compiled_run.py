@@ -69,10 +69,13 @@ class Run:
         )
         self.events: list[Any] = []
         self.compiled_in_steps = 0
+        self.losses: list[float] = []
         self.number = 0
+        self.samples = BATCHES.shape[1]
 
     def loss(self) -> Tensor:
         images = BATCHES[self.number % len(BATCHES)]
+        images = torch.cat([images, images])[: self.samples]
         return mse_loss(self.host(images), images.mean(dim=(2, 3))[:, :2])
 
     def prepare(self) -> list[Any]:
@@ -90,7 +93,8 @@ class Run:
         self.number += 1
         self.compiled_in_steps += graphs() - before
         self.prepare()
-        return float(loss.detach())
+        self.losses.append(float(loss.detach()))
+        return self.losses[-1]
 
     def live(self, path: str, blueprint: str, **options: Any) -> Iterator[None]:
         """Take a seed through its life, a stop at each stage."""

@@ -110,6 +110,18 @@ def test_other_keys_and_another_name_are_refused(store: ArtefactStore) -> None:
         store.load(other)
 
 
+def test_a_signed_description_of_something_else_is_refused(store: ArtefactStore) -> None:
+    request, other = request_for(), request_for(dim=8)
+    described = store.save(other, FILES, **TIMES).model_dump_json().encode()
+    place = only_file(store).with_name(f"{request.digest}.artefact")
+    for files, told in ((FILES, "another request"), (b"others", "not those that it describes")):
+        signed = described + b"\n" + files
+        signature = KEYRING.signature(request.digest.encode() + b"\n" + signed)
+        place.write_bytes(b"esper artefact " + signature.encode() + b"\n" + signed)
+        with pytest.raises(ArtefactError, match=told):
+            store.load(request)
+
+
 def test_what_was_made_elsewhere_is_told_apart(store: ArtefactStore) -> None:
     there = Fingerprint.here().model_copy(update={"torch": "9.9", "cpu": "another"})
     ArtefactStore(store.url, KEYRING, fingerprint=there).save(request_for(), FILES, **TIMES)

@@ -33,7 +33,7 @@ pytestmark = [
 ]
 MAX_STEPS = 200_000
 BUSY = """
-import os, sys, time
+import dataclasses, os, pickle, sys, time
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = sys.argv[1] + "/inductor"
 import torch
 from esper.compilation import ArtefactStore, CompileService
@@ -44,7 +44,13 @@ from esper.signing import Keyring
 
 features = FeatureGuards.of(torch.randn(2, 8, 4, 4))
 service = CompileService(ArtefactStore(sys.argv[1] + "/store", Keyring([b"k" * 32])))
-service.ask(CompileJob.of(seed_alone("norm", features), features, {"fullgraph": True}))
+job = CompileJob.of(seed_alone("norm", features), features, {})
+
+class Sleep:
+    def __reduce__(self):
+        return time.sleep, (600.0,)
+
+service.ask(dataclasses.replace(job, slot=pickle.dumps(Sleep())))
 while service.worker_pid is None:
     time.sleep(0.01)
 print("worker", service.worker_pid, flush=True)
@@ -71,7 +77,9 @@ def store(tmp_path: Path) -> ArtefactStore:
 
 def job_for(blueprint: str) -> CompileJob:
     features = FeatureGuards.of(torch.randn(2, WIDTH, 4, 4, requires_grad=True))
-    return CompileJob.of(seed_alone(blueprint, features), features, seed_options())
+    return CompileJob.of(
+        seed_alone(blueprint, features), features, seed_options(backend="aot_eager")
+    )
 
 
 def step_until_an_event(run: Run) -> Any:
@@ -123,6 +131,14 @@ def test_another_run_takes_it_from_the_store(store: ArtefactStore) -> None:
     assert sources == ["worker", "store"]
 
 
+def test_a_copy_of_a_compiled_block_is_compiled_elsewhere_too(store: ArtefactStore) -> None:
+    with CompileService(store) as service:
+        run = Run(compiled=True, service=service)
+        run.slots["first"].germinate("block", source="own")
+        event = step_until_an_event(run)
+        assert (event.blueprint, event.source) == ("block", "worker"), event
+
+
 def test_what_is_foreseen_is_there_when_it_germinates(store: ArtefactStore) -> None:
     with CompileService(store, max_ahead=1) as service:
         run = Run(compiled=True, service=service)
@@ -132,7 +148,9 @@ def test_what_is_foreseen_is_there_when_it_germinates(store: ArtefactStore) -> N
         state = torch.get_rng_state()
         run.compiled.foresee([Germinate(slot="first", blueprint="nonsense"), *coming])
         assert torch.equal(torch.get_rng_state(), state)
+        deadline = time.monotonic() + 120.0
         while not service.news:
+            assert time.monotonic() < deadline, "nothing was foreseen"
             time.sleep(0.01)
         assert run.slots["first"].stage is SeedStage.DORMANT
         run.slots["first"].germinate("norm")
@@ -140,6 +158,24 @@ def test_what_is_foreseen_is_there_when_it_germinates(store: ArtefactStore) -> N
         run.step()  # eagerly; its features are compiled for
         (event,) = run.events
         assert (event.blueprint, event.source) == ("norm", "worker")
+
+
+def test_what_failed_ahead_is_not_tried_in_the_run(store: ArtefactStore) -> None:
+    with CompileService(store, limit_seconds=0.05) as service:
+        run = Run(compiled=True, service=service)
+        assert run.compiled is not None
+        run.step()
+        run.compiled.foresee([Germinate(slot="first", blueprint="norm")])
+        deadline = time.monotonic() + 60.0
+        while not service.news:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        before = graphs()
+        run.slots["first"].germinate("norm")
+        event = step_until_an_event(run)
+        assert isinstance(event, CompileFailed)
+        assert "took longer" in event.error
+        assert graphs() == before
 
 
 def test_a_tampered_artefact_is_refused_told_and_made_anew(
@@ -222,6 +258,18 @@ def test_a_worker_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
             break
         assert time.monotonic() < deadline, "the worker is an orphan"
         time.sleep(0.05)
+
+
+def test_what_is_needed_comes_before_what_may_be(store: ArtefactStore) -> None:
+    first, later, needed = map(job_for, ("noop", "norm", "depthwise"))
+    with CompileService(store, max_ahead=2) as service:
+        for job in (first, later):
+            service.ask(job, ahead=True)
+        service.ask(needed)
+        for job in (first, later, needed):
+            assert service.wait(job).error is None
+    made = sorted((store.describe(name) for name in store.names()), key=lambda a: a.created)
+    assert [artefact.request.living for artefact in made] == ["noop", "depthwise", "norm"]
 
 
 def test_closing_ends_a_worker_that_is_busy(store: ArtefactStore) -> None:

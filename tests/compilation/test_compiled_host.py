@@ -83,6 +83,35 @@ def test_twenty_seeds_over_two_slots_never_meet_a_limit() -> None:
     assert graphs() <= 1 + 2 * len(names), "what returns costs nothing"
 
 
+def test_features_of_another_shape_are_compiled_for_once_they_were_seen_up_to_a_number() -> None:
+    plain, run = Run(compiled=False), Run(compiled=True)
+    for each in (plain, run):
+        each.slots["first"].germinate("norm")
+        each.slots["first"].advance(force=True)
+    compiled = []
+    for samples in (5, 4, 3, 2, 6, 5, 6):
+        for each in (plain, run):
+            each.samples = samples
+            losses = [each.step() for _ in range(2)]
+        assert losses == pytest.approx([plain.losses[-2], plain.losses[-1]], rel=1e-4)
+        compiled.append(len(run.events))
+    assert compiled == [1, 2, 3, 4, 4, 4, 4]
+    assert not run.compiled.pending
+
+
+def test_what_was_seen_with_other_seeds_is_not_compiled_for() -> None:
+    run = Run(compiled=True)
+    run.slots["first"].germinate("norm")
+    assert run.compiled is not None
+    run.compiled.prepare()
+    run.loss()
+    seed = run.compiled.seeds["first"]
+    assert seed.seen is not None
+    run.slots["first"].prune()
+    assert run.compiled.prepare() == []
+    assert seed.seen is None
+
+
 def test_measuring_compiles_nothing_and_a_copy_runs_as_it_is() -> None:
     run = Run(compiled=True)
     for _ in run.live("first", "conv_light"):

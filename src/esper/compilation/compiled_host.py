@@ -88,6 +88,11 @@ class CompiledHost:
             return True
         return not all(seed.settled for seed in self.seeds.values())
 
+    @property
+    def pending(self) -> bool:
+        """Whether a seed runs as it is for now only: a step, or the service, is waited for."""
+        return any(seed.pending for seed in self.seeds.values())
+
     def prepare(self) -> list[Event]:
         """Compile what seeds will run in the stages to come, as far as a step has shown on what.
 

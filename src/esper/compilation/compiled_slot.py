@@ -97,6 +97,11 @@ class CompiledSlot:
         slot = self.slot
         return slot.branches is self._branches and slot.stage is self._stage and self.seen is None
 
+    @property
+    def pending(self) -> bool:
+        """Whether it runs as it is for now only, until a step was seen or its graphs are there."""
+        return not self.settled or self.slot.watched or self.waits_for is not None
+
     def still_waits(self) -> bool:
         """Return whether its seeds are being compiled elsewhere; another stage changes nothing."""
         if self.waits_for is None or self.slot.branches is not self._branches:
