@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from esper.cli.tables import networks_table, print_seeds, print_twin
+from esper.cli.tables import networks_table, print_compiled, print_seeds, print_twin
 from esper.cli.views import JsonView, LinesView, LiveView, QuietView, RunView
 from esper.experiments.audit import ForkPoint, Twin, prepare_twin
 from esper.experiments.config import RunConfig, SettingsError, load_run_config
@@ -122,7 +122,7 @@ def grow(
     story = tell(reader.events())
     if picture is not None:
         draw_run(reader, story, picture)
-    conclude(console, folder, story, networks, quiet=quiet, as_json=as_json)
+    conclude(console, folder, story, networks, settings, quiet=quiet, as_json=as_json)
 
 
 def _check(settings: RunConfig, *, audit: bool) -> None:
@@ -250,6 +250,7 @@ def conclude(
     folder: Path,
     story: RunStory,
     networks: Mapping[str, Network],
+    settings: RunConfig,
     *,
     quiet: bool,
     as_json: bool,
@@ -284,6 +285,9 @@ def conclude(
     print_seeds(console, story)
     console.print()
     console.print(networks_table(networks))
+    if settings.compile.enabled:
+        console.print()
+        print_compiled(console, story)
     if story.finished is not None and story.twin is not None:
         console.print()
         print_twin(console, story.finished, story.twin)

@@ -67,4 +67,4 @@ def resume(
         beside = views_beside(console, settings.task, silent=quiet or as_json)
         networks = {"host alone": train_control(settings, beside), **networks}
     story = tell(RunReader(run).events())
-    conclude(console, run, story, networks, quiet=quiet, as_json=as_json)
+    conclude(console, run, story, networks, settings, quiet=quiet, as_json=as_json)

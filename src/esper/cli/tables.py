@@ -1,5 +1,6 @@
 """Tables that several commands print."""
 
+from collections import Counter
 from collections.abc import Mapping
 
 from rich.console import Console
@@ -7,9 +8,14 @@ from rich.table import Table
 from rich.text import Text
 
 from esper.cli.views import WIDE_COLUMNS, percent
-from esper.lifecycle.events import RunFinished, TwinFinished
+from esper.lifecycle.events import CompiledBy, RunFinished, TwinFinished
 from esper.report.story import RunStory, SeedStory
 
+_COMPILED_BY: dict[CompiledBy, str] = {
+    "here": "between two steps",
+    "worker": "by another process",
+    "store": "long before",
+}
 _OUTCOME_STYLES = {"committed": "green", "pruned": "red", "still growing": "yellow"}
 
 
@@ -62,6 +68,30 @@ def networks_table(rows: Mapping[str, tuple[int, Mapping[str, float]]]) -> Table
         cells = [f"{values[metric]:.4f}" if metric in values else "" for metric in metrics]
         table.add_row(name, f"{params:,}", *cells)
     return table
+
+
+def print_compiled(console: Console, story: RunStory) -> None:
+    """Print how many seeds ran compiled, and what to do if none was ready in its time."""
+    ready, seeds = len(story.compiled), len(story.seeds)
+    if ready == 0 and seeds > 0:
+        console.print(
+            "no seed ran compiled: none was ready before it ended, or compiling failed; esper "
+            "compile does it before a run, and --set compile.ahead=false waits for the compiler",
+            style="yellow",
+            highlight=False,
+        )
+        return
+    counts = Counter(event.source for event in story.compiled)
+    told = ", ".join(
+        f"{counts[source]} {words}" for source, words in _COMPILED_BY.items() if counts[source]
+    )
+    held_up = sum(event.milliseconds for event in story.compiled) / 1e3
+    console.print(
+        f"compiled     {ready} of {seeds} seeds ({told}); held up {held_up:.1f} s in all"
+        if ready
+        else "compiled     the host; nothing germinated",
+        highlight=False,
+    )
 
 
 def print_twin(console: Console, grown: RunFinished, twin: TwinFinished) -> None:

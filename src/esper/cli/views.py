@@ -14,13 +14,17 @@ from rich.text import Text
 
 from esper.lifecycle.actions import SlotState
 from esper.lifecycle.events import (
+    ArtefactRefused,
     CheckpointFailed,
+    CompileFailed,
+    Event,
     EventRecord,
     GateEvaluated,
     Priority,
     RunWentBack,
     SeedBlamed,
     SeedCommitted,
+    SeedCompiled,
     SeedFailed,
     SeedGerminated,
     SeedPruned,
@@ -255,6 +259,18 @@ def notable(record: EventRecord) -> str | None:
         )
     ):
         return f"{when}: {event.blueprint} in {event.slot} passed {event.result.gate}"
+    return _of_the_compiler(event, when)
+
+
+def _of_the_compiler(event: Event, when: str) -> str | None:
+    if isinstance(event, SeedCompiled):
+        held_up = f"the run was held up for {1e-3 * event.milliseconds:.2f} s"
+        return f"{when}: {event.blueprint} in {event.slot} runs compiled; {held_up}"
+    if isinstance(event, CompileFailed):
+        what = event.place if event.blueprint is None else f"{event.blueprint} in {event.place}"
+        return f"{when}: {what} runs as it is, not compiled: {event.error}"
+    if isinstance(event, ArtefactRefused):
+        return f"{when}: graphs kept of {event.blueprint} are not used: {event.reason}"
     return None
 
 

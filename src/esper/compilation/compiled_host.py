@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Hashable, Iterable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 from esper.compilation.compile_job import CompileJob, told
 from esper.compilation.compile_service import CompileService
@@ -11,7 +11,7 @@ from esper.compilation.compiled_region import CompiledRegion, regions_of, run_mo
 from esper.compilation.compiled_slot import CompiledSlot, SeenCall, run_slot
 from esper.compilation.structures import structure_of_module, structure_of_slot
 from esper.lifecycle.actions import Germinate
-from esper.lifecycle.events import CompileFailed, Event, SeedCompiled
+from esper.lifecycle.events import CompiledBy, CompileFailed, Event, SeedCompiled
 from esper.slots.breaker import CircuitBreaker
 from esper.slots.modes import beside_the_step
 from esper.slots.slot_forward import ForwardKind
@@ -203,7 +203,7 @@ class CompiledHost:
         seed: CompiledSlot,
         kinds: Sequence[ForwardKind],
         seen: SeenCall,
-        source: Literal["here", "worker", "store"],
+        source: CompiledBy,
     ) -> SeedCompiled:
         slot = seed.slot
         started = time.perf_counter()

@@ -382,6 +382,9 @@ class RunResumed(_Event):
     name: str
 
 
+CompiledBy = Literal["here", "worker", "store"]
+
+
 class SeedCompiled(_Event):
     """Everything that a seed will run in the stages to come is compiled."""
 
@@ -392,7 +395,7 @@ class SeedCompiled(_Event):
     """Of forward, each a graph unless it was there already."""
     checked: bool
     """Whether results and gradients were compared with the seed's own."""
-    source: Literal["here", "worker", "store"]
+    source: CompiledBy
     """Who compiled: this process, which waited for it; another one, ahead; or one long ago."""
     milliseconds: float
     """That this process took for it, between two steps."""

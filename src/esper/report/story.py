@@ -12,6 +12,7 @@ from esper.lifecycle.events import (
     RunFinished,
     RunStarted,
     SeedCommitted,
+    SeedCompiled,
     SeedFailed,
     SeedGerminated,
     SeedPruned,
@@ -102,6 +103,7 @@ class RunStory:
     host_param_count: int = 0
     seeds: list[SeedStory] = field(default_factory=list)
     skipped_steps: list[tuple[int, StepSkipped]] = field(default_factory=list)
+    compiled: list[SeedCompiled] = field(default_factory=list)
     finished: RunFinished | None = None
     twin: TwinFinished | None = None
 
@@ -124,6 +126,8 @@ def tell(records: Sequence[EventRecord]) -> RunStory:
             story.finished = event
         elif isinstance(event, TwinFinished):
             story.twin = event
+        elif isinstance(event, SeedCompiled):
+            story.compiled.append(event)
         elif isinstance(event, StepSkipped):
             story.skipped_steps.append((record.step, event))
         elif isinstance(event, SeedGerminated):
