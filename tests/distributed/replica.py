@@ -23,6 +23,7 @@ from torch.nn.functional import mse_loss
 from torch.nn.parallel import DistributedDataParallel
 
 import esper
+from esper.compilation import CompiledHost
 from esper.lifecycle.actions import Action, Germinate, GrowthState, Prune
 from esper.slots.replication import LostReplicaError
 from esper.slots.sharded import whole
@@ -40,7 +41,7 @@ class Host(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.first = nn.Linear(4, 8)
         self.second = nn.Linear(8, 8)
-        self.head = nn.Linear(8, 2)
+        self.head = nn.Sequential(nn.Linear(8, 2))
 
     def forward(self, features: Tensor) -> Tensor:
         return self.head(self.dropout(torch.tanh(self.second(torch.tanh(self.first(features))))))
@@ -139,7 +140,16 @@ def make(rank: int, size: int, samples: int, watch: Watch, scenario: str) -> esp
             fully_shard(layer, mesh=mesh)
         slots.replicate_sharded(lambda seed: fully_shard(seed, mesh=mesh))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    growth = esper.Growth(slots, optimizer, policy=Script(rank), max_epochs=EPOCHS)
+    in_graphs = several and "compiled" in scenario
+    growth = esper.Growth(
+        slots,
+        optimizer,
+        policy=Script(rank),
+        max_epochs=EPOCHS,
+        compiled=CompiledHost(slots, backend="aot_eager") if in_graphs else None,
+    )
+    if in_graphs:
+        growth.sinks.append(AllCompiled())
     held_out = esper.HeldOut(
         model,
         batches(0, size, size * SAMPLES),
@@ -161,6 +171,22 @@ def make(rank: int, size: int, samples: int, watch: Watch, scenario: str) -> esp
         torch.manual_seed(100 + rank)  # masks of its own
     optimizer.register_step_pre_hook(lambda *_: watch.before_step(trainer))
     return trainer
+
+
+class AllCompiled:
+    """Raises unless both seeds were compiled."""
+
+    num_compiled = 0
+
+    def publish(self, record: Any) -> None:
+        assert record.event.type != "compile_failed", record.event
+        self.num_compiled += record.event.type == "seed_compiled"
+
+    def measure(self, epoch: int, step: int, metrics: Any) -> None:
+        assert self.num_compiled == 2 or epoch < EPOCHS
+
+    def flush(self) -> None:
+        pass
 
 
 class Told:
@@ -218,6 +244,7 @@ def check_limits(trainer: esper.Trainer, folder: Path) -> None:
     for ask in (
         lambda: slots["second"].germinate("block", source="head"),
         lambda: esper.save_pretrained(slots, folder / "pretrained"),
+        lambda: CompiledHost(slots),
         lambda: slots.replicate_sharded(lambda seed: None) or slots.shard(nn.Linear(2, 2)),
     ):
         try:

@@ -16,8 +16,18 @@ from processes import run_python, torchrun
 REPLICA = Path(__file__).parent / "replica.py"
 
 
-@pytest.mark.parametrize("scenario", ["live", "behind", "sharded live", "sharded behind"])
-@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize(
+    ("scenario", "processes"),
+    [
+        *(
+            (scenario, processes)
+            for scenario in ("live", "behind", "sharded live", "sharded behind")
+            for processes in (2, 3)
+        ),
+        ("compiled live", 2),
+        ("compiled behind", 2),
+    ],
+)
 def test_gradients_and_weights_are_those_of_one_process_with_all_batches(
     processes: int, scenario: str, tmp_path: Path
 ) -> None:

@@ -42,6 +42,9 @@ class CompiledHost:
         options: Of torch.compile, as `mode`; `fullgraph` is True. Seeds are compiled for the shapes
             of features that they meet, so `dynamic` is False for them unless it is given.
 
+    Raises:
+        ValueError: The host is sharded.
+
     Example:
         >>> import torch, esper
         >>> from esper.compilation import CompiledHost
@@ -58,6 +61,12 @@ class CompiledHost:
     def __init__(
         self, slots: SlotSet, *, service: CompileService | None = None, **options: Any
     ) -> None:
+        if slots.sharded:
+            raise ValueError(
+                "a sharded host cannot be compiled by CompiledHost: FSDP2 gathers and frees "
+                "weights around each module's forward; leave it as it is, or replicate the host "
+                "with DDP instead"
+            )
         settings = {**options, "fullgraph": True}
         self._service = service
         self._options = seed_options(**options)
