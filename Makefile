@@ -61,7 +61,10 @@ benchmarks: $(VENV)/.runtime
 		--arms host "at 6 %" "at 12 %" "at 25 %" "at 38 %" "at 50 %" "at 12 and 38 %" \
 		"at 25 %, behind the last layer" "at 25 %, copies"
 	$(BIN)/python benchmarks/slot_overhead.py
-	$(BIN)/python benchmarks/slot_overhead.py --compile
+	$(BIN)/python benchmarks/slot_overhead.py --compile whole
+	$(BIN)/python benchmarks/slot_overhead.py --compile regional
+	$(BIN)/python benchmarks/compile_lifecycle.py
+	$(BIN)/python benchmarks/telemetry_cost.py
 	$(BIN)/python benchmarks/isolation_monitor.py
 	$(BIN)/python benchmarks/snapshot_cost.py
 

@@ -27,34 +27,34 @@ from torch import Tensor, nn
 import esper
 from esper.slots import IsolationMonitor
 from esper.slots.isolation_monitor import DEFAULT_INTERVAL_STEPS
-from slot_overhead import BATCH, SIDE, WIDTH, Block, Host, slotted
+from slot_overhead import STAGES, slotted
+from speed_hosts import CHANNELS, CNNBlock, SpeedHost, cnn
 
 CHECKS = 15
 WARM_UP_STEPS = 5
 CALLS = 20_000
 
 
-class LargerHost(Host):
-    """Two more blocks behind the second slot."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.block2 = nn.Sequential(self.block2, Block(), Block())
+def larger(device: str) -> SpeedHost:
+    """Return the CNN with two more blocks behind the second slot."""
+    host = cnn(device)
+    host.model.block2 = nn.Sequential(host.model.block2, CNNBlock(), CNNBlock()).to(device)
+    return host
 
 
 class Side:
     """One network with its optimizer and its monitor."""
 
-    def __init__(self, host: nn.Module, kind: str, images: Tensor, labels: Tensor) -> None:
-        self.model, self.slots = slotted(kind, host, images[:2])
+    def __init__(self, host: SpeedHost, kind: str) -> None:
+        self.host = host
+        self.model, self.slots = slotted(host, STAGES[kind])
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
         self.slots.bind(self.optimizer)
         self.monitor = IsolationMonitor(self.slots, interval_steps=None)
-        self.images, self.labels = images, labels
         self.steps = 0
 
     def loss(self) -> Tensor:
-        return nn.functional.cross_entropy(self.model(self.images), self.labels)
+        return self.host.loss(self.model(self.host.inputs), self.host.labels)
 
     def step(self) -> None:
         self.monitor.check(self.loss, step=self.steps)
@@ -63,7 +63,7 @@ class Side:
         self.optimizer.zero_grad()
         self.slots.tick()
         self.steps += 1
-        if self.images.device.type == "cuda":
+        if self.host.inputs.is_cuda:
             torch.cuda.synchronize()
 
 
@@ -93,11 +93,9 @@ def call_seconds(side: Side) -> float:
     return seconds(calls) / CALLS
 
 
-def row(name: str, kind: str, host: nn.Module, options: argparse.Namespace) -> list[str]:
+def row(name: str, kind: str, host: SpeedHost, options: argparse.Namespace) -> list[str]:
     """Measure one host and stage."""
-    images = torch.randn(BATCH, 3, SIDE, SIDE, device=options.device)
-    labels = torch.randint(0, 10, (BATCH,), device=options.device)
-    on, off = (Side(host, kind, images, labels) for _ in range(2))
+    on, off = (Side(host, kind) for _ in range(2))
     in_turn(on, off, WARM_UP_STEPS)
     on.monitor.interval_steps = 1
     checked, plain = in_turn(on, off, CHECKS)
@@ -137,14 +135,15 @@ def main() -> None:
         "step ms", "check ms", "in steps", every, "measured", "lowest – highest", "not due µs"
     ):  # fmt: skip
         table.add_column(column, justify="right")
-    for name, host in (("small", Host()), ("larger", LargerHost())):
+    for name, build in (("small", cnn), ("larger", larger)):
+        host = build(options.device)
         for kind in ("training", "blended"):
-            table.add_row(*row(name, kind, host.to(options.device), options))
+            table.add_row(*row(name, kind, host, options))
     console = Console(width=110)
     console.print(
         f"eager, {options.device}, torch {torch.__version__}, {torch.get_num_threads()} threads, "
         f"{CHECKS} checks, {options.intervals} intervals of {DEFAULT_INTERVAL_STEPS} steps each; "
-        f"esper {esper.__version__}, {WIDTH} channels"
+        f"esper {esper.__version__}, {CHANNELS} channels"
     )
     console.print(table)
 

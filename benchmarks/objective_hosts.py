@@ -19,7 +19,7 @@ from esper.tasks.digits.host import DigitsHost
 from esper.tasks.text import TEXT
 from esper.tasks.text.data import load_splits as text_splits
 from esper.tasks.text.host import TextHost
-from slot_overhead import BATCH, SIDE, Host
+from speed_hosts import IMAGES, SIDE, ResidualCNN
 
 CONTEXT_BYTES = 64
 BATCH_WINDOWS = 16
@@ -132,11 +132,11 @@ def text_held_out() -> tuple[Batch, Batch]:
 
 
 def noise_batches(random_seed: int) -> Iterator[Batch]:
-    """Yield random images of the size that slot_overhead.py measures on."""
+    """Yield random images of the size that the CNN of speed_hosts.py takes."""
     generator = torch.Generator().manual_seed(random_seed)
     while True:
-        images = torch.randn(BATCH, 3, SIDE, SIDE, generator=generator)
-        yield images, torch.randint(0, 10, (BATCH,), generator=generator)
+        images = torch.randn(IMAGES, 3, SIDE, SIDE, generator=generator)
+        yield images, torch.randint(0, 10, (IMAGES,), generator=generator)
 
 
 def noise_held_out() -> tuple[Batch, Batch]:
@@ -190,8 +190,8 @@ HOSTS = {
     )
 }  # fmt: skip
 
-WIDE = HostCase("wide residual CNN", Host, "block1", "conv_light", noise_batches, noise_held_out,
-                rates(1e-3, 1e-4, 1e-4))  # fmt: skip
+WIDE = HostCase("wide residual CNN", ResidualCNN, "block1", "conv_light", noise_batches,
+                noise_held_out, rates(1e-3, 1e-4, 1e-4))  # fmt: skip
 """For the cost of a step only: a host whose step is not all overhead."""
 
 

@@ -1,219 +1,288 @@
-"""What does a slot cost in a training step? Against the same module written by hand.
+"""What does a slot cost in a training step? Against the same network written by hand.
 
-Every pair runs interleaved in one process, one step of each in turn, after a warm-up. Shown are the
+Both sides run interleaved in one process, one step of each in turn, after a warm-up. Shown are the
 medians, the ratio of medians, and the spread of the ratio over blocks of steps (its interquartile
-range). `hand-written` is always a plain module without esper:
+range). By hand is always a plain network without esper:
 
 - dormant: the host alone;
+- live, at alpha 1: the host with the seed inlined, `h + f(h)`;
 - training: the host, with the seed run on detached features and trained by a straight-through
   function of the plain kind (gradient to both, no proximal term);
-- host plus seed: the host with the seed inlined, `h + f(h)`; what TRAINING must not exceed;
+- host plus seed: training once more, against the host with the seed inlined, which it must not
+  exceed;
 - blended, of a seed that was behind the host: `h + a * f(h.detach())` with a in a 0-dim buffer;
-- live, at alpha 1: the host with the seed inlined, `h + f(h)`;
 - committed: the host with the seed inlined; baked: the same after `esper.bake`.
 
-    python benchmarks/slot_overhead.py [--steps 200] [--compile] [--device cpu]
+With `--compile whole` both sides are one graph each. With `--compile regional` a `CompiledHost`
+stands against a network whose blocks are compiled each alone, and so is what mixes the seed in;
+the same network compiled whole is a second yardstick. A baked network is plain: both sides compile
+its blocks, the seed's with the seed inside.
+
+Without `--compile` the call of a dormant slot is timed alone too: an identity with a slot behind it
+against one without, many calls of each in turn.
+
+    python benchmarks/slot_overhead.py [--host cnn decoder llama] [--steps 200]
+        [--compile whole|regional] [--device cpu]
 """
 
 import argparse
 import copy
+import itertools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 
 import esper
-from esper.seeds import Family, Seed, blueprints
+from esper.compilation import CompiledHost
+from esper.lifecycle.events import CompileFailed
+from speed_hosts import (
+    HOSTS,
+    Behind,
+    Blended,
+    BlockWithSeed,
+    Inlined,
+    Mix,
+    SpeedHost,
+    hand_written,
+)
 
-WIDTH = 64
-BATCH = 16
-SIDE = 32
-BLUEPRINT = "conv_light"
 BLOCK_STEPS = 20
+CALLS = 1000
+ROUNDS = 201
+BACKEND = "inductor"
 
 
-class Host(nn.Module):
-    """A residual CNN whose training step takes tens of milliseconds on two cores."""
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """How a slot's seed stands, and what it is held against."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, WIDTH, 3, padding=1)
-        self.block1 = Block()
-        self.block2 = Block()
-        self.head = nn.Linear(WIDTH, 10)
-
-    def forward(self, images: Tensor) -> Tensor:
-        features = self.block2(self.block1(self.stem(images)))
-        logits: Tensor = self.head(features.mean(dim=(2, 3)))
-        return logits
+    advances: int | None
+    """Stages after GERMINATED; None leaves the slot dormant."""
+    mix: type[Mix] | None
+    """By hand; None is the host alone."""
+    isolation: str = "shadowing"
+    alpha: float | None = None
+    """Where it is not the stage's own."""
+    baked: bool = False
 
 
-class Block(nn.Module):
-    """Convolution, BatchNorm and ReLU with a residual connection."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.convolution = nn.Conv2d(WIDTH, WIDTH, 3, padding=1, bias=False)
-        self.norm = nn.BatchNorm2d(WIDTH)
-
-    def forward(self, features: Tensor) -> Tensor:
-        return features + torch.relu(self.norm(self.convolution(features)))
-
-
-class PlainStraightThrough(torch.autograd.Function):
-    """Forward the host; the same gradient to both."""
-
-    @staticmethod
-    def forward(ctx: object, features: Tensor, increment: Tensor) -> Tensor:
-        return features.view_as(features)
-
-    @staticmethod
-    def backward(ctx: object, *gradients: Tensor) -> tuple[Tensor, Tensor]:
-        return gradients[0], gradients[0]
+STAGES = {
+    "dormant": Stage(advances=None, mix=None),
+    "live": Stage(advances=2, mix=Inlined, isolation="none", alpha=1.0),
+    "training": Stage(advances=1, mix=Behind),
+    "host plus seed": Stage(advances=1, mix=Inlined),
+    "blended": Stage(advances=2, mix=Blended, alpha=0.5),
+    "committed": Stage(advances=5, mix=Inlined),
+    "baked": Stage(advances=5, mix=Inlined, baked=True),
+}
 
 
-class HandWritten(nn.Module):
-    """The host's block with a seed written into it."""
+def slotted(host: SpeedHost, stage: Stage) -> tuple[nn.Module, esper.SlotSet | None]:
+    """Return a copy of the model with its two slots, the target's in a stage, or baked."""
+    model = copy.deepcopy(host.model)
+    slots = esper.attach(
+        model,
+        [host.target, host.dormant],
+        example=host.inputs[:2],
+        config=esper.SlotConfig(isolation=stage.isolation),
+    )
+    if stage.advances is not None:
+        slot = slots[host.target]
+        slot.germinate(host.blueprint)
+        for _ in range(stage.advances):
+            slot.advance(force=True)
+        if stage.alpha is not None:
+            slot.set_alpha_target(stage.alpha, 0)
+    return (esper.bake(model), None) if stage.baked else (model, slots)
 
-    def __init__(self, block: nn.Module, seed: Seed, kind: str) -> None:
-        super().__init__()
-        self.block = block
-        self.seed = seed
-        self.kind = kind
-        self.register_buffer("alpha", torch.tensor(0.5))
 
-    def forward(self, features: Tensor) -> Tensor:
-        features = self.block(features)
-        if self.kind == "training":
-            return PlainStraightThrough.apply(features, self.seed.increment(features.detach()))
-        if self.kind == "blended":
-            return features + self.alpha * self.seed.increment(features.detach())
-        return features + self.seed.increment(features)
-
-
-@dataclass
 class Side:
-    """One network with its optimizer, ready to step."""
+    """One network with its optimizer.
 
-    step: Callable[[], None]
+    Args:
+        host: Its batch and loss.
+        model: What is trained.
+        slots: Of the model; None for one without.
+        forward: Is called instead of the model.
+        compiled: Prepares the slots' seeds between two steps.
+    """
 
-
-def hand_written(kind: str, host: Host, device: str) -> nn.Module:
-    """Return a copy of the host with the seed written in after its first block."""
-    model = copy.deepcopy(host)
-    if kind != "dormant":
-        seed = blueprints.create(Family.CNN, BLUEPRINT, WIDTH).to(device)
-        model.block1 = HandWritten(model.block1, seed, kind)
-    return model
-
-
-def slotted(kind: str, host: Host, example: Tensor) -> tuple[nn.Module, esper.SlotSet | None]:
-    """Return a copy of the host with slots, its first one in the stage asked for, or baked."""
-    model = copy.deepcopy(host)
-    isolation = "none" if kind == "live" else "shadowing"
-    config = esper.SlotConfig(isolation=isolation)
-    slots = esper.attach(model, ["block1", "block2"], example=example, config=config)
-    stages = {"dormant": 0, "training": 1, "host plus seed": 1, "blended": 2, "live": 2}
-    stages |= {"committed": 5, "baked": 5}
-    if stages[kind]:
-        slots["block1"].germinate(BLUEPRINT)
-        for _ in range(stages[kind]):
-            slots["block1"].advance(force=True)
-    if kind in ("blended", "live"):
-        slots["block1"].set_alpha_target(0.5 if kind == "blended" else 1.0, 0)
-    if kind == "baked":
-        return esper.bake(model), None
-    return model, slots
-
-
-def side(
-    model: nn.Module, slots: esper.SlotSet | None, images: Tensor, labels: Tensor, compiled: bool
-) -> Side:
-    """Return a closure that makes one training step."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    if slots is not None:
-        slots.bind(optimizer)
-    forward = torch.compile(model, fullgraph=True) if compiled else model
-
-    def step() -> None:
-        nn.functional.cross_entropy(forward(images), labels).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    def __init__(
+        self,
+        host: SpeedHost,
+        model: nn.Module,
+        *,
+        slots: esper.SlotSet | None = None,
+        forward: nn.Module | None = None,
+        compiled: CompiledHost | None = None,
+    ) -> None:
+        self.host = host
+        self.slots = slots
+        self.compiled = compiled
+        self._forward = model if forward is None else forward
+        self._optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
         if slots is not None:
-            slots.tick()
-        if images.device.type == "cuda":
+            slots.bind(self._optimizer)
+
+    def step(self) -> None:
+        """Make one training step.
+
+        Raises:
+            RuntimeError: Something of esper's would run uncompiled.
+        """
+        host = self.host
+        host.loss(self._forward(host.inputs), host.labels).backward()
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        if self.slots is not None:
+            self.slots.tick()
+        if self.compiled is not None and self.compiled.due():
+            failed = [e for e in self.compiled.prepare() if isinstance(e, CompileFailed)]
+            if failed:
+                raise RuntimeError(f"{failed[0].place} does not compile: {failed[0].error}")
+        if host.inputs.is_cuda:
             torch.cuda.synchronize()
 
-    return Side(step)
+
+def with_slots(host: SpeedHost, stage: Stage, mode: str) -> Side:
+    """Return our side, compiled in a mode."""
+    model, slots = slotted(host, stage)
+    if mode == "whole":
+        return Side(host, model, slots=slots, forward=compiled_whole(model))
+    if mode == "regional":
+        if slots is not None:
+            return Side(host, model, slots=slots, compiled=CompiledHost(slots, backend=BACKEND))
+        compile_blocks(host, model, seed_apart=False)
+    return Side(host, model, slots=slots)
 
 
-def compare(first: Side, second: Side, steps: int) -> tuple[list[float], list[float]]:
-    """Return both sides' seconds per step, measured in turn."""
+def by_hand(host: SpeedHost, stage: Stage, mode: str) -> Side:
+    """Return the other side, compiled in a mode."""
+    model = hand_written(host, stage.mix)
+    if mode == "whole":
+        return Side(host, model, forward=compiled_whole(model))
+    if mode == "regional":
+        compile_blocks(host, model, seed_apart=not stage.baked)
+    return Side(host, model)
+
+
+def compiled_whole(model: nn.Module) -> nn.Module:
+    """Return the model as one graph."""
+    return torch.compile(model, fullgraph=True, backend=BACKEND)
+
+
+def compile_blocks(host: SpeedHost, model: nn.Module, *, seed_apart: bool) -> None:
+    """Compile each block of a plain network alone, a seed with its block or apart from it."""
+    for path in host.blocks:
+        block = model.get_submodule(path)
+        inside = seed_apart and isinstance(block, BlockWithSeed)
+        for part in block.children() if inside else (block,):
+            part.compile(fullgraph=True, backend=BACKEND)
+
+
+def compare(sides: Sequence[Side], steps: int) -> list[list[float]]:
+    """Return each side's seconds per step, measured in turn, in every order equally often."""
+    orders = itertools.cycle(itertools.permutations(range(len(sides))))
     for _ in range(BLOCK_STEPS):
-        first.step()
-        second.step()
-    times: tuple[list[float], list[float]] = ([], [])
-    for index in range(steps):
-        order = (0, 1) if index % 2 == 0 else (1, 0)
+        for side in sides:
+            side.step()
+    assert not any(side.compiled is not None and side.compiled.due() for side in sides)
+    times: list[list[float]] = [[] for _ in sides]
+    for order in itertools.islice(orders, steps):
         for which in order:
             started = time.perf_counter()
-            (first, second)[which].step()
+            sides[which].step()
             times[which].append(time.perf_counter() - started)
     return times
 
 
-def block_ratios(ours: list[float], theirs: list[float]) -> list[float]:
-    """Return the ratio of medians in each block of steps."""
+def ratio_cells(ours: list[float], theirs: list[float]) -> list[str]:
+    """Return the other side's milliseconds, the ratio of medians, and the middle half of blocks."""
     starts = range(0, len(ours) - BLOCK_STEPS + 1, BLOCK_STEPS)
-    return [
+    ratios = [
         statistics.median(ours[start : start + BLOCK_STEPS])
         / statistics.median(theirs[start : start + BLOCK_STEPS])
         for start in starts
     ]
+    low, _, high = statistics.quantiles(ratios, n=4)
+    return [
+        f"{1e3 * statistics.median(theirs):.2f}",
+        f"{statistics.median(ours) / statistics.median(theirs):.3f}",
+        f"{low:.3f} – {high:.3f}",
+    ]
+
+
+def stage_table(host: SpeedHost, mode: str, steps: int) -> Table:
+    """Measure every stage on one host."""
+    table = Table(box=None, header_style="dim")
+    table.add_column("stage")
+    yardsticks = ["by hand", "whole, by hand"] if mode == "regional" else ["by hand"]
+    for column in ("slot ms", *(f"{name} ms\nratio\nmiddle half" for name in yardsticks)):
+        for part in column.split("\n"):
+            table.add_column(part, justify="right")
+    for name, stage in STAGES.items():
+        torch.compiler.reset()
+        sides = [with_slots(host, stage, mode), by_hand(host, stage, mode)]
+        if mode == "regional":
+            sides.append(by_hand(host, stage, "whole"))
+        ours, *theirs = compare(sides, steps)
+        cells = [cell for times in theirs for cell in ratio_cells(ours, times)]
+        table.add_row(name, f"{1e3 * statistics.median(ours):.2f}", *cells)
+    return table
+
+
+def dormant_call() -> str:
+    """Return what a dormant slot adds to the call of a module that does nothing."""
+    features = torch.zeros(2, 4)
+    host = nn.Sequential(nn.Identity())
+    esper.attach(host, "0", example=features)
+    modules = (host[0], nn.Identity())
+    seconds: tuple[list[float], list[float]] = ([], [])
+    orders = itertools.cycle(itertools.permutations(range(2)))
+    for order in itertools.islice(orders, ROUNDS):
+        for which in order:
+            module = modules[which]
+            started = time.perf_counter()
+            for _ in range(CALLS):
+                module(features)
+            seconds[which].append((time.perf_counter() - started) / CALLS)
+    more = [1e6 * (slot - plain) for slot, plain in zip(*seconds, strict=True)]
+    low, middle, high = statistics.quantiles(more, n=4)
+    slot, plain = (1e6 * statistics.median(times) for times in seconds)
+    return (
+        f"a dormant slot's call: {middle:.2f} µs more, {slot:.2f} against {plain:.2f} "
+        f"(middle half of {ROUNDS} rounds: {low:.2f} – {high:.2f})"
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--host", nargs="+", choices=HOSTS, default=list(HOSTS))
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--compile", action="store_true", dest="compiled")
+    parser.add_argument("--compile", choices=("whole", "regional"), dest="mode", default="eager")
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
-    torch.manual_seed(0)
-    host = Host().to(options.device)
-    images = torch.randn(BATCH, 3, SIDE, SIDE, device=options.device)
-    labels = torch.randint(0, 10, (BATCH,), device=options.device)
-    table = Table(box=None, header_style="dim")
-    for column in ("stage", "slot ms", "hand-written ms", "ratio", "ratio, middle half of blocks"):
-        table.add_column(column, justify="left" if column == "stage" else "right")
-    kinds = ("dormant", "live", "training", "host plus seed", "blended", "committed", "baked")
-    for kind in kinds:
-        torch.compiler.reset()
-        model, slots = slotted(kind, host, images[:2])
-        ours = side(model, slots, images, labels, options.compiled)
-        plain = hand_written(kind, host, options.device)
-        theirs = side(plain, None, images, labels, options.compiled)
-        mine, other = compare(ours, theirs, options.steps)
-        ratios = block_ratios(mine, other)
-        low, _, high = statistics.quantiles(ratios, n=4)
-        table.add_row(
-            kind,
-            f"{1e3 * statistics.median(mine):.2f}",
-            f"{1e3 * statistics.median(other):.2f}",
-            f"{statistics.median(mine) / statistics.median(other):.3f}",
-            f"{low:.3f} – {high:.3f}",
-        )
-    console = Console(width=100)
-    mode = "compiled" if options.compiled else "eager"
+    if options.steps < 2 * BLOCK_STEPS:
+        parser.error(f"--steps must be at least {2 * BLOCK_STEPS}, two blocks")
+    console = Console(width=110)
+    mode = options.mode if options.mode == "eager" else f"compiled, {options.mode}"
     console.print(
         f"{mode}, {options.device}, torch {torch.__version__}, {torch.get_num_threads()} "
-        f"threads, {options.steps} steps each"
+        f"threads, {options.steps} steps each; esper {esper.__version__}"
     )
-    console.print(table)
+    for name in options.host:
+        torch.manual_seed(0)
+        host = HOSTS[name](options.device)
+        console.print(f"\n{name}, {host.blueprint} behind {host.target}")
+        console.print(stage_table(host, options.mode, options.steps))
+    if options.mode == "eager":
+        console.print(f"\n{dormant_call()}")
 
 
 if __name__ == "__main__":

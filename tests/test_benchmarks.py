@@ -2,17 +2,52 @@
 
 import importlib
 import sys
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-SMALL = {"WIDTH": 8, "BATCH": 2, "SIDE": 8}
+SMALL = dict(CHANNELS=8, IMAGES=2, SIDE=8, WIDTH=16, TOKENS=8, SEQUENCES=2, DEPTH=3)  # noqa: C408
+SMALL_SLOT_OVERHEAD = {**SMALL, "BLOCK_STEPS": 2, "CALLS": 2, "ROUNDS": 3, "BACKEND": "eager"}
+needs_transformers = pytest.mark.skipif(
+    not find_spec("transformers"), reason="needs esper-lite[hf]"
+)
+
+pytestmark = [
+    # torch's own tracer instantiates, and looks at, what it warns of
+    pytest.mark.filterwarnings("ignore:.*Function'> should not be instantiated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
+]
+
+
+def on(host: str, *arguments: str, row: str = "blended") -> tuple[Any, ...]:
+    """Return slot_overhead's case on one host."""
+    return "slot_overhead", ("--steps", "4", "--host", host, *arguments), SMALL_SLOT_OVERHEAD, row
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    yield
+    torch.compiler.reset()
 
 
 @pytest.mark.parametrize(
     ("name", "arguments", "changes", "row"),
     [
-        ("slot_overhead", ("--steps", "4"), {**SMALL, "BLOCK_STEPS": 2}, "blended"),
+        on("cnn", row="a dormant slot's call"),
+        on("cnn", "--compile", "whole"),
+        on("decoder", "--compile", "regional"),
+        pytest.param(*on("llama", "--compile", "regional"), marks=needs_transformers),
+        ("telemetry_cost", ("--steps", "20"), {**SMALL, "BLOCK_STEPS": 10}, "after_step"),
+        (
+            "compile_lifecycle",
+            tuple("--host cnn --backend eager --slots 1 --epochs 4 --germinations 2".split()),
+            {"STEADY_STEPS": 2, **SMALL},
+            "2 germinations over 4 slots",
+        ),
         (
             "isolation_monitor",
             ("--intervals", "1"),
@@ -29,8 +64,10 @@ def test_a_benchmark_prints_its_table(
     row: str,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
 ) -> None:
-    modules = [importlib.import_module(name), importlib.import_module("slot_overhead")]
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    modules = [importlib.import_module(part) for part in (name, "slot_overhead", "speed_hosts")]
     for constant, value in changes.items():
         for module in modules:
             if hasattr(module, constant):

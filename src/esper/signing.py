@@ -58,13 +58,15 @@ class Keyring:
         Raises:
             KeyFileError: There is no such file, it can be read by others, or a key is too short.
         """
-        if create and not file.exists():
-            _create(file)
         try:
+            if create and not file.exists():
+                _create(file)
             text = file.read_bytes()
             others = file.stat().st_mode & _OTHERS_MAY_READ_OR_WRITE
         except OSError as error:
-            raise KeyFileError(f"the keys in {file} cannot be read: {error}") from error
+            raise KeyFileError(
+                f"the keys in {file} cannot be {'read or made' if create else 'read'}: {error}"
+            ) from error
         if os.name == "posix" and others:
             raise KeyFileError(f"{file} can be read by others; make it yours: chmod 600 {file}")
         try:

@@ -4,7 +4,10 @@ import io
 import os
 import pickle
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import fsspec
 import pytest
@@ -31,9 +34,14 @@ FILES = b"the compiler's files"
 TIMES = {"checked": True, "cold_ms": 2.0, "warm_ms": 1.0}
 
 
-def request_for(blueprint: str = "norm", dim: int = 4, **options: object) -> CompileRequest:
+def request_for(
+    blueprint: str = "norm",
+    dim: int = 4,
+    seed_options_: Mapping[str, Any] = MappingProxyType({}),
+    **options: object,
+) -> CompileRequest:
     features = FeatureGuards.of(torch.randn(2, dim, 3, 3, requires_grad=True))
-    slot = seed_alone(blueprint, features)
+    slot = seed_alone(blueprint, features, **seed_options_)
     return CompileRequest.of(slot, features, NO_ARGUMENTS, seed_options(**options))
 
 
@@ -55,8 +63,8 @@ def test_what_is_kept_comes_back(store: ArtefactStore) -> None:
     again = ArtefactStore(store.url, KEYRING).load(request)
     assert again is not None
     assert again == (artefact, FILES)
-    assert list(store.names()) == [request.digest]
-    assert store.describe(request.digest) == artefact
+    assert list(store.names()) == [store.name_of(request)]
+    assert store.describe(store.name_of(request)) == artefact
     assert store.load(request_for(dim=8)) is None
     newer = store.save(request, b"newer", **TIMES)
     assert store.load(request) == (newer, b"newer")
@@ -105,7 +113,7 @@ def test_other_keys_and_another_name_are_refused(store: ArtefactStore) -> None:
     assert rotated.load(request) is not None
     store.save(request, FILES, **TIMES)
     file = only_file(store)
-    file.rename(file.with_name(f"{other.digest}.artefact"))
+    file.rename(file.with_name(f"{store.name_of(other)}.artefact"))
     with pytest.raises(ArtefactError, match="not what was signed"):
         store.load(other)
 
@@ -113,10 +121,10 @@ def test_other_keys_and_another_name_are_refused(store: ArtefactStore) -> None:
 def test_a_signed_description_of_something_else_is_refused(store: ArtefactStore) -> None:
     request, other = request_for(), request_for(dim=8)
     described = store.save(other, FILES, **TIMES).model_dump_json().encode()
-    place = only_file(store).with_name(f"{request.digest}.artefact")
+    place = only_file(store).with_name(f"{store.name_of(request)}.artefact")
     for files, told in ((FILES, "another request"), (b"others", "not those that it describes")):
         signed = described + b"\n" + files
-        signature = KEYRING.signature(request.digest.encode() + b"\n" + signed)
+        signature = KEYRING.signature(store.name_of(request).encode() + b"\n" + signed)
         place.write_bytes(b"esper artefact " + signature.encode() + b"\n" + signed)
         with pytest.raises(ArtefactError, match=told):
             store.load(request)
@@ -127,6 +135,11 @@ def test_what_was_made_elsewhere_is_told_apart(store: ArtefactStore) -> None:
     ArtefactStore(store.url, KEYRING, fingerprint=there).save(request_for(), FILES, **TIMES)
     with pytest.raises(ArtefactError, match=r"made elsewhere: torch is .*, was 9\.9, cpu is"):
         store.load(request_for())
+    store.save(request_for(), b"mine", **TIMES)
+    found = store.load(request_for())
+    assert found is not None
+    assert found.files == b"mine", "both are kept, side by side"
+    assert len(list(store.names())) == 2
 
 
 def test_equal_seeds_have_equal_requests_and_others_have_others() -> None:
@@ -136,6 +149,8 @@ def test_equal_seeds_have_equal_requests_and_others_have_others() -> None:
         request_for("conv_light"),
         request_for(dim=8),
         request_for(mode="max-autotune"),
+        request_for("attention", seed_options_={"reduction": 1}),
+        request_for("attention", seed_options_={"reduction": 2}),
         base.model_copy(update={"features": base.features.model_copy(update={"dtype": "float64"})}),
         base.model_copy(update={"settings": base.settings.model_copy(update={"num_threads": 77})}),
     ]
@@ -183,7 +198,7 @@ def test_a_planted_canary_is_never_opened(store: ArtefactStore, tmp_path: Path) 
         b"esper artefact \n" + description + b"\n" + planted,
         only_file(stranger).read_bytes(),
     ):
-        for name in (f"{request.digest}.artefact", "other.artefact"):
+        for name in (f"{store.name_of(request)}.artefact", "other.artefact"):
             file.with_name(name).write_bytes(content)
         with pytest.raises(ArtefactError):
             store.load(request)

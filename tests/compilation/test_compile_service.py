@@ -1,5 +1,6 @@
 """Seeds compiled in another process while training goes on; a real one, killed for real."""
 
+import dataclasses
 import os
 import signal
 import sys
@@ -24,6 +25,7 @@ from esper.lifecycle.actions import Germinate
 from esper.lifecycle.events import ArtefactRefused, CompileFailed, SeedCompiled
 from esper.seeds import Seed, blueprints
 from esper.signing import Keyring
+from esper.slots.call_arguments import CallArguments
 from processes import kill_after
 
 pytestmark = [
@@ -149,7 +151,7 @@ def test_what_is_foreseen_is_there_when_it_germinates(store: ArtefactStore) -> N
         run.compiled.foresee([Germinate(slot="first", blueprint="nonsense"), *coming])
         assert torch.equal(torch.get_rng_state(), state)
         deadline = time.monotonic() + 120.0
-        while not service.news:
+        while service.version == 0:
             assert time.monotonic() < deadline, "nothing was foreseen"
             time.sleep(0.01)
         assert run.slots["first"].stage is SeedStage.DORMANT
@@ -167,11 +169,12 @@ def test_what_failed_ahead_is_not_tried_in_the_run(store: ArtefactStore) -> None
         run.step()
         run.compiled.foresee([Germinate(slot="first", blueprint="norm")])
         deadline = time.monotonic() + 60.0
-        while not service.news:
+        while service.version == 0:
             assert time.monotonic() < deadline
             time.sleep(0.01)
         before = graphs()
         run.slots["first"].germinate("norm")
+        run.prepare()
         event = step_until_an_event(run)
         assert isinstance(event, CompileFailed)
         assert "took longer" in event.error
@@ -248,14 +251,19 @@ def test_what_a_worker_cannot_do_runs_as_it_is(
             assert list(store.names()) == []
 
 
+def ended(pid: int) -> bool:
+    """Whether a process is gone, or waits for its parent to ask how it ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
 def test_a_worker_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
     output = kill_after("worker", ["-c", BUSY, str(tmp_path)])
     pid = int(output.split("worker ")[1].split()[0])
     deadline = time.monotonic() + 60.0
-    while Path(f"/proc/{pid}").exists():
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-        if state == "Z":
-            break
+    while not ended(pid):
         assert time.monotonic() < deadline, "the worker is an orphan"
         time.sleep(0.05)
 
@@ -270,6 +278,66 @@ def test_what_is_needed_comes_before_what_may_be(store: ArtefactStore) -> None:
             assert service.wait(job).error is None
     made = sorted((store.describe(name) for name in store.names()), key=lambda a: a.created)
     assert [artefact.request.living for artefact in made] == ["noop", "depthwise", "norm"]
+
+
+class Foreign:
+    """Cannot be found by another process."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _not_here, ()
+
+
+def _not_here() -> None:
+    if sys.argv == ["-c"]:
+        raise AttributeError("no such class")
+
+
+def test_an_order_that_cannot_be_opened_is_told_at_once(store: ArtefactStore) -> None:
+    job = dataclasses.replace(job_for("norm"), call=CallArguments((Foreign(),)))
+    with CompileService(store, limit_seconds=60.0) as service:
+        assert service.wait(job).error == "AttributeError: no such class"
+        assert service.wait(job_for("noop")).error is None, "and the worker goes on"
+
+
+def test_a_worker_that_died_meanwhile_is_replaced(store: ArtefactStore) -> None:
+    with CompileService(store) as service:
+        assert service.wait(job_for("noop")).error is None
+        pid = service.worker_pid
+        os.kill(pid, signal.SIGKILL)
+        while not ended(pid):
+            time.sleep(0.01)
+        assert service.wait(job_for("norm")).error is None
+        assert service.worker_pid != pid
+
+
+def test_what_cannot_be_foreseen_yet_is_asked_for_again(store: ArtefactStore) -> None:
+    with CompileService(store, max_ahead=1) as service:
+        run = Run(compiled=True, service=service)
+        assert run.compiled is not None
+        run.step()
+        names = ("noop", "norm", "depthwise", "conv_light")
+        coming = [Germinate(slot="first", blueprint=name) for name in names]
+        coming.insert(0, Germinate(slot="nowhere", blueprint="norm"))
+        deadline = time.monotonic() + 120.0
+        while len(list(store.names())) < len(names):
+            run.compiled.foresee(coming)
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+
+def test_an_answer_is_heard_whoever_asks_in_between(store: ArtefactStore) -> None:
+    with CompileService(store) as service:
+        run = Run(compiled=True, service=service)
+        run.slots["first"].germinate("norm")
+        run.step()
+        run.step()
+        assert run.compiled is not None
+        job = job_for("noop")
+        service.wait(job)
+        while service.answer(run.compiled.seeds["first"].waits_for) is None:
+            time.sleep(0.01)
+        assert service.answer(job.request) is not None
+        assert run.compiled.due()
 
 
 def test_closing_ends_a_worker_that_is_busy(store: ArtefactStore) -> None:

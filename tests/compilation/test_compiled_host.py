@@ -1,21 +1,22 @@
 """A host compiled module by module: what it computes, how many graphs, and who waits for them."""
 
 import copy
+import pickle
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 import esper
-from compiled_run import BATCHES, Block, Run, Wrong, graphs
+from compiled_run import BATCHES, WIDTH, Block, Host, Run, Wrong, graphs
 from esper import SeedStage, SlotConfig
 from esper.compilation import CompiledHost
 from esper.lifecycle.actions import Germinate
 from esper.lifecycle.events import BreakerChanged, CompileFailed, SeedCompiled
-from esper.seeds import Seed, blueprints
+from esper.seeds import Seed, blueprints, zero_initialise_
 from growth_problem import make_problem
 
 pytestmark = [
@@ -99,6 +100,178 @@ def test_features_of_another_shape_are_compiled_for_once_they_were_seen_up_to_a_
     assert not run.compiled.pending
 
 
+class Picky(Seed):
+    """Raises when it is told to; draws random numbers if it is to."""
+
+    def __init__(self, dim: int, *, drop: float = 0.0) -> None:
+        super().__init__()
+        self.layer = zero_initialise_(nn.Conv2d(dim, dim, 1))
+        self.dropout = nn.Dropout(drop)
+        self.register_buffer("matrix", torch.eye(2), persistent=False)
+
+    @property
+    def output_layers(self) -> tuple[nn.Module, ...]:
+        return (self.layer,)
+
+    def increment(self, features: Tensor) -> Tensor:
+        return self.layer(self.dropout(features)) * torch.linalg.cholesky(self.matrix)[0, 0]
+
+
+@pytest.fixture
+def _picky() -> Iterator[None]:
+    with blueprints.temporarily():
+        blueprints.register("picky", family="cnn")(Picky)
+        yield
+
+
+@pytest.mark.usefixtures("_picky")
+def test_a_seed_that_raises_when_compiled_is_pruned_as_one_that_runs_as_it_is() -> None:
+    runs = Run(compiled=False), Run(compiled=True)
+    for run in runs:
+        seed = run.live("first", "picky")
+        for _ in range(2):
+            next(seed)
+            run.step()
+        run.slots["first"].seed.matrix.neg_()
+        for _ in range(3):
+            run.step()
+        assert run.slots["first"].stage is SeedStage.PRUNED
+    plain, compiled = runs
+    assert compiled.losses == pytest.approx(plain.losses, rel=1e-4)
+    assert any("LinAlgError" in e.error for e in compiled.events if isinstance(e, CompileFailed))
+
+
+@pytest.mark.usefixtures("_picky")
+def test_a_seed_that_draws_behind_the_host_takes_nothing_from_the_hosts_stream() -> None:
+    draws = []
+    for compiled in (False, True):
+        run = Run(compiled=compiled, isolation="shadowing")
+        run.slots["first"].germinate("picky", drop=0.5)
+        run.step()
+        run.slots["first"].advance(force=True)
+        for _ in range(3):
+            run.step()
+        draws.append(torch.rand(3).tolist())
+    assert [type(event) for event in run.events] == [SeedCompiled]
+    assert draws[0] == draws[1]
+
+
+@pytest.mark.usefixtures("_picky")
+def test_preparing_neither_prunes_a_seed_nor_judges_by_a_broken_batch() -> None:
+    run = Run(compiled=True)
+    run.slots["first"].germinate("picky")
+    run.prepare()
+    run.loss()
+    run.slots["first"].seed.matrix.neg_()
+    (failed,) = run.prepare()
+    assert isinstance(failed, CompileFailed)
+    assert "LinAlgError" in failed.error
+    run.slots["first"].seed.matrix.neg_()
+    run.step()
+    assert run.slots["first"].stage is SeedStage.GERMINATED
+    run.slots["second"].germinate("norm")
+    run.prepare()
+    run.host(torch.full_like(BATCHES[0], torch.inf)).sum()
+    (event,) = run.prepare()
+    assert isinstance(event, SeedCompiled)
+
+
+def test_no_kind_of_call_is_compiled_for_in_a_step() -> None:
+    run = Run(compiled=True)
+    for path in ("first", "second"):
+        run.slots[path].germinate("conv_light")
+        run.slots[path].advance(force=True)
+        run.slots[path].advance(force=True)
+    for _ in range(2):
+        run.step()
+    calls = run.compiled.seeds["second"]
+
+    def features(*, grad: bool = True, channels_last: bool = False, sliced: bool = False) -> Tensor:
+        width = 16 if sliced else 8
+        made = torch.randn(5, WIDTH, 8, width)
+        made = made.to(memory_format=torch.channels_last) if channels_last else made
+        return made.requires_grad_(grad)[..., :8]
+
+    for change in ({"grad": False}, {"channels_last": True}, {"sliced": True}, {}):
+        for _ in range(3):
+            before = graphs()
+            calls(features(**change))
+            assert graphs() == before
+            run.prepare()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        before = graphs()
+        calls(features())
+        assert graphs() == before
+
+
+def test_a_blended_seed_is_checked_where_alpha_counts() -> None:
+    def tripling(graph: torch.fx.GraphModule, _: object) -> Any:
+        def run(*args: Any) -> Any:
+            return [out * 3.0 if torch.is_tensor(out) else out for out in graph(*args)]
+
+        return run
+
+    run = Run(compiled=True, backend=tripling)
+    run.slots["first"].germinate("norm")
+    run.prepare()
+    run.step()
+    (event,) = run.events
+    assert isinstance(event, CompileFailed)
+    assert "MiscompiledError" in event.error
+    assert run.slots["first"].blend_alpha == 0.0
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
+def test_a_seed_is_compiled_under_autocast_too() -> None:
+    run = Run(compiled=True, backend="inductor")
+    run.compiled.release()
+    run.compiled = CompiledHost(run.slots)
+    for region in run.compiled.regions:
+        region.release()
+    run.slots["first"].germinate("norm")
+    run.prepare()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        run.loss().backward()
+    (event,) = run.prepare()
+    assert isinstance(event, SeedCompiled), event
+
+
+class Scaled(Block):
+    """Reads a number besides its features."""
+
+    def forward(self, features: Tensor, scale: float = 1.0) -> Tensor:
+        return scale * super().forward(features)
+
+
+def test_numbers_that_change_from_call_to_call_compile_nothing_in_a_step() -> None:
+    run = Run(compiled=True)
+    run.host.first.__class__ = Scaled
+    run.compiled.release()
+    run.compiled = CompiledHost(run.slots, backend="aot_eager")
+    run.slots["first"].first_parameter = "features"
+    forward = Host.forward
+
+    def scaled(host: Host, images: Tensor) -> Tensor:
+        features = host.first(host.stem(images), 1.0 / (1.0 + run.number))
+        return host.head(host.second(features).mean(dim=(2, 3)))
+
+    assert forward is not scaled
+    type(run.host).forward, run.number = scaled, 0
+    try:
+        run.slots["first"].germinate("block", source="own")
+        run.prepare()
+        for _ in range(3):  # the host's own module compiles anew, for any number
+            run.step()
+        run.compiled_in_steps = 0
+        for _ in range(15):
+            run.step()
+        assert run.compiled_in_steps == 0
+        assert len(run.events) <= 5
+        assert not any(isinstance(event, CompileFailed) for event in run.events)
+    finally:
+        type(run.host).forward = forward
+
+
 def test_what_was_seen_with_other_seeds_is_not_compiled_for() -> None:
     run = Run(compiled=True)
     run.slots["first"].germinate("norm")
@@ -129,9 +302,10 @@ def test_measuring_compiles_nothing_and_a_copy_runs_as_it_is() -> None:
         model.train()
         model(BATCHES[0][:2]).sum().backward()
     assert graphs() == before
-    assert not any(
-        "forward" in vars(part) and part in set(run.host.modules()) for part in plain.modules()
-    )
+    assert not any("forward" in vars(part) for part in plain.modules())
+    loaded = pickle.loads(pickle.dumps(run.host))  # noqa: S301 – of this very process
+    loaded.train()(BATCHES[0][:2]).sum().backward()
+    assert graphs() == before
     run.host.train()
     assert run.compiled is not None
     run.compiled.release()

@@ -1,4 +1,4 @@
-"""Hosts and seeds that run compiled, without a step that waits for it (design name: Tezzeret)."""
+"""Hosts and seeds that run compiled, and who compiles them when (design name: Tezzeret)."""
 
 from esper.compilation.artefact_store import ArtefactError, ArtefactStore
 from esper.compilation.compile_service import CompileService

@@ -106,7 +106,7 @@ class ArtefactStore:
             num_bytes=len(files),
             sha256=hashlib.sha256(files).hexdigest(),
         )
-        name = request.digest
+        name = self.name_of(request)
         signed = artefact.model_dump_json().encode() + b"\n" + files
         signature = self.keyring.signature(_bound(name, signed)).encode()
         self._files.makedirs(self._root, exist_ok=True)
@@ -120,12 +120,16 @@ class ArtefactStore:
         """Return the verified artefact for a request; None if there is none.
 
         Raises:
-            ArtefactError: It is not what was signed, or was made for another machine.
+            ArtefactError: It is not what was signed, or there is only one of another machine.
             OSError: The store cannot be read.
         """
-        stored = self._verified(request.digest)
-        if stored is not None and stored.artefact.request != request:
-            raise ArtefactError(f"{self._place(request.digest)} is for another request")
+        name = self.name_of(request)
+        stored = self._verified(name)
+        if stored is None:
+            for path in self._files.glob(self._place(f"{request.digest}-*")):
+                self._verified(path.rpartition("/")[2].removesuffix(_SUFFIX))  # tells why not
+        elif stored.artefact.request.digest != request.digest:
+            raise ArtefactError(f"{self._place(name)} is for another request")
         return stored
 
     def names(self) -> Iterator[str]:
@@ -154,6 +158,10 @@ class ArtefactStore:
         if stored is None:
             raise ArtefactError(f"there is no {self._place(name)}")
         return stored.artefact
+
+    def name_of(self, request: CompileRequest) -> str:
+        """Return the name of a request's artefact; machines of several kinds have several."""
+        return f"{request.digest}-{self.fingerprint.digest[:16]}"
 
     def _place(self, name: str) -> str:
         return f"{self._root}/{name}{_SUFFIX}"

@@ -97,8 +97,10 @@ class CompileJob:
                 "its classes in a module that can be imported, not in the script itself"
             ) from error
         assert isinstance(slot, SeedSlot)
-        _give_values(slot, torch.device(self.request.features.device))
-        seen = SeenCall(self.request.features.random(), self.call, self.request.features)
+        guards = self.request.features
+        _give_values(slot, torch.device(guards.device))
+        slot.prepare_seeds()
+        seen = SeenCall(guards.random(), self.call, guards, variant=())
         cold_ms = self._prepare(slot, seen)
         warm_ms = self._prepare(slot, seen)
         return Compiled(not slot.draws_random_numbers, cold_ms, warm_ms)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from esper.compilation.feature_guards import FeatureGuards
 from esper.compilation.process_settings import ProcessSettings
-from esper.compilation.structures import structure_of_slot
+from esper.compilation.structures import code_of_module, structure_of_slot
 from esper.lifecycle.record import Record
 from esper.seeds.registry import Family
 from esper.slots.call_arguments import CallArguments
@@ -25,6 +25,8 @@ class CompileRequest(Record):
     dim: int
     structure: str
     """Digest of what the seeds are made of."""
+    code: str
+    """Digest of their classes' code."""
     kinds: tuple[str, ...]
     """The kinds of forward."""
     features: FeatureGuards
@@ -49,6 +51,7 @@ class CompileRequest(Record):
             family=slot.family,
             dim=slot.dim,
             structure=_digest(repr(structure_of_slot(slot))),
+            code=code_of_module(slot.branches),
             kinds=tuple(
                 f"{kind.mode.name} {kind.graph}" for kind in slot.kinds_to_come(from_birth=True)
             ),

@@ -66,8 +66,8 @@ class CompileService:
         self._events: list[Event] = []
         self._worker: _Worker | None = None
         self._closed = False
-        self.news = False
-        """Whether there are answers since `answer` or `events` was asked last."""
+        self.version = 0
+        """Rises with every answer and every event."""
         self._thread = threading.Thread(target=self._serve, name="esper-compile", daemon=True)
         self._thread.start()
 
@@ -83,32 +83,31 @@ class CompileService:
         with self._condition:
             return None if self._worker is None else self._worker.pid
 
-    def ask(self, job: CompileJob, *, ahead: bool = False) -> None:
-        """Let a job be done; one that was asked for before is done again only if it failed.
+    def ask(self, job: CompileJob, *, ahead: bool = False) -> bool:
+        """Let a job be done; one that was asked for before is not done again, even if it failed.
 
         Args:
             job: What to compile.
             ahead: Nobody needs it yet: it comes after what is needed, and if too many wait already,
                 it is left out.
+
+        Returns:
+            Whether it will be done, or was.
         """
         digest = job.request.digest
         with self._condition:
             if self._closed or (ahead and len(self._jobs) >= self._max_ahead):
-                return
-            known = self._answers.get(digest)
-            if not ahead and known is not None and known.error is not None:
-                del self._answers[digest]
-                self._known.discard(digest)
+                return digest in self._known
             if digest not in self._known:
                 self._known.add(digest)
                 self._jobs[digest] = job
             if not ahead and digest in self._jobs:
                 self._jobs.move_to_end(digest, last=False)
             self._condition.notify_all()
+        return True
 
     def answer(self, request: CompileRequest) -> CompileAnswer | None:
         """Return how a request ended; None while it has not, or was never made."""
-        self.news = False
         return self._answers.get(request.digest)
 
     def wait(self, job: CompileJob) -> CompileAnswer:
@@ -128,7 +127,6 @@ class CompileService:
 
     def events(self) -> list[Event]:
         """Return what has happened since the last call: artefacts that were refused."""
-        self.news = False
         with self._condition:
             events, self._events = self._events, []
         return events
@@ -142,9 +140,9 @@ class CompileService:
                 self._worker.kill()
             self._condition.notify_all()
         self._thread.join()
-        if self._worker is not None:
-            self._worker.close()
-            self._worker = None
+        worker, self._worker = self._worker, None
+        if worker is not None:
+            worker.close()
 
     def _serve(self) -> None:
         while True:
@@ -157,8 +155,9 @@ class CompileService:
             answer = self._do(job)
             with self._condition:
                 self._answers[digest] = answer
-                self.news = True
+                self.version += 1
                 self._condition.notify_all()
+            del job
 
     def _do(self, job: CompileJob) -> CompileAnswer:
         try:
@@ -189,22 +188,28 @@ class CompileService:
         with self._condition:
             if self._closed:
                 return "the service was closed"
+            if self._worker is not None and self._worker.ended:
+                self._worker.close()
+                self._worker = None
             if self._worker is None:
                 self._worker = _Worker()
             worker = self._worker
-        order = WorkOrder(job, self._store.url, self._store.keyring.keys)
-        try:
-            return worker.do(order, self._limit_seconds).error
-        except WorkerError as error:
-            worker.kill()
-            worker.close()
-            self._worker = None
-            return str(error)
+        # A worker that is killed leaves its files, so the folder is not its own.
+        with tempfile.TemporaryDirectory(prefix="esper-compiling-") as folder:
+            order = WorkOrder(job, self._store.url, self._store.keyring.keys, folder)
+            try:
+                return worker.do(order, self._limit_seconds).error
+            except WorkerError as error:
+                worker.kill()
+                with self._condition:
+                    self._worker = None
+                worker.close()
+                return str(error)
 
     def _tell(self, event: Event) -> None:
         with self._condition:
             self._events.append(event)
-            self.news = True
+            self.version += 1
 
 
 class WorkerError(RuntimeError):
@@ -229,6 +234,10 @@ class _Worker:
     @property
     def pid(self) -> int:
         return self._process.pid
+
+    @property
+    def ended(self) -> bool:
+        return self._process.poll() is not None
 
     def do(self, order: WorkOrder, limit_seconds: float) -> WorkDone:
         """Wait for the end of one job.

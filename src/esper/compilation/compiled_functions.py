@@ -35,6 +35,7 @@ class CompiledFunctions:
         self._max_structures = max_structures
         self._options = options
         self._compiled: OrderedDict[Hashable, Callable[..., Any]] = OrderedDict()
+        self._number = 0
         self.dropped = 0
         """Structures that were dropped."""
 
@@ -45,7 +46,9 @@ class CompiledFunctions:
         """Return the function for a structure; it compiles when it is called."""
         compiled = self._compiled.get(structure)
         if compiled is None:
-            compiled = torch.compile(_with_own_code(self._function), **self._options)
+            self._number += 1
+            function = _with_own_code(self._function, self._number)
+            compiled = torch.compile(function, **self._options)
             self._compiled[structure] = compiled
             if len(self._compiled) > self._max_structures:
                 self._compiled.popitem(last=False)
@@ -54,9 +57,10 @@ class CompiledFunctions:
         return compiled
 
 
-def _with_own_code(function: FunctionType) -> FunctionType:
+def _with_own_code(function: FunctionType, number: int) -> FunctionType:
+    """Return a copy; its name is its own, since the compiler remembers shapes by it."""
     return FunctionType(
-        function.__code__.replace(),
+        function.__code__.replace(co_name=f"{function.__name__}_{number}"),
         function.__globals__,
         function.__name__,
         function.__defaults__,

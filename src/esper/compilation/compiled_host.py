@@ -17,6 +17,11 @@ from esper.slots.modes import beside_the_step
 from esper.slots.slot_forward import ForwardKind
 from esper.slots.slot_set import SlotSet
 
+_NOT_COMPARABLE = (
+    "its calls pass something besides tensors and constants, or its features are an expanded "
+    "tensor, so that nothing tells for which calls a graph would be right"
+)
+
 
 class CompileError(RuntimeError):
     """Another process could not compile a seed; the message says why."""
@@ -73,6 +78,8 @@ class CompiledHost:
         self._functions = CompiledFunctions(run_slot, options=self._options)
         self._breakers: dict[str, CircuitBreaker] = {}
         self._foreseen: set[Hashable] = set()
+        self._heard = 0
+        """The service's version at the last `prepare`."""
         self._events: list[Event] = []
         host = CompiledFunctions(run_module, options=settings)
         self.regions = [
@@ -93,7 +100,9 @@ class CompiledHost:
 
     def due(self) -> bool:
         """Return whether `prepare` has something to do."""
-        if self._events or (self._service is not None and self._service.news):
+        if self._events:
+            return True
+        if self._service is not None and self._service.version != self._heard:
             return True
         return not all(seed.settled for seed in self.seeds.values())
 
@@ -114,6 +123,7 @@ class CompiledHost:
         Without a service it waits for the compiler.
         """
         if self._service is not None:
+            self._heard = self._service.version
             self._events += self._service.events()
         for seed in self.seeds.values():
             if self._waits(seed):
@@ -121,6 +131,7 @@ class CompiledHost:
             kinds = seed.missing()
             if kinds:
                 self._attend(seed, kinds)
+            self._tell_failure(seed)
         events, self._events = self._events, []
         return events
 
@@ -135,12 +146,13 @@ class CompiledHost:
         if self._service is None:
             return
         for action in germinations:
-            seed = self.seeds[action.slot]
-            slot, guards = seed.slot, seed.guards
-            key = (action.model_dump_json(), len(slot.branches), guards)
-            if guards is None or key in self._foreseen:
+            seed = self.seeds.get(action.slot)
+            if seed is None or seed.guards is None:
                 continue
-            self._foreseen.add(key)
+            slot, guards = seed.slot, seed.guards
+            key = (action.model_dump_json(), slot.num_committed, guards)
+            if key in self._foreseen:
+                continue
             try:
                 foreseen = slot.foreseen(
                     action.blueprint, blend_operator=action.blend_operator, **action.options
@@ -150,7 +162,18 @@ class CompiledHost:
                 job = CompileJob.of(foreseen, guards, self._options)
             except Exception:  # noqa: BLE001, S112 – told when it germinates
                 continue
-            self._service.ask(job, ahead=True)
+            if not self._service.ask(job, ahead=True):
+                return  # enough waits; the policy will be asked again
+            self._foreseen.add(key)
+
+    def _tell_failure(self, seed: CompiledSlot) -> None:
+        error, seed.failure = seed.failure, None
+        if error is not None:
+            slot = seed.slot
+            blueprint = slot.branch(len(slot.branches) - 1).blueprint if slot.branches else None
+            self._events.append(
+                CompileFailed(place=slot.path, blueprint=blueprint, error=told(error))
+            )
 
     def _waits(self, seed: CompiledSlot) -> bool:
         """Return whether a seed's request is not answered yet."""
@@ -186,6 +209,8 @@ class CompiledHost:
     def _compile(self, seed: CompiledSlot, kinds: Sequence[ForwardKind]) -> SeedCompiled | None:
         """Return what was compiled; None if it has to wait, for a step or for the service."""
         slot, seen = seed.slot, seed.seen
+        if seen is not None and seen.variant is None:
+            raise CompileError(_NOT_COMPARABLE)
         if self._service is None:
             return None if seen is None else self._prepare(seed, kinds, seen, "here")
         if seed.waits_for is not None:
@@ -216,7 +241,7 @@ class CompiledHost:
     ) -> SeedCompiled:
         slot = seed.slot
         started = time.perf_counter()
-        function = self._functions.of((structure_of_slot(slot), seen.guards.shape))
+        function = self._functions.of((structure_of_slot(slot), seen.variant))
         with beside_the_step(slot):
             seed.prepare(kinds, seen, function)
         return SeedCompiled(

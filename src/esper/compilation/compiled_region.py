@@ -56,8 +56,16 @@ class CompiledRegion:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """Let a copy of the module run as it is."""
-        copied = memo[id(self._module)]
-        return MethodType(type(copied).forward, copied)
+        return own_forward(memo[id(self._module)])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Let a pickled module run as it is."""
+        return own_forward, (self._module,)
+
+
+def own_forward(module: nn.Module) -> MethodType:
+    """Return the forward that a module has by its class."""
+    return MethodType(type(module).forward, module)
 
 
 def _is_of_the_compiler(error: Exception) -> bool:

@@ -6,6 +6,7 @@ import platform
 import shutil
 import subprocess
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -20,6 +21,8 @@ _CPU_FIELDS = ("model name", "flags", "Features", "CPU part")
 class Fingerprint(Record):
     """Equal fingerprints run each other's machine code."""
 
+    esper: str | None
+    """Its version; None where it is not installed."""
     torch: str
     python: str
     machine: str
@@ -35,6 +38,11 @@ class Fingerprint(Record):
         """Return this machine's, as this process sees it."""
         return _here()
 
+    @property
+    def digest(self) -> str:
+        """64 hexadecimal digits."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+
     def differences(self, other: "Fingerprint") -> str:
         """Return what differs, for people: `torch is 2.13.0, was 2.12.0`."""
         mine, theirs = self.model_dump(), other.model_dump()
@@ -48,6 +56,7 @@ class Fingerprint(Record):
 @cache
 def _here() -> Fingerprint:
     return Fingerprint(
+        esper=_esper(),
         torch=f"{torch.__version__} {torch.version.git_version}",
         python=platform.python_version(),
         machine=f"{platform.system()} {platform.machine()} {' '.join(platform.libc_ver())}",
@@ -55,6 +64,13 @@ def _here() -> Fingerprint:
         compiler=_compiler(),
         gpu=_gpu(),
     )
+
+
+def _esper() -> str | None:
+    try:
+        return version("esper-lite")
+    except PackageNotFoundError:
+        return None
 
 
 def _cpu() -> str:

@@ -50,11 +50,17 @@ def inductor_folder() -> Path:
 
     Raises:
         CacheFolderError: It belongs to another user, or others may write into it: inductor runs
-            what it finds there.
+            what it finds there. Or it cannot be made.
     """
     named = os.environ.get(CACHE_VARIABLE)
     folder = Path(named) if named else user_cache_folder() / "inductor"
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise CacheFolderError(
+            f"the compiler's folder {folder} cannot be made: {error}; set {CACHE_VARIABLE} to "
+            "another one"
+        ) from error
     if os.name == "posix":
         state = folder.stat()
         if state.st_uid != os.getuid():

@@ -38,8 +38,8 @@ def send(stream: IO[bytes], value: Any) -> None:
     stream.flush()
 
 
-def receive(read: Callable[[int], bytes]) -> Any:
-    """Read one object.
+def receive_bytes(read: Callable[[int], bytes]) -> bytes:
+    """Read one object as bytes, for `unpack_object`.
 
     Args:
         read: Returns as many bytes as asked for, or fewer where the stream ends.
@@ -48,7 +48,12 @@ def receive(read: Callable[[int], bytes]) -> Any:
         EOFError: The stream has ended.
     """
     (length,) = _LENGTH.unpack(_whole(read, _LENGTH.size))
-    return unpack_object(_whole(read, length))
+    return _whole(read, length)
+
+
+def receive(read: Callable[[int], bytes]) -> Any:
+    """Read one object; as `receive_bytes`, then `unpack_object`."""
+    return unpack_object(receive_bytes(read))
 
 
 def _whole(read: Callable[[int], bytes], length: int) -> bytes:

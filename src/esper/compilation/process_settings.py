@@ -20,6 +20,8 @@ class ProcessSettings(Record):
     cuda_fp32_precision: str | None
     """None before torch 2.9."""
     deterministic: bool
+    warn_only: bool
+    """Where no deterministic algorithm is known."""
 
     @classmethod
     def here(cls) -> "ProcessSettings":
@@ -29,6 +31,7 @@ class ProcessSettings(Record):
             matmul_precision=torch.get_float32_matmul_precision(),
             cuda_fp32_precision=_CUDA_MATMUL.fp32_precision if _HAS_FP32_PRECISION else None,
             deterministic=torch.are_deterministic_algorithms_enabled(),
+            warn_only=torch.is_deterministic_algorithms_warn_only_enabled(),
         )
 
     def take(self) -> None:
@@ -40,4 +43,4 @@ class ProcessSettings(Record):
             torch.set_float32_matmul_precision(self.matmul_precision)
         if self.cuda_fp32_precision != self.here().cuda_fp32_precision:
             _CUDA_MATMUL.fp32_precision = self.cuda_fp32_precision
-        torch.use_deterministic_algorithms(self.deterministic)
+        torch.use_deterministic_algorithms(self.deterministic, warn_only=self.warn_only)

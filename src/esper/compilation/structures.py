@@ -1,23 +1,39 @@
 """What a compiled graph depends on, as keys: equal keys, equal graphs."""
 
+import hashlib
+import inspect
 from collections.abc import Hashable
+from functools import cache
+from typing import Any
 
 from torch import nn
 
 from esper.slots.placement import slot_behind
 from esper.slots.slot import SeedSlot
 
+_CONSTANTS = (bool, int, float, str, type(None))
+
 
 def structure_of_slot(slot: SeedSlot) -> Hashable:
-    """Return what the graphs of a slot's seeds depend on, stage and values apart."""
+    """Return what the graphs of a slot's seeds depend on, stage and tensors' values apart."""
     config = slot.config
+    branches = [slot.branch(index) for index in range(len(slot.branches))]
     return (
         slot.family,
         slot.dim,
         config.objective,
         config.trust_fraction,
         slot.layout.overwritten,
-        tuple(structure_of_module(branch) for branch in slot.branches),
+        tuple(
+            (
+                branch.blueprint,
+                repr(sorted(branch.options.items(), key=repr)),
+                branch.blend_operator,
+                structure_of_module(branch),
+                _constants_of(branch),
+            )
+            for branch in branches
+        ),
     )
 
 
@@ -41,3 +57,32 @@ def structure_of_module(module: nn.Module) -> Hashable:
         for name, part in module.named_modules()
         if part not in apart
     )
+
+
+def code_of_module(module: nn.Module) -> str:
+    """Return a digest of the classes that a module is made of, as they are written here."""
+    classes: list[Any] = sorted({type(part) for part in module.modules()}, key=_name)
+    text = "\n".join(f"{_name(kind)} {_source(kind)}" for kind in classes)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _constants_of(module: nn.Module) -> Hashable:
+    """Return the plain values that modules hold, by which their code may branch."""
+    return tuple(
+        (name, key, value)
+        for name, part in module.named_modules()
+        for key, value in sorted(vars(part).items())
+        if isinstance(value, _CONSTANTS) and not key.startswith("_") and key != "training"
+    )
+
+
+def _name(kind: Any) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+@cache
+def _source(kind: Any) -> str:
+    try:
+        return inspect.getsource(kind)
+    except (OSError, TypeError):  # made at run time, or in a shell
+        return ""

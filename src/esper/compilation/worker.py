@@ -8,7 +8,6 @@ import os
 import queue
 import signal
 import sys
-import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import NamedTuple
 from esper.compilation.artefact_store import ArtefactStore
 from esper.compilation.compile_job import CompileJob, told
 from esper.compilation.inductor_cache import CACHE_VARIABLE, pack
-from esper.compilation.pipe import receive, send
+from esper.compilation.pipe import receive_bytes, send, unpack_object
 from esper.signing import Keyring
 
 _NICENESS = 10
@@ -31,6 +30,8 @@ class WorkOrder(NamedTuple):
     store: str
     """URL of the artefact store."""
     keys: tuple[bytes, ...]
+    folder: str
+    """An empty folder to work in; whoever has given the order removes it."""
 
 
 class WorkDone(NamedTuple):
@@ -45,30 +46,29 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever prints, prints to where errors go
     os.nice(_NICENESS)
-    orders: queue.SimpleQueue[WorkOrder] = queue.SimpleQueue()
+    orders: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(sys.stdin.buffer.read, orders), daemon=True).start()
     while True:
         send(answers, _work(orders.get()))
 
 
-def _listen(read: Callable[[int], bytes], orders: "queue.SimpleQueue[WorkOrder]") -> None:
+def _listen(read: Callable[[int], bytes], orders: "queue.SimpleQueue[bytes]") -> None:
     try:
         while True:
-            orders.put(receive(read))
-    except EOFError:
+            orders.put(receive_bytes(read))
+    finally:
         os.killpg(0, signal.SIGKILL)  # and with it a compiler that was started here
 
 
-def _work(order: WorkOrder) -> WorkDone:
-    request = order.job.request
-    request.settings.take()
+def _work(message: bytes) -> WorkDone:
     try:
-        with tempfile.TemporaryDirectory(prefix="esper-compiling-") as folder:
-            os.environ[CACHE_VARIABLE] = folder
-            compiled = order.job.run()
-            files = pack(Path(folder))
+        order: WorkOrder = unpack_object(message)
+        request = order.job.request
+        request.settings.take()
+        os.environ[CACHE_VARIABLE] = order.folder
+        compiled = order.job.run()
         store = ArtefactStore(order.store, Keyring(order.keys))
-        store.save(request, files, **compiled._asdict())
+        store.save(request, pack(Path(order.folder)), **compiled._asdict())
     except Exception as error:  # noqa: BLE001 – whatever it is, the run goes on without
         return WorkDone(told(error))
     return WorkDone(None)

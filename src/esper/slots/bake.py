@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Sequence
+from types import MethodType
 from typing import Any
 
 import torch
@@ -111,6 +112,7 @@ def bake(model: nn.Module, *, fold: bool = False) -> nn.Module:
         if (slot := slot_behind(module := plain.get_submodule(path))) is not None
     }
     remove_slots(plain)
+    _forget_replaced_forwards(plain)
     shared = _shared_parameters(plain)
     for path, branches in grown.items():
         parent_path, _, name = path.rpartition(".")
@@ -123,6 +125,14 @@ def bake(model: nn.Module, *, fold: bool = False) -> nn.Module:
         if branches:
             plain.get_submodule(parent_path).add_module(name, whole)
     return plain
+
+
+def _forget_replaced_forwards(model: nn.Module) -> None:
+    """Let modules that are copies of a compiled host's have their class's forward, as others do."""
+    for part in model.modules():
+        forward = part.__dict__.get("forward")
+        if isinstance(forward, MethodType) and forward.__func__ is type(part).forward:
+            del part.forward
 
 
 def _committed_branches(model: nn.Module) -> dict[str, list[SeedBranch]]:

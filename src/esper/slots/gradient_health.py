@@ -67,7 +67,7 @@ class GradientHealth:
     def before_step(
         self,
         host: Sequence[nn.Parameter],
-        seeds: Mapping[str, Sequence[nn.Parameter]],
+        seeds: Mapping[str, Iterable[nn.Parameter]],
         key: str,
         *,
         gradient_scale: Tensor | None = None,
@@ -86,10 +86,10 @@ class GradientHealth:
         if not due or not seeds:
             return
 
-        def measure(owner: str, parameters: Sequence[nn.Parameter]) -> Tensor:
+        def measure(owner: str, parameters: Iterable[nn.Parameter]) -> Tensor:
             if owner in clipped:
                 return clipped[owner]
-            norm = gradient_norm(parameters)
+            norm = gradient_norm(list(parameters))
             return norm if gradient_scale is None else norm / gradient_scale
 
         host_norm = measure(key, host)

@@ -289,11 +289,12 @@ class LivingSlot(SlotForward):
         """
         stages = [self.stage]
         if self.living is not None and (from_birth or not self.fading):
-            first = self.stage
-            if from_birth or first is SeedStage.GERMINATED:
-                live = self.isolation is Isolation.NONE
-                first = SeedStage.BLENDING if live else SeedStage.TRAINING
-            stages = list(_STAGES_THAT_RUN[_STAGES_THAT_RUN.index(first) :])
+            live = self.isolation is Isolation.NONE
+            first = _STAGES_THAT_RUN.index(SeedStage.BLENDING if live else SeedStage.TRAINING)
+            if self.stage is not SeedStage.GERMINATED:
+                now = _STAGES_THAT_RUN.index(self.stage)
+                first = min(first, now) if from_birth else now
+            stages = list(_STAGES_THAT_RUN[first:])
         kinds = [self._kind_in(stage) for stage in stages]
         runs = [k for k in kinds if k.num_inlined or k.mode is not ForwardMode.PASS_THROUGH]
         return list({kind.graph: kind for kind in runs}.values())

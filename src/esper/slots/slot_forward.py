@@ -224,6 +224,11 @@ class SlotForward(nn.Module):
             with self._stream.unchanged():
                 yield
 
+    def take_failure(self) -> str | None:
+        """Return what the living seed has raised, and forget it, so that `tick` does not prune."""
+        failure, self._failure = self._failure, None
+        return failure
+
     def _increment_behind(
         self, branch: nn.Module, detached: Tensor, call: CallArguments
     ) -> Tensor | None:
@@ -260,11 +265,15 @@ class SlotForward(nn.Module):
         try:
             increment = branch(features, seed_input, call, severed=severed)
         except Exception as error:  # whatever a living seed raises, the host must go on
-            stops_recomputation = type(error).__module__ == "torch.utils.checkpoint"
-            if branch is not self.living or stops_recomputation:
+            if branch is not self.living or stops_recomputation(error):
                 raise
             self._failure = f"{type(error).__name__}: {error}"
             self.mode = ForwardMode.PASS_THROUGH
             self.num_inlined = self.num_committed
             return None
         return increment
+
+
+def stops_recomputation(error: Exception) -> bool:
+    """Return whether an error is no error: torch ends the recomputation of activations with it."""
+    return type(error).__module__ == "torch.utils.checkpoint"

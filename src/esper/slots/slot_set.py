@@ -305,7 +305,7 @@ class SlotSet(Mapping[str, SeedSlot]):
         for slot in self._slots.values():
             slot.check_shadow_gradient()
         learning = {
-            _owner_name(slot.path): list(slot.living.parameters())
+            _owner_name(slot.path): slot.living.parameters()
             for slot in self._slots.values()
             if slot.stage in _LEARNING_STAGES and slot.living is not None
         }
