@@ -44,19 +44,17 @@ def _fresh_compiler() -> Iterator[None]:
         ("telemetry_cost", ("--steps", "20"), {**SMALL, "BLOCK_STEPS": 10}, "after_step"),
         (
             "compile_lifecycle",
-            tuple(
-                [
-                    "--host",
-                    "cnn",
-                    "--backend",
-                    "eager",
-                    "--slots",
-                    "1",
-                    "--epochs",
-                    "4",
-                    "--germinations",
-                    "2",
-                ]
+            (
+                "--host",
+                "cnn",
+                "--backend",
+                "eager",
+                "--slots",
+                "1",
+                "--epochs",
+                "4",
+                "--germinations",
+                "2",
             ),
             {"STEADY_STEPS": 2, **SMALL},
             "2 germinations over 4 slots",
