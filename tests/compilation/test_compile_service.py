@@ -308,7 +308,7 @@ def test_a_worker_that_died_meanwhile_is_replaced(store: ArtefactStore) -> None:
         assert service.wait(job_for("noop")).error is None
         pid = service.worker_pid
         os.kill(pid, signal.SIGKILL)
-        while not ended(pid):
+        while service._worker is not None and not service._worker.ended:
             time.sleep(0.01)
         assert service.wait(job_for("norm")).error is None
         assert service.worker_pid != pid
