@@ -10,7 +10,7 @@ first one decides; of that only what its sinks take counts. Shown are
 - difference: between two neighbouring steps, one with and one without; on a busy machine it says
   less than the next;
 - its own time: what the calls take by themselves, right where they stand in the step, with caches
-  as the backward leaves them; and each part of it.
+  as the backward leaves them, less what reading the clock takes there; and each part of it.
 
 Of the steps in a block in which gradient norms are due, and of those in which they are not, the
 median counts, as often as they come. The figures are medians over blocks, per step and as a share
@@ -97,7 +97,7 @@ class Plain:
 
     def __init__(self, host: SpeedHost) -> None:
         self.host = host
-        self.hooks = Stopwatch()
+        self.hooks, self.nothing = Stopwatch(), Stopwatch()
         self.model, self.slots = slotted(host, STAGES["training"])
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
         # Hooks run in the order in which they were registered: growth's between these two.
@@ -118,6 +118,8 @@ class Plain:
         return self.host.loss(self.model(self.host.inputs), self.host.labels)
 
     def step(self) -> None:
+        with self.nothing:
+            pass
         self.loss().backward()
         self.learn()
 
@@ -199,7 +201,10 @@ def measure(watched: Watched, plain: Plain) -> Block:
     """Make one block of steps, and the decision after it."""
     for loop in (watched, plain):  # a decision leaves other things in the caches
         loop.step()
-    watches = (watched.hooks, plain.hooks, watched.after_step, watched.meter, watched.beside)
+    watches = (
+        *(watched.hooks, watched.after_step, watched.meter, watched.beside),
+        *(plain.hooks, plain.nothing),
+    )
     for watch in (*watches, watched.sinks):
         watch.take()
     times: list[tuple[float, float]] = []
@@ -213,7 +218,7 @@ def measure(watched: Watched, plain: Plain) -> Block:
         times.append((pair[0], pair[1]))
         taken.append([watch.take() for watch in watches])
     watched.decide()
-    hooks, no_hooks, after_step, meter, beside = (
+    hooks, after_step, meter, beside, no_hooks, nothing = (
         typical(seconds, due) for seconds in zip(*taken, strict=True)
     )
     return Block(
@@ -221,9 +226,9 @@ def measure(watched: Watched, plain: Plain) -> Block:
         difference=typical([with_it - without for with_it, without in times], due),
         parts={
             "optimizer hooks": hooks - no_hooks,  # the watch's own hooks are part of either
-            "after_step": after_step,
-            "meter.batch": meter,
-            "passes beside the step, not due": beside,
+            "after_step": after_step - nothing,
+            "meter.batch": meter - 2 * nothing,
+            "passes beside the step, not due": beside - 2 * nothing,
             "sinks": watched.sinks.take() / BLOCK_STEPS,
         },
     )

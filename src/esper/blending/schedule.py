@@ -80,17 +80,28 @@ class AlphaController:
     """
 
     def __init__(self, state: AlphaState | None = None) -> None:
-        self.state = state or AlphaState()
+        self._state = state or AlphaState()
+        self._held = 0
+        """Ticks in HOLD that the state does not have yet: most ticks are, and a record is slow."""
+
+    @property
+    def state(self) -> AlphaState:
+        """Everything it knows."""
+        if self._held:
+            held = self._state.steps_held + self._held
+            self._state = self._state.model_copy(update={"steps_held": held})
+            self._held = 0
+        return self._state
 
     @property
     def alpha(self) -> float:
         """The current alpha, in [0, 1]."""
-        return self.state.alpha
+        return self._state.alpha
 
     @property
     def mode(self) -> AlphaMode:
         """HOLD, or the direction of the ramp under way."""
-        return self.state.mode
+        return self._state.mode
 
     def retarget(
         self,
@@ -121,7 +132,7 @@ class AlphaController:
             raise ValueError(f"alpha already stands at {target:g}; there is nothing to ramp")
         curve_value(curve, 0.0, steepness=steepness)
         mode = AlphaMode.UP if target > state.alpha else AlphaMode.DOWN
-        self.state = AlphaState(
+        self._state = AlphaState(
             alpha=target if steps == 0 else state.alpha,
             mode=AlphaMode.HOLD if steps == 0 else mode,
             start=state.alpha,
@@ -137,25 +148,25 @@ class AlphaController:
         Returns:
             Whether alpha arrived at its target in this tick.
         """
-        state = self.state
+        state = self._state
         if state.mode is AlphaMode.HOLD:
-            self.state = state.model_copy(update={"steps_held": state.steps_held + 1})
+            self._held += 1
             return False
         done = state.steps_done + 1
         if done >= state.steps:
             arrived = {"alpha": state.target, "mode": AlphaMode.HOLD, "steps_done": done}
-            self.state = state.model_copy(update=arrived)
+            self._state = state.model_copy(update=arrived)
             return True
         fraction = curve_value(state.curve, done / state.steps, steepness=state.steepness)
         alpha = state.start + (state.target - state.start) * fraction
         # A saturated curve may round past the target, and snapping to it would then step back.
         arriving = min if state.mode is AlphaMode.UP else max
         alpha = arriving(alpha, state.target)
-        self.state = state.model_copy(update={"alpha": alpha, "steps_done": done})
+        self._state = state.model_copy(update={"alpha": alpha, "steps_done": done})
         return False
 
     def hold(self) -> None:
         """Stop a ramp where it is; a controller that holds is left as it is."""
-        if self.state.mode is not AlphaMode.HOLD:
-            alpha = self.state.alpha
-            self.state = AlphaState(alpha=alpha, start=alpha, target=alpha)
+        if self._state.mode is not AlphaMode.HOLD:
+            alpha = self._state.alpha
+            self._state = AlphaState(alpha=alpha, start=alpha, target=alpha)

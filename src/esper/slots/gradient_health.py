@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from esper.slots.sharded import whole
+from esper.slots.sharded import is_sharded, whole
 
 VANISHING_RATIO = 1e-4
 EXPLODING_RATIO = 1e3
@@ -39,7 +39,13 @@ class GradientReading:
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     """Return the 2-norm of all gradients together, 0-dim on their device, in O(1) launches."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    return whole(torch.nn.utils.get_total_norm(gradients))
+    if not gradients or is_sharded(gradients[0]):
+        return whole(torch.nn.utils.get_total_norm(gradients))
+    # What get_total_norm does for tensors that foreach can take, in half of its time on a CPU.
+    norms = torch._foreach_norm(gradients)  # noqa: SLF001
+    device = norms[0].device
+    total: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(device) for norm in norms]))
+    return total
 
 
 class GradientHealth:
@@ -64,7 +70,15 @@ class GradientHealth:
         """Take over norms that clipping has computed for this step, by owner."""
         self._clipped = dict(norms)
 
-    def before_step(
+    def step_is_due(self) -> bool:
+        """Count an optimizer step that is about to be made, and return whether to measure it."""
+        due = self._steps % self.interval_steps == 0
+        self._steps += 1
+        if not due:
+            self._clipped = {}
+        return due
+
+    def measure(
         self,
         host: Sequence[nn.Parameter],
         seeds: Mapping[str, Iterable[nn.Parameter]],
@@ -72,7 +86,7 @@ class GradientHealth:
         *,
         gradient_scale: Tensor | None = None,
     ) -> None:
-        """Measure this optimizer step if it is due. No host–device synchronisation.
+        """Measure an optimizer step that is due. No host–device synchronisation.
 
         Args:
             host: The host's parameters.
@@ -81,20 +95,18 @@ class GradientHealth:
             gradient_scale: 0-dim factor that is still in the gradients; None is 1.
         """
         clipped, self._clipped = self._clipped, {}
-        due = self._steps % self.interval_steps == 0
-        self._steps += 1
-        if not due or not seeds:
+        if not seeds:
             return
 
-        def measure(owner: str, parameters: Iterable[nn.Parameter]) -> Tensor:
+        def norm_of(owner: str, parameters: Iterable[nn.Parameter]) -> Tensor:
             if owner in clipped:
                 return clipped[owner]
             norm = gradient_norm(list(parameters))
             return norm if gradient_scale is None else norm / gradient_scale
 
-        host_norm = measure(key, host)
+        host_norm = norm_of(key, host)
         for owner, parameters in seeds.items():
-            seed_norm = measure(owner, parameters)
+            seed_norm = norm_of(owner, parameters)
             self._seed_norms.setdefault(owner, []).append((host_norm, seed_norm))
 
     def read(self, owner: str, *, host_params: int, seed_params: int) -> GradientReading | None:

@@ -1,5 +1,6 @@
 """Proof at run time that no gradient of an isolated seed reaches the host."""
 
+import math
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -27,6 +28,9 @@ _TOLERANCE_ELSEWHERE = 1e-3
 _NOISE_FLOOR = 1e-2
 """A parameter's gradient counts as at least this share of the host's: of one that vanishes by
 construction (a bias in front of a normalisation) nothing but rounding is left to compare."""
+
+_CHECKED_STAGES = (SeedStage.TRAINING, SeedStage.BLENDING)
+_NEVER = math.inf
 
 _WHERE_IT_RAISED = (
     "raised in a check of the isolation monitor, which runs forward and backward twice beside the "
@@ -112,6 +116,10 @@ class IsolationMonitor:
         self._records: dict[str, _Record] = {}
         self._checks = 0
         self._last_step: int | None = None
+        self._settled_until: float = 0.0
+        """No seed needs its first check in a phase before this step, while `_settled_stages` are
+        what the seeds are in: most steps need to know no more."""
+        self._settled_stages: list[tuple[SeedStage, nn.ModuleList]] = []
 
     def due(self, step: int) -> SeedSlot | None:
         """Return the slot that is to be checked in this optimizer step, if any."""
@@ -119,13 +127,24 @@ class IsolationMonitor:
         # The gradients of a sharded host arrive past autograd, so a check would find none at all.
         if interval is None or last == step or self._slots.sharded:
             return None
-        slots = [slot for slot in self._slots.values() if _checkable(slot)]
-        new = [slot for slot in slots if self._last_check(slot) is None]
-        if new:
-            return new[0]
-        if not slots or (last is not None and step - last < interval):
+        waited = last is None or step - last >= interval
+        slots = self._slots.living_slots
+        stages = [(slot.stage, slot.branches) for slot in slots]
+        if step < self._settled_until and not waited and stages == self._settled_stages:
             return None
-        return min(slots, key=lambda slot: self._last_check(slot) or 0)
+        self._settled_until, self._settled_stages = _NEVER, stages
+        longest: tuple[int, SeedSlot] | None = None
+        for slot in slots:
+            checked = self._last_check(slot) if _checkable(slot) else None
+            if checked is not None:
+                self._settled_until = min(self._settled_until, step + _steps_to_next_phase(slot))
+                if waited and (longest is None or checked < longest[0]):
+                    longest = checked, slot
+            elif slot.stage in _CHECKED_STAGES:
+                self._settled_until = step
+                if _checkable(slot):
+                    return slot
+        return None if longest is None else longest[1]
 
     def check(self, loss: Callable[[], Tensor], *, step: int) -> None:
         """Make a check if one is due; call it before a step's forward, with nothing pending.
@@ -183,6 +202,7 @@ class IsolationMonitor:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from there; the slots have their state of then by now."""
         self._checks, self._last_step = state["checks"], state["last_step"]
+        self._settled_until = 0.0
         self._records = {
             path: _Record.from_state(kept, self._slots[path])
             for path, kept in state["records"].items()
@@ -351,5 +371,17 @@ def _checkable(slot: SeedSlot) -> bool:
 def _phase(slot: SeedSlot) -> _Phase:
     if slot.stage is SeedStage.BLENDING:
         return _Phase.BLENDING
-    ripe = 2 * slot.measurements.training_steps >= slot.config.thresholds.min_training_steps
-    return _Phase.RIPE if ripe else _Phase.YOUNG
+    return _Phase.YOUNG if _steps_to_ripe(slot) > 0 else _Phase.RIPE
+
+
+def _steps_to_ripe(slot: SeedSlot) -> int:
+    """Return how many steps of training are left until halfway to those that G2 asks for."""
+    halfway = math.ceil(slot.config.thresholds.min_training_steps / 2)
+    return halfway - slot.measurements.training_steps
+
+
+def _steps_to_next_phase(slot: SeedSlot) -> float:
+    """Return in how many steps the seed of a slot is in another phase of the same stage."""
+    if slot.stage is SeedStage.BLENDING or _steps_to_ripe(slot) <= 0:
+        return _NEVER
+    return _steps_to_ripe(slot)

@@ -335,7 +335,8 @@ class LivingSlot(SlotForward):
                 raise RuntimeError(_WITHOUT_A_SHADOW.format(subject=life.subject))
             return
         life.measurements.training_steps += learned
-        self._shadow_passes, self._shadow_gradient_came = 0, False
+        if self._shadow_passes:
+            self._shadow_passes, self._shadow_gradient_came = 0, False
 
     def _has_gradient(self) -> bool:
         return any(p.grad is not None for p in self._living_branch().parameters())

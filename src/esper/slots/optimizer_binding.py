@@ -1,6 +1,6 @@
 """One parameter group per slot, made once, so that the number of groups never changes."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -248,11 +248,8 @@ class OptimizerBinding:
         else:  # the backward is in there, as Lightning has it
             kept = {key: value for key, value in kwargs.items() if key != "closure"}
             changed = ((args[0], self._measured_after(closure), *args[2:]), kept)
-        for path, group in self._groups().items():
-            slot = self._slots.get(path)
-            if slot is None or not group["params"]:
-                continue
-            config = slot.config
+        for path, group in self._filled_groups():
+            config = self._slots[path].config
             factor = config.learning_rate_multiplier
             if self._steps[path] < config.warmup_steps:
                 factor *= (self._steps[path] + 1) / config.warmup_steps
@@ -272,9 +269,16 @@ class OptimizerBinding:
     def _step_ends(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._restore_learning_rates()
         self._stepped = True
-        for path, slot in self._slots.items():
-            if slot.stage is not SeedStage.GERMINATED:
+        for path, _ in self._filled_groups():
+            if self._slots[path].stage is not SeedStage.GERMINATED:
                 self._steps[path] += 1
+
+    def _filled_groups(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yield the groups of slots that hold a living seed."""
+        for group in self.optimizer.param_groups:
+            path: str | None = group.get(GROUP_KEY)
+            if path in self._slots and path is not None and group["params"]:
+                yield path, group
 
     def _restore_learning_rates(self) -> None:
         for group, learning_rate in self._restore:

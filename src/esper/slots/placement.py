@@ -56,7 +56,8 @@ def _through_slot(
 
     Looks the slot up by name, so that a copy of the module runs its own copy of the slot.
     """
-    slot: Any = module.esper_slot
+    # Not by attribute: the way through Module.__getattr__ is half of a dormant slot's cost.
+    slot: Any = module._modules[SLOT_NAME]  # noqa: SLF001
     if not (slot.active or slot.watched):
         return None
     features = output if isinstance(output, Tensor) else output[0]

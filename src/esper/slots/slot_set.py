@@ -59,6 +59,7 @@ class SlotSet(Mapping[str, SeedSlot]):
         )
         self._removed: dict[str, list[weakref.ref[nn.Parameter]]] = {}
         self._host_parameters: list[nn.Parameter] | None = None
+        self._living_slots: tuple[SeedSlot, ...] | None = None
         self._seeds_changed = 0
 
     def __getitem__(self, path: str) -> SeedSlot:
@@ -208,7 +209,7 @@ class SlotSet(Mapping[str, SeedSlot]):
 
         Effects: as `teach_in_shadow`, for one seed after the other.
         """
-        for slot in self._slots.values():
+        for slot in self.living_slots:
             if slot.learns_in_shadow and slot.training:
                 teach_in_shadow(slot, self.model, self._slots.values(), loss)
 
@@ -222,8 +223,10 @@ class SlotSet(Mapping[str, SeedSlot]):
             RuntimeError: A seed learns in shadow, and no pass was made since the last tick.
         """
         learned = self.binding is None or self.binding.take_step()
-        ticks = (slot.tick(learned=learned) for slot in self._slots.values())
-        return [event for events in ticks for event in events]
+        events: list[Event] = []
+        for slot in self.living_slots:
+            events += slot.tick(learned=learned)
+        return events
 
     def end_epoch(self) -> list[Event]:
         """Let one epoch pass in every slot and sweep the caches."""
@@ -265,6 +268,14 @@ class SlotSet(Mapping[str, SeedSlot]):
         self.gradient_health.note_before_clipping(norms)
         return norms[HOST]
 
+    @property
+    def living_slots(self) -> tuple[SeedSlot, ...]:
+        """The slots that hold a living seed, in module order."""
+        if self._living_slots is None:
+            slots = self._slots.values()
+            self._living_slots = tuple(slot for slot in slots if slot.living is not None)
+        return self._living_slots
+
     def host_parameters(self) -> list[nn.Parameter]:
         """Return the host's parameters in the model's order, committed seeds included."""
         if self._host_parameters is None:
@@ -302,19 +313,19 @@ class SlotSet(Mapping[str, SeedSlot]):
     def _before_step(self) -> None:
         self.average_gradients()
         self._averaged = False
-        for slot in self._slots.values():
+        for slot in self.living_slots:
             slot.check_shadow_gradient()
+        if not self.gradient_health.step_is_due():
+            return
         learning = {
             _owner_name(slot.path): slot.living.parameters()
-            for slot in self._slots.values()
+            for slot in self.living_slots
             if slot.stage in _LEARNING_STAGES and slot.living is not None
         }
         # GradScaler leaves its factor to a fused optimizer, under this attribute.
         assert self.binding is not None
         scale = getattr(self.binding.optimizer, "grad_scale", None)
-        self.gradient_health.before_step(
-            self.host_parameters(), learning, HOST, gradient_scale=scale
-        )
+        self.gradient_health.measure(self.host_parameters(), learning, HOST, gradient_scale=scale)
 
     # Keeping
 
@@ -383,8 +394,7 @@ class SlotSet(Mapping[str, SeedSlot]):
         for path, slot in self._slots.items():
             removed += slot.load_growth_state(snapshots[path], states[path], branches[path])
             self._removed.pop(path, None)
-        self._host_parameters = None
-        self._seeds_changed += 1
+        self._note_seeds_changed()
         self._renew_block_masks()
         if self.binding is not None:
             self.binding.regroup(removed)
@@ -459,8 +469,7 @@ class SlotSet(Mapping[str, SeedSlot]):
         """
         if state_of is not None:
             self._copy_optimizer_state(state_of, branch)
-        self._host_parameters = None
-        self._seeds_changed += 1
+        self._note_seeds_changed()
         for slot in self._slots.values():
             slot.prepare_seeds()
         if self.binding is not None:
@@ -484,8 +493,7 @@ class SlotSet(Mapping[str, SeedSlot]):
 
     def seed_removed(self, path: str, branch: SeedBranch) -> None:
         """Take a pruned seed from the optimizer and remember what must be gone."""
-        self._host_parameters = None
-        self._seeds_changed += 1
+        self._note_seeds_changed()
         self._removed[path] = [weakref.ref(parameter) for parameter in branch.parameters()]
         self.gradient_health.forget(_owner_name(path))
         self._renew_block_masks()
@@ -494,7 +502,7 @@ class SlotSet(Mapping[str, SeedSlot]):
 
     def seed_committed(self, path: str, branch: SeedBranch) -> None:
         """Move a committed seed's parameters to the host's group."""
-        self._host_parameters = None
+        self._host_parameters = self._living_slots = None
         self.gradient_health.forget(_owner_name(path))
         if self.binding is not None:
             self.binding.commit(path, branch)
@@ -519,6 +527,10 @@ class SlotSet(Mapping[str, SeedSlot]):
         if not found:
             self._removed.pop(path, None)
         return tuple(found)
+
+    def _note_seeds_changed(self) -> None:
+        self._host_parameters = self._living_slots = None
+        self._seeds_changed += 1
 
     def _renew_block_masks(self) -> None:
         """Drop every block mask; what the slots' own lengths need is there for compiled graphs."""

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from enum import Enum
 from types import MappingProxyType
@@ -13,6 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from esper.slots.nested import tensors_in
 from esper.slots.slot_set import SlotSet
+
+_NOT_COUNTED = nullcontext()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,22 +130,19 @@ class CostMeter:
         self._take_time()
         self._mark = None
 
-    @contextmanager
-    def batch(self, batch: Any) -> Iterator[None]:
+    def batch(self, batch: Any) -> AbstractContextManager[None]:
         """Count a batch's forward and backward.
 
         Args:
             batch: Its tensors' shapes, with the slots' structure, are what the count depends on.
         """
-        shapes = tuple(tensor.shape for tensor in tensors_in(batch)) if self._count else ()
-        with self._counted("batch", shapes):
-            yield
+        if not self._count:
+            return _NOT_COUNTED
+        return self._counted("batch", tuple(tensor.shape for tensor in tensors_in(batch)))
 
-    @contextmanager
-    def optimizer_step(self) -> Iterator[None]:
+    def optimizer_step(self) -> AbstractContextManager[None]:
         """Count an optimizer's step: nothing for elementwise ones, matrix products for others."""
-        with self._counted("optimizer"):
-            yield
+        return self._counted("optimizer") if self._count else _NOT_COUNTED
 
     @contextmanager
     def decision(self) -> Iterator[None]:
@@ -182,9 +181,6 @@ class CostMeter:
 
     @contextmanager
     def _counted(self, *what: Hashable) -> Iterator[None]:
-        if not self._count:
-            yield
-            return
         key = (self._slots.structure(), *what)
         counter = None if key in self._known else flop_counter()
         if counter is None:
