@@ -17,6 +17,7 @@ many graphs, what the compiler refused, and how many compiled in a step. A graph
 for, or one that the compiler refuses, is an error.
 
     python benchmarks/compile_lifecycle.py [--host cnn decoder llama] [--backend inductor]
+        [--slots 1 4] [--how whole regional] [--epochs 200] [--germinations 20] [--device cpu]
 """
 
 import argparse
@@ -85,7 +86,7 @@ class Side:
         model = FourBlocks() if host.family == "cnn" else host.model
         paths = [f"blocks.{index}" for index in range(NUM_SLOTS)]
         paths = paths if host.family == "cnn" else list(host.blocks)
-        self.model = model.train()
+        self.model = model.to(host.inputs.device).train()
         self.slots = esper.attach(
             self.model,
             paths[:num_slots],
@@ -106,6 +107,8 @@ class Side:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.slots.tick()
+        if self.host.inputs.is_cuda:
+            torch.cuda.synchronize()
         seconds = time.perf_counter() - started
         self.in_steps += graphs() - before
         if self.compiled is not None and self.compiled.due():
@@ -289,21 +292,27 @@ def main() -> None:
     parser.add_argument("--how", nargs="+", default=["whole", "regional"])
     parser.add_argument("--epochs", type=int, default=200)
     parser.add_argument("--germinations", type=int, default=20)
+    parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
     console = Console()
-    console.print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
+    console.print(
+        f"{arguments.device}, torch {torch.__version__}, {torch.get_num_threads()} threads; "
+        f"esper {esper.__version__}"
+    )
     for name in arguments.host:
         for num_slots in arguments.slots:
             for how in arguments.how:
                 torch.manual_seed(0)
                 with tempfile.TemporaryDirectory() as folder:
-                    host = HOSTS[name]("cpu")
+                    host = HOSTS[name](arguments.device)
                     parts = lives(host, num_slots, how, arguments.backend, Path(folder))
                 console.print(table(name, num_slots, how, parts))
+        if not arguments.germinations:
+            continue
         torch.manual_seed(0)
         with tempfile.TemporaryDirectory() as folder:
             told = long_run(
-                HOSTS[name]("cpu"),
+                HOSTS[name](arguments.device),
                 name,
                 epochs=arguments.epochs,
                 germinations=arguments.germinations,

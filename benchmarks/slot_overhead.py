@@ -16,13 +16,14 @@ range). By hand is always a plain network without esper:
 With `--compile whole` both sides are one graph each. With `--compile regional` a `CompiledHost`
 stands against a network whose blocks are compiled each alone, and so is what mixes the seed in;
 the same network compiled whole is a second yardstick. A baked network is plain: both sides compile
-its blocks, the seed's with the seed inside.
+its blocks, the seed's with the seed inside. With `--compile captured`, on a GPU, forward and
+backward are CUDA graphs on both sides, ours by a `CapturedStep`.
 
 Without `--compile` the call of a dormant slot is timed alone too: an identity with a slot behind it
 against one without, many calls of each in turn.
 
     python benchmarks/slot_overhead.py [--host cnn decoder llama] [--steps 200]
-        [--compile whole|regional] [--device cpu]
+        [--compile whole|regional|captured] [--device cpu]
 """
 
 import argparse
@@ -30,16 +31,16 @@ import copy
 import itertools
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
 
 import esper
-from esper.compilation import CompiledHost
+from esper.compilation import CapturedStep, CompiledHost
 from esper.lifecycle.events import CompileFailed
 from speed_hosts import (
     HOSTS,
@@ -111,6 +112,7 @@ class Side:
         slots: Of the model; None for one without.
         forward: Is called instead of the model.
         compiled: Prepares the slots' seeds between two steps.
+        captured: Whether forward and backward are CUDA graphs.
     """
 
     def __init__(
@@ -121,6 +123,7 @@ class Side:
         slots: esper.SlotSet | None = None,
         forward: nn.Module | None = None,
         compiled: CompiledHost | None = None,
+        captured: bool = False,
     ) -> None:
         self.host = host
         self.slots = slots
@@ -129,6 +132,19 @@ class Side:
         self._optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
         if slots is not None:
             slots.bind(self._optimizer)
+        self._passes: Callable[[Tensor, Tensor], object] = self._eagerly
+        if captured:
+            self._passes = (
+                CaptureByHand(self._loss, host, list(model.parameters()))
+                if slots is None
+                else CapturedStep(slots, self._loss)
+            )
+
+    def _loss(self, inputs: Tensor, labels: Tensor) -> Tensor:
+        return self.host.loss(self._forward(inputs), labels)
+
+    def _eagerly(self, inputs: Tensor, labels: Tensor) -> None:
+        self._loss(inputs, labels).backward()
 
     def step(self) -> None:
         """Make one training step.
@@ -137,7 +153,7 @@ class Side:
             RuntimeError: Something of esper's would run uncompiled.
         """
         host = self.host
-        host.loss(self._forward(host.inputs), host.labels).backward()
+        self._passes(host.inputs, host.labels)
         self._optimizer.step()
         self._optimizer.zero_grad()
         if self.slots is not None:
@@ -150,6 +166,40 @@ class Side:
             torch.cuda.synchronize()
 
 
+class CaptureByHand:
+    """Forward and backward of a plain network as one CUDA graph."""
+
+    def __init__(
+        self,
+        loss: Callable[[Tensor, Tensor], Tensor],
+        host: SpeedHost,
+        parameters: Sequence[nn.Parameter],
+    ) -> None:
+        self._inputs, self._labels = host.inputs.clone(), host.labels.clone()
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            for _ in range(3):
+                loss(self._inputs, self._labels).backward()
+        torch.cuda.current_stream().wait_stream(aside)
+        self._graph = torch.cuda.CUDAGraph()
+        for parameter in parameters:
+            parameter.grad = None
+        with torch.cuda.graph(self._graph):
+            value = loss(self._inputs, self._labels)
+            value.backward()
+        self._value = value.detach()
+        self._gradients = [(p, p.grad) for p in parameters if p.grad is not None]
+
+    def __call__(self, inputs: Tensor, labels: Tensor) -> Tensor:
+        self._inputs.copy_(inputs)
+        self._labels.copy_(labels)
+        self._graph.replay()
+        for parameter, gradient in self._gradients:
+            parameter.grad = gradient
+        return self._value.clone()
+
+
 def with_slots(host: SpeedHost, stage: Stage, mode: str) -> Side:
     """Return our side, compiled in a mode."""
     model, slots = slotted(host, stage)
@@ -159,7 +209,7 @@ def with_slots(host: SpeedHost, stage: Stage, mode: str) -> Side:
         if slots is not None:
             return Side(host, model, slots=slots, compiled=CompiledHost(slots, backend=BACKEND))
         compile_blocks(host, model, seed_apart=False)
-    return Side(host, model, slots=slots)
+    return Side(host, model, slots=slots, captured=mode == "captured")
 
 
 def by_hand(host: SpeedHost, stage: Stage, mode: str) -> Side:
@@ -169,7 +219,7 @@ def by_hand(host: SpeedHost, stage: Stage, mode: str) -> Side:
         return Side(host, model, forward=compiled_whole(model))
     if mode == "regional":
         compile_blocks(host, model, seed_apart=not stage.baked)
-    return Side(host, model)
+    return Side(host, model, captured=mode == "captured")
 
 
 def compiled_whole(model: nn.Module) -> nn.Module:
@@ -265,13 +315,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--host", nargs="+", choices=HOSTS, default=list(HOSTS))
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--compile", choices=("whole", "regional"), dest="mode", default="eager")
+    parser.add_argument(
+        "--compile", choices=("whole", "regional", "captured"), dest="mode", default="eager"
+    )
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     if options.steps < 2 * BLOCK_STEPS:
         parser.error(f"--steps must be at least {2 * BLOCK_STEPS}, two blocks")
     console = Console(width=110)
-    mode = options.mode if options.mode == "eager" else f"compiled, {options.mode}"
+    compiled = options.mode in ("whole", "regional")
+    mode = f"compiled, {options.mode}" if compiled else options.mode
     console.print(
         f"{mode}, {options.device}, torch {torch.__version__}, {torch.get_num_threads()} "
         f"threads, {options.steps} steps each; esper {esper.__version__}"

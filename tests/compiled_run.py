@@ -52,14 +52,16 @@ class Run:
         compiled: bool,
         backend: str = "aot_eager",
         service: CompileService | None = None,
+        device: str = "cpu",
         **config: Any,
     ) -> None:
         torch.manual_seed(0)
-        self.host = Host()
+        self.device = device
+        self.host = Host().to(device)
         self.slots = esper.attach(
             self.host,
             ["first", "second"],
-            example=BATCHES[0],
+            example=BATCHES[0].to(device),
             config=SlotConfig(max_committed=4, embargo_epochs=0, **config),
         )
         self.optimizer = torch.optim.SGD(self.host.parameters(), lr=0.05, momentum=0.9)
@@ -75,7 +77,7 @@ class Run:
 
     def loss(self) -> Tensor:
         images = BATCHES[self.number % len(BATCHES)]
-        images = torch.cat([images, images])[: self.samples]
+        images = torch.cat([images, images])[: self.samples].to(self.device)
         return mse_loss(self.host(images), images.mean(dim=(2, 3))[:, :2])
 
     def prepare(self) -> list[Any]:

@@ -133,6 +133,32 @@ def test_another_run_takes_it_from_the_store(store: ArtefactStore) -> None:
     assert sources == ["worker", "store"]
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_another_machine_finds_every_graph_in_the_store(
+    store: ArtefactStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sources = []
+    for number in range(2):
+        folder = tmp_path / f"inductor {number}"
+        folder.mkdir(mode=0o700)
+        monkeypatch.setenv(CACHE_VARIABLE, str(folder))
+        torch._dynamo.reset()
+        with CompileService(store) as service:
+            run = Run(compiled=True, backend="inductor", service=service, device="cuda")
+            run.step()
+            counters.clear()
+            run.slots["first"].germinate("norm")
+            run.compiled_in_steps = 0
+            event = step_until_an_event(run)
+            assert isinstance(event, SeedCompiled), event
+            sources.append(event.source)
+            assert counters["inductor"]["fxgraph_cache_hit"] == 4
+            assert counters["inductor"]["fxgraph_cache_miss"] == 0
+            assert run.compiled_in_steps == 0
+    assert sources == ["worker", "store"]
+
+
 def test_a_copy_of_a_compiled_block_is_compiled_elsewhere_too(store: ArtefactStore) -> None:
     with CompileService(store) as service:
         run = Run(compiled=True, service=service)

@@ -28,6 +28,7 @@ from esper.lifecycle.events import (
     SeedFailed,
     SeedGerminated,
     SeedPruned,
+    StepCaptured,
     StepSkipped,
 )
 from esper.lifecycle.stages import LIVING_STAGES, SeedStage
@@ -269,6 +270,9 @@ def _of_the_compiler(event: Event, when: str) -> str | None:
     if isinstance(event, CompileFailed):
         what = event.place if event.blueprint is None else f"{event.blueprint} in {event.place}"
         return f"{when}: {what} runs as it is, not compiled: {event.error}"
+    if isinstance(event, StepCaptured):
+        held_up = f"the run was held up for {1e-3 * event.milliseconds:.2f} s"
+        return f"{when}: steps like this one are a CUDA graph from now on; {held_up}"
     if isinstance(event, ArtefactRefused):
         return f"{when}: graphs kept of {event.blueprint} are not used: {event.reason}"
     return None

@@ -78,6 +78,8 @@ class CompiledHost:
         self._functions = CompiledFunctions(run_slot, options=self._options)
         self._breakers: dict[str, CircuitBreaker] = {}
         self._foreseen: set[Hashable] = set()
+        self.version = 0
+        """Another one whenever something else than before runs compiled."""
         self._heard = 0
         """The service's version at the last `prepare`."""
         self._events: list[Event] = []
@@ -133,6 +135,7 @@ class CompiledHost:
                 self._attend(seed, kinds)
             self._tell_failure(seed)
         events, self._events = self._events, []
+        self.version += bool(events)
         return events
 
     def foresee(self, germinations: Iterable[Germinate]) -> None:

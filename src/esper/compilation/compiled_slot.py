@@ -1,11 +1,12 @@
 """A slot whose seeds run compiled once they are ready, and until then as they are."""
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from esper.compilation.comparable import comparable, kind_of
 from esper.compilation.compile_request import CompileRequest
 from esper.compilation.feature_guards import FeatureGuards
 from esper.lifecycle.stages import SeedStage
@@ -22,7 +23,6 @@ _LOW_TOLERANCE = 0.1
 """Of bfloat16 and float16, autocast included: compiled code fuses, and so rounds less often than
 eager code, and differences of some percent are what an honest seed shows."""
 _CHECKED_ALPHA = 0.5
-_CONSTANTS = (bool, int, float, str, type(None))
 
 
 class MiscompiledError(RuntimeError):
@@ -45,28 +45,12 @@ def variant_of(features: Tensor, call: CallArguments) -> Hashable:
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     if call.args or call.kwargs:
         try:
-            arguments = _comparable((call.args, call.kwargs))
+            arguments = comparable((call.args, call.kwargs))
         except TypeError:
             return None
     else:
         arguments = ()
-    return (*_kind_of(features), autocast, arguments)
-
-
-def _kind_of(tensor: Tensor) -> tuple[Hashable, ...]:
-    return tensor.shape, tensor.stride(), tensor.dtype, tensor.requires_grad
-
-
-def _comparable(value: Any) -> Hashable:
-    if isinstance(value, Tensor):
-        return _kind_of(value)
-    if isinstance(value, Mapping):
-        return tuple((key, _comparable(item)) for key, item in value.items())
-    if isinstance(value, (tuple, list)):
-        return tuple(_comparable(item) for item in value)
-    if isinstance(value, _CONSTANTS):
-        return type(value), value
-    raise TypeError(f"{type(value).__name__} is no tensor and no constant")
+    return (*kind_of(features), autocast, arguments)
 
 
 class CompiledSlot:

@@ -89,6 +89,22 @@ class RunConfig(Record):
     depth_schedule: DepthScheduleConfig
 
     @model_validator(mode="after")
+    def _can_be_captured(self) -> "RunConfig":
+        if not self.trainer.cuda_graphs:
+            return self
+        if not self.device.startswith("cuda"):
+            raise ValueError(
+                f"trainer.cuda_graphs needs a CUDA device, and this run is on {self.device}; add "
+                "device=cuda, or leave it out"
+            )
+        if self.compile.enabled and self.compile.mode in ("reduce-overhead", "max-autotune"):
+            raise ValueError(
+                f"trainer.cuda_graphs and compile.mode={self.compile.mode}, which captures CUDA "
+                "graphs of its own, exclude each other; leave one of them out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _grows_in_the_stable_phase(self) -> "RunConfig":
         schedule = self.depth_schedule
         if self.policy == DepthSchedulePolicy.name:

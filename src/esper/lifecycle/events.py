@@ -402,18 +402,28 @@ class SeedCompiled(_Event):
 
 
 class CompileFailed(_Event):
-    """A module of the host, or a seed, runs as it is, because compiling it did not work."""
+    """Something runs as it is, because compiling or capturing it did not work."""
 
     type: Literal["compile_failed"] = "compile_failed"
     place: str
-    """Path of the module or of the slot."""
+    """Path of the module or of the slot; "the step" where that was to be a CUDA graph."""
     blueprint: str | None
-    """None for a module of the host."""
+    """None unless it is a seed."""
     error: str
 
     @property
     def priority(self) -> Priority:
         return Priority.WARNING
+
+
+class StepCaptured(_Event):
+    """Forward and backward of a step are one CUDA graph from now on, while nothing changes."""
+
+    type: Literal["step_captured"] = "step_captured"
+    graphs: int
+    """That are kept by now."""
+    milliseconds: float
+    """That capturing took."""
 
 
 class ArtefactRefused(_Event):
@@ -469,6 +479,7 @@ Event = Annotated[
     | RunResumed
     | SeedCompiled
     | CompileFailed
+    | StepCaptured
     | ArtefactRefused
     | CachesSwept,
     Field(discriminator="type"),

@@ -10,6 +10,7 @@ import torch
 from pydantic import Field, FiniteFloat
 from torch import Tensor, nn
 
+from esper.compilation.captured_step import CapturedStep
 from esper.lifecycle.events import StepSkipped
 from esper.lifecycle.record import Record
 from esper.slots.counterfactual import call_model
@@ -51,6 +52,9 @@ class TrainerConfig(Record):
     matmul_precision: MatmulPrecision = "highest"
     scheduler_interval: Literal["step", "epoch"] = "epoch"
     """When the learning-rate scheduler steps."""
+    cuda_graphs: bool = False
+    """Whether forward and backward are replayed as CUDA graphs while nothing but values changes;
+    see `esper.compilation.CapturedStep`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,6 +149,12 @@ class Trainer:
         self._scaler = torch.amp.GradScaler(
             self._device.type, enabled=config.precision == "float16"
         )
+        self._captured: CapturedStep | None = None
+        if config.cuda_graphs:
+            loss_of = functools.partial(self._forward, self.forward)
+            self._captured = CapturedStep(
+                growth.slots, loss_of, scale=self._scaler.scale, compiled=growth.compiled
+            )
         self._metrics: dict[str, float] = {}
         self._losses: list[Tensor] = []
         """Of the steps of the epoch under way."""
@@ -367,7 +377,6 @@ class Trainer:
         total: Tensor | None = None
         for number, batch in enumerate(group, start=1):
             inputs, targets = to_device(batch, self._input_device)
-            forward = functools.partial(self._forward, self.forward, inputs, targets, len(group))
             # Beside the step the model itself runs: a wrapper would wait for its gradients.
             beside = functools.partial(self._forward, self.model, inputs, targets, len(group))
             scaled = functools.partial(self._scaled, beside)
@@ -375,11 +384,8 @@ class Trainer:
                 self.growth.check_isolation(scaled)
             with self.growth.meter.batch((inputs, targets)):
                 self.growth.shadow_pass(scaled)
-                loss = forward()
-                total = loss.detach() if total is None else total + loss.detach()
-                if number == len(group):
-                    self.governor.look(total)
-                self._scaler.scale(loss).backward()
+                last = number == len(group)
+                total = self._passes(inputs, targets, len(group), total, look=last)
         self.growth.slots.average_gradients()
         norm = None
         if self.config.max_gradient_norm is not None:
@@ -402,6 +408,38 @@ class Trainer:
         if self.config.scheduler_interval == "step":
             self._step_scheduler()
         return None if refusal is not None else total
+
+    def _passes(
+        self, inputs: Any, targets: Any, num_batches: int, total: Tensor | None, *, look: bool
+    ) -> Tensor:
+        """Make one batch's forward and backward.
+
+        Args:
+            inputs: Of the model.
+            targets: Of the loss.
+            num_batches: In the step.
+            total: The loss of the step's batches so far.
+            look: The governor takes a look at the loss of all of them.
+
+        Returns:
+            The loss of the step's batches with this one.
+        """
+
+        def see(loss: Tensor) -> None:
+            nonlocal total
+            total = loss if total is None else total + loss
+            if look:  # before the backward, so that the loss is read meanwhile
+                self.governor.look(total)
+
+        if self._captured is None:
+            loss = self._forward(self.forward, inputs, targets, num_batches)
+            see(loss.detach())
+            self._scaler.scale(loss).backward()
+        else:
+            self._captured(inputs, targets, num_batches, between=see)
+            self.growth.publish(self._captured.take_events())
+        assert total is not None
+        return total
 
     def _refusal(self, norm: Tensor | None) -> StepSkipped | None:
         """Return why the optimizer must not step, in this process or, of several, in any."""
