@@ -17,6 +17,7 @@ from esper.lifecycle.events import CompileFailed, StepCaptured
 from esper.policies.named import named_policy
 from esper.training.growth import Growth
 from esper.training.trainer import Trainer, TrainerConfig
+from waiting import waiting_raises
 
 
 class Tokens(nn.Module):
@@ -76,6 +77,7 @@ class Loop:
         self.losses: list[Tensor] = []
         self.number = 0
         torch.cuda.manual_seed(1)
+        self.random_state = torch.cuda.get_rng_state()
 
     def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
         return mse_loss(self.host(inputs), targets)
@@ -94,6 +96,7 @@ class Loop:
         return loss.detach()
 
     def steps(self, number: int = WARM_UP_STEPS + 3, *, samples: int = 4, batches: int = 1) -> None:
+        torch.cuda.set_rng_state(self.random_state)
         for _ in range(number):
             for _ in range(batches):
                 self.losses.append(self.passes(samples))
@@ -105,6 +108,7 @@ class Loop:
                 self.events += self.compiled.prepare()
             if self.captured is not None:
                 self.events += self.captured.take_events()
+        self.random_state = torch.cuda.get_rng_state()
 
     @property
     def graphs(self) -> int:
@@ -149,6 +153,10 @@ def deterministic() -> Iterator[None]:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.usefixtures("deterministic")
+@pytest.mark.filterwarnings("ignore:.*Function'> should not be instantiated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:UserWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
 class TestOnAGPU:
     @pytest.mark.parametrize("name", HOSTS)
     def test_a_life_of_replayed_steps_is_the_eager_one_to_the_bit(self, name: str) -> None:
@@ -221,6 +229,11 @@ class TestOnAGPU:
         assert isinstance(failure, CompileFailed)
         assert failure.place == "the step"
         assert_same(captured, eager)
+        stream = torch.cuda.current_stream()
+        assert stream == torch.cuda.default_stream()
+        after = Loop(captured=True)  # what is captured next in this process
+        after.steps()
+        assert after.graphs == 1
 
     def test_a_seed_that_draws_behind_the_host_is_not_captured(self) -> None:
         loop = Loop(captured=True)
@@ -248,14 +261,11 @@ class TestOnAGPU:
         loop.slot.advance(force=True)
         loop.steps()
         batch = loop.batch(4)
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with waiting_raises():
             loop.captured(*batch)
             loop.optimizer.step()
             loop.optimizer.zero_grad()
             loop.slots.tick()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
 
     def test_a_batch_elsewhere_is_refused(self) -> None:
         loop = Loop(captured=True)

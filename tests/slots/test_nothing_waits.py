@@ -33,6 +33,7 @@ from esper.slots import (
 )
 from esper.slots.gradient_health import GradientHealth
 from esper.slots.isolation_monitor import IsolationMonitor
+from waiting import waiting_raises
 
 STEP_PATH: dict[ModuleType, set[str] | None] = {
     slot: {"tick"},
@@ -249,13 +250,10 @@ def test_a_whole_step_reads_no_value_from_the_device(
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_whole_step_does_not_wait_for_a_gpu(host: Any, stage: SeedStage, grow: Any) -> None:
     run = Run(host, stage, grow, device="cuda", warmup_steps=10)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waiting_raises():
         run.step()
         with pytest.raises(RuntimeError, match="synchroniz"):
             float(run.loss())
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("objective", ["plain", "norm_cap", "correlation", "shadow"])

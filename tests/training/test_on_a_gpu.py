@@ -15,6 +15,7 @@ from esper.lifecycle.events import EventRecord, SeedCommitted, SeedGerminated
 from esper.policies.named import named_policy
 from esper.training.growth import Growth
 from esper.training.trainer import Trainer, TrainerConfig
+from waiting import waiting_raises
 
 pytestmark = [
     pytest.mark.gpu,
@@ -69,11 +70,11 @@ def test_no_step_of_the_trainer_waits_for_the_gpu() -> None:
     slots["0"].advance(force=True)
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
-        for index in range(20):
-            if index == 5:
-                torch.cuda.set_sync_debug_mode("error")
+        for _ in range(5):
             yield torch.randn(16, 4), torch.randint(0, 3, (16,))
-        torch.cuda.set_sync_debug_mode("default")
+        with waiting_raises():
+            for _ in range(15):
+                yield torch.randn(16, 4), torch.randint(0, 3, (16,))
 
     class Batches:
         def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -81,8 +82,5 @@ def test_no_step_of_the_trainer_waits_for_the_gpu() -> None:
 
     config = TrainerConfig(epochs=1)
     trainer = Trainer(growth, Batches(), loss=cross_entropy, evaluate=lambda: 1.0, config=config)
-    try:
-        (report,) = trainer.fit()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    (report,) = trainer.fit()
     assert report.step == 20

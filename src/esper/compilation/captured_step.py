@@ -1,5 +1,6 @@
 """A step's forward and backward as CUDA graphs, while nothing but values changes in it."""
 
+import contextlib
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Sequence
@@ -91,6 +92,9 @@ class CapturedStep:
         self._stream = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
         self._windows: OrderedDict[Hashable, _Window] = OrderedDict()
+        self._structure: Hashable = None
+        self._parameters: list[nn.Parameter] = []
+        """The model's, in that structure."""
         self._events: list[Event] = []
 
     def __call__(self, *batch: Any, between: Callable[[Tensor], None] | None = None) -> Tensor:
@@ -148,11 +152,15 @@ class CapturedStep:
             shapes = comparable(batch)
         except TypeError:
             return None
+        structure = slots.structure()
+        if structure != self._structure:
+            self._structure, self._parameters = structure, list(slots.model.parameters())
         key = (
-            slots.structure(),
+            structure,
             # A frozen seed's gradients are dropped in the backward, and an isolated one's mended.
             *((slot.path, slot.stage, slot.fading) for slot in slots.living_slots),
-            *((place.data_ptr(), place.requires_grad) for place in self._parameters()),
+            *map(Tensor.data_ptr, self._parameters),
+            *[parameter.requires_grad for parameter in self._parameters],
             slots.model.training,
             torch.is_autocast_enabled(self._device.type),
             torch.get_autocast_dtype(self._device.type),
@@ -164,10 +172,6 @@ class CapturedStep:
         if len(self._windows) > MAX_GRAPHS:
             self._windows.popitem(last=False)
         return window
-
-    def _parameters(self) -> list[nn.Parameter]:
-        living = [slot.branches.parameters() for slot in self._slots.living_slots]
-        return [*self._slots.host_parameters(), *(p for branch in living for p in branch)]
 
     def _passes(self, batch: Sequence[Any], between: Callable[[Tensor], None] | None) -> Tensor:
         loss = self._loss(*batch)
@@ -194,8 +198,8 @@ class CapturedStep:
     def _capture(self, window: "_Window", batch: Sequence[Any]) -> None:
         """Capture the passes, of which nothing runs; waits for the device."""
         started = time.perf_counter()
-        structure = self._slots.structure()
-        parameters = [p for p in self._slots.model.parameters() if p.requires_grad]
+        structure, now = self._slots.structure(), torch.cuda.current_stream(self._device)
+        parameters = [p for p in self._parameters if p.requires_grad]
         kept = [parameter.grad for parameter in parameters]
         inputs = map_tensors(torch.clone, tuple(batch))
         forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
@@ -210,6 +214,7 @@ class CapturedStep:
             gradients = [(p, p.grad) for p in parameters if p.grad is not None]
         except Exception as error:  # noqa: BLE001 – whatever cannot be captured runs eagerly
             window.refused = True
+            self._clear_away(now)
             self._events.append(CompileFailed(place=_PLACE, blueprint=None, error=told(error)))
             return
         finally:
@@ -222,6 +227,19 @@ class CapturedStep:
         taken = 1e3 * (time.perf_counter() - started)
         kept_graphs = sum(other.graph is not None for other in self._windows.values())
         self._events.append(StepCaptured(graphs=kept_graphs, milliseconds=taken))
+
+    def _clear_away(self, stream: torch.cuda.Stream) -> None:
+        """Undo what torch leaves behind where ending a capture fails.
+
+        That is the capture's stream as the current one, memory that is still allocated for it, and
+        random streams that believe a capture is under way, which another one ends.
+        """
+        torch.cuda.set_stream(stream)
+        with contextlib.suppress(RuntimeError):  # it was ended
+            torch._C._cuda_endAllocateToPool(self._device.index, self._pool)  # noqa: SLF001
+        self._pool = torch.cuda.graph_pool_handle()
+        with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=self._stream):
+            torch.zeros(1, device=self._device)
 
     def _capturing(self, graph: torch.cuda.CUDAGraph) -> AbstractContextManager[None]:
         # A loader's thread may pin memory meanwhile, which a global capture would not survive.
