@@ -95,6 +95,9 @@ class CapturedStep:
         self._structure: Hashable = None
         self._parameters: list[nn.Parameter] = []
         """The model's, in that structure."""
+        self._placed: list[int] = []
+        self._placements: dict[tuple[int, ...], int] = {}
+        self._number = 0
         self._events: list[Event] = []
 
     def __call__(self, *batch: Any, between: Callable[[Tensor], None] | None = None) -> Tensor:
@@ -152,15 +155,11 @@ class CapturedStep:
             shapes = comparable(batch)
         except TypeError:
             return None
-        structure = slots.structure()
-        if structure != self._structure:
-            self._structure, self._parameters = structure, list(slots.model.parameters())
         key = (
-            structure,
+            slots.structure(),
+            self._placement(),
             # A frozen seed's gradients are dropped in the backward, and an isolated one's mended.
             *((slot.path, slot.stage, slot.fading) for slot in slots.living_slots),
-            *map(Tensor.data_ptr, self._parameters),
-            *[parameter.requires_grad for parameter in self._parameters],
             slots.model.training,
             torch.is_autocast_enabled(self._device.type),
             torch.get_autocast_dtype(self._device.type),
@@ -172,6 +171,20 @@ class CapturedStep:
         if len(self._windows) > MAX_GRAPHS:
             self._windows.popitem(last=False)
         return window
+
+    def _placement(self) -> int:
+        """Return what is equal while all parameters lie where they did and learn if they did."""
+        structure = self._slots.structure()
+        if structure != self._structure:
+            self._structure, self._parameters = structure, list(self._slots.model.parameters())
+        placed = [
+            *map(Tensor.data_ptr, self._parameters),
+            *[parameter.requires_grad for parameter in self._parameters],
+        ]
+        if placed != self._placed:
+            self._placed = placed
+            self._number = self._placements.setdefault(tuple(placed), len(self._placements))
+        return self._number
 
     def _passes(self, batch: Sequence[Any], between: Callable[[Tensor], None] | None) -> Tensor:
         loss = self._loss(*batch)

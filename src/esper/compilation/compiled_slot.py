@@ -268,11 +268,10 @@ def _outputs(function: Callable[..., Tensor], slot: SeedSlot, seen: SeenCall) ->
         output = function(slot, features, seen.call)
     if not output.requires_grad:
         return [output]
-    # Any cotangent that is the same for both, and not the same everywhere.
-    cotangent = torch.linspace(-1.0, 1.0, output.numel(), device=output.device)
-    gradients = torch.autograd.grad(
-        output, sources, cotangent.to(output.dtype).reshape(output.shape), allow_unused=True
-    )
+    # The same for both, and without order: sums of an ordered one would cancel, up to rounding.
+    generator = torch.Generator().manual_seed(0)
+    cotangent = torch.randn(output.shape, generator=generator).to(output)
+    gradients = torch.autograd.grad(output, sources, cotangent, allow_unused=True)
     return [output.detach(), *(g for g in gradients if g is not None)]
 
 

@@ -44,7 +44,8 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     # What get_total_norm does for tensors that foreach can take, in half of its time on a CPU.
     norms = torch._foreach_norm(gradients)  # noqa: SLF001
     device = norms[0].device
-    total: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(device) for norm in norms]))
+    here = [norm if norm.device == device else norm.to(device) for norm in norms]
+    total: Tensor = torch.linalg.vector_norm(torch.stack(here))
     return total
 
 
