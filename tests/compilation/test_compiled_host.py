@@ -3,6 +3,7 @@
 import copy
 import pickle
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -13,10 +14,13 @@ from torch._dynamo.utils import counters
 import esper
 from compiled_run import BATCHES, WIDTH, Block, Host, Run, Wrong, graphs
 from esper import SeedStage, SlotConfig
-from esper.compilation import CompiledHost
+from esper.compilation import CompiledHost, MiscompiledError
+from esper.compilation.compiled_slot import CompiledSlot
 from esper.lifecycle.actions import Germinate
 from esper.lifecycle.events import BreakerChanged, CompileFailed, SeedCompiled
 from esper.seeds import Seed, blueprints, zero_initialise_
+from esper.slots.call_arguments import CallArguments
+from esper.slots.slot_forward import SlotForward
 from growth_problem import make_problem
 
 pytestmark = [
@@ -154,6 +158,28 @@ def test_a_seed_that_draws_behind_the_host_takes_nothing_from_the_hosts_stream()
         draws.append(torch.rand(3).tolist())
     assert [type(event) for event in run.events] == [SeedCompiled]
     assert draws[0] == draws[1]
+
+
+@pytest.mark.parametrize("wrong", [1, 2])
+def test_a_mismatch_is_judged_again_on_other_features(wrong: int) -> None:
+    run = Run(compiled=False)
+    slot = run.slots["first"]
+    slot.germinate("norm")
+    seed = CompiledSlot(slot)
+    kinds = seed.missing()
+    run.step()
+    calls = []
+
+    def compiled(slot: SlotForward, features: Tensor, call: CallArguments) -> Tensor:
+        calls.append(features)
+        output = SlotForward.forward(slot, features, call)
+        return output if len(calls) > wrong else output.mul(1.01)
+
+    assert seed.seen is not None
+    with pytest.raises(MiscompiledError) if wrong == 2 else nullcontext():
+        seed.prepare(kinds[:1], seed.seen, compiled)
+    assert len(calls) == 2
+    assert not torch.equal(*calls)
 
 
 @pytest.mark.usefixtures("_picky")

