@@ -184,7 +184,8 @@ def test_what_is_foreseen_is_there_when_it_germinates(store: ArtefactStore) -> N
         run.slots["first"].germinate("norm")
         run.prepare()
         run.step()  # eagerly; its features are compiled for
-        (event,) = run.events
+        (failure, event) = run.events
+        assert (failure.blueprint, type(failure)) == ("nonsense", CompileFailed)
         assert (event.blueprint, event.source) == ("norm", "worker")
 
 

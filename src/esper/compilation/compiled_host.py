@@ -12,6 +12,7 @@ from esper.compilation.compiled_slot import CompiledSlot, SeenCall, run_slot
 from esper.compilation.structures import structure_of_module, structure_of_slot
 from esper.lifecycle.actions import Germinate
 from esper.lifecycle.events import CompiledBy, CompileFailed, Event, SeedCompiled
+from esper.lifecycle.stages import IllegalTransition
 from esper.slots.breaker import CircuitBreaker
 from esper.slots.modes import beside_the_step
 from esper.slots.slot_forward import ForwardKind
@@ -144,7 +145,7 @@ class CompiledHost:
         Args:
             germinations: The likeliest first.
 
-        Effects: builds each seed once, beside the model.
+        Effects: builds each seed once, beside the model. `prepare` tells of what cannot be built.
         """
         if self._service is None:
             return
@@ -163,7 +164,14 @@ class CompiledHost:
                 if foreseen.contextual:  # what its calls will pass is not known yet
                     continue
                 job = CompileJob.of(foreseen, guards, self._options)
-            except Exception:  # noqa: BLE001, S112 – told when it germinates
+            except IllegalTransition:  # not now
+                continue
+            except Exception as error:  # noqa: BLE001 – whatever building raises, the run goes on
+                self._foreseen.add(key)
+                failed = CompileFailed(
+                    place=slot.path, blueprint=action.blueprint, error=told(error)
+                )
+                self._events.append(failed)
                 continue
             if not self._service.ask(job, ahead=True):
                 return  # enough waits; the policy will be asked again
