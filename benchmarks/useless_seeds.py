@@ -37,6 +37,7 @@ from esper.lifecycle.events import (
 from esper.lifecycle.gates import GateThresholds
 from esper.policies import tend
 from esper.tasks.teacher.task import missing_slot, teacher_loss
+from esper.training.safeguard import TrainingDivergedError
 from planted_seeds import USELESS, planted
 from tiny_decoder import decoder_setup
 
@@ -158,9 +159,16 @@ def run_planted(
     # Where something is missing, random features that are not linear are of real use.
     is_of_use = task == "teacher" and kind == "random_output"
     run.growth.policy = Planter(blueprint, but_in=missing_slot(seed) if is_of_use else None)
-    for _ in run.reports:
-        pass
+    diverged = False
+    try:
+        for _ in run.reports:
+            pass
+    except (
+        TrainingDivergedError
+    ):  # the policy plants what harms again wherever the run goes back to
+        diverged = True
     return {
+        "diverged": diverged,
         "seeds": tally.seeds,
         "committed": tally.committed,
         "refused": dict(tally.refused),

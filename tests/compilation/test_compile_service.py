@@ -174,7 +174,9 @@ def test_what_is_foreseen_is_there_when_it_germinates(store: ArtefactStore) -> N
         run.step()  # which shows the features
         coming = [Germinate(slot="first", blueprint=name) for name in ("norm", "conv_light")]
         state = torch.get_rng_state()
-        run.compiled.foresee([Germinate(slot="first", blueprint="nonsense"), *coming])
+        nonsense = Germinate(slot="first", blueprint="nonsense")
+        run.compiled.foresee([nonsense, *coming])
+        run.compiled.foresee([nonsense])
         assert torch.equal(torch.get_rng_state(), state)
         deadline = time.monotonic() + 120.0
         while service.version == 0:

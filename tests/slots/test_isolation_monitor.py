@@ -254,6 +254,18 @@ def test_checks_fall_at_the_entry_of_a_stage_and_then_in_turn_once_per_interval(
     assert due_steps(run, 11) == [(31, "first"), (32, "second"), (37, "first")]
 
 
+def test_a_seed_that_comes_later_is_checked_when_it_is_new(hosts: Any, grow: Any) -> None:
+    run = Run(hosts["mlp"], SeedStage.TRAINING, grow, interval_steps=1000)
+    slots = run.slots
+    assert len(due_steps(run, 30)) == 4, "two seeds, young and ripe"
+    slots["second"].prune()
+    for _ in range(4):
+        slots.end_epoch()
+    assert due_steps(run, 3) == []
+    grow(slots["second"], "mlp", SeedStage.TRAINING)
+    assert due_steps(run, 3) == [(34, "second")]
+
+
 def test_one_check_is_made_per_step_and_none_without_an_interval(hosts: Any, grow: Any) -> None:
     run = Run(hosts["mlp"], SeedStage.TRAINING, grow)
     run.step()

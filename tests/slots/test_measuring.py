@@ -281,6 +281,49 @@ def test_nonfinite_gradients_of_an_isolated_seed_are_counted_and_zeroed(
     assert int(slot.nonfinite_gradients) == 0
 
 
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_one_value_that_is_not_finite_makes_a_whole_gradient_zero(
+    hosts: Any, value: float, grow: Any, randomise: Any
+) -> None:
+    host = hosts["mlp"]
+    model, slots = attach(host)
+    slot = slots[host.targets[0]]
+    grow(slot, "mlp", SeedStage.TRAINING)
+    randomise(slot.living)
+    weight = max(slot.living.parameters(), key=torch.numel)
+    unit = torch.zeros_like(weight)
+    unit.view(-1)[3] = 1.0
+    weight.register_hook(lambda gradient: torch.where(unit > 0.0, value, gradient))
+    learn(model, host, 0)
+    assert not weight.grad.any()
+    assert int(slot.nonfinite_gradients) == 1
+    others = [p.grad for p in slot.living.parameters() if p is not weight]
+    assert all(bool(gradient.any()) for gradient in others)
+
+
+def test_a_norm_that_clipping_left_in_a_step_between_is_no_later_steps(
+    hosts: Any, grow: Any
+) -> None:
+    host = hosts["mlp"]
+    model, slots = attach(host)
+    slots.gradient_health = GradientHealth(interval_steps=2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    slots.bind(optimizer)
+    slot = slots[host.targets[0]]
+    grow(slot, "mlp", SeedStage.TRAINING)
+    expected = []
+    for index in range(3):
+        optimizer.zero_grad()
+        learn(model, host, index)
+        if index % 2 == 0:
+            expected.append(norm(slots.host_parameters()))
+        else:
+            slots.clip_grad_norm_(1.0)
+        optimizer.step()
+    reading = slots.read_gradient_health(slot)
+    assert reading.host_norm == pytest.approx(sum(expected) / 2, rel=1e-5)
+
+
 def test_clipping_is_per_owner(host: Any, grow: Any, randomise: Any) -> None:
     model, slots = attach(host)
     for path, stage in zip(host.targets, (SeedStage.TRAINING, SeedStage.FOSSILIZED), strict=True):

@@ -12,6 +12,24 @@ from esper.seeds import Family, Seed, blueprints
 from esper.seeds.transformer import MLPSeed
 
 
+def test_living_slots_are_those_with_a_living_seed(hosts: Any, grow: Any) -> None:
+    case = hosts["mlp"]
+    slots = esper.attach(case.build(), case.targets, example=case.inputs())
+    first, second = slots.values()
+    assert slots.living_slots == ()
+    second.germinate("mlp")
+    assert slots.living_slots == (second,)
+    grow(first, "mlp", SeedStage.PROBATIONARY)
+    assert slots.living_slots == (first, second)
+    first.commit()
+    assert slots.living_slots == (second,)
+    kept = slots.state_dict()
+    second.prune()
+    assert slots.living_slots == ()
+    slots.load_state_dict(kept)
+    assert slots.living_slots == (second,)
+
+
 def test_choices_are_what_fits_by_cost_and_follow_the_registry(hosts: Any, advance_to: Any) -> None:
     case = hosts["tokens"]
     model = case.build()
