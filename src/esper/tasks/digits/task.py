@@ -56,7 +56,7 @@ DIGITS = Task(
     metric="accuracy",
     epochs=80,
     learning_rate=5e-3,
-    slot=SlotConfig(thresholds=GateThresholds(min_over_linear_fraction=0.01, standard_errors=1.0)),
+    slot=SlotConfig(thresholds=GateThresholds(min_over_linear_fraction=0.015, standard_errors=1.5)),
     heuristic=HeuristicConfig(
         blueprints=("conv_heavy",),
         warmup_epochs=3,
@@ -67,6 +67,6 @@ DIGITS = Task(
     depth_schedule=DepthScheduleConfig(blueprint="conv_heavy", factor=2),
     threads=1,  # the steps are too short to share between cores
 )
-"""Settings chosen on seeds 0 to 4 of the validation split, the gates' on seeds 5 to 8: laxer ones
-let random functions in, the default ones, at 2% and two standard errors of 397 images, refuse more
-of what pays. See benchmarks/useless_seeds.py."""
+"""Settings chosen on seeds 0 to 4 of the validation split. The gates' are the laxest of four that
+let no random function in over 20 seeds; the default ones, at 2% and two standard errors of 397
+images, refuse more of what pays. See benchmarks/useless_seeds.py."""
