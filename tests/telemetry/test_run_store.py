@@ -13,6 +13,7 @@ import pytest
 from esper.lifecycle.events import EventRecord, SeedPruned, StepSkipped
 from esper.lifecycle.stages import SeedStage
 from esper.telemetry import DATABASE_FILE, RunFolderError, RunReader, RunStore
+from esper.telemetry.run_store import ReopenedRunStore
 
 PRUNED = EventRecord(
     time_seconds=1.5,
@@ -35,10 +36,8 @@ store = RunStore(Path(sys.argv[1]), config={}, environment={})
 event = RunFinished(metrics={}, param_count=1)
 for epoch in range(1, 4):
     store.publish(EventRecord(time_seconds=0.0, epoch=epoch, step=epoch, event=event))
-    store.measure(epoch, epoch, {"loss": 1.0 / epoch})
-    store.flush()
-store.measure(4, 4, {"loss": 0.0})
-print("ready", flush=True)
+    store.measure(epoch, epoch, {"loss": 1.0 / epoch, "accuracy": 0.5})
+    print(epoch, flush=True)
 time.sleep(600)
 """
 
@@ -72,32 +71,54 @@ def test_what_was_published_is_read_back_in_order(tmp_path: Path) -> None:
     )
 
 
-def test_run_is_readable_while_it_goes_on_and_critical_news_at_once(tmp_path: Path) -> None:
+def test_run_is_read_while_it_goes_on_and_each_row_once(tmp_path: Path) -> None:
     store = open_store(tmp_path)
     reader = RunReader(tmp_path)
+    assert (reader.status, reader.attempt, reader.is_written) == ("running", 1, True)
     store.publish(PRUNED)
-    assert reader.events() == []
+    (first,) = reader.event_rows()
+    store.measure(1, 1, {"loss": 1.0})
+    (metric,) = reader.metrics()
     store.publish(SKIPPED)
-    assert len(reader.events()) == 2
     store.publish(PRUNED)
-    store.flush()
-    assert len(reader.events()) == 3
-    assert reader.status == "running"
+    store.measure(2, 2, {"loss": 2.0})
+    assert [row.record.event.type for row in reader.event_rows(after=first.id, limit=1)] == [
+        "step_skipped"
+    ]
+    assert len(reader.event_rows(after=first.id)) == 2
+    assert [row.value for row in reader.metrics(after=metric.id)] == [2.0]
     store.close()
+    assert not reader.is_written
 
 
-def test_killed_run_keeps_every_finished_epoch(tmp_path: Path) -> None:
+def test_resumed_run_says_that_rows_may_be_gone(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    store.publish(PRUNED)
+    store.publish(SKIPPED)
+    store.measure(2, 31, {"loss": 1.0})
+    store.set_status("failed")
+    store.close()
+    ReopenedRunStore(tmp_path, after_step=30).close()
+    reader = RunReader(tmp_path)
+    assert (reader.status, reader.attempt) == ("running", 2)
+    assert (len(reader.events()), reader.metrics()) == (1, [])
+
+
+def test_killed_run_loses_nothing_that_it_was_given(tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE, text=True
     )
     assert process.stdout is not None
     with process, process.stdout as output:
-        assert output.readline() == "ready\n"
+        while output.readline() != "3\n":
+            pass
+        assert RunReader(tmp_path).is_written
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
     reader = RunReader(tmp_path)
     assert [record.epoch for record in reader.events()] == [1, 2, 3]
-    assert [row.value for row in reader.metrics()] == [1.0, 0.5, 1.0 / 3.0]
+    assert [row.value for row in reader.metrics() if row.name == "loss"] == [1.0, 0.5, 1.0 / 3.0]
+    assert (reader.status, reader.is_written) == ("running", False)
 
 
 def test_folder_that_holds_a_run_is_refused_and_left_alone(tmp_path: Path) -> None:

@@ -4,13 +4,14 @@ import json
 import math
 import os
 import sqlite3
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from esper.lifecycle.events import EventRecord, Priority, parse_event_record
+from esper.lifecycle.events import EventRecord, parse_event_record
 
 CONFIG_FILE = "config.json"
 ENVIRONMENT_FILE = "environment.json"
@@ -19,6 +20,9 @@ WEIGHTS_FILE = "weights.safetensors"
 CHECKPOINTS_FOLDER = "checkpoints"
 LOCK_FILE = ".lock"
 STORE_VERSION = 1
+
+_LOCK_WAITS = 5
+_LOCK_WAIT_SECONDS = 0.02
 
 _FORGET_EVENTS = "DELETE FROM events WHERE step > ?"
 _FORGET_METRICS = "DELETE FROM metrics WHERE step > ?"
@@ -56,8 +60,9 @@ class RunFolderError(ValueError):
 class RunStore:
     """Writes a run folder; a sink for events and metrics. Readable while the run goes on.
 
-    The database is in WAL mode; what was taken is committed at each epoch's end, and at once after
-    a CRITICAL event.
+    The database is in WAL mode, and each event is committed as it is taken: a process that is
+    killed loses none. A machine that loses its power may lose the last ones, as nothing waits for
+    the disk.
 
     Args:
         folder: Is created; must not hold a run yet.
@@ -80,14 +85,17 @@ class RunStore:
         _write_json(folder / CONFIG_FILE, config)
         _write_json(folder / ENVIRONMENT_FILE, environment)
         self._open(folder)
-        self._database.executescript(_SCHEMA)
-        self._set("store_version", str(STORE_VERSION))
-        self.set_status("running")
+        with self._transaction():
+            for statement in filter(str.strip, _SCHEMA.split(";")):
+                self._database.execute(statement)
+            self._set("store_version", str(STORE_VERSION))
+            self._set("attempt", "1")
+            self._set("status", "running")
 
     def _open(self, folder: Path) -> None:
         self.folder = folder
         self._lock = _WriterLock(folder)
-        self._database = sqlite3.connect(folder / DATABASE_FILE)
+        self._database = sqlite3.connect(folder / DATABASE_FILE, isolation_level=None)
         self._database.execute("PRAGMA journal_mode=WAL")
         self._database.execute("PRAGMA synchronous=NORMAL")
 
@@ -107,30 +115,32 @@ class RunStore:
                 record.model_dump_json(),
             ),
         )
-        if event.priority is Priority.CRITICAL:
-            self.flush()
 
     def measure(self, epoch: int, step: int, metrics: Mapping[str, float]) -> None:
-        """Store named values; NaN is kept as NULL."""
-        self._database.executemany(
-            "INSERT INTO metrics (epoch, step, name, value) VALUES (?, ?, ?, ?)",
-            [(epoch, step, name, value) for name, value in metrics.items()],
-        )
+        """Store named values, all or none; NaN is kept as NULL."""
+        with self._transaction():
+            self._database.executemany(
+                "INSERT INTO metrics (epoch, step, name, value) VALUES (?, ?, ?, ?)",
+                [(epoch, step, name, value) for name, value in metrics.items()],
+            )
 
     def flush(self) -> None:
-        """Commit what was taken."""
-        self._database.commit()
+        """Nothing is kept back."""
 
     def set_status(self, status: RunStatus) -> None:
         """Say how the run stands."""
         self._set("status", status)
-        self.flush()
 
     def close(self) -> None:
-        """Commit and let go of the database."""
-        self.flush()
+        """Let go of the database."""
         self._database.close()
         self._lock.release()
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        with self._database:
+            self._database.execute("BEGIN")
+            yield
 
     def _set(self, key: str, value: str) -> None:
         self._database.execute("INSERT OR REPLACE INTO run VALUES (?, ?)", (key, value))
@@ -149,11 +159,13 @@ class ReopenedRunStore(RunStore):
     """
 
     def __init__(self, folder: Path, *, after_step: int) -> None:
-        RunReader(folder)
+        attempt = RunReader(folder).attempt
         self._open(folder)
-        for forget in (_FORGET_EVENTS, _FORGET_METRICS):
-            self._database.execute(forget, (after_step,))
-        self.set_status("running")
+        with self._transaction():
+            for forget in (_FORGET_EVENTS, _FORGET_METRICS):
+                self._database.execute(forget, (after_step,))
+            self._set("attempt", str(attempt + 1))
+            self._set("status", "running")
 
 
 class _WriterLock:
@@ -165,31 +177,58 @@ class _WriterLock:
 
     def __init__(self, folder: Path) -> None:
         self._descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            _lock(self._descriptor)
-        except OSError as error:
-            os.close(self._descriptor)
-            raise RunFolderError(
-                f"{folder} is being written by another process; wait for it, or stop it"
-            ) from error
+        waits = 0
+        while not _lock(self._descriptor):
+            if waits == _LOCK_WAITS:
+                os.close(self._descriptor)
+                raise RunFolderError(
+                    f"{folder} is being written by another process; wait for it, or stop it"
+                )
+            waits += 1
+            time.sleep(_LOCK_WAIT_SECONDS)  # who only looks whether a run is written holds it too
 
     def release(self) -> None:
         """Let others write."""
         os.close(self._descriptor)
 
 
-def _lock(descriptor: int) -> None:
+def _lock(descriptor: int) -> bool:
+    """Lock an open file until it is closed; return whether nobody else has."""
     try:
         import fcntl  # noqa: PLC0415 – not on Windows
     except ModuleNotFoundError:
-        return
-    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _is_locked(file: Path) -> bool:
+    try:
+        descriptor = os.open(file, os.O_RDWR)
+    except FileNotFoundError:
+        return False
+    try:
+        return not _lock(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EventRow:
+    """One stored event."""
+
+    id: int
+    record: EventRecord
 
 
 @dataclass(frozen=True, kw_only=True)
 class MetricRow:
     """One stored value."""
 
+    id: int
     epoch: int
     step: int
     name: str
@@ -222,6 +261,22 @@ class RunReader:
         """How the run stands; a killed run stays "running"."""
         return self._value("status") or "unknown"
 
+    @property
+    def attempt(self) -> int:
+        """How often the run was started, resuming included; rows that were read may be gone then.
+
+        Rows are only ever added as long as this stays the same.
+        """
+        return int(self._value("attempt") or 1)
+
+    @property
+    def is_written(self) -> bool:
+        """Whether a process writes the folder now; a "running" run without one was killed.
+
+        Not known on Windows, where it is False.
+        """
+        return _is_locked(self.folder / LOCK_FILE)
+
     def config(self) -> dict[str, Any]:
         """Return what was chosen for the run."""
         return _read_json(self.folder / CONFIG_FILE)
@@ -236,19 +291,44 @@ class RunReader:
         Raises:
             EventSchemaError: An event was written by another version.
         """
-        with self._connection() as database:
-            rows = database.execute("SELECT record FROM events ORDER BY id").fetchall()
-        return [parse_event_record(row[0]) for row in rows]
+        return [row.record for row in self.event_rows()]
 
-    def metrics(self) -> list[MetricRow]:
-        """Return every value, oldest first; NULL reads as NaN."""
+    def event_rows(self, *, after: int = 0, limit: int = -1) -> list[EventRow]:
+        """Return events with their rows, oldest first.
+
+        Args:
+            after: The id of a row that was read before; 0 begins with the first.
+            limit: At most so many; below 0 is all.
+
+        Raises:
+            EventSchemaError: An event was written by another version.
+        """
         with self._connection() as database:
             rows = database.execute(
-                "SELECT epoch, step, name, value FROM metrics ORDER BY id"
+                "SELECT id, record FROM events WHERE id > ? ORDER BY id LIMIT ?", (after, limit)
+            ).fetchall()
+        return [EventRow(id=id_, record=parse_event_record(record)) for id_, record in rows]
+
+    def metrics(self, *, after: int = 0) -> list[MetricRow]:
+        """Return values, oldest first; NULL reads as NaN.
+
+        Args:
+            after: The id of a row that was read before; 0 begins with the first.
+        """
+        with self._connection() as database:
+            rows = database.execute(
+                "SELECT id, epoch, step, name, value FROM metrics WHERE id > ? ORDER BY id",
+                (after,),
             ).fetchall()
         return [
-            MetricRow(epoch=epoch, step=step, name=name, value=math.nan if value is None else value)
-            for epoch, step, name, value in rows
+            MetricRow(
+                id=id_,
+                epoch=epoch,
+                step=step,
+                name=name,
+                value=math.nan if value is None else value,
+            )
+            for id_, epoch, step, name, value in rows
         ]
 
     def _value(self, key: str) -> str | None:
