@@ -141,10 +141,11 @@ def _print_life(console: Console, seed: SeedStory) -> None:
         else:
             style = "" if visit.event.result.passed else "red"
             console.print(Text(when) + Text(str(visit.event.result), style=style))
-    for epoch, measured in seed.contributions[-1:]:
+    for measured in seed.contributions[-1:]:
+        event = measured.event
         console.print(
-            f"  epoch {epoch:>3}  held-out loss {measured.loss_with:.4f} with it, "
-            f"{measured.loss_without:.4f} without",
+            f"  epoch {measured.epoch:>3}  held-out loss {event.loss_with:.4f} with it, "
+            f"{event.loss_without:.4f} without",
             highlight=False,
         )
     if seed.pruned_because is not None:

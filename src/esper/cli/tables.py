@@ -7,9 +7,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from esper.cli.views import WIDE_COLUMNS, percent
+from esper.cli.views import WIDE_COLUMNS
 from esper.lifecycle.events import CompiledBy, RunFinished, TwinFinished
 from esper.report.story import RunStory, SeedStory
+from esper.report.words import percent
 
 _COMPILED_BY: dict[CompiledBy, str] = {
     "here": "between two steps",

@@ -13,25 +13,9 @@ from rich.table import Table
 from rich.text import Text
 
 from esper.lifecycle.actions import SlotState
-from esper.lifecycle.events import (
-    ArtefactRefused,
-    CheckpointFailed,
-    CompileFailed,
-    Event,
-    EventRecord,
-    GateEvaluated,
-    Priority,
-    RunWentBack,
-    SeedBlamed,
-    SeedCommitted,
-    SeedCompiled,
-    SeedFailed,
-    SeedGerminated,
-    SeedPruned,
-    StepCaptured,
-    StepSkipped,
-)
+from esper.lifecycle.events import EventRecord, Priority
 from esper.lifecycle.stages import LIVING_STAGES, SeedStage
+from esper.report.words import notable, percent
 from esper.slots.slot_set import SlotSet
 from esper.training.trainer import EpochReport
 
@@ -225,62 +209,6 @@ class LiveView(QuietView):
         if self._live.console.width < WIDE_COLUMNS:
             return Group(head, bar, *(Text(_slot_words(slot)) for slot in slots), *self._events)
         return Group(head, bar, _slots_table(slots), *self._events)
-
-
-def notable(record: EventRecord) -> str | None:
-    """Return an event in words if a person watching would want to know, else None."""
-    event, when = record.event, f"epoch {record.epoch}"
-    if isinstance(event, SeedGerminated):
-        return f"{when}: {event.blueprint} germinated in {event.slot} (+{event.param_count:,})"
-    if isinstance(event, SeedCommitted):
-        saved = percent(event.contribution_fraction)
-        return f"{when}: {event.blueprint} committed in {event.slot}, saves {saved} of the loss"
-    if isinstance(event, SeedPruned):
-        return f"{when}: {event.blueprint} pruned from {event.slot}: {event.reason}"
-    if isinstance(event, SeedFailed):
-        return f"{when}: {event.blueprint} in {event.slot} failed: {event.error}"
-    if isinstance(event, StepSkipped):
-        return f"{when}: step {record.step} skipped: {event.reason}"
-    if isinstance(event, SeedBlamed):
-        return (
-            f"{when}: {event.blueprint} in {event.slot} is the fault of bad steps: the loss is "
-            f"{event.loss:.4g} with it, {event.loss_without:.4g} without"
-        )
-    if isinstance(event, RunWentBack):
-        return f"{when}: steps in a row were bad: from {event.from_step} back to {event.to_step}"
-    if isinstance(event, CheckpointFailed):
-        return f"{when}: no checkpoint could be written, training goes on: {event.error}"
-    if (
-        isinstance(event, GateEvaluated)
-        and event.result.passed
-        and event.to_stage
-        in (
-            SeedStage.BLENDING,
-            SeedStage.PROBATIONARY,
-        )
-    ):
-        return f"{when}: {event.blueprint} in {event.slot} passed {event.result.gate}"
-    return _of_the_compiler(event, when)
-
-
-def _of_the_compiler(event: Event, when: str) -> str | None:
-    if isinstance(event, SeedCompiled):
-        held_up = f"the run was held up for {1e-3 * event.milliseconds:.2f} s"
-        return f"{when}: {event.blueprint} in {event.slot} runs compiled; {held_up}"
-    if isinstance(event, CompileFailed):
-        what = event.place if event.blueprint is None else f"{event.blueprint} in {event.place}"
-        return f"{when}: {what} runs as it is, not compiled: {event.error}"
-    if isinstance(event, StepCaptured):
-        held_up = f"the run was held up for {1e-3 * event.milliseconds:.2f} s"
-        return f"{when}: steps like this one are a CUDA graph from now on; {held_up}"
-    if isinstance(event, ArtefactRefused):
-        return f"{when}: graphs kept of {event.blueprint} are not used: {event.reason}"
-    return None
-
-
-def percent(fraction: float | None) -> str:
-    """Return a fraction as percent, or an empty string if there is none."""
-    return "" if fraction is None else f"{100 * fraction:+.1f}%"
 
 
 def _metric_words(report: EpochReport) -> str:

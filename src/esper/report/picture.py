@@ -175,12 +175,13 @@ def _draw_life(
 
 
 def _draw_alpha(axis: Any, seed: SeedStory, lane: int, end: int) -> None:
-    if not seed.alphas:
+    points = seed.alpha_points(end)
+    if not points:
         return
-    steps = [point.step for point in seed.alphas] + [end]
-    alphas = [point.alpha for point in seed.alphas] + [seed.alphas[-1].alpha]
     base = lane - _LANE_HEIGHT / 2
-    heights = [base + alpha * _LANE_HEIGHT for alpha in alphas]
+    steps, heights = zip(
+        *((step, base + alpha * _LANE_HEIGHT) for step, alpha in points), strict=True
+    )
     shown = axis.get_legend_handles_labels()[1]
     label = None if _ALPHA in shown else _ALPHA
     axis.plot(steps, heights, color=_INK, linewidth=1.3, zorder=3, label=label)

@@ -1,14 +1,17 @@
 """The story of a run, read from its events: what grew where, and how it ended."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from esper.blending.schedule import curve_value
+from esper.lifecycle.alpha import AlphaCurve
 from esper.lifecycle.events import (
     AlphaTargetReached,
     AlphaTargetSet,
     ContributionMeasured,
     EventRecord,
     GateEvaluated,
+    GradientHealthMeasured,
     RunFinished,
     RunStarted,
     SeedCommitted,
@@ -21,6 +24,14 @@ from esper.lifecycle.events import (
     TwinFinished,
 )
 from esper.lifecycle.stages import SeedStage
+from esper.report.words import in_words
+
+INTERVENTIONS = frozenset(
+    {"step_skipped", "seed_blamed", "run_went_back", "seed_failed", "isolation_violated"}
+)
+"""Types of the events in which the run was protected from something."""
+
+_RAMP_POINTS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,11 +53,65 @@ class GateVisit:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AlphaPoint:
-    """Alpha at a step."""
+class AlphaRamp:
+    """Alpha's way to a target; without steps it arrives at once.
+
+    Attributes:
+        arrived_step: When it did; None while it is on its way.
+    """
 
     step: int
-    alpha: float
+    from_alpha: float
+    target: float
+    steps: int
+    curve: AlphaCurve
+    arrived_step: int | None = None
+
+    def points(self, until: int) -> list[tuple[int, float]]:
+        """Return some steps up to `until` with the alpha at each, for drawing.
+
+        The curve is drawn with the steepness that a ramp has unless told otherwise.
+        """
+        end = self.step + self.steps if self.arrived_step is None else self.arrived_step
+        span = max(1, self.steps)
+        last = min(until, end)
+        points = [(self.step, self.from_alpha)]
+        for index in range(1, _RAMP_POINTS):
+            step = self.step + round(index * self.steps / _RAMP_POINTS)
+            if self.step < step < last:
+                done = curve_value(self.curve, (step - self.step) / span)
+                points.append((step, self.from_alpha + (self.target - self.from_alpha) * done))
+        if until >= end:
+            points.append((end, self.target))
+        return points
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContributionVisit:
+    """When the held-out loss with and without a seed was measured."""
+
+    epoch: int
+    step: int
+    event: ContributionMeasured
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradientVisit:
+    """When the gradient norms of a seed and its host were read, and their ratio."""
+
+    epoch: int
+    step: int
+    ratio: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Intervention:
+    """Something that the governor did, or that it or the run met, in words."""
+
+    epoch: int
+    step: int
+    kind: str
+    words: str
 
 
 @dataclass(kw_only=True)
@@ -60,8 +125,9 @@ class SeedStory:
     step: int
     stages: list[StageVisit] = field(default_factory=list)
     gates: list[GateVisit] = field(default_factory=list)
-    alphas: list[AlphaPoint] = field(default_factory=list)
-    contributions: list[tuple[int, ContributionMeasured]] = field(default_factory=list)
+    ramps: list[AlphaRamp] = field(default_factory=list)
+    contributions: list[ContributionVisit] = field(default_factory=list)
+    gradient_ratios: list[GradientVisit] = field(default_factory=list)
     error: str | None = None
     pruned_because: str | None = None
     committed: bool = False
@@ -71,7 +137,12 @@ class SeedStory:
     @property
     def contribution_fraction(self) -> float | None:
         """Held-out loss saved by the seed as last measured, relative to the loss without it."""
-        return self.contributions[-1][1].contribution_fraction if self.contributions else None
+        return self.contributions[-1].event.contribution_fraction if self.contributions else None
+
+    def alpha_points(self, until: int) -> list[tuple[int, float]]:
+        """Return some steps up to `until` with the alpha at each, for drawing."""
+        points = [point for ramp in self.ramps for point in ramp.points(until)]
+        return [*points, (until, points[-1][1])] if points else []
 
     @property
     def outcome(self) -> str:
@@ -102,6 +173,11 @@ class RunStory:
     slots: tuple[str, ...] = ()
     host_param_count: int = 0
     seeds: list[SeedStory] = field(default_factory=list)
+    interventions: list[Intervention] = field(default_factory=list)
+    last_step: int = 0
+    first_seconds: float | None = None
+    """Unix time of the first event."""
+    last_seconds: float | None = None
     skipped_steps: list[tuple[int, StepSkipped]] = field(default_factory=list)
     compiled: list[SeedCompiled] = field(default_factory=list)
     finished: RunFinished | None = None
@@ -112,14 +188,41 @@ class RunStory:
         """Seeds that became part of the host."""
         return [seed for seed in self.seeds if seed.committed]
 
+    @property
+    def param_counts(self) -> list[tuple[int, int]]:
+        """Parameters of the network from a step on, seeds that were alive included."""
+        changes: dict[int, int] = {}
+        for seed in self.seeds:
+            changes[seed.step] = changes.get(seed.step, 0) + seed.param_count
+            if seed.end_step is not None and not seed.committed:
+                changes[seed.end_step] = changes.get(seed.end_step, 0) - seed.param_count
+        counts, count = [(0, self.host_param_count)], self.host_param_count
+        for step in sorted(changes):
+            count += changes[step]
+            counts.append((step, count))
+        return counts
 
-def tell(records: Sequence[EventRecord]) -> RunStory:
-    """Return the story that events tell, oldest first."""
-    story = RunStory()
-    living: dict[str, SeedStory] = {}
-    waiting: dict[str, list[GateVisit | StageVisit]] = {}
-    for record in records:
-        event = record.event
+
+class StoryTeller:
+    """Tells the story as events come in, oldest first."""
+
+    def __init__(self) -> None:
+        self.story = RunStory()
+        self._living: dict[str, SeedStory] = {}
+        self._waiting: dict[str, list[GateVisit | StageVisit]] = {}
+
+    def take(self, record: EventRecord) -> None:
+        """Go on with one event."""
+        story, event = self.story, record.event
+        story.last_step = max(story.last_step, record.step)
+        story.last_seconds = record.time_seconds
+        if story.first_seconds is None:
+            story.first_seconds = record.time_seconds
+        if event.type in INTERVENTIONS:
+            words = in_words(record) or event.type
+            story.interventions.append(
+                Intervention(epoch=record.epoch, step=record.step, kind=event.type, words=words)
+            )
         if isinstance(event, RunStarted):
             story.slots, story.host_param_count = event.slots, event.host_param_count
         elif isinstance(event, RunFinished):
@@ -131,23 +234,50 @@ def tell(records: Sequence[EventRecord]) -> RunStory:
         elif isinstance(event, StepSkipped):
             story.skipped_steps.append((record.step, event))
         elif isinstance(event, SeedGerminated):
-            seed = SeedStory(
-                slot=event.slot,
-                blueprint=event.blueprint,
-                param_count=event.param_count,
-                epoch=record.epoch,
-                step=record.step,
-            )
-            _take_over(seed, waiting.pop(event.slot, []))
-            story.seeds.append(seed)
-            living[event.slot] = seed
+            self._germinated(record, event)
         else:
-            _follow(record, living, waiting)
-    return story
+            self._follow(record)
+
+    def _germinated(self, record: EventRecord, event: SeedGerminated) -> None:
+        seed = SeedStory(
+            slot=event.slot,
+            blueprint=event.blueprint,
+            param_count=event.param_count,
+            epoch=record.epoch,
+            step=record.step,
+        )
+        # What its slot told before the germination was complete: G0 and the stage.
+        _take_over(seed, self._waiting.pop(event.slot, []))
+        self.story.seeds.append(seed)
+        self._living[event.slot] = seed
+
+    def _follow(self, record: EventRecord) -> None:
+        event = record.event
+        slot = getattr(event, "slot", None)
+        seed = self._living.get(slot) if slot is not None else None
+        if isinstance(event, (GateEvaluated, StageChanged)):
+            visit = _visit(record, event)
+            if seed is not None:
+                _take_over(seed, [visit])
+            elif isinstance(visit, GateVisit):
+                self._waiting[event.slot] = [visit]  # G0, with which a life begins
+            elif event.to_stage is SeedStage.GERMINATED:
+                self._waiting.setdefault(event.slot, []).append(visit)
+        if seed is not None:
+            _note(seed, record)
+            if seed.end_step is not None:
+                self._living.pop(seed.slot)
+
+
+def tell(records: Sequence[EventRecord]) -> RunStory:
+    """Return the story that events tell, oldest first."""
+    teller = StoryTeller()
+    for record in records:
+        teller.take(record)
+    return teller.story
 
 
 def _take_over(seed: SeedStory, visits: list[GateVisit | StageVisit]) -> None:
-    """Give a seed what its slot told before the germination was complete: G0 and the stage."""
     for visit in visits:
         if isinstance(visit, GateVisit):
             seed.gates.append(visit)
@@ -155,50 +285,40 @@ def _take_over(seed: SeedStory, visits: list[GateVisit | StageVisit]) -> None:
             seed.stages.append(visit)
 
 
-def _follow(
-    record: EventRecord,
-    living: dict[str, SeedStory],
-    waiting: dict[str, list[GateVisit | StageVisit]],
-) -> None:
-    event = record.event
-    slot = getattr(event, "slot", None)
-    seed = living.get(slot) if slot is not None else None
-    if isinstance(event, (GateEvaluated, StageChanged)):
-        visit = _visit(record, event)
-        if seed is not None:
-            _take_over(seed, [visit])
-        elif isinstance(visit, GateVisit):
-            waiting[event.slot] = [visit]  # G0, with which a life begins
-        elif event.to_stage is SeedStage.GERMINATED:
-            waiting.setdefault(event.slot, []).append(visit)
-    if seed is not None:
-        _note(seed, record, living)
-
-
-def _note(seed: SeedStory, record: EventRecord, living: dict[str, SeedStory]) -> None:
+def _note(seed: SeedStory, record: EventRecord) -> None:
     event = record.event
     if isinstance(event, ContributionMeasured):
-        seed.contributions.append((record.epoch, event))
+        visit = ContributionVisit(epoch=record.epoch, step=record.step, event=event)
+        seed.contributions.append(visit)
+    elif isinstance(event, GradientHealthMeasured):
+        if event.ratio is not None:
+            read = GradientVisit(epoch=record.epoch, step=record.step, ratio=event.ratio)
+            seed.gradient_ratios.append(read)
     elif isinstance(event, AlphaTargetSet):
-        seed.alphas.append(AlphaPoint(step=record.step, alpha=event.from_alpha))
+        seed.ramps.append(
+            AlphaRamp(
+                step=record.step,
+                from_alpha=event.from_alpha,
+                target=event.target,
+                steps=event.steps,
+                curve=event.curve,
+                arrived_step=record.step if event.steps == 0 else None,
+            )
+        )
     elif isinstance(event, AlphaTargetReached):
-        seed.alphas.append(AlphaPoint(step=record.step, alpha=event.alpha))
+        if seed.ramps:
+            seed.ramps[-1] = replace(seed.ramps[-1], arrived_step=record.step)
     elif isinstance(event, SeedFailed):
         seed.error = event.error
     elif isinstance(event, SeedPruned):
         seed.pruned_because = event.reason
-        _end(seed, record, living)
+        seed.end_epoch, seed.end_step = record.epoch, record.step
     elif isinstance(event, SeedCommitted):
         seed.committed = True
-        _end(seed, record, living)
+        seed.end_epoch, seed.end_step = record.epoch, record.step
 
 
 def _visit(record: EventRecord, event: GateEvaluated | StageChanged) -> GateVisit | StageVisit:
     if isinstance(event, GateEvaluated):
         return GateVisit(epoch=record.epoch, step=record.step, event=event)
     return StageVisit(stage=event.to_stage, epoch=record.epoch, step=record.step)
-
-
-def _end(seed: SeedStory, record: EventRecord, living: dict[str, SeedStory]) -> None:
-    seed.end_epoch, seed.end_step = record.epoch, record.step
-    living.pop(seed.slot)

@@ -1,0 +1,110 @@
+"""Events in words, for whoever watches a run."""
+
+from esper.lifecycle.events import (
+    ActionRefused,
+    ArtefactRefused,
+    BreakerChanged,
+    CheckpointDamaged,
+    CheckpointFailed,
+    CompileFailed,
+    Event,
+    EventRecord,
+    GateEvaluated,
+    GerminationFailed,
+    IsolationViolated,
+    RunResumed,
+    RunWentBack,
+    SeedBlamed,
+    SeedCommitted,
+    SeedCompiled,
+    SeedFailed,
+    SeedGerminated,
+    SeedPruned,
+    SlotReset,
+    StepCaptured,
+    StepSkipped,
+)
+from esper.lifecycle.stages import SeedStage
+
+_TOLD_GATES = (SeedStage.BLENDING, SeedStage.PROBATIONARY)
+
+
+def notable(record: EventRecord) -> str | None:
+    """Return an event with its epoch if a person watching would want to know, else None."""
+    words = in_words(record)
+    return None if words is None else f"epoch {record.epoch}: {words}"
+
+
+def in_words(record: EventRecord) -> str | None:
+    """Return an event in words if a person watching would want to know, else None."""
+    event = record.event
+    if isinstance(event, SeedGerminated):
+        return f"{event.blueprint} germinated in {event.slot} (+{event.param_count:,})"
+    if isinstance(event, SeedCommitted):
+        saved = percent(event.contribution_fraction)
+        return f"{event.blueprint} committed in {event.slot}, saves {saved} of the loss"
+    if isinstance(event, SeedPruned):
+        return f"{event.blueprint} pruned from {event.slot}: {event.reason}"
+    if isinstance(event, GateEvaluated):
+        told = event.result.passed and event.to_stage in _TOLD_GATES
+        return f"{event.blueprint} in {event.slot} passed {event.result.gate}" if told else None
+    if isinstance(event, StepSkipped):
+        return f"step {record.step} skipped: {event.reason}"
+    return _of_a_seed_in_trouble(event) or _of_the_run(event) or _of_the_compiler(event)
+
+
+def percent(fraction: float | None) -> str:
+    """Return a fraction as percent, or an empty string if there is none."""
+    return "" if fraction is None else f"{100 * fraction:+.1f}%"
+
+
+def _of_a_seed_in_trouble(event: Event) -> str | None:
+    if isinstance(event, GerminationFailed):
+        return f"{event.blueprint} could not germinate in {event.slot}: {event.error}"
+    if isinstance(event, SeedFailed):
+        return f"{event.blueprint} in {event.slot} failed: {event.error}"
+    if isinstance(event, SeedBlamed):
+        return (
+            f"{event.blueprint} in {event.slot} is the fault of bad steps: the loss is "
+            f"{event.loss:.4g} with it, {event.loss_without:.4g} without"
+        )
+    if isinstance(event, IsolationViolated):
+        worst = ", ".join(event.reached)
+        return (
+            f"gradients of {event.blueprint} in {event.slot} reached "
+            f"{event.num_reached} parameters of the host: {worst}"
+        )
+    if isinstance(event, SlotReset) and event.leftovers:
+        return f"{event.slot} cannot be free again, left of its seed: {', '.join(event.leftovers)}"
+    if isinstance(event, BreakerChanged) and event.to_state == "open":
+        return f"{event.breaker} is not built for a while, after {event.failures} failures"
+    if isinstance(event, ActionRefused):
+        return f"an action of the policy was refused: {event.reason}"
+    return None
+
+
+def _of_the_run(event: Event) -> str | None:
+    if isinstance(event, RunWentBack):
+        return f"steps in a row were bad: from {event.from_step} back to {event.to_step}"
+    if isinstance(event, RunResumed):
+        return f"goes on from checkpoint {event.name}"
+    if isinstance(event, CheckpointFailed):
+        return f"no checkpoint could be written, training goes on: {event.error}"
+    if isinstance(event, CheckpointDamaged):
+        return f"checkpoint {event.name} is damaged, an older one is taken: {event.error}"
+    return None
+
+
+def _of_the_compiler(event: Event) -> str | None:
+    if isinstance(event, SeedCompiled):
+        held_up = f"the run was held up for {1e-3 * event.milliseconds:.2f} s"
+        return f"{event.blueprint} in {event.slot} runs compiled; {held_up}"
+    if isinstance(event, CompileFailed):
+        what = event.place if event.blueprint is None else f"{event.blueprint} in {event.place}"
+        return f"{what} runs as it is, not compiled: {event.error}"
+    if isinstance(event, StepCaptured):
+        held_up = f"the run was held up for {1e-3 * event.milliseconds:.2f} s"
+        return f"steps like this one are a CUDA graph from now on; {held_up}"
+    if isinstance(event, ArtefactRefused):
+        return f"graphs kept of {event.blueprint} are not used: {event.reason}"
+    return None
