@@ -28,7 +28,7 @@ PATIENCE_EPOCHS = 10
 
 Key = tuple[str, int, str, str, str, int, str]
 
-GATES = ("task", "default", "unasked")
+GATES = ("lax", "default", "unasked")
 """Those of the task whose data the host is trained on, the default ones, and the task's without the
 comparison with a linear map."""
 
@@ -44,7 +44,7 @@ class Result:
     optimizer: str
     arm: str
     seed: int
-    gates: str = "task"
+    gates: str = "lax"
     final_loss: float = math.nan
     best_amplitude: float | None = None
     best_amplitude_loss: float | None = None
