@@ -28,8 +28,8 @@ IMAGE_GATES = GateThresholds(min_over_linear_fraction=0.01, standard_errors=1.0)
 TEXT_GATES = TEXT.slot.thresholds.model_copy(
     update={"min_line_search_gain_fraction": TEXT.slot.thresholds.min_contribution_fraction}
 )
-"""Laxer than the default ones, under which nearly every seed here is refused, whatever it learns by:
-what pays in the end saves little at first."""
+"""Laxer than the default ones, under which nearly every seed here is refused, whatever it learns
+by: what pays in the end saves little at first."""
 
 Batch = tuple[Tensor, Tensor]
 

@@ -3,8 +3,9 @@
 Each run trains a host, the learning rate falling to 0 over the last 200 steps. A seed is germinated
 at step 400 (decoder: 200), 600 steps before the end, and walks its life through the library's own
 gates, which are asked every 25 steps: lax ones, the text task's for the decoder, or others by name.
-Gate G2, the line search on held-out data, lets nothing through before 150 steps behind the host, and asks a tenth of the text task's gain of the decoder. A seed that a gate refuses
-for 250 steps is pruned, and the host goes on alone. Arms are `none` (no seed), the objectives, and
+Gate G2, the line search on held-out data, lets nothing through before 150 steps behind the host,
+and asks a tenth of the text task's gain of the decoder. A seed that a gate refuses for 250 steps is
+pruned, and the host goes on alone. Arms are `none` (no seed), the objectives, and
 `live` (isolation none: at alpha 1 at once);
 `proximal:0.3` is proximal with c = 0.3. Shown for each host, optimizer and arm, over the seeds:
 

@@ -13,7 +13,7 @@ import pytest
 from esper.lifecycle.events import EventRecord, SeedPruned, StepSkipped
 from esper.lifecycle.stages import SeedStage
 from esper.telemetry import DATABASE_FILE, RunFolderError, RunReader, RunStore
-from esper.telemetry.run_store import ReopenedRunStore
+from esper.telemetry.run_store import ReopenedRunStore, RunGlance
 
 PRUNED = EventRecord(
     time_seconds=1.5,
@@ -89,6 +89,44 @@ def test_run_is_read_while_it_goes_on_and_each_row_once(tmp_path: Path) -> None:
     assert [row.value for row in reader.metrics(after=metric.id)] == [2.0]
     store.close()
     assert not reader.is_written
+
+
+def test_glance_says_how_a_run_stands_without_its_events(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    reader = RunReader(tmp_path)
+    assert reader.glance() == RunGlance(
+        status="running",
+        attempt=1,
+        event_counts={},
+        first_seconds=None,
+        last_seconds=None,
+        epoch=0,
+        step=0,
+    )
+    for record in (PRUNED, SKIPPED, SKIPPED):
+        store.publish(record)
+    store.measure(3, 45, {"loss": 1.0, "accuracy": 0.5})
+    store.set_status("finished")
+    store.close()
+    assert reader.glance() == RunGlance(
+        status="finished",
+        attempt=1,
+        event_counts={"seed_pruned": 1, "step_skipped": 2},
+        first_seconds=1.5,
+        last_seconds=2.5,
+        epoch=3,
+        step=45,
+    )
+
+
+def test_metrics_of_one_name_are_read_by_themselves(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    for epoch in (1, 2, 3):
+        store.measure(epoch, 10 * epoch, {"loss": 1.0 / epoch, "accuracy": 0.5})
+    store.close()
+    first, *others = RunReader(tmp_path).metrics(name="loss")
+    assert [row.value for row in (first, *others)] == [1.0, 0.5, 1.0 / 3.0]
+    assert RunReader(tmp_path).metrics(name="loss", after=first.id) == others
 
 
 def test_resumed_run_says_that_rows_may_be_gone(tmp_path: Path) -> None:

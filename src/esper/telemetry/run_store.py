@@ -27,6 +27,11 @@ _LOCK_WAIT_SECONDS = 0.02
 _FORGET_EVENTS = "DELETE FROM events WHERE step > ?"
 _FORGET_METRICS = "DELETE FROM metrics WHERE step > ?"
 
+_METRICS = "SELECT id, epoch, step, name, value FROM metrics"
+_FIRST_TIME = "SELECT time_seconds FROM events ORDER BY id LIMIT 1"
+_LAST_EVENT = "SELECT time_seconds, epoch, step FROM events ORDER BY id DESC LIMIT 1"
+_LAST_METRIC = "SELECT epoch, step FROM metrics ORDER BY id DESC LIMIT 1"
+
 RunStatus = Literal["running", "finished", "failed", "interrupted"]
 
 _SCHEMA = """
@@ -235,6 +240,25 @@ class MetricRow:
     value: float
 
 
+@dataclass(frozen=True, kw_only=True)
+class RunGlance:
+    """What a list of runs shows of one, read at one moment without reading its events.
+
+    Times are None, and epoch and step 0, of a run without events.
+    """
+
+    status: str
+    attempt: int
+    event_counts: Mapping[str, int]
+    """By type."""
+    first_seconds: float | None
+    """Since the Unix epoch, of the first event."""
+    last_seconds: float | None
+    epoch: int
+    """Of the last event or value."""
+    step: int
+
+
 class RunReader:
     """Reads a run folder, also of a run that is still going on.
 
@@ -277,6 +301,27 @@ class RunReader:
         """
         return _is_locked(self.folder / LOCK_FILE)
 
+    def glance(self) -> RunGlance:
+        """Return how the run stands."""
+        with self._connection() as database:
+            database.execute("BEGIN")  # all of it from one state
+            kept = dict(database.execute("SELECT key, value FROM run"))
+            counts = dict(database.execute("SELECT type, count(*) FROM events GROUP BY type"))
+            first = database.execute(_FIRST_TIME).fetchone()
+            last = database.execute(_LAST_EVENT).fetchone()
+            measured = database.execute(_LAST_METRIC).fetchone()
+        last_seconds, *event_place = last or (None, 0, 0)
+        epoch, step = max(tuple(event_place), measured or (0, 0))
+        return RunGlance(
+            status=kept.get("status", "unknown"),
+            attempt=int(kept.get("attempt", 1)),
+            event_counts=counts,
+            first_seconds=first and first[0],
+            last_seconds=last_seconds,
+            epoch=epoch,
+            step=step,
+        )
+
     def config(self) -> dict[str, Any]:
         """Return what was chosen for the run."""
         return _read_json(self.folder / CONFIG_FILE)
@@ -309,17 +354,19 @@ class RunReader:
             ).fetchall()
         return [EventRow(id=id_, record=parse_event_record(record)) for id_, record in rows]
 
-    def metrics(self, *, after: int = 0) -> list[MetricRow]:
+    def metrics(self, *, after: int = 0, name: str | None = None) -> list[MetricRow]:
         """Return values, oldest first; NULL reads as NaN.
 
         Args:
             after: The id of a row that was read before; 0 begins with the first.
+            name: Only values of this name; None returns all.
         """
         with self._connection() as database:
-            rows = database.execute(
-                "SELECT id, epoch, step, name, value FROM metrics WHERE id > ? ORDER BY id",
-                (after,),
-            ).fetchall()
+            if name is None:
+                rows = database.execute(f"{_METRICS} WHERE id > ? ORDER BY id", (after,)).fetchall()
+            else:
+                named = f"{_METRICS} WHERE name = ? AND id > ? ORDER BY id"
+                rows = database.execute(named, (name, after)).fetchall()
         return [
             MetricRow(
                 id=id_,
