@@ -86,6 +86,8 @@ def test_run_is_read_while_it_goes_on_and_each_row_once(tmp_path: Path) -> None:
         "step_skipped"
     ]
     assert len(reader.event_rows(after=first.id)) == 2
+    pruned = reader.event_rows(types=["seed_pruned", "seed_committed"])
+    assert [row.record for row in pruned] == [PRUNED, PRUNED]
     assert [row.value for row in reader.metrics(after=metric.id)] == [2.0]
     store.close()
     assert not reader.is_written

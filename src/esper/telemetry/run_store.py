@@ -5,7 +5,7 @@ import math
 import os
 import sqlite3
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,11 @@ _LOCK_WAIT_SECONDS = 0.02
 _FORGET_EVENTS = "DELETE FROM events WHERE step > ?"
 _FORGET_METRICS = "DELETE FROM metrics WHERE step > ?"
 
+_EVENTS = "SELECT id, record FROM events WHERE id > ? ORDER BY id LIMIT ?"
+_EVENTS_OF_TYPES = """
+SELECT id, record FROM events WHERE id > ? AND type IN (SELECT value FROM json_each(?))
+ORDER BY id LIMIT ?
+"""
 _METRICS = "SELECT id, epoch, step, name, value FROM metrics"
 _FIRST_TIME = "SELECT time_seconds FROM events ORDER BY id LIMIT 1"
 _LAST_EVENT = "SELECT time_seconds, epoch, step FROM events ORDER BY id DESC LIMIT 1"
@@ -338,20 +343,25 @@ class RunReader:
         """
         return [row.record for row in self.event_rows()]
 
-    def event_rows(self, *, after: int = 0, limit: int = -1) -> list[EventRow]:
+    def event_rows(
+        self, *, after: int = 0, limit: int = -1, types: Collection[str] = ()
+    ) -> list[EventRow]:
         """Return events with their rows, oldest first.
 
         Args:
             after: The id of a row that was read before; 0 begins with the first.
             limit: At most so many; below 0 is all.
+            types: Only events of these types; none returns all.
 
         Raises:
             EventSchemaError: An event was written by another version.
         """
         with self._connection() as database:
-            rows = database.execute(
-                "SELECT id, record FROM events WHERE id > ? ORDER BY id LIMIT ?", (after, limit)
-            ).fetchall()
+            if types:
+                chosen = json.dumps([*types])
+                rows = database.execute(_EVENTS_OF_TYPES, (after, chosen, limit)).fetchall()
+            else:
+                rows = database.execute(_EVENTS, (after, limit)).fetchall()
         return [EventRow(id=id_, record=parse_event_record(record)) for id_, record in rows]
 
     def metrics(self, *, after: int = 0, name: str | None = None) -> list[MetricRow]:
