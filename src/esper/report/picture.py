@@ -6,23 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from esper.lifecycle.stages import SeedStage
+from esper.report.chart import STAGE_COLOURS
+from esper.report.charts import quality_names
 from esper.report.figure import new_figure
 from esper.report.story import RunStory, SeedStory
 from esper.telemetry.run_store import MetricRow, RunReader
 
-STAGE_COLOURS = {
-    SeedStage.GERMINATED: "#b8c4d0",
-    SeedStage.TRAINING: "#f2b134",
-    SeedStage.BLENDING: "#e8743b",
-    SeedStage.SHADOWING: "#8e7cc3",
-    SeedStage.PROBATIONARY: "#3d85c6",
-    SeedStage.FOSSILIZED: "#2e8b57",
-    SeedStage.PRUNED: "#b3261e",
-}
-"""One colour per stage of a seed's life; also told apart by the legend's order."""
-
 _ENDS = frozenset({SeedStage.FOSSILIZED, SeedStage.PRUNED})
-_NOT_QUALITY = frozenset({"loss", "train_loss", "step_seconds", "flops"})
 _ALPHA = "alpha"
 _INK = "#22303c"
 _QUIET = "#8a97a3"
@@ -37,7 +27,7 @@ def draw_run(reader: RunReader, story: RunStory, target: Path) -> None:
         OSError: The file cannot be written.
     """
     metrics = reader.metrics()
-    names = _quality_names(metrics)
+    names = ["loss", *quality_names(metrics)[:1]]
     last_step = max((row.step for row in metrics), default=1)
     lanes = max(1, len(story.slots))
     figure = new_figure(9.6, 2.6 * len(names) / 1.4 + 0.75 * lanes + 1.0)
@@ -56,12 +46,6 @@ def draw_run(reader: RunReader, story: RunStory, target: Path) -> None:
     axes[0].set_title(_title(reader, story), loc="left", color=_INK, fontsize=12, weight="bold")
     figure.align_ylabels(list(axes))
     figure.savefig(target, bbox_inches="tight", metadata={"Software": None})
-
-
-def _quality_names(metrics: Sequence[MetricRow]) -> list[str]:
-    names = list(dict.fromkeys(row.name for row in metrics))
-    others = [name for name in names if name not in _NOT_QUALITY]
-    return ["loss", *others[:1]]
 
 
 def _title(reader: RunReader, story: RunStory) -> str:

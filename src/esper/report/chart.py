@@ -1,0 +1,124 @@
+"""A picture as a plotly figure, and what pictures of a run are made of.
+
+Figures are plain dicts, drawn by the report page and the dashboard. A colour may be the name of a
+custom property of the page, as `var(--ink)`, so that one figure reads well in light and dark;
+`static/charts.js` resolves them.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from esper.lifecycle.stages import SeedStage
+from esper.report.story import RunStory, SeedStory
+
+Trace = dict[str, Any]
+Point = TypeVar("Point")
+
+STAGE_COLOURS = {
+    SeedStage.GERMINATED: "#9fb1c1",
+    SeedStage.TRAINING: "#f2b134",
+    SeedStage.BLENDING: "#e8743b",
+    SeedStage.SHADOWING: "#8e7cc3",
+    SeedStage.PROBATIONARY: "#3d85c6",
+    SeedStage.FOSSILIZED: "#2e9d63",
+    SeedStage.PRUNED: "#d0453c",
+}
+"""One colour per stage of a seed's life; also told apart by the legend's order."""
+
+SEED_COLOURS = ("#3d85c6", "#e8743b", "#2e9d63", "#8e7cc3", "#d9a000", "#c2487f", "#3aa6a6")
+
+INK, QUIET, LINE = "var(--ink)", "var(--quiet)", "var(--line)"
+PANEL_HEIGHT = 300
+_MAX_POINTS = 2000
+"""Of one line: more cannot be told apart on a screen."""
+
+Series = Mapping[str, Sequence[tuple[int, float]]]
+"""Finite values by metric, each with its step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chart:
+    """One picture with what it says.
+
+    Attributes:
+        key: Names it in a page.
+        title: Its heading.
+        summary: In sentences, what can be seen: for who cannot see it, and who is in a hurry.
+        figure: `data` and `layout` of a plotly figure, JSON values.
+    """
+
+    key: str
+    title: str
+    summary: str
+    figure: dict[str, Any]
+
+
+def layout_of(
+    *,
+    x: Mapping[str, Any] | None = None,
+    y: Mapping[str, Any] | None = None,
+    height: int = PANEL_HEIGHT,
+) -> dict[str, Any]:
+    """Return a figure's layout over optimizer steps, with what the axes have otherwise."""
+    axis = {
+        "gridcolor": LINE,
+        "linecolor": LINE,
+        "zerolinecolor": QUIET,
+        "tickcolor": LINE,
+        "automargin": True,
+        "zeroline": False,
+    }
+    return {
+        "height": height,
+        "margin": {"l": 12, "r": 16, "t": 8, "b": 12},
+        "paper_bgcolor": "rgba(0,0,0,0)",
+        "plot_bgcolor": "rgba(0,0,0,0)",
+        "font": {"family": "var(--font)", "color": INK, "size": 12.5},
+        "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "xanchor": "left"},
+        "hoverlabel": {"bgcolor": "var(--card)", "bordercolor": LINE, "font": {"color": INK}},
+        "hovermode": "closest",
+        "uirevision": "kept",
+        "xaxis": {**axis, "title": {"text": "optimizer step"}, "rangemode": "tozero", **(x or {})},
+        "yaxis": {**axis, **(y or {})},
+    }
+
+
+def line_of(points: Sequence[tuple[int, float]], name: str, colour: str, *, width: float) -> Trace:
+    """Return a line through points, of which a long run keeps some thousand."""
+    kept = thinned(points)
+    return {
+        "type": "scatter",
+        "mode": "lines" if len(kept) > 1 else "markers",
+        "name": name,
+        "x": [step for step, _ in kept],
+        "y": [value for _, value in kept],
+        "line": {"color": colour, "width": width},
+        "marker": {"color": colour},
+        "hovertemplate": "%{y:.4g} at step %{x}<extra>%{fullData.name}</extra>",
+    }
+
+
+def thinned(points: Sequence[Point]) -> list[Point]:
+    """Return evenly chosen points, the first and the last included."""
+    if len(points) <= _MAX_POINTS:
+        return list(points)
+    stride = (len(points) - 1) / (_MAX_POINTS - 1)
+    return [points[round(index * stride)] for index in range(_MAX_POINTS)]
+
+
+def seed_name(seed: SeedStory) -> str:
+    """Return what tells a seed from others: its blueprint, its slot, and when it germinated."""
+    return f"{seed.blueprint} in {seed.slot}, epoch {seed.epoch}"
+
+
+def growth_words(story: RunStory) -> str:
+    """Return in a sentence how many seeds there were and what became of them."""
+    if not story.seeds:
+        return "Nothing grew."
+    counts: dict[str, int] = {}
+    for seed in story.seeds:
+        counts[seed.outcome] = counts.get(seed.outcome, 0) + 1
+    told = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
+    number = len(story.seeds)
+    return f"{number} {'seed' if number == 1 else 'seeds'}: {told}."

@@ -1,0 +1,103 @@
+// Draws figures in the page's colours, and again when these change. Needs Plotly.
+"use strict";
+
+const esperCharts = (() => {
+  const drawn = new Map();
+  const settings = {
+    responsive: true,
+    displaylogo: false,
+    displayModeBar: false,
+    scrollZoom: false,
+  };
+
+  function inColours(value, style) {
+    if (typeof value === "string") {
+      return value.startsWith("var(--")
+        ? style.getPropertyValue(value.slice(4, -1)).trim()
+        : value;
+    }
+    if (Array.isArray(value)) {
+      return value.length > 0 && typeof value[0] === "number"
+        ? value
+        : value.map((item) => inColours(item, style));
+    }
+    if (value !== null && typeof value === "object") {
+      return Object.fromEntries(
+        Object.entries(value).map(([key, item]) => [key, inColours(item, style)]),
+      );
+    }
+    return value;
+  }
+
+  function plot(element, figure) {
+    const style = getComputedStyle(document.documentElement);
+    const { data, layout } = inColours(figure, style);
+    drawn.set(element, figure);
+    return Plotly.react(element, data, layout, settings);
+  }
+
+  function figureOf(chart) {
+    const figure = document.createElement("figure");
+    figure.className = "chart card";
+    figure.dataset.key = chart.key;
+    const caption = document.createElement("figcaption");
+    const title = document.createElement("h2");
+    const summary = document.createElement("p");
+    caption.append(title, summary);
+    const plotted = document.createElement("div");
+    plotted.className = "plot";
+    plotted.setAttribute("role", "img");
+    figure.append(caption, plotted);
+    return figure;
+  }
+
+  // Makes or updates one figure per chart, in their order, and removes what is none of them.
+  function draw(container, charts) {
+    const known = new Map(
+      [...container.querySelectorAll(":scope > figure")].map((item) => [item.dataset.key, item]),
+    );
+    const drawings = [];
+    charts.forEach((chart, index) => {
+      const figure = known.get(chart.key) ?? figureOf(chart);
+      known.delete(chart.key);
+      figure.classList.toggle("wide", chart.wide === true);
+      figure.querySelector("h2").textContent = chart.title;
+      figure.querySelector("p").textContent = chart.summary;
+      if (container.children[index] !== figure) {
+        container.insertBefore(figure, container.children[index] ?? null);
+      }
+      const plotted = figure.querySelector(".plot");
+      plotted.setAttribute("aria-label", `${chart.title}. ${chart.summary}`);
+      drawings.push(plot(plotted, chart.figure));
+    });
+    for (const figure of known.values()) {
+      const plotted = figure.querySelector(".plot");
+      drawn.delete(plotted);
+      Plotly.purge(plotted);
+      figure.remove();
+    }
+    return Promise.all(drawings);
+  }
+
+  function redraw() {
+    for (const [element, figure] of drawn) {
+      plot(element, figure);
+    }
+  }
+
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
+  matchMedia("print").addEventListener("change", (change) => {
+    redraw();
+    for (const element of drawn.keys()) {
+      // A sheet is as wide as A4 and Letter leave both.
+      Plotly.relayout(element, change.matches ? { width: 640, autosize: false } : { width: null, autosize: true });
+    }
+    if (change.matches) {
+      document.querySelectorAll("details").forEach((details) => {
+        details.open = true;
+      });
+    }
+  });
+
+  return { draw };
+})();
