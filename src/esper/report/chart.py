@@ -5,8 +5,9 @@ custom property of the page, as `var(--ink)`, so that one figure reads well in l
 `static/charts.js` resolves them.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 from esper.lifecycle.stages import SeedStage
@@ -30,6 +31,8 @@ SEED_COLOURS = ("#3d85c6", "#e8743b", "#2e9d63", "#8e7cc3", "#d9a000", "#c2487f"
 
 INK, QUIET, LINE = "var(--ink)", "var(--quiet)", "var(--line)"
 PANEL_HEIGHT = 300
+_THOUSAND = 1000.0
+_DECADES_WITH_STEPS = 4
 _MAX_POINTS = 2000
 """Of one line: more cannot be told apart on a screen."""
 
@@ -45,13 +48,31 @@ class Chart:
         key: Names it in a page.
         title: Its heading.
         summary: In sentences, what can be seen: for who cannot see it, and who is in a hurry.
-        figure: `data` and `layout` of a plotly figure, JSON values.
+        figure: `data` and `layout` of a plotly figure.
+        wide: Takes the whole width of a page that has room for two.
     """
 
     key: str
     title: str
     summary: str
     figure: dict[str, Any]
+    wide: bool = False
+
+    def as_json(self) -> dict[str, Any]:
+        """Return it as JSON values, in which numbers that are not finite are None."""
+        values: dict[str, Any] = json_values(asdict(self))
+        return values
+
+
+def json_values(value: Any) -> Any:
+    """Return mappings, sequences and plain values with None for numbers that are not finite."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: json_values(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [json_values(item) for item in value]
+    return value
 
 
 def layout_of(
@@ -84,6 +105,22 @@ def layout_of(
     }
 
 
+def log_axis(values: Iterable[float]) -> dict[str, Any]:
+    """Return a logarithmic axis with ticks at 1, 2 and 5 of each decade, or at decades alone.
+
+    An empty one, which is linear, where a value is not above 0.
+    """
+    lowest, highest = math.inf, -math.inf
+    for value in values:
+        lowest, highest = min(lowest, value), max(highest, value)
+    if not 0.0 < lowest <= highest < math.inf:
+        return {}
+    decades = range(math.floor(math.log10(lowest)), math.ceil(math.log10(highest)) + 1)
+    steps = (1, 2, 5) if len(decades) <= _DECADES_WITH_STEPS else (1,)
+    ticks = [step * 10.0**decade for decade in decades for step in steps]
+    return {"type": "log", "tickvals": ticks, "ticktext": [f"{tick:g}" for tick in ticks]}
+
+
 def line_of(points: Sequence[tuple[int, float]], name: str, colour: str, *, width: float) -> Trace:
     """Return a line through points, of which a long run keeps some thousand."""
     kept = thinned(points)
@@ -110,6 +147,15 @@ def thinned(points: Sequence[Point]) -> list[Point]:
 def seed_name(seed: SeedStory) -> str:
     """Return what tells a seed from others: its blueprint, its slot, and when it germinated."""
     return f"{seed.blueprint} in {seed.slot}, epoch {seed.epoch}"
+
+
+def si(value: float) -> str:
+    """Return a large number with a prefix: 15.0 G."""
+    prefixes = ("", "k", "M", "G", "T", "P", "E")
+    index = 0
+    while abs(value) >= _THOUSAND and index < len(prefixes) - 1:
+        value, index = value / _THOUSAND, index + 1
+    return f"{value:.3g} {prefixes[index]}".strip()
 
 
 def growth_words(story: RunStory) -> str:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from esper.report.chart import LINE, Chart, Series, Trace, layout_of, thinned
+from esper.report.chart import Chart, Series, Trace, layout_of, log_axis, si, thinned
 from esper.report.story import RunStory
 
 
@@ -62,7 +62,7 @@ def flops_chart(story: RunStory, series: Series, references: Sequence[Reference]
         points[-1][0] if story.finished is not None else None,
     )
     words = (
-        f"{points[-1][0]:.3g} operations in all, of training, seeds that were pruned and deciding."
+        f"{si(points[-1][0])} operations in all, of training, seeds that were pruned and deciding."
     )
     return Chart(key=chart.key, title=chart.title, summary=words, figure=chart.figure)
 
@@ -80,18 +80,17 @@ def _against(
     data: list[Trace] = [
         {
             "type": "scatter",
-            "mode": "lines+markers",
-            "name": "held out, over time",
+            "mode": "markers",
+            "name": "held out, darker later",
             "x": [cost for cost, _, _ in kept],
             "y": [loss for _, loss, _ in kept],
             "customdata": [step for _, _, step in kept],
             "hovertemplate": "step %{customdata}: %{x:.4s} " + unit + ", loss %{y:.4g}"
             "<extra></extra>",
-            "line": {"color": LINE, "width": 1},
             "marker": {
                 "size": 5,
                 "color": [step for _, _, step in kept],
-                "colorscale": [[0, "#b9cbe0"], [1, "#3d85c6"]],
+                "colorscale": [[0, "#a9c3e0"], [1, "#3470ad"]],
             },
         }
     ]
@@ -114,9 +113,10 @@ def _against(
                 "cliponaxis": False,
             }
             data.append(mark)
+    losses = [*(loss for _, loss, _ in points), *(r.loss for r, _ in references)]
     layout = layout_of(
         x={"title": {"text": unit}, "exponentformat": "SI"},
-        y={"title": {"text": "loss"}, "type": "log", "dtick": "D2"},
+        y={"title": {"text": "loss"}, **log_axis(losses)},
     )
     return Chart(key=key, title=title, summary="", figure={"data": data, "layout": layout})
 

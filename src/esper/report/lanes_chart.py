@@ -39,6 +39,7 @@ def lanes_chart(story: RunStory, series: Series) -> Chart | None:
         + " One lane per slot, coloured by stage; the line in it is alpha, from 0 at the lane's "
         "bottom to 1 at its top.",
         figure={"data": data, "layout": layout},
+        wide=True,
     )
 
 

@@ -13,6 +13,7 @@ from esper.report.chart import (
     growth_words,
     layout_of,
     line_of,
+    log_axis,
     seed_name,
 )
 from esper.report.story import RunStory, SeedStory
@@ -28,8 +29,7 @@ def loss_chart(story: RunStory, series: Series) -> Chart | None:
         line_of(held_out, "held out", INK, width=2.2),
     ]
     data = [line for line in lines if line["x"]] + _event_marks(story, held_out or training)
-    positive = all(value > 0.0 for _, value in [*held_out, *training])
-    axis = {"type": "log", "dtick": "D2"} if positive else {}
+    axis = log_axis(value for _, value in [*held_out, *training])
     layout = layout_of(y={"title": {"text": "loss"}, **axis})
     return Chart(
         key="loss",

@@ -1,41 +1,36 @@
 """What seeds save, and how they learn."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from esper.report.chart import SEED_COLOURS, Chart, Trace, layout_of, seed_name
+from esper.report.chart import SEED_COLOURS, Chart, Trace, layout_of, log_axis, seed_name
 from esper.report.story import RunStory, SeedStory
+
+Measurement = tuple[int, float | None, float | None]
+"""A step, a value, and its standard error."""
 
 
 def contribution_chart(story: RunStory) -> Chart | None:
     """Return what each seed saves of the held-out loss; None if none was weighed."""
-    measured = [(seed, seed.contributions) for seed in story.seeds if seed.contributions]
-    if not measured:
+    weighed = [seed for seed in story.seeds if seed.contributions]
+    if not weighed:
         return None
-    data = []
-    for index, (seed, visits) in enumerate(measured):
-        percents = [100.0 * visit.event.contribution_fraction for visit in visits]
-        errors = [visit.event.standard_error_fraction for visit in visits]
-        data.append(
-            {
-                **_seed_line(seed, index, [visit.step for visit in visits], percents),
-                "error_y": {
-                    "type": "data",
-                    "array": [None if error is None else 100.0 * error for error in errors],
-                    "thickness": 1,
-                    "width": 0,
-                },
-                "hovertemplate": "%{y:.1f} % at step %{x}<extra>%{fullData.name}</extra>",
-            }
-        )
-    best = max(measured, key=lambda pair: pair[1][-1].event.contribution_fraction)[0]
+    best = max(weighed, key=lambda seed: seed.contribution_fraction or 0.0)
+
+    def saved(seed: SeedStory) -> list[Measurement]:
+        events = [(visit.step, visit.event) for visit in seed.contributions]
+        return [
+            (step, _percent(event.contribution_fraction), _percent(event.standard_error_fraction))
+            for step, event in events
+        ]
+
     return Chart(
         key="contribution",
         title="What each seed saves",
         summary="Held-out loss that would be lost without the seed, in percent of the loss without "
         "it; bars are one standard error. Last measured, the most is saved by "
-        f"{seed_name(best)}: {100.0 * (best.contribution_fraction or 0.0):.1f} %.",
+        f"{seed_name(best)}: {_percent(best.contribution_fraction):.1f} %.",
         figure={
-            "data": data,
+            "data": _by_slot(story, saved, unit=" %"),
             "layout": layout_of(y={"title": {"text": "% of the loss"}, "zeroline": True}),
         },
     )
@@ -43,40 +38,65 @@ def contribution_chart(story: RunStory) -> Chart | None:
 
 def gradient_chart(story: RunStory) -> Chart | None:
     """Return gradient norms of seeds over the host's; None if none were read."""
-    read = [(seed, seed.gradient_ratios) for seed in story.seeds if seed.gradient_ratios]
-    if not read:
+    ratios = [visit.ratio for seed in story.seeds for visit in seed.gradient_ratios]
+    if not ratios:
         return None
-    data = []
-    for index, (seed, visits) in enumerate(read):
-        ratios = [visit.ratio if visit.ratio > 0.0 else None for visit in visits]
-        line = _seed_line(seed, index, [visit.step for visit in visits], ratios)
-        hover = "%{y:.3g} at step %{x}<extra>%{fullData.name}</extra>"
-        data.append({**line, "hovertemplate": hover})
-    values = [visit.ratio for _, visits in read for visit in visits]
+
+    def read(seed: SeedStory) -> list[Measurement]:
+        return [
+            (visit.step, visit.ratio if visit.ratio > 0.0 else None, None)
+            for visit in seed.gradient_ratios
+        ]
+
     return Chart(
         key="gradient",
         title="Gradients of seeds, over the host's",
         summary="Ratio of gradient norms per parameter; below 0.0001 a seed learns nothing, above "
-        f"1,000 it explodes. Here from {min(values):.3g} to {max(values):.3g}.",
+        f"1,000 it explodes. Here from {min(ratios):.3g} to {max(ratios):.3g}.",
         figure={
-            "data": data,
-            "layout": layout_of(
-                y={"title": {"text": "ratio"}, "type": "log", "exponentformat": "power"}
-            ),
+            "data": _by_slot(story, read, unit=""),
+            "layout": layout_of(y={"title": {"text": "ratio"}, **log_axis(ratios)}),
         },
     )
 
 
-def _seed_line(
-    seed: SeedStory, index: int, steps: Sequence[int], values: Sequence[float | None]
-) -> Trace:
-    colour = SEED_COLOURS[index % len(SEED_COLOURS)]
-    return {
-        "type": "scatter",
-        "mode": "lines+markers",
-        "name": seed_name(seed),
-        "x": list(steps),
-        "y": list(values),
-        "line": {"color": colour, "width": 2},
-        "marker": {"size": 5 if len(steps) > 1 else 8, "color": colour},
-    }
+def _percent(fraction: float | None) -> float:
+    return float("nan") if fraction is None else 100.0 * fraction
+
+
+def _by_slot(
+    story: RunStory, measured: Callable[[SeedStory], Sequence[Measurement]], *, unit: str
+) -> list[Trace]:
+    """Return a line per slot, with gaps between the lives of its seeds: it holds one at a time."""
+    traces = []
+    for index, slot in enumerate(story.slots):
+        steps: list[int | None] = []
+        values: list[float | None] = []
+        errors: list[float | None] = []
+        names: list[str] = []
+        for seed in story.seeds:
+            if seed.slot == slot:
+                for step, value, error in [*measured(seed), (None, None, None)]:
+                    steps.append(step)
+                    values.append(value)
+                    errors.append(error)
+                    names.append(seed_name(seed))
+        if any(value is not None for value in values):
+            colour = SEED_COLOURS[index % len(SEED_COLOURS)]
+            traces.append(
+                {
+                    "type": "scatter",
+                    "mode": "lines+markers",
+                    "name": slot,
+                    "x": steps,
+                    "y": values,
+                    "error_y": {"type": "data", "array": errors, "thickness": 1, "width": 0},
+                    "customdata": names,
+                    "hovertemplate": f"%{{y:.3g}}{unit} at step %{{x}}<br>%{{customdata}}"
+                    "<extra></extra>",
+                    "line": {"color": colour, "width": 2},
+                    "marker": {"size": 5, "color": colour},
+                    "showlegend": True,
+                }
+            )
+    return traces

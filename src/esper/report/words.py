@@ -20,6 +20,8 @@ from esper.lifecycle.events import (
     SeedFailed,
     SeedGerminated,
     SeedPruned,
+    SinkFailed,
+    SinkLossesCounted,
     SlotReset,
     StepCaptured,
     StepSkipped,
@@ -92,6 +94,10 @@ def _of_the_run(event: Event) -> str | None:
         return f"no checkpoint could be written, training goes on: {event.error}"
     if isinstance(event, CheckpointDamaged):
         return f"checkpoint {event.name} is damaged, an older one is taken: {event.error}"
+    if isinstance(event, SinkFailed):
+        return f"{event.sink} failed, training goes on: {event.error}"
+    if isinstance(event, SinkLossesCounted):
+        return f"{event.sink} failed {event.lost_calls} times in this run; what it has is not whole"
     return None
 
 

@@ -57,10 +57,16 @@ const esperCharts = (() => {
       [...container.querySelectorAll(":scope > figure")].map((item) => [item.dataset.key, item]),
     );
     const drawings = [];
+    let half = 0;
     charts.forEach((chart, index) => {
       const figure = known.get(chart.key) ?? figureOf(chart);
       known.delete(chart.key);
-      figure.classList.toggle("wide", chart.wide === true);
+      // One that has no neighbour in its row fills it.
+      const next = charts[index + 1];
+      const alone = half % 2 === 0 && (next === undefined || next.wide);
+      const wide = chart.wide || alone;
+      half = wide ? 0 : half + 1;
+      figure.classList.toggle("wide", wide);
       figure.querySelector("h2").textContent = chart.title;
       figure.querySelector("p").textContent = chart.summary;
       if (container.children[index] !== figure) {
