@@ -1,7 +1,6 @@
 """How a comparison shows itself: while it goes on, and as a table."""
 
 import json
-import math
 from dataclasses import asdict
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -22,9 +21,9 @@ from esper.experiments.comparison import (
     at_equal_flops,
     judge,
     summarise,
-    tell_bounds,
 )
-from esper.experiments.comparison.intervals import Crossing, Interval
+from esper.experiments.comparison.words import notes, rate, reached, spread
+from esper.report.chart import json_values
 from esper.tasks.named import named_task
 
 _OUTCOME_STYLES = {
@@ -166,7 +165,7 @@ def print_comparison(console: Console, comparison: Comparison) -> None:
     console.print()
     if summaries:
         console.print(_table(comparison, summaries, wide=console.width >= _WIDE_COLUMNS))
-        for note in _notes(comparison, summaries):
+        for note in notes(comparison, summaries):
             console.print(note, style="dim", highlight=False)
         console.print()
     console.print(verdict.outcome, style=_OUTCOME_STYLES[verdict.outcome], highlight=False)
@@ -185,7 +184,7 @@ def _table(comparison: Comparison, summaries: list[ArmSummary], *, wide: bool) -
         table.add_column(name, justify="right", no_wrap=True)
     for summary in summaries:
         values = {
-            "rate": f"{summary.learning_rate:g}{'*' if summary.rate_at_edge else ''}",
+            "rate": rate(summary),
             "params": f"{summary.param_count:,.0f}",
             "steps": f"{summary.steps:,.0f}",
             "FLOPs": f"{summary.flops:.3g}"
@@ -204,46 +203,10 @@ def _table(comparison: Comparison, summaries: list[ArmSummary], *, wide: bool) -
     return table
 
 
-def _notes(comparison: Comparison, summaries: list[ArmSummary]) -> list[str]:
-    notes = [
-        f"mean ± half of the 95 % interval over {len(comparison.config.random_seeds)} seeds, at "
-        f"equal steps ({comparison.epochs} epochs); static: the grown size from the start; static "
-        "1, 2 …: with the first so many of its seeds",
-        "FLOPs: as a share of static's, growing arms with pruned seeds, probes and decisions; to "
-        "match: the share at which an arm reaches static's loss, every point a run to its end",
-    ]
-    if any(summary.rate_at_edge for summary in summaries):
-        notes.append(
-            "* the best learning rate is the last one tried on its side; more of them: --rates, in "
-            "a comparison of its own"
-        )
-    return notes
-
-
-def spread(interval: Interval, *, signed: bool = False) -> str:
-    """Return a mean and half its interval."""
-    mean = f"{interval.mean:+.4f}" if signed else f"{interval.mean:.4f}"
-    return mean if interval.half_width is None else f"{mean} ± {interval.half_width:.4f}"
-
-
-def reached(found: Crossing | None) -> str:
-    """Return at which share of a cost a loss is reached, with its interval."""
-    if found is None:
-        return ""
-    if found.above:
-        told = f"> {found.last:.2f}"
-    elif found.ratio is None:
-        told = f"≤ {found.first:.2f}"
-    else:
-        told = f"{found.ratio:.2f}"
-    bounds = tell_bounds(found, "–")
-    return f"{told} ({bounds})" if bounds else told
-
-
 def summary_record(comparison: Comparison) -> dict[str, Any]:
     """Return the table, the verdict and its reasons as JSON values; what is not finite is null."""
     verdict = judge(comparison)
-    record: dict[str, Any] = _finite(
+    record: dict[str, Any] = json_values(
         {
             "task": comparison.config.run.task,
             "outcome": verdict.outcome.value,
@@ -253,11 +216,3 @@ def summary_record(comparison: Comparison) -> dict[str, Any]:
         }
     )
     return record
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,7 +1,25 @@
-"""What people look at after a run: its story, and its picture."""
+"""What people look at after a run: its story, its report, and its pictures."""
 
+from esper.report.chart import Chart
+from esper.report.charts import run_charts
+from esper.report.cost_charts import Reference
 from esper.report.figure import new_figure
 from esper.report.picture import draw_run
-from esper.report.story import RunStory, SeedStory, tell
+from esper.report.run_page import run_report
+from esper.report.story import RunStory, SeedStory, StoryTeller, tell
+from esper.report.words import in_words, notable
 
-__all__ = ["RunStory", "SeedStory", "draw_run", "new_figure", "tell"]
+__all__ = [
+    "Chart",
+    "Reference",
+    "RunStory",
+    "SeedStory",
+    "StoryTeller",
+    "draw_run",
+    "in_words",
+    "new_figure",
+    "notable",
+    "run_charts",
+    "run_report",
+    "tell",
+]

@@ -31,6 +31,7 @@ SEED_COLOURS = ("#3d85c6", "#e8743b", "#2e9d63", "#8e7cc3", "#d9a000", "#c2487f"
 
 INK, QUIET, LINE = "var(--ink)", "var(--quiet)", "var(--line)"
 PANEL_HEIGHT = 300
+_DECADE = 10.0
 _THOUSAND = 1000.0
 _DECADES_WITH_STEPS = 4
 _MAX_POINTS = 2000
@@ -106,7 +107,7 @@ def layout_of(
 
 
 def log_axis(values: Iterable[float]) -> dict[str, Any]:
-    """Return a logarithmic axis with ticks at 1, 2 and 5 of each decade, or at decades alone.
+    """Return a logarithmic axis with ticks at all, at some or at none of the steps in a decade.
 
     An empty one, which is linear, where a value is not above 0.
     """
@@ -116,9 +117,11 @@ def log_axis(values: Iterable[float]) -> dict[str, Any]:
     if not 0.0 < lowest <= highest < math.inf:
         return {}
     decades = range(math.floor(math.log10(lowest)), math.ceil(math.log10(highest)) + 1)
-    steps = (1, 2, 5) if len(decades) <= _DECADES_WITH_STEPS else (1,)
+    steps: Sequence[int] = (1, 2, 5) if len(decades) <= _DECADES_WITH_STEPS else (1,)
+    if highest < _DECADE * lowest:
+        steps = range(1, 10)
     ticks = [step * 10.0**decade for decade in decades for step in steps]
-    return {"type": "log", "tickvals": ticks, "ticktext": [f"{tick:g}" for tick in ticks]}
+    return {"type": "log", "tickvals": ticks, "ticktext": [si(tick) for tick in ticks]}
 
 
 def line_of(points: Sequence[tuple[int, float]], name: str, colour: str, *, width: float) -> Trace:
@@ -150,7 +153,7 @@ def seed_name(seed: SeedStory) -> str:
 
 
 def si(value: float) -> str:
-    """Return a large number with a prefix: 15.0 G."""
+    """Return a number, with a prefix if it is large: 15 G."""
     prefixes = ("", "k", "M", "G", "T", "P", "E")
     index = 0
     while abs(value) >= _THOUSAND and index < len(prefixes) - 1:

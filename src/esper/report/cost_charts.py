@@ -97,9 +97,9 @@ def _against(
     if final is not None and story.finished is not None and "loss" in story.finished.metrics:
         test = story.finished.metrics["loss"]
         data.append(_mark("this run, test", [(final, test, None)], "star", "#2e9d63", size=15))
-    for grown, name, symbol, colour in (
-        (False, "never grew, test", "circle", "#8e7cc3"),
-        (True, "grown, test", "diamond", "#e8743b"),
+    for grown, name, symbol, colour, place in (
+        (False, "never grew, test", "circle", "#8e7cc3", "bottom center"),
+        (True, "grown, test", "diamond", "#e8743b", "top center"),
     ):
         chosen = [(r, cost) for r, cost in references if r.grown is grown]
         if chosen:
@@ -108,7 +108,7 @@ def _against(
             mark |= {
                 "mode": "markers+text",
                 "text": [r.label for r, _ in chosen],
-                "textposition": "top center",
+                "textposition": place,
                 "textfont": {"size": 11, "color": colour},
                 "cliponaxis": False,
             }

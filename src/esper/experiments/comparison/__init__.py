@@ -7,6 +7,7 @@ from esper.experiments.comparison.folder import (
     holds_comparison,
     read_comparison,
 )
+from esper.experiments.comparison.page import comparison_report, references_of
 from esper.experiments.comparison.picture import draw_comparison
 from esper.experiments.comparison.plan import Comparison
 from esper.experiments.comparison.runs import RunRequest, RunResult, check_runs
@@ -36,10 +37,12 @@ __all__ = [
     "WorkerDiedError",
     "at_equal_flops",
     "check_runs",
+    "comparison_report",
     "draw_comparison",
     "holds_comparison",
     "judge",
     "read_comparison",
+    "references_of",
     "run_missing",
     "summarise",
     "tell_bounds",

@@ -95,8 +95,8 @@ const esperCharts = (() => {
   matchMedia("print").addEventListener("change", (change) => {
     redraw();
     for (const element of drawn.keys()) {
-      // A sheet is as wide as A4 and Letter leave both.
-      Plotly.relayout(element, change.matches ? { width: 640, autosize: false } : { width: null, autosize: true });
+      const onPaper = { width: element.clientWidth, autosize: false };
+      Plotly.relayout(element, change.matches ? onPaper : { width: null, autosize: true });
     }
     if (change.matches) {
       document.querySelectorAll("details").forEach((details) => {

@@ -1,0 +1,206 @@
+"""The report of one run: what grew, what it gave, what it cost, and why."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from html import escape
+from typing import Any
+
+from esper.report.chart import seed_name, si
+from esper.report.charts import quality_names, run_charts
+from esper.report.cost_charts import Reference
+from esper.report.markup import chip, figures, settings_table, table, text
+from esper.report.page import Section, page
+from esper.report.story import GateVisit, RunStory, SeedStory, tell
+from esper.report.words import percent
+from esper.telemetry.run_store import MetricRow, RunReader
+
+_OUTCOMES = {"committed": "good", "pruned": "bad", "still growing": "warn"}
+_STATUSES = {"finished": "good", "failed": "bad", "running": "warn", "interrupted": "warn"}
+
+
+def run_report(reader: RunReader, *, references: Sequence[Reference] = ()) -> str:
+    """Return the report of a run as a page of HTML.
+
+    Args:
+        reader: Of the run's folder; it may still be going on.
+        references: Networks that its cost and quality are shown beside.
+
+    Raises:
+        ModuleNotFoundError: plotly is not installed.
+        EventSchemaError: An event was written by another version.
+        RunFolderError: The folder is damaged.
+    """
+    story, metrics = tell(reader.events()), reader.metrics()
+    config, environment = reader.config(), reader.environment()
+    task = str(config.get("task", "run"))
+    heading = f"{escape(task)} {chip(reader.status, _STATUSES.get(reader.status, ''))}"
+    return page(
+        title=f"{task}: {reader.folder.name}",
+        heading=heading,
+        subheading=_subheading(reader, story, config, environment),
+        lead=figures(_key_figures(story, metrics)),
+        charts=run_charts(story, metrics, references=references),
+        sections=list(_sections(story, config, environment)),
+    )
+
+
+def _subheading(
+    reader: RunReader,
+    story: RunStory,
+    config: Mapping[str, Any],
+    environment: Mapping[str, Any],
+) -> str:
+    words = [
+        f"policy {config.get('policy')}",
+        f"random seed {config.get('random_seed')}",
+        f"on {environment.get('device')}",
+    ]
+    if story.first_seconds is not None:
+        words.append(f"{datetime.fromtimestamp(story.first_seconds, UTC):%Y-%m-%d %H:%M} UTC")
+    return f"{escape(' · '.join(words))} · <code>{escape(reader.folder.name)}</code>"
+
+
+def _key_figures(story: RunStory, metrics: Sequence[MetricRow]) -> Iterable[tuple[str, str, str]]:
+    if story.finished is not None:
+        for name, value in story.finished.metrics.items():
+            yield f"test {name.replace('_', ' ')}", f"{value:.4f}", _held_out(metrics, name)
+    else:
+        for name in ("loss", *quality_names(metrics)):
+            values = [row.value for row in metrics if row.name == name]
+            if values:
+                yield f"held-out {name}", f"{values[-1]:.4f}", "last measured"
+    now = story.param_counts[-1][1]
+    grown = now / story.host_param_count - 1.0 if story.host_param_count else 0.0
+    yield "parameters", f"{now:,}", f"from {story.host_param_count:,}, {100.0 * grown:+.0f} %"
+    pruned = sum(seed.outcome == "pruned" for seed in story.seeds)
+    yield "seeds committed", str(len(story.committed)), f"of {len(story.seeds)}, {pruned} pruned"
+    flops = [row.value for row in metrics if row.name == "flops"]
+    if flops:
+        yield "operations", si(flops[-1]), "training and deciding"
+    steps = max([story.last_step, *(row.step for row in metrics)])
+    epochs = max((row.epoch for row in metrics), default=0)
+    yield "steps", f"{steps:,}", f"{epochs:,} decisions"
+    if story.first_seconds is not None and story.last_seconds is not None:
+        yield "time", duration(story.last_seconds - story.first_seconds), "wall clock"
+
+
+def _held_out(metrics: Sequence[MetricRow], name: str) -> str:
+    values = [row.value for row in metrics if row.name == name and math.isfinite(row.value)]
+    return f"held out {values[-1]:.4f}" if values else ""
+
+
+def duration(seconds: float) -> str:
+    """Return a time in its two largest units."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def _sections(
+    story: RunStory, config: Mapping[str, Any], environment: Mapping[str, Any]
+) -> Iterable[Section]:
+    if story.twin is not None and story.finished is not None:
+        yield Section(title="Did growth pay?", body=_twin(story))
+    yield Section(title="Seeds", body=_seeds(story))
+    yield Section(title="Why: every decision of the gates", body=_decisions(story))
+    yield Section(title="What the governor did", body=_interventions(story))
+    yield Section(
+        title="Settings", body=settings_table(config, caption="Settings of the run"), folded=True
+    )
+    yield Section(
+        title="Environment",
+        body=settings_table(environment, caption="Where the run was made"),
+        folded=True,
+    )
+
+
+def _twin(story: RunStory) -> str:
+    twin, finished = story.twin, story.finished
+    assert twin is not None
+    assert finished is not None
+    loss, other = finished.metrics["loss"], twin.metrics["loss"]
+    paid = loss < other
+    rows = [
+        ("grown", text(finished.param_count), *(text(v) for v in finished.metrics.values())),
+        ("its twin", text(twin.param_count), *(text(v) for v in twin.metrics.values())),
+    ]
+    columns = ("network", "parameters", *(f"test {name}" for name in finished.metrics))
+    verdict = chip("growth paid", "good") if paid else chip("growth did not pay", "bad")
+    return (
+        f"<p>{verdict} The grown network's test loss is {abs(loss - other) / other:.1%} "
+        f"{'below' if paid else 'above'} that of its twin, which never grew, had "
+        f"{twin.epochs:,} epochs for {twin.flops_fraction:.2f} of the run's operations, and is "
+        f"the same run up to step {twin.shared_steps:,}. One random seed is no proof.</p>"
+        + table(columns, rows, caption="The run and its twin", numbers=range(1, len(columns)))
+    )
+
+
+def _seeds(story: RunStory) -> str:
+    if not story.seeds:
+        return "<p>Nothing grew.</p>"
+    rows = [
+        (
+            f"<code>{escape(seed.slot)}</code>",
+            escape(seed.blueprint),
+            text(seed.param_count),
+            escape(_span(seed)),
+            chip(seed.outcome, _OUTCOMES[seed.outcome]),
+            escape(percent(seed.contribution_fraction)) or "–",
+            escape(seed.reason),
+        )
+        for seed in story.seeds
+    ]
+    columns = ("slot", "seed", "parameters", "epochs", "outcome", "saves", "why")
+    return table(columns, rows, caption="Every seed and what became of it", numbers=(2, 5))
+
+
+def _span(seed: SeedStory) -> str:
+    return f"{seed.epoch}–{'' if seed.end_epoch is None else seed.end_epoch}"
+
+
+def _decisions(story: RunStory) -> str:
+    if not story.seeds:
+        return "<p>Nothing was judged.</p>"
+    return "".join(_life(seed) for seed in story.seeds)
+
+
+def _life(seed: SeedStory) -> str:
+    passed = [visit.event.result.gate for visit in seed.gates if visit.event.result.passed]
+    refused = sum(not visit.event.result.passed for visit in seed.gates)
+    words = f"passed {', '.join(passed) or 'none'}; {refused} times refused"
+    rows = [row for visit in seed.gates for row in _checks(visit)]
+    columns = ("epoch", "gate", "check", "measured", "needed", "verdict")
+    caption = f"Gates of {seed_name(seed)}"
+    return (
+        f"<details><summary><h3>{escape(seed_name(seed))}</h3> "
+        f"{chip(seed.outcome, _OUTCOMES[seed.outcome])} "
+        f'<span class="quiet">{escape(words)}</span></summary>'
+        f"{table(columns, rows, caption=caption, numbers=(0, 3))}</details>"
+    )
+
+
+def _checks(visit: GateVisit) -> Iterable[tuple[str, ...]]:
+    result = visit.event.result
+    for index, check in enumerate(result.checks):
+        first = index == 0
+        forced = " (forced)" if result.forced and first else ""
+        yield (
+            text(visit.epoch) if first else "",
+            f"{escape(result.gate)}{forced}" if first else "",
+            escape(check.name.replace("_", " ")),
+            "not measured" if check.measured is None else text(check.measured),
+            escape(f"{check.comparison} {check.threshold:.4g}"),
+            chip("passes", "good") if check.passed else chip("fails", "bad"),
+        )
+
+
+def _interventions(story: RunStory) -> str:
+    if not story.interventions:
+        return "<p>Nothing: no step was refused, and no seed harmed the run.</p>"
+    rows = [(text(met.step), text(met.epoch), escape(met.words)) for met in story.interventions]
+    return table(
+        ("step", "epoch", "what"), rows, caption="What the run was protected from", numbers=(0, 1)
+    )
