@@ -447,6 +447,33 @@ class CachesSwept(_Event):
     misses: dict[str, int]
 
 
+class SinkFailed(_Event):
+    """A sink raised, for the first time; training goes on, and the sink is called again."""
+
+    type: Literal["sink_failed"] = "sink_failed"
+    sink: str
+    """Name of its class."""
+    error: str
+
+    @property
+    def priority(self) -> Priority:
+        return Priority.WARNING
+
+
+class SinkLossesCounted(_Event):
+    """At the end of a run, how much a failing sink did not take."""
+
+    type: Literal["sink_losses_counted"] = "sink_losses_counted"
+    sink: str
+    """Name of its class."""
+    lost_calls: int
+    """That raised: an event, the metrics of an epoch, or making durable what was taken."""
+
+    @property
+    def priority(self) -> Priority:
+        return Priority.WARNING
+
+
 Event = Annotated[
     RunStarted
     | RunFinished
@@ -481,7 +508,9 @@ Event = Annotated[
     | CompileFailed
     | StepCaptured
     | ArtefactRefused
-    | CachesSwept,
+    | CachesSwept
+    | SinkFailed
+    | SinkLossesCounted,
     Field(discriminator="type"),
 ]
 

@@ -10,6 +10,7 @@ from esper.telemetry.run_store import (
     RunStore,
 )
 from esper.telemetry.sink import Sink
+from esper.telemetry.sink_guard import SinkGuard
 
 __all__ = [
     "DATABASE_FILE",
@@ -19,5 +20,6 @@ __all__ = [
     "RunReader",
     "RunStore",
     "Sink",
+    "SinkGuard",
     "describe_environment",
 ]

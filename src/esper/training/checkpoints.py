@@ -159,8 +159,7 @@ class Checkpoints:
         growth, slots = trainer.growth, trainer.growth.slots
         target = self.folder / f"{_PREFIX}{growth.step:010d}"
         started = self._clock()
-        for sink in growth.sinks:  # what they hold of these steps must not be lost with the process
-            sink.flush()
+        growth.sink_guard.flush()  # what sinks hold of these steps must not go with the process
         places = _places_in_data(trainer)
         first = slots.replication is None or slots.replication.rank == 0
         state = trainer.state_dict() if first or slots.sharded else {}

@@ -43,6 +43,7 @@ from esper.slots.replication import Replication
 from esper.slots.slot import SeedSlot
 from esper.slots.slot_set import SlotSet
 from esper.telemetry.sink import Sink
+from esper.telemetry.sink_guard import SinkGuard
 from esper.training.held_out import Evaluate, metrics_of
 from esper.training.policy import ForesightedPolicy, FrugalPolicy, Policy, StatefulPolicy
 from esper.training.probing import probe_seeds
@@ -65,7 +66,8 @@ class Growth:
         policy: Decides; see `esper.HeuristicPolicy`.
         scheduler: A learning-rate scheduler made before; one made afterwards needs nothing.
         max_epochs: How many decisions will come, for policies that plan by it.
-        sinks: Receive every event and metric.
+        sinks: Receive every event and metric. One that raises is told once and stops nothing; see
+            `SinkGuard`.
         compiled: The host and its seeds run compiled; None leaves that to the caller.
         clock: Unix seconds, for event records.
         count_flops: Whether `meter` counts operations besides taking times: the first step of each
@@ -92,7 +94,7 @@ class Growth:
         self.slots = slots
         self.policy = policy
         self.max_epochs = max_epochs
-        self.sinks = list(sinks)
+        self.sink_guard = SinkGuard(sinks, stamp=self._stamped)
         self.compiled = compiled
         self.isolation_monitor = IsolationMonitor(slots)
         self.meter = CostMeter(slots, count_flops=count_flops)
@@ -209,16 +211,14 @@ class Growth:
         self.epoch += 1
         median = self._timer.median_seconds
         timing = {} if median is None else {"step_seconds": median}
-        for sink in self.sinks:
-            sink.measure(self.epoch, self.step, {**metrics, **timing})
+        self.measure({**metrics, **timing})
         for action in self._decided():
             self.apply(action)
         self.publish(self.slots.end_epoch())
         if self.compiled is not None and isinstance(self.policy, ForesightedPolicy):
             self.compiled.foresee(self.policy.upcoming(self.state()))
         self._compile_seeds()
-        for sink in self.sinks:
-            sink.flush()
+        self.sink_guard.flush()
         return metrics
 
     def _compile_seeds(self) -> None:
@@ -330,16 +330,26 @@ class Growth:
         self._timer.restart()
         self._steps_change = False
 
+    @property
+    def sinks(self) -> list[Sink]:
+        """Return what receives every event and metric; may be added to."""
+        return self.sink_guard.sinks
+
     def publish(self, events: Sequence[Event]) -> None:
         """Send events to the sinks, stamped with time, epoch and step."""
         if not self.sinks:
             return
         for event in events:
-            record = EventRecord(
-                time_seconds=self._clock(), epoch=self.epoch, step=self.step, event=event
-            )
-            for sink in self.sinks:
-                sink.publish(record)
+            self.sink_guard.publish(self._stamped(event))
+
+    def measure(self, metrics: Mapping[str, float]) -> None:
+        """Send metrics to the sinks, with epoch and step."""
+        self.sink_guard.measure(self.epoch, self.step, metrics)
+
+    def _stamped(self, event: Event) -> EventRecord:
+        return EventRecord(
+            time_seconds=self._clock(), epoch=self.epoch, step=self.step, event=event
+        )
 
     def _carry_out(self, slot: SeedSlot, action: Action) -> None:
         if isinstance(action, Germinate):

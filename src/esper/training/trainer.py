@@ -272,8 +272,7 @@ class Trainer:
         measured = {"train_loss": train_loss}
         if cost.total.flops is not None:
             measured["flops"] = float(cost.total.flops)
-        for sink in self.growth.sinks:
-            sink.measure(self.growth.epoch, self.growth.step, measured)
+        self.growth.measure(measured)
         if self.keeper is not None:
             self.keeper.after_epoch(self)
         return EpochReport(
