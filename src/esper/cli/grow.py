@@ -203,6 +203,7 @@ def _train_grown(
             with view:
                 for note in setup.notes:
                     view.note(note, about="data")
+                note_trackers(run, view)
                 cost = train(run, view)
             networks = {"grown": (run.param_count(), run.finish())}
             if beside is not None and fork is not None:
@@ -236,6 +237,12 @@ def _train_twin(twin: Twin, grown: GrowingRun, beside: Beside) -> Network:
         cost = train(twin.run, view)
     finished = twin.finish(cost, grown)
     return finished.param_count, finished.metrics
+
+
+def note_trackers(run: GrowingRun, view: RunView) -> None:
+    """Tell where each tracker's tool finds the run."""
+    for tracker in run.trackers:
+        view.note(tracker.place, about="tracked")
 
 
 def train(run: GrowingRun, view: RunView) -> RunCost:

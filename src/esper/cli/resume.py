@@ -7,7 +7,15 @@ import torch
 import typer
 from rich.console import Console
 
-from esper.cli.grow import Network, choose_view, conclude, train, train_control, views_beside
+from esper.cli.grow import (
+    Network,
+    choose_view,
+    conclude,
+    note_trackers,
+    train,
+    train_control,
+    views_beside,
+)
 from esper.experiments.config import RunConfig, SettingsError
 from esper.experiments.run import resumed_run
 from esper.report.story import tell
@@ -59,6 +67,7 @@ def resume(
                             f"begun with torch {found.info.torch_version}, this is "
                             f"{torch.__version__}: the rest may differ in rounding"
                         )
+                note_trackers(growing, view)
                 train(growing, view)
             networks: dict[str, Network] = {"grown": (growing.param_count(), growing.finish())}
     except _CANNOT_GO_ON as error:

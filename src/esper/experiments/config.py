@@ -19,6 +19,7 @@ from esper.policies.heuristic import HeuristicConfig, HeuristicPolicy
 from esper.slots.config import SlotConfig
 from esper.tasks.named import named_task
 from esper.tasks.task import Task
+from esper.telemetry.tracking import TrackingConfig
 from esper.training.trainer import TrainerConfig
 
 _ROUNDING = 1e-9
@@ -83,6 +84,7 @@ class RunConfig(Record):
     decision then run slower."""
     compile: CompileConfig = CompileConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    tracking: TrackingConfig = TrackingConfig()
     trainer: TrainerConfig
     slot: SlotConfig
     heuristic: HeuristicConfig

@@ -1,10 +1,12 @@
 """Running a task with growth into a run folder."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -35,6 +37,8 @@ from esper.telemetry.run_store import (
     RunStore,
 )
 from esper.telemetry.sink import Sink
+from esper.telemetry.tracker import Tracker, TrackerError
+from esper.telemetry.tracking import open_trackers
 from esper.training.checkpoints import Checkpoints, FoundCheckpoint
 from esper.training.growth import Growth
 from esper.training.policy import FrugalPolicy, Policy
@@ -53,6 +57,8 @@ class GrowingRun:
     run_id: str
     resumed: FoundCheckpoint | None = None
     """The checkpoint that it goes on from."""
+    trackers: list[Tracker] = field(default_factory=list)
+    """What follows it besides its folder."""
     weights_file: Path | None = None
     """Where `finish` keeps the weights; None keeps none."""
     finished: bool = False
@@ -230,7 +236,8 @@ def stored_run(
 
     Raises:
         RunFolderError: The folder holds a run already.
-        SettingsError: As `prepare`, or compiled graphs cannot be kept; there is no folder then.
+        SettingsError: As `prepare`, compiled graphs cannot be kept, or a tracker cannot be opened;
+            there is no folder then.
         CheckpointError: Checkpoints cannot be written.
     """
     _set_process(config)
@@ -242,7 +249,7 @@ def stored_run(
     }
     with _compile_service(config.compile) as service:
         run = prepare(config, run_id=folder.name, setup=setup, service=service)
-        store = RunStore(folder, config=config.model_dump(mode="json"), environment=environment)
+        store, run.trackers = _new_folder(config, folder, environment)
         with _in_folder(run, store, sinks):
             run.trainer.keeper = _checkpoints(config.checkpoint, folder)
             yield run
@@ -265,7 +272,7 @@ def resumed_run(folder: Path, sinks: Sequence[Sink] = ()) -> Iterator[GrowingRun
     Raises:
         RunFolderError: It is no run folder, the run is finished, or a process writes it.
         CheckpointError: Every checkpoint is damaged, or of another version.
-        SettingsError: As `prepare`.
+        SettingsError: As `prepare`, or a tracker cannot be opened; the run can be resumed still.
         TaskDataError: The data cannot be read or used any more.
         ModuleNotFoundError: The task needs an extra that is not installed.
     """
@@ -278,8 +285,14 @@ def resumed_run(folder: Path, sinks: Sequence[Sink] = ()) -> Iterator[GrowingRun
         run = prepare(config, run_id=folder.name, service=service)
         checkpoints = _checkpoints(config.checkpoint, folder)
         found = checkpoints.newest() if checkpoints is not None and checkpoints.names() else None
-        store = ReopenedRunStore(folder, after_step=-1 if found is None else found.info.step)
+        after_step = -1 if found is None else found.info.step
+        store = ReopenedRunStore(folder, after_step=after_step)
         run.trainer.keeper, run.resumed = checkpoints, found
+        try:
+            run.trackers = _trackers(config, folder, after_step=after_step)
+        except BaseException:
+            _close(run, store, "failed")
+            raise
         with _in_folder(run, store, sinks):
             if found is not None:
                 found.give_to(run.trainer)
@@ -341,18 +354,77 @@ def _checkpoints(config: CheckpointConfig, folder: Path) -> Checkpoints | None:
 @contextmanager
 def _in_folder(run: GrowingRun, store: RunStore, sinks: Sequence[Sink]) -> Iterator[None]:
     """Let a run write into its folder, and close it with a status however the run ends."""
-    run.growth.sinks = [store, *sinks]
+    run.growth.sinks.extend([store, *run.trackers, *sinks])
     run.weights_file = store.folder / WEIGHTS_FILE
+    status: RunStatus = "failed"
     try:
         yield
-        store.set_status("finished")
+        status = "finished"
     except BaseException as error:
-        interrupted = isinstance(error, KeyboardInterrupt)
-        stopped: RunStatus = "interrupted" if interrupted else "failed"
-        store.set_status("finished" if run.finished else stopped)
+        if run.finished:
+            status = "finished"
+        elif isinstance(error, KeyboardInterrupt):
+            status = "interrupted"
         raise
     finally:
+        _close(run, store, status)
+
+
+def _close(run: GrowingRun, store: RunStore, status: RunStatus) -> None:
+    """Close trackers and folder; what cannot be closed, or was lost before, is told."""
+    guard = run.growth.sink_guard
+    try:
+        for tracker in run.trackers:
+            guard.attempt(tracker, lambda tracker: tracker.close(status))
+            run.growth.sinks.remove(tracker)
+    finally:
+        run.growth.publish(guard.losses)
+        guard.attempt(store, lambda store: store.set_status(status))
+        guard.attempt(store, lambda store: store.close())
+
+
+def _new_folder(
+    config: RunConfig, folder: Path, environment: Mapping[str, Any]
+) -> tuple[RunStore, list[Tracker]]:
+    """Make a run folder, and open what is to follow the run; there is no folder if that fails.
+
+    Raises:
+        RunFolderError: The folder holds a run already.
+        SettingsError: A tracker cannot be opened.
+    """
+    before = set(folder.iterdir()) if folder.exists() else None
+    store = RunStore(folder, config=config.model_dump(mode="json"), environment=environment)
+    try:
+        return store, _trackers(config, folder)
+    except BaseException:
         store.close()
+        _undo(folder, before)
+        raise
+
+
+def _undo(folder: Path, before: set[Path] | None) -> None:
+    """Remove what was made in a folder, and the folder unless it was there."""
+    if before is None:
+        shutil.rmtree(folder)
+        return
+    for made in set(folder.iterdir()) - before:
+        if made.is_dir() and not made.is_symlink():
+            shutil.rmtree(made)
+        else:
+            made.unlink()
+
+
+def _trackers(config: RunConfig, folder: Path, after_step: int | None = None) -> list[Tracker]:
+    """Open what is to follow a run.
+
+    Raises:
+        SettingsError: One cannot be opened.
+    """
+    chosen = config.model_dump(mode="json")
+    try:
+        return open_trackers(config.tracking, folder, config=chosen, after_step=after_step)
+    except TrackerError as error:
+        raise SettingsError(str(error)) from error
 
 
 def learning_rate_factor(config: RunConfig, total_steps: int) -> Callable[[int], float]:

@@ -1,6 +1,8 @@
 """Sinks for events and metrics, and the run folder."""
 
 from esper.telemetry.environment import describe_environment
+from esper.telemetry.mlflow_sink import MlflowSink
+from esper.telemetry.prometheus_sink import PrometheusSink
 from esper.telemetry.run_store import (
     DATABASE_FILE,
     WEIGHTS_FILE,
@@ -11,15 +13,27 @@ from esper.telemetry.run_store import (
 )
 from esper.telemetry.sink import Sink
 from esper.telemetry.sink_guard import SinkGuard
+from esper.telemetry.tensorboard_sink import TensorBoardSink
+from esper.telemetry.tracker import Tracker, TrackerError
+from esper.telemetry.tracking import TrackingConfig, open_trackers
+from esper.telemetry.wandb_sink import WandbSink
 
 __all__ = [
     "DATABASE_FILE",
     "WEIGHTS_FILE",
     "MetricRow",
+    "MlflowSink",
+    "PrometheusSink",
     "RunFolderError",
     "RunReader",
     "RunStore",
     "Sink",
     "SinkGuard",
+    "TensorBoardSink",
+    "Tracker",
+    "TrackerError",
+    "TrackingConfig",
+    "WandbSink",
     "describe_environment",
+    "open_trackers",
 ]

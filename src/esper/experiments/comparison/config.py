@@ -49,6 +49,11 @@ class CompareConfig(Record):
             raise ValueError(
                 "search_rates must be 1, or at least 3: one below and one above the configured rate"
             )
+        if self.run.tracking.chosen:
+            raise ValueError(
+                "tracking follows one run, and a comparison makes many; leave it out, or track "
+                "runs of esper grow"
+            )
         if NEVER in (self.run.policy, *self.policies):
             raise ValueError(
                 f"a policy to compare is {NEVER!r}, which grows nothing; name one that does"
