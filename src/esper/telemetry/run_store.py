@@ -215,9 +215,13 @@ def _lock(descriptor: int) -> bool:
     return True
 
 
-def _is_locked(file: Path) -> bool:
+def is_written(folder: Path) -> bool:
+    """Return whether a process writes a run folder now, also one that it has only begun to make.
+
+    Not known on Windows, where it is False.
+    """
     try:
-        descriptor = os.open(file, os.O_RDWR)
+        descriptor = os.open(folder / LOCK_FILE, os.O_RDWR)
     except FileNotFoundError:
         return False
     try:
@@ -304,7 +308,7 @@ class RunReader:
 
         Not known on Windows, where it is False.
         """
-        return _is_locked(self.folder / LOCK_FILE)
+        return is_written(self.folder)
 
     def glance(self) -> RunGlance:
         """Return how the run stands."""
