@@ -5,9 +5,11 @@ import typer
 from esper.cli.blueprints import blueprints
 from esper.cli.compare import compare
 from esper.cli.compile import compile_
+from esper.cli.dashboard import dashboard
 from esper.cli.doctor import doctor
 from esper.cli.grow import grow
 from esper.cli.inspecting import inspect
+from esper.cli.report import report
 from esper.cli.resume import resume
 
 app = typer.Typer(
@@ -21,6 +23,8 @@ app.command()(grow)
 app.command()(resume)
 app.command()(compare)
 app.command()(inspect)
+app.command()(report)
+app.command()(dashboard)
 app.command()(blueprints)
 app.command("compile")(compile_)
 app.command()(doctor)

@@ -1,0 +1,68 @@
+"""`esper dashboard`: follow and compare runs in a browser."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+DEFAULT_PORT = 8265
+
+_EXTRA = "the dashboard needs {}: pip install 'esper-lite[dashboard]'"
+_PACKAGES = ("plotly", "starlette", "uvicorn")
+
+
+def dashboard(
+    folder: Annotated[
+        Path, typer.Argument(help="Where the runs are: in it, or one folder deeper.")
+    ] = Path("runs"),
+    host: Annotated[
+        str,
+        typer.Option(help="Address to serve on; beyond this machine a token is needed to look."),
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any that is free.")] = (
+        DEFAULT_PORT
+    ),
+    token_file: Annotated[
+        Path | None,
+        typer.Option(
+            help="File that holds the token, yours alone; or set ESPER_DASHBOARD_TOKEN. With "
+            "neither, one is made if it is needed, and printed in the address."
+        ),
+    ] = None,
+) -> None:
+    """Show the runs in FOLDER on a local web page, as they go on, until Ctrl-C."""
+    try:
+        from esper.dashboard import (  # noqa: PLC0415 – an optional extra
+            AddressError,
+            DashboardServer,
+            TokenError,
+            find_token,
+        )
+    except ModuleNotFoundError as error:
+        if error.name not in _PACKAGES:
+            raise
+        raise typer.BadParameter(_EXTRA.format(error.name)) from error
+    if folder.exists() and not folder.is_dir():
+        raise typer.BadParameter(f"{folder} is no folder")
+    try:
+        server = DashboardServer(folder, host=host, port=port, token=find_token(token_file))
+    except (AddressError, TokenError, OSError) as error:
+        raise typer.BadParameter(str(error)) from error
+    address = server.address
+    console = Console()
+    console.print(f"runs in {folder.absolute()}", highlight=False, soft_wrap=True)
+    url = address.url_with_token if address.generated else address.url
+    console.print(url, style="bold", highlight=False, soft_wrap=True)
+    if address.generated:
+        console.print(
+            "whoever has this address sees the runs; it is sent in the clear, which only a network "
+            "you trust, a tunnel (ssh -L) or a proxy with TLS makes safe",
+            highlight=False,
+        )
+    elif address.token is not None:
+        console.print("the page asks for the token", highlight=False)
+    try:
+        server.serve()
+    except KeyboardInterrupt:
+        console.print("ended", highlight=False)

@@ -1,0 +1,22 @@
+"""The dashboard: a local web page that follows runs as they go on and compares them."""
+
+from esper.dashboard.access import TokenError, find_token
+from esper.dashboard.commands import (
+    Command,
+    CommandChannel,
+    CommandRefusedError,
+    OfferedAction,
+)
+from esper.dashboard.serving import Address, AddressError, DashboardServer
+
+__all__ = [
+    "Address",
+    "AddressError",
+    "Command",
+    "CommandChannel",
+    "CommandRefusedError",
+    "DashboardServer",
+    "OfferedAction",
+    "TokenError",
+    "find_token",
+]

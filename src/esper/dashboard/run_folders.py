@@ -1,0 +1,102 @@
+"""Which run folders there are under a folder, and that none leads out of it."""
+
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from esper.telemetry.run_store import CONFIG_FILE, DATABASE_FILE, ENVIRONMENT_FILE, LOCK_FILE
+
+_READ_FILES = (
+    DATABASE_FILE,
+    f"{DATABASE_FILE}-wal",
+    f"{DATABASE_FILE}-shm",
+    CONFIG_FILE,
+    ENVIRONMENT_FILE,
+    LOCK_FILE,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoundRuns:
+    """What a folder holds.
+
+    Attributes:
+        folders: Of runs, by id: the path from the folder on, as in "digits-1" or "search/digits-1".
+        refused: Ids of what is or holds a link, a device or a pipe, or has a name that is no text.
+    """
+
+    folders: dict[str, Path]
+    refused: tuple[str, ...]
+
+
+class RunFolders:
+    """The runs in a folder, in folders directly inside it, or the one that it is itself.
+
+    Nothing else is ever opened: a run is asked for by an id, which is looked up among the runs that
+    are there, never joined to a path; and no link is followed, wherever it leads.
+
+    Args:
+        root: May itself be a link, or not exist yet.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.absolute()
+
+    def find(self) -> FoundRuns:
+        """Return what is there now."""
+        runs: dict[str, Path] = {}
+        refused: list[str] = []
+        for name, folder in self._candidates():
+            if folder.is_symlink() or not _is_text(name) or _leads_elsewhere(folder):
+                refused.append(_shown(name))
+            elif _holds_run(folder):
+                runs[name] = folder
+        return FoundRuns(folders=runs, refused=tuple(refused))
+
+    def _candidates(self) -> Iterator[tuple[str, Path]]:
+        """Yield folders that may hold a run, by their path from here on."""
+        root = self.root.resolve()  # may be a link itself; nothing in it may
+        if _holds_run(root):
+            yield root.name, root
+            return
+        for folder in _folders_in(root):
+            if folder.is_symlink() or _holds_run(folder):
+                yield folder.name, folder
+            else:
+                for inner in _folders_in(folder):
+                    yield f"{folder.name}/{inner.name}", inner
+
+
+def _folders_in(folder: Path) -> list[Path]:
+    try:
+        return sorted(
+            inner for inner in folder.iterdir() if not inner.name.startswith(".") and inner.is_dir()
+        )
+    except OSError:  # gone, or not ours to read: no runs for us
+        return []
+
+
+def _holds_run(folder: Path) -> bool:
+    return _mode(folder / DATABASE_FILE) is not None
+
+
+def _leads_elsewhere(folder: Path) -> bool:
+    """Whether a file that would be read is none, such as a link or a pipe."""
+    modes = (_mode(folder / name) for name in _READ_FILES)
+    return any(mode is not None and not stat.S_ISREG(mode) for mode in modes)
+
+
+def _mode(path: Path) -> int | None:
+    try:
+        return path.lstat().st_mode
+    except OSError:
+        return None
+
+
+def _is_text(name: str) -> bool:
+    return _shown(name) == name and name.isprintable()
+
+
+def _shown(name: str) -> str:
+    return name.encode("utf-8", "replace").decode("utf-8")

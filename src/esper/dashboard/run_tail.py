@@ -1,0 +1,311 @@
+"""The story of one run, told on as its rows come in."""
+
+import math
+import threading
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from esper.lifecycle.events import EventRecord, Priority, RunFinished, RunStarted, StageChanged
+from esper.lifecycle.stages import LIVING_STAGES, SeedStage
+from esper.report.chart import STAGE_COLOURS, Chart
+from esper.report.charts import run_charts
+from esper.report.story import RunStory, SeedStory, StoryTeller
+from esper.report.words import in_words
+from esper.telemetry.run_store import MetricRow, RunReader
+
+CHUNK_EVENTS = 2000
+"""Read at a time, so that others get a turn: 20 to 40 ms."""
+_MAX_LINES = 200
+
+
+@dataclass(frozen=True, kw_only=True)
+class EventLine:
+    """An event that a person watching wants to know, in words."""
+
+    id: int
+    time_seconds: float
+    epoch: int
+    step: int
+    priority: Priority
+    type: str
+    words: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlotNow:
+    """A slot as it stands.
+
+    Attributes:
+        alpha, param_count, contribution_fraction, gradient_ratio: Of the living seed, else None.
+        colour: Of the stage; None if none is alive in the slot or just has been.
+        since_epoch: When the stage was entered.
+        refused: What its last gate held against it, if that was in this stage.
+        committed: Blueprints that the host has taken over here, oldest first.
+    """
+
+    path: str
+    stage: SeedStage
+    colour: str | None
+    since_epoch: int
+    blueprint: str | None
+    alpha: float | None
+    param_count: int | None
+    contribution_fraction: float | None
+    gradient_ratio: float | None
+    refused: str | None
+    committed: list[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figures:
+    """The figures of a run that a person asks for first.
+
+    Attributes:
+        params: Of the network as it stands, living seeds included.
+        metrics: The last of each that was measured.
+        test_metrics: Once the run has finished.
+        seconds: From the first event to the last.
+    """
+
+    host_params: int
+    params: int
+    epoch: int
+    step: int
+    seconds: float | None
+    metrics: dict[str, float]
+    test_metrics: dict[str, float] | None
+    twin_metrics: dict[str, float] | None
+    interventions: int
+    growing: int
+    committed: int
+    pruned: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class TailState:
+    """All that is shown of a run but its charts.
+
+    Attributes:
+        version: Differs when anything does; the charts belong to it.
+        telling: Differs when the story was begun anew, since rows that were read may be gone.
+        unread: Events that are there and not yet told.
+        lines: The last ones after those that were seen.
+    """
+
+    version: str
+    telling: str
+    unread: int
+    config: Mapping[str, Any]
+    figures: Figures
+    slots: list[SlotNow]
+    lines: list[EventLine]
+
+
+class RunTail:
+    """Reads on in one run's events and metrics, and tells what they come to.
+
+    May be used by several threads, each of which waits for the others.
+
+    Args:
+        folder: Of the run.
+
+    Raises:
+        RunFolderError: It is no run folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._reader = RunReader(folder)
+        self._lock = threading.Lock()
+        self._begin(self._reader.attempt)
+
+    def _begin(self, attempt: int) -> None:
+        self._attempt = attempt
+        self._config = self._reader.config()
+        self._teller = StoryTeller()
+        self._stages: dict[str, tuple[StageChanged, int]] = {}
+        self._lines: deque[EventLine] = deque(maxlen=_MAX_LINES)
+        self._metrics: list[MetricRow] = []
+        self._last_event = 0
+        self._last_metric = 0
+        self._num_events = 0
+        self._unread = 0
+        self._charts: tuple[str, list[Chart]] | None = None
+
+    @property
+    def num_rows(self) -> int:
+        """How many events and values are kept in mind: what the tail costs in memory."""
+        return self._num_events + len(self._metrics)
+
+    def advance(self) -> bool:
+        """Read on, events at most `CHUNK_EVENTS`; return whether there are more.
+
+        A run that was resumed is read from its beginning: rows that were read may be gone.
+
+        Raises:
+            RunFolderError: The folder is gone.
+            EventSchemaError: An event was written by another version.
+        """
+        with self._lock:
+            glance = self._reader.glance()
+            if glance.attempt != self._attempt:
+                self._begin(glance.attempt)
+            rows = self._reader.event_rows(after=self._last_event, limit=CHUNK_EVENTS)
+            for row in rows:
+                self._take(row.id, row.record)
+            self._num_events += len(rows)
+            self._unread = max(0, sum(glance.event_counts.values()) - self._num_events)
+            if len(rows) == CHUNK_EVENTS:
+                return True
+            values = self._reader.metrics(after=self._last_metric)
+            if values:
+                self._metrics += values
+                self._last_metric = values[-1].id
+            self._unread = 0
+            return False
+
+    def _take(self, row: int, record: EventRecord) -> None:
+        event = record.event
+        self._teller.take(record)
+        self._last_event = row
+        if isinstance(event, StageChanged):
+            self._stages[event.slot] = (event, record.epoch)
+        words = _words(record)
+        if words is not None:
+            line = EventLine(
+                id=row,
+                time_seconds=record.time_seconds,
+                epoch=record.epoch,
+                step=record.step,
+                priority=event.priority,
+                type=event.type,
+                words=words,
+            )
+            self._lines.append(line)
+
+    def state(self, *, after: int = 0) -> TailState:
+        """Return what is known by now.
+
+        Args:
+            after: The last line that was seen; 0 returns all that are kept.
+        """
+        with self._lock:
+            return TailState(
+                version=self._version,
+                telling=self._telling,
+                unread=self._unread,
+                config=self._config,
+                figures=self._figures(),
+                slots=self._slots(),
+                lines=[line for line in self._lines if line.id > after],
+            )
+
+    def charts(self) -> tuple[str, list[Chart]]:
+        """Return the charts, and the version that they show."""
+        with self._lock:
+            if self._charts is None or self._charts[0] != self._version:
+                charts = run_charts(self._teller.story, self._metrics)
+                self._charts = (self._version, charts)
+            return self._charts
+
+    @property
+    def _telling(self) -> str:
+        return str(self._attempt)
+
+    @property
+    def _version(self) -> str:
+        return f"{self._attempt}.{self._last_event}.{self._last_metric}"
+
+    def _figures(self) -> Figures:
+        story = self._teller.story
+        ended = [seed.outcome for seed in story.seeds]
+        last = self._metrics[-1] if self._metrics else None
+        finished, twin = story.finished, story.twin
+        counts = story.param_counts
+        return Figures(
+            host_params=story.host_param_count,
+            params=finished.param_count if finished is not None else counts[-1][1],
+            epoch=last.epoch if last is not None else 0,
+            step=max(story.last_step, last.step if last is not None else 0),
+            seconds=_span(story),
+            metrics={row.name: row.value for row in self._metrics[-_LAST_VALUES:]},
+            test_metrics=finished.metrics if finished is not None else None,
+            twin_metrics=twin.metrics if twin is not None else None,
+            interventions=len(story.interventions),
+            growing=ended.count("still growing"),
+            committed=ended.count("committed"),
+            pruned=ended.count("pruned"),
+        )
+
+    def _slots(self) -> list[SlotNow]:
+        story = self._teller.story
+        seeds: dict[str, list[SeedStory]] = {path: [] for path in story.slots}
+        for seed in story.seeds:
+            seeds.setdefault(seed.slot, []).append(seed)
+        return [self._slot(path, lives) for path, lives in seeds.items()]
+
+    def _slot(self, path: str, lives: Sequence[SeedStory]) -> SlotNow:
+        changed, epoch = self._stages.get(path, (None, 0))
+        stage = SeedStage.DORMANT if changed is None else changed.to_stage
+        seed = lives[-1] if lives and stage in LIVING_STAGES else None
+        step = self._teller.story.last_step
+        if self._metrics:
+            step = max(step, self._metrics[-1].step)
+        return SlotNow(
+            path=path,
+            stage=stage,
+            colour=STAGE_COLOURS.get(stage),
+            since_epoch=epoch,
+            blueprint=None if seed is None else seed.blueprint,
+            alpha=None if seed is None else _alpha(seed, step),
+            param_count=None if seed is None else seed.param_count,
+            contribution_fraction=None if seed is None else seed.contribution_fraction,
+            gradient_ratio=(
+                seed.gradient_ratios[-1].ratio
+                if seed is not None and seed.gradient_ratios
+                else None
+            ),
+            refused=None if seed is None else _refused(seed, epoch),
+            committed=[life.blueprint for life in lives if life.committed],
+        )
+
+
+_LAST_VALUES = 32
+"""Rows of metrics in which each name occurs at least once."""
+
+
+def _alpha(seed: SeedStory, step: int) -> float:
+    points = seed.alpha_points(step)
+    return points[-1][1] if points else 0.0
+
+
+def _refused(seed: SeedStory, since_epoch: int) -> str | None:
+    visit = seed.gates[-1] if seed.gates else None
+    if visit is None or visit.event.result.passed or visit.epoch < since_epoch:
+        return None
+    return seed.reason
+
+
+def _span(story: RunStory) -> float | None:
+    if story.first_seconds is None or story.last_seconds is None:
+        return None
+    span = story.last_seconds - story.first_seconds
+    return span if math.isfinite(span) else None
+
+
+def _words(record: EventRecord) -> str | None:
+    """Return an event in words, if it is notable or urgent."""
+    event = record.event
+    words = in_words(record)
+    if words is not None:
+        return words
+    if isinstance(event, RunStarted):
+        return f"run began: {event.host_param_count:,} parameters, {len(event.slots)} slots"
+    if isinstance(event, RunFinished):
+        return f"run finished: {event.param_count:,} parameters"
+    if event.priority is Priority.NORMAL:
+        return None
+    slot = getattr(event, "slot", None)
+    return event.type.replace("_", " ") + (f" in {slot}" if slot is not None else "")

@@ -1,0 +1,77 @@
+// Draws charts as often as this machine can: after each drawing it rests three times as long as that
+// took. plotly is loaded once there is something to draw.
+
+const PAUSE_MILLISECONDS = 300;
+const RETRY_MILLISECONDS = 2000;
+
+let scripts = null;
+
+function loadScripts() {
+  scripts ??= load("/static/plotly.js")
+    .then(() => load("/static/charts.js"))
+    .catch((error) => {
+      scripts = null;
+      throw error;
+    });
+  return scripts;
+}
+
+function load(source) {
+  return new Promise((loaded, failed) => {
+    const script = document.createElement("script");
+    script.src = source;
+    script.addEventListener("load", loaded);
+    script.addEventListener("error", () => failed(new Error(`${source} could not be loaded`)));
+    document.head.append(script);
+  });
+}
+
+export class ChartsView {
+  #busy = false;
+  #wanted = null;
+  #drawn = null;
+  #closed = false;
+
+  // fetchCharts: returns {version, charts}, or throws if there are none now.
+  constructor(container, fetchCharts) {
+    this.container = container;
+    this.fetchCharts = fetchCharts;
+  }
+
+  // Draws the charts of a version, or of a later one if one comes meanwhile.
+  show(version) {
+    this.#wanted = version;
+    if (!this.#busy) {
+      this.#work();
+    }
+  }
+
+  close() {
+    this.#closed = true;
+  }
+
+  async #work() {
+    this.#busy = true;
+    while (this.#wanted !== this.#drawn && !this.#closed) {
+      const version = this.#wanted;
+      const began = performance.now();
+      const is = await this.#draw().catch(() => false);
+      if (is) {
+        this.#drawn = version;
+      }
+      const took = performance.now() - began;
+      const pause = is ? Math.max(PAUSE_MILLISECONDS, 3 * took) : RETRY_MILLISECONDS;
+      await new Promise((done) => setTimeout(done, pause));
+    }
+    this.#busy = false;
+  }
+
+  async #draw() {
+    const [answer] = await Promise.all([this.fetchCharts(), loadScripts()]);
+    if (!this.#closed) {
+      await esperCharts.draw(this.container, answer.charts);
+      this.container.dataset.version = answer.version;
+    }
+    return true;
+  }
+}
