@@ -1,0 +1,63 @@
+"""`esper report` at the command line."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from esper.cli.app import app
+
+COMPARISON = Path(__file__).parents[2] / "benchmarks" / "results" / "compare-digits"
+
+
+def invoke(*arguments: str) -> tuple[int, str]:
+    result = CliRunner().invoke(app, ["report", *arguments])
+    return result.exit_code, " ".join(result.output.split())
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    command = ["grow", "digits", "--epochs", "2", "--quiet", "--out", str(folder)]
+    assert CliRunner().invoke(app, command).exit_code == 0
+    return folder
+
+
+def test_a_run_beside_a_comparison(run_folder: Path, tmp_path: Path) -> None:
+    out, png = tmp_path / "story.html", tmp_path / "story.png"
+    code, told = invoke(
+        *(str(run_folder), "--beside", str(COMPARISON)), *("--out", str(out), "--png", str(png))
+    )
+    assert code == 0, told
+    assert str(out) in told
+    content = out.read_text(encoding="utf-8")
+    assert "random times" in content
+    assert png.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_comparison_says_whether_growth_pays(tmp_path: Path) -> None:
+    folder = tmp_path / "comparison"
+    shutil.copytree(COMPARISON, folder)
+    code, told = invoke(str(folder))
+    assert code == 0, told
+    content = (folder / "report.html").read_text(encoding="utf-8")
+    assert "not decided" in content
+    assert "in as many steps the grown network" in content
+    assert "random times" in content
+
+
+def test_what_cannot_be_shown_is_said(run_folder: Path, tmp_path: Path) -> None:
+    for arguments, expected in (
+        ([str(tmp_path)], "is no run folder"),
+        ([str(run_folder), "--beside", str(tmp_path)], "compare.json"),
+        ([str(COMPARISON), "--beside", str(COMPARISON)], "is a comparison itself"),
+        (
+            [str(run_folder), "--beside", str(COMPARISON.with_name("compare-teacher"))],
+            "is of the task digits",
+        ),
+        ([str(run_folder), "--out", str(tmp_path / "missing" / "x.html")], "No such file"),
+    ):
+        code, told = invoke(*arguments)
+        assert code == 2, (arguments, told)
+        assert expected in told.replace("│ ", "").replace(" │", ""), told

@@ -1,0 +1,177 @@
+"""What a run's pictures show, told from the run's own records."""
+
+import itertools
+import json
+import math
+
+import pytest
+
+from esper.lifecycle.alpha import AlphaCurve
+from esper.lifecycle.events import EventRecord, RunStarted
+from esper.lifecycle.stages import SeedStage
+from esper.report import Chart, Reference, RunStory, StoryTeller, run_charts, tell
+from esper.report.chart import STAGE_COLOURS, json_values, log_axis, si
+from esper.report.story import AlphaRamp
+from esper.telemetry import RunReader
+from esper.telemetry.run_store import MetricRow
+
+
+@pytest.fixture(scope="module")
+def charts(run_reader: RunReader, story: RunStory) -> dict[str, Chart]:
+    return {chart.key: chart for chart in run_charts(story, run_reader.metrics())}
+
+
+def traces(chart: Chart) -> dict[str, dict]:
+    return {trace["name"]: trace for trace in chart.figure["data"]}
+
+
+def test_every_kind_of_picture_is_there(charts: dict[str, Chart]) -> None:
+    assert list(charts) == ["loss", "lanes", "contribution", "gradient", "size"]
+
+
+def test_curves_are_the_stored_metrics(charts: dict[str, Chart], run_reader: RunReader) -> None:
+    rows = [row for row in run_reader.metrics() if row.name == "loss"]
+    drawn = traces(charts["loss"])["held out"]
+    assert drawn["x"] == [row.step for row in rows]
+    assert drawn["y"] == [row.value for row in rows]
+
+
+def test_growth_is_marked_on_the_curve(charts: dict[str, Chart], story: RunStory) -> None:
+    drawn = traces(charts["loss"])
+    assert drawn["germinated"]["x"] == [seed.step for seed in story.seeds]
+    assert drawn["committed"]["x"] == [story.seeds[0].end_step]
+    assert drawn["pruned"]["x"] == [story.seeds[1].end_step]
+    curve = dict(zip(drawn["held out"]["x"], drawn["held out"]["y"], strict=True))
+    for step, value in zip(drawn["committed"]["x"], drawn["committed"]["y"], strict=True):
+        assert value == pytest.approx(curve[step])
+
+
+def test_lanes_cover_each_life_without_gap_or_overlap(
+    charts: dict[str, Chart], story: RunStory
+) -> None:
+    bars = sorted(
+        (start, start + length)
+        for trace in charts["lanes"].figure["data"]
+        if trace["type"] == "bar"
+        for start, length in zip(trace["base"], trace["x"], strict=True)
+    )
+    for (_, before), (after, _) in itertools.pairwise(bars):
+        assert before <= after
+    lived = sum((seed.end_step or story.last_step) - seed.step for seed in story.seeds)
+    assert sum(end - start for start, end in bars) == lived
+
+
+def test_alpha_is_drawn_inside_its_lane(charts: dict[str, Chart]) -> None:
+    line = traces(charts["lanes"])["alpha"]
+    heights = [y for y in line["y"] if y is not None]
+    alphas = [alpha for alpha in line["customdata"] if alpha is not None]
+    assert min(alphas) == 0.0
+    assert max(alphas) == 1.0
+    assert min(heights) == pytest.approx(-0.32)
+    assert max(heights) == pytest.approx(0.32)
+    assert len(set(alphas)) > 5  # a ramp, and no jump
+
+
+def test_what_seeds_saved_is_what_was_measured(charts: dict[str, Chart], story: RunStory) -> None:
+    drawn = traces(charts["contribution"])["embed"]
+    measured = [
+        100.0 * visit.event.contribution_fraction
+        for seed in story.seeds
+        for visit in seed.contributions
+    ]
+    assert [value for value in drawn["y"] if value is not None] == measured
+    assert drawn["x"].count(None) >= 1  # lives are not joined
+
+
+def test_size_follows_births_commits_and_prunings(story: RunStory) -> None:
+    mlp, noop, lora = story.seeds
+    counts = dict(story.param_counts)
+    assert counts[0] == 97
+    assert counts[mlp.step] == 97 + mlp.param_count
+    assert counts[noop.end_step] == 97 + mlp.param_count
+    assert counts[lora.step] == 97 + mlp.param_count + lora.param_count
+
+
+def test_references_stand_beside_the_run(run_reader: RunReader, story: RunStory) -> None:
+    references = [
+        Reference(label="host", param_count=97, loss=0.5, flops=1e6),
+        Reference(label="grown", param_count=120, loss=0.2, loss_half_width=0.1, grown=True),
+    ]
+    chart = {
+        chart.key: chart for chart in run_charts(story, run_reader.metrics(), references=references)
+    }["size"]
+    drawn = traces(chart)
+    assert (drawn["never grew, test"]["x"], drawn["never grew, test"]["text"]) == ([97], ["host"])
+    assert drawn["grown, test"]["error_y"]["array"] == [0.1]
+
+
+def test_figures_are_plain_json_without_numbers_that_are_none(charts: dict[str, Chart]) -> None:
+    for chart in charts.values():
+        json.dumps(chart.as_json(), allow_nan=False)
+    assert json_values({"a": [math.nan, 1.0, (math.inf,)]}) == {"a": [None, 1.0, [None]]}
+
+
+def test_run_without_anything_has_no_picture_and_any_prefix_can_be_drawn(
+    run_reader: RunReader,
+) -> None:
+    assert run_charts(RunStory(), []) == []
+    teller, metrics = StoryTeller(), run_reader.metrics()
+    for record in run_reader.events():
+        teller.take(record)
+        known = [row for row in metrics if row.step <= record.step]
+        for chart in run_charts(teller.story, known):
+            assert chart.summary
+
+
+def test_diverged_run_can_be_drawn() -> None:
+    started = RunStarted(run_id="r", slots=("a",), host_param_count=1)
+    story = tell([EventRecord(time_seconds=0.0, epoch=0, step=0, event=started)])
+    rows = [
+        MetricRow(id=i, epoch=i, step=i, name="loss", value=value)
+        for i, value in enumerate((1.0, math.inf, math.nan, -2.0), start=1)
+    ]
+    (loss,) = run_charts(story, rows)
+    assert traces(loss)["held out"]["y"] == [1.0, -2.0]
+    assert "type" not in loss.figure["layout"]["yaxis"]  # no logarithm of what is negative
+
+
+def test_long_curves_keep_their_ends_and_some_thousand_points() -> None:
+    rows = [MetricRow(id=i, epoch=i, step=i, name="loss", value=1.0 / i) for i in range(1, 100_001)]
+    (loss,) = run_charts(RunStory(), rows)
+    drawn = traces(loss)["held out"]
+    assert (drawn["x"][0], drawn["x"][-1]) == (1, 100_000)
+    assert len(drawn["x"]) <= 2000
+
+
+@pytest.mark.parametrize("curve", list(AlphaCurve))
+def test_ramps_are_drawn_as_they_went(curve: AlphaCurve) -> None:
+    ramp = AlphaRamp(step=10, from_alpha=0.2, target=1.0, steps=100, curve=curve)
+    points = ramp.points(60)
+    assert points[0] == (10, 0.2)
+    assert max(step for step, _ in points) < 60
+    whole = ramp.points(500)
+    assert whole[-1] == (110, 1.0)
+    assert [alpha for _, alpha in whole] == sorted(alpha for _, alpha in whole)
+    halfway = min(whole, key=lambda point: abs(point[0] - 60))
+    assert halfway[1] == pytest.approx(0.6, abs=0.05)
+
+
+def test_axis_has_ticks_that_can_be_told_apart() -> None:
+    assert log_axis([0.9, 2.0])["ticktext"][:3] == ["0.1", "0.2", "0.3"]
+    assert log_axis([0.01, 2.0])["ticktext"][:4] == ["0.01", "0.02", "0.05", "0.1"]
+    assert log_axis([1e-6, 1.0])["ticktext"][:2] == ["1e-06", "1e-05"]
+    assert log_axis([0.0, 1.0]) == log_axis([]) == log_axis([math.inf]) == {}
+
+
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [(0.0, "0"), (999.0, "999"), (1500.0, "1.5 k"), (1.5e10, "15 G"), (2e21, "2e+03 E")],
+)
+def test_large_numbers_have_a_prefix(value: float, told: str) -> None:
+    assert si(value) == told
+
+
+def test_every_stage_of_a_life_has_a_colour_of_its_own() -> None:
+    waits = {SeedStage.DORMANT, SeedStage.EMBARGOED, SeedStage.RESETTING, SeedStage.TERMINATED}
+    assert set(STAGE_COLOURS) == set(SeedStage) - waits
+    assert len(set(STAGE_COLOURS.values())) == len(STAGE_COLOURS)

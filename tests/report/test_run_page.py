@@ -1,0 +1,156 @@
+"""The report of a run, as a file, in a real browser, and on paper."""
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser
+
+from browser import complaints, keep_screenshot, launched
+from esper.lifecycle.events import EventRecord, RunStarted, SeedBlamed, StepSkipped
+from esper.report import RunStory, run_report
+from esper.telemetry import RunReader, RunStore
+
+WIDE, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
+
+
+@pytest.fixture(scope="module")
+def report(run_reader: RunReader, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("report") / "report.html"
+    file.write_text(run_report(run_reader), encoding="utf-8")
+    return file
+
+
+@pytest.fixture(scope="module")
+def browser() -> Browser:
+    with launched() as browser:
+        yield browser
+
+
+class Text(HTMLParser):
+    """Collects what a page says, scripts and styles left out."""
+
+    def __init__(self, content: str) -> None:
+        super().__init__()
+        self.words: list[str] = []
+        self.addresses: list[str] = []
+        self._inside: list[str] = []
+        self.feed(content)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag in ("script", "style"):
+            self._inside.append(tag)
+        self.addresses += [value or "" for name, value in attrs if name in ("src", "href")]
+
+    def handle_endtag(self, tag: str) -> None:
+        if self._inside and self._inside[-1] == tag:
+            self._inside.pop()
+
+    def handle_data(self, data: str) -> None:
+        if not self._inside and data.strip():
+            self.words.append(data.strip())
+
+
+def test_every_check_of_every_gate_is_in_it(report: Path, story: RunStory) -> None:
+    words = Text(report.read_text(encoding="utf-8")).words
+    told = " ".join(words)
+    checks = [check for seed in story.seeds for v in seed.gates for check in v.event.result.checks]
+    assert words.count("passes") + words.count("fails") == len(checks)
+    for check in checks:
+        assert check.name.replace("_", " ") in words
+        assert f"{check.comparison} {check.threshold:.4g}" in words
+        if check.measured is not None:
+            assert f"{check.measured:.4g}" in words
+    for seed in story.seeds:
+        assert f"{seed.blueprint} in {seed.slot}, epoch {seed.epoch}" in told
+        assert seed.reason in words
+
+
+def test_it_needs_nothing_from_anywhere(report: Path) -> None:
+    assert Text(report.read_text(encoding="utf-8")).addresses == []
+
+
+def test_what_the_governor_did_is_in_it_and_names_cannot_break_the_page(tmp_path: Path) -> None:
+    name = "</script><b>x"
+    store = RunStore(tmp_path / "run", config={"task": name}, environment={"note": name})
+    for step, event in enumerate(
+        [
+            RunStarted(run_id="r", slots=(name,), host_param_count=3),
+            StepSkipped(reason="loss is not finite", value=float("nan")),
+            SeedBlamed(slot=name, blueprint="mlp", loss=9.0, loss_without=0.5),
+        ]
+    ):
+        store.publish(EventRecord(time_seconds=1e9 + step, epoch=1, step=step, event=event))
+    store.measure(1, 3, {"loss": 1.0})
+    store.close()
+    content = run_report(RunReader(tmp_path / "run"))
+    words = Text(content).words
+    assert "step 1 skipped: loss is not finite" in words
+    assert any("is the fault of bad steps" in word for word in words)
+    assert name in words
+    assert "<b>" not in content.replace("&lt;b&gt;", "").partition("<script id=")[0]
+    (data,) = re.findall(r'type="application/json">(.*?)</script>', content, re.DOTALL)
+    assert json.loads(data)[0]["key"] == "loss"
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("size", [WIDE, PHONE], ids=["wide", "phone"])
+def test_it_is_drawn_in_a_browser_without_a_network(
+    browser: Browser, report: Path, scheme: str, size: dict, tmp_path: Path
+) -> None:
+    context = browser.new_context(viewport=size, color_scheme=scheme, offline=True)
+    page = context.new_page()
+    found = complaints(page)
+    page.goto(report.as_uri())
+    page.wait_for_function("document.querySelectorAll('.plot .main-svg').length > 0")
+    figures = page.locator("figure.chart")
+    assert figures.count() == 5
+    for index in range(figures.count()):
+        label = figures.nth(index).locator("[role=img]").get_attribute("aria-label")
+        assert label is not None
+        assert len(label) > 30
+    ink = page.evaluate("getComputedStyle(document.body).color")
+    drawn = page.locator("figure.chart .xtitle").first.evaluate("node => node.style.fill")
+    assert drawn == ink  # charts take the page's colours
+    assert page.evaluate("document.documentElement.scrollWidth") <= size["width"]
+    right = page.evaluate(
+        "Math.max(...[...document.querySelectorAll('.plot svg')]"
+        ".map(plot => plot.getBoundingClientRect().right))"
+    )
+    assert right <= size["width"]
+    keep_screenshot(page, f"report-{size['width']}-{scheme}", tmp_path)
+    assert found == []
+    context.close()
+
+
+@pytest.mark.browser
+def test_colours_follow_the_system_while_it_is_open(browser: Browser, report: Path) -> None:
+    page = browser.new_page(color_scheme="light")
+    page.goto(report.as_uri())
+    title = page.locator("figure.chart .xtitle").first
+    light = title.evaluate("node => node.style.fill")
+    page.emulate_media(color_scheme="dark")
+    page.wait_for_function(
+        "light => document.querySelector('figure.chart .xtitle').style.fill !== light", arg=light
+    )
+    page.close()
+
+
+@pytest.mark.browser
+def test_on_paper_everything_is_unfolded_and_fits(browser: Browser, report: Path) -> None:
+    page = browser.new_page(viewport=WIDE, color_scheme="dark")
+    page.goto(report.as_uri())
+    page.locator("figure.chart .xtitle").first.wait_for()
+    page.set_viewport_size({"width": 700, "height": 900})
+    page.emulate_media(media="print", color_scheme="dark")
+    page.wait_for_function("[...document.querySelectorAll('details')].every(each => each.open)")
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    page.wait_for_function(
+        "[...document.querySelectorAll('.plot svg')]"
+        ".every(plot => plot.getBoundingClientRect().right <= 700)"
+    )
+    assert page.pdf(format="A4").startswith(b"%PDF")
+    page.close()
