@@ -21,6 +21,7 @@ from esper.dashboard.assets import PAGE, Asset, assets
 from esper.dashboard.commands import Command, CommandChannel, CommandRefusedError
 from esper.dashboard.comparison import MAX_COMPARED, compare
 from esper.dashboard.follower import Follower
+from esper.dashboard.run_tail import RunTail
 from esper.dashboard.stream import Streams
 from esper.dashboard.watched_run import CANNOT_READ
 from esper.dashboard.watcher import UnknownRunError, Watcher
@@ -67,7 +68,7 @@ class Dashboard:
 
     def app(self) -> Starlette:
         """Return the application."""
-        return Starlette(
+        app = Starlette(
             routes=[
                 Route("/", self._page),
                 Route("/static/{name}", self._static),
@@ -83,6 +84,8 @@ class Dashboard:
             exception_handlers={HTTPException: _problem},
             lifespan=self._lifespan,
         )
+        app.router.redirect_slashes = False
+        return app
 
     def stop(self) -> None:
         """End all streams, so that the server can end. Called in the server's event loop."""
@@ -144,20 +147,20 @@ class Dashboard:
         )
 
     async def _story(self, request: Request) -> Response:
-        def read() -> object:
-            tail = self._watcher.tail(request.path_params["run"])
-            while tail.advance():
-                pass
-            return tail.state()
-
-        return await _answer(read)
+        return await _answer(lambda: self._read(request).state())
 
     async def _charts(self, request: Request) -> Response:
         def read() -> object:
-            version, charts = self._watcher.tail(request.path_params["run"]).charts()
+            version, charts = self._read(request).charts()
             return {"version": version, "charts": charts}
 
         return await _answer(read)
+
+    def _read(self, request: Request) -> RunTail:
+        tail = self._watcher.tail(request.path_params["run"])
+        while tail.advance():
+            pass
+        return tail
 
     async def _compare(self, request: Request) -> Response:
         wanted = list(dict.fromkeys(request.query_params.getlist("run")))

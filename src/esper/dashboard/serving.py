@@ -89,6 +89,10 @@ class DashboardServer:
         """
         self._server.run(sockets=[self._socket])
 
+    def close(self) -> None:
+        """Let go of the address, if it is not served after all."""
+        self._socket.close()
+
     def stop(self) -> None:
         """End; may be called by another thread."""
         self._server.should_exit = True
@@ -111,10 +115,14 @@ def _bound(host: str, port: int) -> socket.socket:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-        bound = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise AddressError(f"{host} is no address: {error}") from error
+    bound = socket.socket(family, kind, protocol)
+    try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
     except OSError as error:
+        bound.close()
         if error.errno == errno.EADDRINUSE:
             raise AddressError(
                 f"port {port} of {host} is taken; choose another, or any with --port 0"

@@ -22,6 +22,7 @@ CANNOT_READ = (RunFolderError, EventSchemaError, OSError, sqlite3.Error, TypeErr
 """What reading a run folder raises that is damaged, half written, or gone."""
 
 _Marks = tuple[tuple[int, int, int], ...]
+_ABSENT = (0, 0, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +84,8 @@ class WatchedRun:
         """Bring the row up to date; return whether it has changed."""
         before = self.row
         marks = _marks(self.folder)
+        if marks[0] == _ABSENT:
+            return False  # the next search will say so
         if marks != self._seen:
             self._seen, self._settled = marks, False
         elif not self._settled:
@@ -150,7 +153,7 @@ def _marks(folder: Path) -> _Marks:
         try:
             found = (folder / name).stat()
         except OSError:
-            marks.append((0, 0, 0))
+            marks.append(_ABSENT)
         else:
             marks.append((found.st_mtime_ns, found.st_size, found.st_ino))
     return tuple(marks)

@@ -1,0 +1,79 @@
+"""Which run folders are found, and that nothing outside the folder ever is."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from esper.dashboard.run_folders import RunFolders
+from served_runs import write_run
+
+
+def test_runs_are_found_in_the_folder_and_one_folder_deeper(tmp_path: Path) -> None:
+    for name in ("one", "search/two", "search/three", "a/b/too-deep", ".hidden"):
+        write_run(tmp_path / name)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes.txt").write_text("no run")
+    found = RunFolders(tmp_path).find()
+    assert sorted(found.folders) == ["one", "search/three", "search/two"]
+    assert found.folders["search/two"] == tmp_path / "search" / "two"
+    assert found.refused == ()
+
+
+def test_folder_of_one_run_holds_that_run(tmp_path: Path) -> None:
+    write_run(tmp_path / "one")
+    found = RunFolders(tmp_path / "one").find()
+    assert found.folders == {"one": tmp_path / "one"}
+
+
+def test_folder_that_does_not_exist_yet_holds_none(tmp_path: Path) -> None:
+    folders = RunFolders(tmp_path / "runs")
+    assert folders.find().folders == {}
+    write_run(tmp_path / "runs" / "first")
+    assert list(folders.find().folders) == ["first"]
+
+
+def test_folder_itself_may_be_a_link(tmp_path: Path) -> None:
+    write_run(tmp_path / "disk" / "one")
+    (tmp_path / "runs").symlink_to(tmp_path / "disk")
+    assert list(RunFolders(tmp_path / "runs").find().folders) == ["one"]
+
+
+def test_link_to_a_run_elsewhere_is_refused_and_named(tmp_path: Path) -> None:
+    write_run(tmp_path / "elsewhere" / "secret")
+    root = tmp_path / "runs"
+    write_run(root / "own")
+    (root / "link").symlink_to(tmp_path / "elsewhere" / "secret")
+    (root / "group").symlink_to(tmp_path / "elsewhere")
+    (root / "nested").mkdir()
+    (root / "nested" / "link").symlink_to(tmp_path / "elsewhere" / "secret")
+    found = RunFolders(root).find()
+    assert list(found.folders) == ["own"]
+    assert sorted(found.refused) == ["group", "link", "nested/link"]
+
+
+@pytest.mark.parametrize("name", ["run.sqlite", "config.json", "environment.json", ".lock"])
+def test_run_with_a_file_that_leads_elsewhere_is_refused(name: str, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    root = tmp_path / "runs"
+    write_run(root / "own")
+    (root / "own" / name).rename(outside)
+    (root / "own" / name).symlink_to(outside)
+    found = RunFolders(root).find()
+    assert (found.folders, found.refused) == ({}, ("own",))
+
+
+def test_run_with_a_pipe_that_would_never_end_is_refused(tmp_path: Path) -> None:
+    write_run(tmp_path / "own")
+    (tmp_path / "own" / "config.json").unlink()
+    os.mkfifo(tmp_path / "own" / "config.json")
+    assert RunFolders(tmp_path).find().refused == ("own",)
+
+
+def test_name_that_is_no_text_is_refused_and_can_be_shown(tmp_path: Path) -> None:
+    write_run(tmp_path / "two\nlines")
+    write_run(tmp_path / "run")
+    (tmp_path / "run").rename(tmp_path / os.fsdecode(b"run-\xff"))
+    found = RunFolders(tmp_path).find()
+    assert found.folders == {}
+    assert sorted(found.refused) == ["run-?", "two\nlines"]
