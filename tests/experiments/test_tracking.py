@@ -2,6 +2,7 @@
 
 import logging
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -12,7 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from mlflow import MlflowClient
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -20,6 +23,7 @@ from esper.experiments.comparison.config import CompareConfig
 from esper.experiments.config import RunConfig, SettingsError, load_run_config
 from esper.experiments.run import build_setup, resumed_run, stored_run
 from esper.lifecycle.events import SeedGerminated, SinkFailed, SinkLossesCounted
+from esper.report.words import notable
 from esper.telemetry import (
     MlflowSink,
     PrometheusSink,
@@ -31,6 +35,7 @@ from esper.telemetry import (
     open_trackers,
 )
 from growth_problem import Recorder
+from tracked_run import tell_run
 
 ALL = [f"tracking.{tool}=true" for tool in ("tensorboard", "wandb", "mlflow", "prometheus")]
 FREE_PORT = "tracking.prometheus_port=0"
@@ -92,6 +97,19 @@ def test_a_tracked_run_is_bitwise_the_untracked_one_and_all_tools_have_it(tmp_pa
     assert 'esper_seeds_germinated_total{slot="' in served
 
 
+def test_tools_leave_random_streams_as_they_are(tmp_path: Path) -> None:
+    """A run that draws its dropout or its data from them would be another one when tracked."""
+    chosen = config(*ALL, FREE_PORT)
+    before = random.getstate(), str(np.random.get_state()), torch.get_rng_state()  # noqa: NPY002
+    settings = chosen.model_dump(mode="json")
+    for tracker in open_trackers(chosen.tracking, tmp_path, config=settings):
+        tell_run(tracker)
+        tracker.close()
+    assert random.getstate() == before[0]
+    assert str(np.random.get_state()) == before[1]  # noqa: NPY002
+    assert torch.equal(torch.get_rng_state(), before[2])
+
+
 def test_a_resumed_run_goes_on_in_every_tool(tmp_path: Path) -> None:
     """Stopped after epoch 2, with its last checkpoint in the middle of it."""
     folder, whole = tmp_path / "run", tmp_path / "whole"
@@ -128,9 +146,13 @@ def test_a_tracker_that_fails_is_told_once_and_counted_at_the_end(tmp_path: Path
         run.finish()
     reader = RunReader(tmp_path / "run")
     assert reader.status == "finished"
-    events = [record.event for record in reader.events()]
+    records = reader.events()
+    events = [record.event for record in records]
     (failed,) = [event for event in events if isinstance(event, SinkFailed)]
     assert failed.sink == "TensorBoardSink"
+    words = [line for line in map(notable, records) if line is not None]
+    assert "epoch 2: TensorBoardSink failed, training goes on: ValueError: " in "\n".join(words)
+    assert words[-1].startswith("epoch 3: TensorBoardSink failed ")
     (lost,) = [event for event in events if isinstance(event, SinkLossesCounted)]
     assert lost.lost_calls > 4
     assert events[-1] == lost
