@@ -114,10 +114,10 @@ def test_inspect_tells_every_gate_decision_with_measured_values(grown: tuple[Pat
     assert all(json.loads(line)["schema_version"] == 1 for line in documents)
 
 
-def test_inspect_draws_the_picture(grown: tuple[Path, str]) -> None:
-    folder, _ = grown
-    esper("inspect", str(folder), "--picture", "run.png", cwd=folder.parent)
-    assert (folder.parent / "run.png").stat().st_size > 20_000
+def test_grow_leaves_a_report_and_says_where(grown: tuple[Path, str]) -> None:
+    folder, output = grown
+    assert "report.html" in output
+    assert "Every seed and what became of it" in (folder / "report.html").read_text("utf-8")
 
 
 def test_json_output_is_one_object_per_line(tmp_path: Path) -> None:

@@ -47,8 +47,8 @@ def test_a_decoder_grown_by_schedule_is_a_run_like_any_other() -> None:
         (1, "blocks.1", {"depth": 2}),
     ]
     assert (Path("run") / WEIGHTS_FILE).stat().st_size > 4 * 300_000
-    story = esper("inspect", "run", "--picture", "run.png")
-    assert re.search(r"blocks.1 +block +99,968", story)
+    assert re.search(r"blocks.1 +block +99,968", esper("inspect", "run"))
+    esper("report", "run", "--png", "run.png")
     assert Path("run.png").stat().st_size > 20_000
 
 

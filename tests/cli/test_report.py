@@ -12,7 +12,7 @@ COMPARISON = Path(__file__).parents[2] / "benchmarks" / "results" / "compare-dig
 
 
 def invoke(*arguments: str) -> tuple[int, str]:
-    result = CliRunner().invoke(app, ["report", *arguments])
+    result = CliRunner(env={"COLUMNS": "1000"}).invoke(app, ["report", *arguments])
     return result.exit_code, " ".join(result.output.split())
 
 
@@ -60,4 +60,4 @@ def test_what_cannot_be_shown_is_said(run_folder: Path, tmp_path: Path) -> None:
     ):
         code, told = invoke(*arguments)
         assert code == 2, (arguments, told)
-        assert expected in told.replace("│ ", "").replace(" │", ""), told
+        assert expected in told

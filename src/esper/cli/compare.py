@@ -20,6 +20,7 @@ from esper.cli.compare_views import (
     summary_record,
 )
 from esper.cli.grow import folder_name, only_task, program
+from esper.cli.report import leave_report
 from esper.experiments.comparison import (
     MIN_SEEDS_FOR_A_CLAIM,
     CompareConfig,
@@ -211,11 +212,12 @@ def _conclude(
     summaries, verdict = summarise(comparison), judge(comparison)
     record = summary_record(comparison)
     folder.summarise(record)
-    drawn = f"picture  {folder.picture}"
+    drawn = f"picture     {folder.picture}"
     try:
         draw_comparison(comparison.config.run.task, summaries, verdict, folder.picture)
     except (ModuleNotFoundError, ValueError) as error:
         drawn = f"no picture: {error}"
+    told = leave_report(folder.path)
     if quiet:
         console.out(str(folder.path), highlight=False)
         return
@@ -227,7 +229,8 @@ def _conclude(
     print_comparison(console, comparison)
     console.print()
     console.print(drawn, highlight=False, soft_wrap=True)
-    console.print(f"folder   {folder.path}", highlight=False, soft_wrap=True)
+    console.print(told, highlight=False, soft_wrap=True)
+    console.print(f"folder      {folder.path}", highlight=False, soft_wrap=True)
 
 
 def _go_on(folder: Path) -> str:

@@ -12,14 +12,13 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from esper.cli.report import leave_report
 from esper.cli.tables import networks_table, print_compiled, print_seeds, print_twin
 from esper.cli.views import JsonView, LinesView, LiveView, QuietView, RunView
 from esper.experiments.audit import ForkPoint, Twin, prepare_twin
 from esper.experiments.config import RunConfig, SettingsError, load_run_config
 from esper.experiments.run import GrowingRun, build_setup, prepare, stored_run
 from esper.policies.named import NEVER, POLICY_NAMES
-from esper.report.figure import new_figure
-from esper.report.picture import draw_run
 from esper.report.story import RunStory, tell
 from esper.tasks.collection.address import SCHEMES, SETTINGS_HELP
 from esper.tasks.named import TASKS
@@ -82,9 +81,10 @@ def grow(
             help="Also train its twin, never grown, with as many operations: did growth pay?",
         ),
     ] = False,
-    picture: Annotated[
-        Path | None, typer.Option(help=r"Write a PNG of the run (needs esper-lite\[report]).")
-    ] = None,
+    report: Annotated[
+        bool,
+        typer.Option(help=r"Write the run's report into its folder (needs esper-lite\[report])."),
+    ] = True,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print the run folder only.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines.")] = False,
     dry_run: Annotated[
@@ -105,8 +105,6 @@ def grow(
     except SettingsError as error:
         raise typer.BadParameter(str(error)) from error
     _check(settings, audit=audit)
-    if picture is not None:
-        _check_pictures()
     console = Console()
     if dry_run:
         console.out(settings.model_dump_json(indent=2), highlight=False)
@@ -120,9 +118,8 @@ def grow(
         networks = {"host alone": train_control(settings, beside), **networks}
     reader = RunReader(folder)
     story = tell(reader.events())
-    if picture is not None:
-        draw_run(reader, story, picture)
-    conclude(console, folder, story, networks, settings, quiet=quiet, as_json=as_json)
+    told = leave_report(folder) if report else None
+    conclude(console, folder, story, networks, settings, told, quiet=quiet, as_json=as_json)
 
 
 def _check(settings: RunConfig, *, audit: bool) -> None:
@@ -136,13 +133,6 @@ def _check(settings: RunConfig, *, audit: bool) -> None:
         raise typer.BadParameter(
             "--audit gives the twin as many operations; leave out count_flops=false"
         )
-
-
-def _check_pictures() -> None:
-    try:
-        new_figure(1.0, 1.0)
-    except ModuleNotFoundError as error:
-        raise typer.BadParameter(str(error)) from error
 
 
 def only_task(argument: str | None, option: str | None) -> str:
@@ -258,11 +248,12 @@ def conclude(
     story: RunStory,
     networks: Mapping[str, Network],
     settings: RunConfig,
+    report: str | None,
     *,
     quiet: bool,
     as_json: bool,
 ) -> None:
-    """Print what grew, how each network did, and where the run is."""
+    """Print what grew, how each network did, and where the run and its report are."""
     if quiet:
         console.out(str(folder), highlight=False)
         return
@@ -302,7 +293,9 @@ def conclude(
     console.print("run folder  ", end="")
     console.print(str(folder), style="bold", highlight=False, soft_wrap=True)
     story_command = f"{program()} inspect {folder}"
-    console.print(f"its story    {story_command}", highlight=False, soft_wrap=True)
+    console.print(f"its story   {story_command}", highlight=False, soft_wrap=True)
+    if report is not None:
+        console.print(report, highlight=False, soft_wrap=True)
 
 
 def program() -> str:

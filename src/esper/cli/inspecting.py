@@ -13,15 +13,11 @@ from esper.cli.tables import print_seeds, print_twin
 from esper.cli.views import STAGE_STYLES
 from esper.experiments.comparison import (
     ComparisonFolderError,
-    draw_comparison,
     holds_comparison,
-    judge,
     read_comparison,
-    summarise,
 )
 from esper.lifecycle.events import EventSchemaError
 from esper.lifecycle.stages import GROWTH_PATH
-from esper.report.picture import draw_run
 from esper.report.story import GateVisit, RunStory, SeedStory, StageVisit, tell
 from esper.telemetry.run_store import RunFolderError, RunReader
 
@@ -38,9 +34,6 @@ def inspect(
     run: Annotated[
         Path, typer.Argument(help="Folder of a run or a comparison, as grow and compare print it.")
     ],
-    picture: Annotated[
-        Path | None, typer.Option(help="Write a PNG of it (needs esper-lite[report]).")
-    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print every event, or the table, as JSON.")
     ] = False,
@@ -49,12 +42,10 @@ def inspect(
 
     Of a comparison, finished or not: the table and the verdict.
     """
-    if as_json and picture is not None:
-        raise typer.BadParameter("--json and --picture exclude each other; call it twice")
     console = Console()
     try:
         if holds_comparison(run):
-            _inspect_comparison(console, run, picture, as_json=as_json)
+            _inspect_comparison(console, run, as_json=as_json)
             return
         reader = RunReader(run)
         records = reader.events()
@@ -71,28 +62,16 @@ def inspect(
         if story.finished is not None and story.twin is not None:
             console.print()
             print_twin(console, story.finished, story.twin)
-        if picture is not None:
-            draw_run(reader, story, picture)
-            console.print(f"\npicture  {picture}", highlight=False, soft_wrap=True)
     except _CANNOT_SHOW as error:
         raise typer.BadParameter(str(error)) from error
 
 
-def _inspect_comparison(
-    console: Console, folder: Path, picture: Path | None, *, as_json: bool
-) -> None:
+def _inspect_comparison(console: Console, folder: Path, *, as_json: bool) -> None:
     comparison = read_comparison(folder)
     if as_json:
         console.print_json(data=summary_record(comparison), indent=None)
-        return
-    print_comparison(console, comparison)
-    if picture is not None:
-        task = comparison.config.run.task
-        try:
-            draw_comparison(task, summarise(comparison), judge(comparison), picture)
-        except ValueError as error:
-            raise ComparisonFolderError(f"{folder}: {error}") from error
-        console.print(f"\npicture  {picture}", highlight=False, soft_wrap=True)
+    else:
+        print_comparison(console, comparison)
 
 
 def _print_head(console: Console, reader: RunReader, story: RunStory) -> None:

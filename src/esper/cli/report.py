@@ -76,6 +76,20 @@ def report(
         console.print("no browser was found here; copy the file to where there is one")
 
 
+def leave_report(folder: Path) -> str:
+    """Write the report into the folder of a run or a comparison, and tell where, or why not."""
+    target = folder / REPORT_FILE
+    try:
+        if holds_comparison(folder):
+            content = comparison_report(read_comparison(folder), name=folder.resolve().name)
+        else:
+            content = run_report(RunReader(folder))
+        target.write_text(content, encoding="utf-8")
+    except _CANNOT_SHOW as error:
+        return f"no report: {error}"
+    return f"report      {target}"
+
+
 def _references(reader: RunReader, folder: Path | None) -> list[Reference]:
     if folder is None:
         return []

@@ -16,6 +16,7 @@ from esper.cli.grow import (
     train_control,
     views_beside,
 )
+from esper.cli.report import leave_report
 from esper.experiments.config import RunConfig, SettingsError
 from esper.experiments.run import resumed_run
 from esper.report.story import tell
@@ -39,6 +40,10 @@ def resume(
     control: Annotated[
         bool, typer.Option("--control", help="Then train the same host without growth.")
     ] = False,
+    report: Annotated[
+        bool,
+        typer.Option(help="Write the run's report into its folder (needs esper-lite\\[report])."),
+    ] = True,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print the run folder only.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines.")] = False,
 ) -> None:
@@ -58,8 +63,6 @@ def resume(
                 if found is None:
                     view.note("no checkpoint was made yet: the run begins anew")
                 else:
-                    epoch, step = found.info.epoch, found.info.step
-                    view.note(f"going on after epoch {epoch}, step {step}")
                     for event in found.damaged:
                         view.note(f"passed over {event.name}: {event.error}")
                     if found.info.torch_version != torch.__version__:
@@ -76,4 +79,5 @@ def resume(
         beside = views_beside(console, settings.task, silent=quiet or as_json)
         networks = {"host alone": train_control(settings, beside), **networks}
     story = tell(RunReader(run).events())
-    conclude(console, run, story, networks, settings, quiet=quiet, as_json=as_json)
+    told = leave_report(run) if report else None
+    conclude(console, run, story, networks, settings, told, quiet=quiet, as_json=as_json)
