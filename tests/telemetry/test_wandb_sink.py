@@ -3,6 +3,7 @@
 import json
 import math
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,23 @@ from esper.telemetry import WandbSink
 from tracked_run import CONFIG, PRUNED, SLOT, tell_run
 
 BLOCK_BYTES, FILE_HEADER_BYTES, HEADER_BYTES = 32_768, 7, 7
-WHOLE, FIRST, MIDDLE, LAST = 1, 2, 3, 4
+WHOLE, LAST = 1, 4
 
 
-def records(folder: Path) -> Iterator[Record]:
-    """Yield what a run's file holds: LevelDB's log format, in it W&B's records."""
+def records(folder: Path) -> list[Record]:
+    """Return what the file of a finished run holds; W&B's process may still be at its end."""
     (file,) = folder.glob("*.wandb")
-    content = file.read_bytes()
+    deadline = time.monotonic() + 30.0
+    while True:
+        found = list(parsed(file.read_bytes()))
+        if any(record.HasField("exit") for record in found):
+            return found
+        assert time.monotonic() < deadline, "W&B has not written the end of the run"
+        time.sleep(0.01)
+
+
+def parsed(content: bytes) -> Iterator[Record]:
+    """Yield W&B's records, which are kept as LevelDB keeps its log."""
     place, parts = FILE_HEADER_BYTES, b""
     while place + HEADER_BYTES <= len(content):
         if BLOCK_BYTES - place % BLOCK_BYTES < HEADER_BYTES:

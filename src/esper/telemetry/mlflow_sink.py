@@ -25,10 +25,8 @@ if TYPE_CHECKING:
 
 _NEEDS_MLFLOW = "MlflowSink needs MLflow: pip install 'esper-lite[mlflow]'"
 _REFUSED_CHARACTERS = re.compile(r"[^A-Za-z0-9_./ :-]")
-_MAX_METRICS = 1000
-_MAX_PARAMS = 100
 _MAX_PARAM_CHARACTERS = 6000
-"""What MLflow takes in one call, and in one value."""
+"""What MLflow takes in one value."""
 _ENDINGS: Mapping[RunStatus, str] = {"finished": "FINISHED", "interrupted": "KILLED"}
 
 
@@ -172,8 +170,7 @@ class MlflowSink(Tracker):
             self._entities.Param(_accepted(name), str(value)[:_MAX_PARAM_CHARACTERS])
             for name, value in flat_settings(config).items()
         ]
-        for start in range(0, len(params), _MAX_PARAMS):
-            self._client.log_batch(run_id, params=params[start : start + _MAX_PARAMS])
+        self._client.log_batch(run_id, params=params)
 
     def _keep(self, step: int, seconds: float, values: Mapping[str, float]) -> None:
         milliseconds = round(1e3 * seconds)
@@ -183,10 +180,7 @@ class MlflowSink(Tracker):
 
     def _send(self, metrics: "list[Metric]", stages: Mapping[str, str], text: str | None) -> None:
         tags = [self._entities.RunTag(key, value) for key, value in stages.items()]
-        for start in range(0, len(metrics), _MAX_METRICS):
-            self._client.log_batch(self.run_id, metrics=metrics[start : start + _MAX_METRICS])
-        for start in range(0, len(tags), _MAX_PARAMS):
-            self._client.log_batch(self.run_id, tags=tags[start : start + _MAX_PARAMS])
+        self._client.log_batch(self.run_id, metrics=metrics, tags=tags)
         if text is not None:
             self._client.log_text(self.run_id, text, self._events_file)
 
