@@ -50,7 +50,8 @@ unit: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
 picture: $(VENV)/.runtime
-	$(BIN)/esper report $$($(BIN)/esper grow digits --out $$(mktemp -d)/digits --quiet) --png docs/grown_run.png
+	$(BIN)/esper report $$($(BIN)/esper grow digits --out $$(mktemp -d)/digits --quiet) \
+		--png docs/grown_run.png --only loss --only quality-accuracy --only lanes
 
 # What takes hours comes from the runs that are kept; what is a ratio of times is measured anew.
 benchmarks: $(VENV)/.runtime

@@ -6,7 +6,6 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
@@ -20,7 +19,8 @@ from esper.experiments.comparison import (
     RunRequest,
     RunResult,
     at_equal_flops,
-    draw_comparison,
+    comparison_charts,
+    comparison_report,
     judge,
     summarise,
 )
@@ -352,16 +352,18 @@ def test_nothing_is_made_up_where_nothing_is_finished() -> None:
 # The picture
 
 
-def test_an_arm_that_diverged_is_left_out_of_the_picture(tmp_path: Path) -> None:
+def test_an_arm_that_diverged_is_left_out_of_the_pictures() -> None:
     world = type("World", (Diverging,), {"arm": "random times"})()
     comparison = played(world, config())
-    target = tmp_path / "compare.png"
-    draw_comparison("digits", summarise(comparison), judge(comparison), target)
-    assert target.read_bytes().startswith(b"\x89PNG")
+    for chart in comparison_charts(comparison):
+        json.dumps(chart.as_json(), allow_nan=False)
+        drawn = [trace["name"] for trace in chart.figure["data"]]
+        assert "grown" in drawn
+        assert "random times" not in drawn
+    assert "random times" in comparison_report(comparison, name="it")  # the table tells
 
 
-def test_without_a_finished_arm_there_is_nothing_to_draw(tmp_path: Path) -> None:
+def test_without_a_finished_arm_there_is_nothing_to_draw() -> None:
     comparison = Comparison(config(), [])
-    with pytest.raises(ValueError, match="nothing to draw"):
-        draw_comparison("digits", summarise(comparison), judge(comparison), tmp_path / "c.png")
-    assert not any(tmp_path.iterdir())
+    assert comparison_charts(comparison) == []
+    assert "not decided" in comparison_report(comparison, name="it")

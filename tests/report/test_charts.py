@@ -3,13 +3,14 @@
 import itertools
 import json
 import math
+from pathlib import Path
 
 import pytest
 
 from esper.lifecycle.alpha import AlphaCurve
 from esper.lifecycle.events import EventRecord, RunStarted
 from esper.lifecycle.stages import SeedStage
-from esper.report import Chart, Reference, RunStory, StoryTeller, run_charts, tell
+from esper.report import Chart, Reference, RunStory, StoryTeller, draw_charts, run_charts, tell
 from esper.report.chart import STAGE_COLOURS, json_values, log_axis, si
 from esper.report.story import AlphaRamp
 from esper.telemetry import RunReader
@@ -175,3 +176,18 @@ def test_every_stage_of_a_life_has_a_colour_of_its_own() -> None:
     waits = {SeedStage.DORMANT, SeedStage.EMBARGOED, SeedStage.RESETTING, SeedStage.TERMINATED}
     assert set(STAGE_COLOURS) == set(SeedStage) - waits
     assert len(set(STAGE_COLOURS.values())) == len(STAGE_COLOURS)
+
+
+def test_charts_are_drawn_as_one_png_too(charts: dict[str, Chart], tmp_path: Path) -> None:
+    target = tmp_path / "run.png"
+    draw_charts("a run", list(charts.values()), target)
+    content = target.read_bytes()
+    assert content.startswith(b"\x89PNG\r\n\x1a\n")
+    width, height = (int.from_bytes(content[at : at + 4], "big") for at in (16, 20))
+    draw_charts("a run", [charts["loss"]], tmp_path / "loss.png")
+    alone = (tmp_path / "loss.png").read_bytes()
+    assert int.from_bytes(alone[16:20], "big") == width
+    assert int.from_bytes(alone[20:24], "big") < height / 2
+    with pytest.raises(ValueError, match="nothing to draw"):
+        draw_charts("nothing", [], tmp_path / "nothing.png")
+    assert not (tmp_path / "nothing.png").exists()

@@ -1,14 +1,11 @@
-"""The story that a run's events tell, and its picture."""
+"""The story that a run's events tell."""
 
 from pathlib import Path
 
-from esper.lifecycle.events import EventRecord, RunStarted
 from esper.lifecycle.gates import Gate
 from esper.lifecycle.stages import GROWTH_PATH, SeedStage
-from esper.report import RunStory, draw_run, tell
-from esper.telemetry import RunReader, RunStore
-
-PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+from esper.report import RunStory, tell
+from esper.telemetry import RunReader
 
 
 def test_each_seed_has_its_outcome_and_the_reason(story: RunStory) -> None:
@@ -45,24 +42,3 @@ def test_story_can_be_told_of_any_prefix_of_the_events(run_folder: Path) -> None
     for length in range(len(records)):
         story = tell(records[:length])
         assert len(story.seeds) <= 3
-
-
-def test_picture_shows_metrics_lanes_and_stages(
-    run_folder: Path, story: RunStory, tmp_path: Path
-) -> None:
-    target = tmp_path / "run.png"
-    draw_run(RunReader(run_folder), story, target)
-    content = target.read_bytes()
-    assert content.startswith(PNG_SIGNATURE)
-    assert len(content) > 20_000
-
-
-def test_picture_of_a_run_that_has_only_begun_can_be_drawn(tmp_path: Path) -> None:
-    store = RunStore(tmp_path / "run", config={}, environment={})
-    started = RunStarted(run_id="run", slots=("a",), host_param_count=1)
-    store.publish(EventRecord(time_seconds=0.0, epoch=0, step=0, event=started))
-    store.close()
-    reader = RunReader(tmp_path / "run")
-    draw_run(reader, tell(reader.events()), tmp_path / "run.png")
-    assert (tmp_path / "run.png").stat().st_size > 1000
-    assert tell(reader.events()).slots == ("a",)

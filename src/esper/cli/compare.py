@@ -29,15 +29,15 @@ from esper.experiments.comparison import (
     ComparisonFolderError,
     WorkerDiedError,
     check_runs,
-    draw_comparison,
+    comparison_charts,
+    comparison_title,
     holds_comparison,
-    judge,
     run_missing,
-    summarise,
 )
 from esper.experiments.config import RunConfig, SettingsError, load_run_config
 from esper.experiments.run import usable_device
 from esper.policies.named import POLICY_NAMES
+from esper.report import draw_charts
 from esper.tasks.task import TaskDataError
 
 _OF_ANY_START = frozenset({"out", "processes", "quiet", "as_json", "dry_run"})
@@ -209,12 +209,11 @@ def _conclude(
     quiet: bool,
     as_json: bool,
 ) -> None:
-    summaries, verdict = summarise(comparison), judge(comparison)
     record = summary_record(comparison)
     folder.summarise(record)
     drawn = f"picture     {folder.picture}"
     try:
-        draw_comparison(comparison.config.run.task, summaries, verdict, folder.picture)
+        draw_charts(comparison_title(comparison), comparison_charts(comparison), folder.picture)
     except (ModuleNotFoundError, ValueError) as error:
         drawn = f"no picture: {error}"
     told = leave_report(folder.path)

@@ -1,6 +1,7 @@
 """`esper report`: a run or a comparison as a page to look at, and as pictures."""
 
 import webbrowser
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -8,18 +9,18 @@ import typer
 from rich.console import Console
 
 from esper.experiments.comparison import (
-    Comparison,
     ComparisonFolderError,
+    comparison_charts,
     comparison_report,
-    draw_comparison,
+    comparison_title,
     holds_comparison,
-    judge,
     read_comparison,
     references_of,
-    summarise,
 )
 from esper.lifecycle.events import EventSchemaError
-from esper.report import Reference, draw_run, run_report, tell
+from esper.report import Chart, Reference, draw_charts, run_charts, run_report, tell
+from esper.report.chart import growth_words
+from esper.report.png import NothingToDrawError
 from esper.telemetry.run_store import RunFolderError, RunReader
 
 REPORT_FILE = "report.html"
@@ -29,6 +30,7 @@ _CANNOT_SHOW = (
     ComparisonFolderError,
     EventSchemaError,
     ModuleNotFoundError,
+    NothingToDrawError,
     OSError,
 )
 
@@ -45,12 +47,18 @@ def report(
         typer.Option(help="Folder of a comparison whose networks the run is shown beside."),
     ] = None,
     png: Annotated[Path | None, typer.Option(help="Also write the pictures as a PNG.")] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="A picture that the PNG shows, as loss or lanes; default all of them."),
+    ] = None,
     open_: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
 ) -> None:
     """Write what grew in RUN, what it gave and cost, and why: one HTML file that needs no network.
 
     Also of a run that is still going on, and of a comparison.
     """
+    if only and png is None:
+        raise typer.BadParameter("--only chooses what the PNG shows; name one with --png")
     console = Console()
     try:
         if holds_comparison(run):
@@ -58,13 +66,14 @@ def report(
                 raise typer.BadParameter(f"{run} is a comparison itself; leave --beside out")
             comparison = read_comparison(run)
             content = comparison_report(comparison, name=run.resolve().name)
-            if png is not None:
-                _draw_comparison(comparison, run, png)
+            title, charts = comparison_title(comparison), comparison_charts(comparison)
         else:
             reader = RunReader(run)
-            content = run_report(reader, references=_references(reader, beside))
-            if png is not None:
-                draw_run(reader, tell(reader.events()), png)
+            references = _references(reader, beside)
+            content = run_report(reader, references=references)
+            title, charts = _run_pictures(reader, references)
+        if png is not None:
+            draw_charts(title, _chosen(charts, only), png)
         target = out or run / REPORT_FILE
         target.write_text(content, encoding="utf-8")
     except _CANNOT_SHOW as error:
@@ -74,6 +83,14 @@ def report(
         console.print(f"picture  {png}", highlight=False, soft_wrap=True)
     if open_ and not webbrowser.open(target.resolve().as_uri()):
         console.print("no browser was found here; copy the file to where there is one")
+
+
+def _chosen(charts: Sequence[Chart], only: Sequence[str] | None) -> Sequence[Chart]:
+    known = [chart.key for chart in charts]
+    for name in only or ():
+        if name not in known:
+            raise typer.BadParameter(f"no picture {name!r} here; pictures: {', '.join(known)}")
+    return [chart for chart in charts if not only or chart.key in only]
 
 
 def leave_report(folder: Path) -> str:
@@ -103,9 +120,7 @@ def _references(reader: RunReader, folder: Path | None) -> list[Reference]:
     return references_of(comparison)
 
 
-def _draw_comparison(comparison: Comparison, folder: Path, target: Path) -> None:
-    task = comparison.config.run.task
-    try:
-        draw_comparison(task, summarise(comparison), judge(comparison), target)
-    except ValueError as error:
-        raise ComparisonFolderError(f"{folder}: {error}") from error
+def _run_pictures(reader: RunReader, references: Sequence[Reference]) -> tuple[str, list[Chart]]:
+    story = tell(reader.events())
+    title = f"{reader.config().get('task', 'run')} · {growth_words(story)}"
+    return title, run_charts(story, reader.metrics(), references=references)

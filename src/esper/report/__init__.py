@@ -4,7 +4,7 @@ from esper.report.chart import Chart
 from esper.report.charts import run_charts
 from esper.report.cost_charts import Reference
 from esper.report.figure import new_figure
-from esper.report.picture import draw_run
+from esper.report.png import draw_charts
 from esper.report.run_page import run_report
 from esper.report.story import RunStory, SeedStory, StoryTeller, tell
 from esper.report.words import in_words, notable
@@ -15,7 +15,7 @@ __all__ = [
     "RunStory",
     "SeedStory",
     "StoryTeller",
-    "draw_run",
+    "draw_charts",
     "in_words",
     "new_figure",
     "notable",

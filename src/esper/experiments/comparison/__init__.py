@@ -7,8 +7,12 @@ from esper.experiments.comparison.folder import (
     holds_comparison,
     read_comparison,
 )
-from esper.experiments.comparison.page import comparison_report, references_of
-from esper.experiments.comparison.picture import draw_comparison
+from esper.experiments.comparison.page import (
+    comparison_charts,
+    comparison_report,
+    comparison_title,
+    references_of,
+)
 from esper.experiments.comparison.plan import Comparison
 from esper.experiments.comparison.runs import RunRequest, RunResult, check_runs
 from esper.experiments.comparison.scheduler import Outlook, WorkerDiedError, run_missing
@@ -37,8 +41,9 @@ __all__ = [
     "WorkerDiedError",
     "at_equal_flops",
     "check_runs",
+    "comparison_charts",
     "comparison_report",
-    "draw_comparison",
+    "comparison_title",
     "holds_comparison",
     "judge",
     "read_comparison",

@@ -46,13 +46,24 @@ def comparison_report(comparison: Comparison, *, name: str) -> str:
     ]
     seeds = len(config.random_seeds)
     return page(
-        title=f"{config.run.task}: {verdict.outcome}",
+        title=comparison_title(comparison),
         heading=f"{escape(config.run.task)} {chip(verdict.outcome, _KINDS[verdict.outcome])}",
         subheading=f"a comparison over {seeds} random seeds · <code>{escape(name)}</code>",
         lead=figures(_key_figures(summaries)) + lead,
-        charts=[chart for chart in (_flops_chart(summaries), _size_chart(summaries)) if chart],
-        sections=sections if summaries else sections[1:],
+        charts=comparison_charts(comparison),
+        sections=sections,
     )
+
+
+def comparison_title(comparison: Comparison) -> str:
+    """Return what was compared, and the verdict."""
+    return f"{comparison.config.run.task}: {judge(comparison).outcome}"
+
+
+def comparison_charts(comparison: Comparison) -> list[Chart]:
+    """Return the pictures of a comparison; none where no arm has finished with a finite loss."""
+    summaries = [s for s in summarise(comparison) if math.isfinite(s.test_loss.mean)]
+    return [_flops_chart(summaries), _size_chart(summaries)] if summaries else []
 
 
 def references_of(comparison: Comparison) -> list[Reference]:
@@ -83,6 +94,8 @@ def _key_figures(summaries: Sequence[ArmSummary]) -> Iterable[tuple[str, str, st
 
 
 def _arms(comparison: Comparison, summaries: Sequence[ArmSummary]) -> str:
+    if not summaries:
+        return "<p>No arm is finished yet.</p>"
     seeds = len(comparison.config.random_seeds)
     metrics = [name for name in summaries[0].metrics if name != "loss"]
     rows = [
@@ -112,10 +125,7 @@ def _arms(comparison: Comparison, summaries: Sequence[ArmSummary]) -> str:
     return table(columns, rows, caption="Every arm at equal steps", numbers=numbers) + told
 
 
-def _flops_chart(summaries: Sequence[ArmSummary]) -> Chart | None:
-    chosen = [summary for summary in summaries if math.isfinite(summary.test_loss.mean)]
-    if not chosen:
-        return None
+def _flops_chart(chosen: Sequence[ArmSummary]) -> Chart:
     data = _arms_over(chosen, lambda summary: summary.flops)
     for summary, colour in _coloured(chosen):
         others = [point for point in summary.curve if math.isfinite(point[1])]
@@ -146,10 +156,7 @@ def _flops_chart(summaries: Sequence[ArmSummary]) -> Chart | None:
     )
 
 
-def _size_chart(summaries: Sequence[ArmSummary]) -> Chart | None:
-    chosen = [summary for summary in summaries if math.isfinite(summary.test_loss.mean)]
-    if not chosen:
-        return None
+def _size_chart(chosen: Sequence[ArmSummary]) -> Chart:
     data = _arms_over(chosen, lambda summary: summary.param_count)
     return Chart(
         key="size",
