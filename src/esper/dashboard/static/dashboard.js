@@ -102,6 +102,7 @@ function showChosen() {
 function setFolded(folded) {
   document.body.classList.toggle("folded", folded);
   fold.setAttribute("aria-expanded", String(!folded));
+  fold.textContent = folded ? "Choose runs" : "Hide the list";
 }
 
 function askForToken() {

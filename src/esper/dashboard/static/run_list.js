@@ -150,10 +150,10 @@ function itemOf(row) {
     "li",
     { class: "row" },
     element("label", { class: "tick" }, box),
+    element("div", { class: "head" }, link, statusOf(row)),
     element(
       "div",
       { class: "about" },
-      element("div", { class: "head" }, link, statusOf(row)),
       details,
       element("div", { class: "figures-line" }, loss, seedsOf(row), progressOf(row)),
     ),
