@@ -23,7 +23,7 @@ from esper.experiments.comparison.config import CompareConfig
 from esper.experiments.config import RunConfig, SettingsError, load_run_config
 from esper.experiments.run import build_setup, resumed_run, stored_run
 from esper.lifecycle.events import SeedGerminated, SinkFailed, SinkLossesCounted
-from esper.report.words import notable
+from esper.lifecycle.words import notable
 from esper.telemetry import (
     MlflowSink,
     PrometheusSink,

@@ -33,6 +33,8 @@ from esper.lifecycle.events import (
     SeedBlamed,
     SeedFailed,
     SeedPruned,
+    SinkFailed,
+    SinkLossesCounted,
     SlotReset,
     StepSkipped,
     parse_event_record,
@@ -201,6 +203,7 @@ def breaker(to_state: str) -> BreakerChanged:
             IsolationChecked(slot="a", blueprint="b", checks=3, violations=1, without_verdict=0),
             Priority.NORMAL,
         ),
+        (SinkFailed(sink="s", error="e"), Priority.WARNING),
         (breaker("open"), Priority.WARNING),
         (breaker("half_open"), Priority.NORMAL),
         (breaker("closed"), Priority.NORMAL),
@@ -230,6 +233,8 @@ CAN_BE_URGENT = {
     ArtefactRefused,
     SeedBlamed,
     RunWentBack,
+    SinkFailed,
+    SinkLossesCounted,
 }
 
 

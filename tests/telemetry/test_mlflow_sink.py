@@ -37,8 +37,7 @@ def test_run_is_read_back_from_the_local_store(tmp_path: Path) -> None:
     assert client.get_metric_history(sink.run_id, ALPHA)[0].timestamp == 1_010_000
     assert run.data.tags[f"slots/{SLOT}/stage"] == "blending"
     told = (Path(run.info.artifact_uri.removeprefix("file://")) / "events.txt").read_text()
-    assert "epoch 1, step 20: seed_pruned: " in told
-    assert "reason=no use" in told
+    assert "epoch 1, step 20: norm pruned from layer.0: no use" in told
 
 
 def test_what_was_flushed_is_in_the_store_while_the_run_goes_on(tmp_path: Path) -> None:

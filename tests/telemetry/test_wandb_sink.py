@@ -108,9 +108,9 @@ def test_notable_events_are_a_table_and_critical_ones_alerts(folder: Path) -> No
     newest = json.loads(max(tables, key=lambda path: int(path.name.split("_")[1])).read_text())
     assert newest["columns"] == ["epoch", "step", "priority", "type", "text"]
     kinds = {row[3]: row for row in newest["data"]}
-    assert set(kinds) == {"stage_changed", "step_skipped", "seed_pruned"}
+    assert set(kinds) == {"step_skipped", "seed_pruned"}
     assert kinds["seed_pruned"][:3] == [1, 20, "normal"]
-    assert "reason=no use" in kinds["seed_pruned"][4]
+    assert kinds["seed_pruned"][4] == "norm pruned from layer.0: no use"
     alerts = [record.alert for record in records(first) if record.HasField("alert")]
     assert [alert.title for alert in alerts] == ["esper: step_skipped"]
 

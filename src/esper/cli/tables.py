@@ -9,8 +9,8 @@ from rich.text import Text
 
 from esper.cli.views import WIDE_COLUMNS
 from esper.lifecycle.events import CompiledBy, RunFinished, TwinFinished
+from esper.lifecycle.words import percent
 from esper.report.story import RunStory, SeedStory
-from esper.report.words import percent
 
 _COMPILED_BY: dict[CompiledBy, str] = {
     "here": "between two steps",

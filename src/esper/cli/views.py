@@ -15,7 +15,7 @@ from rich.text import Text
 from esper.lifecycle.actions import SlotState
 from esper.lifecycle.events import EventRecord, Priority
 from esper.lifecycle.stages import LIVING_STAGES, SeedStage
-from esper.report.words import notable, percent
+from esper.lifecycle.words import notable, percent
 from esper.slots.slot_set import SlotSet
 from esper.training.trainer import EpochReport
 

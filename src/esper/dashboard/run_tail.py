@@ -11,10 +11,10 @@ from typing import Any
 from esper.dashboard.light_charts import lightened
 from esper.lifecycle.events import EventRecord, Priority, RunFinished, RunStarted, StageChanged
 from esper.lifecycle.stages import LIVING_STAGES, SeedStage
+from esper.lifecycle.words import in_words
 from esper.report.chart import STAGE_COLOURS, Chart
 from esper.report.charts import run_charts
 from esper.report.story import RunStory, SeedStory, StoryTeller
-from esper.report.words import in_words
 from esper.telemetry.run_store import MetricRow, RunReader
 
 CHUNK_EVENTS = 2000

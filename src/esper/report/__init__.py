@@ -7,7 +7,6 @@ from esper.report.figure import new_figure
 from esper.report.png import draw_charts
 from esper.report.run_page import run_report
 from esper.report.story import RunStory, SeedStory, StoryTeller, tell
-from esper.report.words import in_words, notable
 
 __all__ = [
     "Chart",
@@ -16,9 +15,7 @@ __all__ = [
     "SeedStory",
     "StoryTeller",
     "draw_charts",
-    "in_words",
     "new_figure",
-    "notable",
     "run_charts",
     "run_report",
     "tell",

@@ -6,13 +6,13 @@ from datetime import UTC, datetime
 from html import escape
 from typing import Any
 
+from esper.lifecycle.words import percent
 from esper.report.chart import seed_name, si
 from esper.report.charts import quality_names, run_charts
 from esper.report.cost_charts import Reference
 from esper.report.markup import chip, figures, settings_table, table, text
 from esper.report.page import Section, page
 from esper.report.story import GateVisit, RunStory, SeedStory, tell
-from esper.report.words import percent
 from esper.telemetry.run_store import MetricRow, RunReader
 
 _OUTCOMES = {"committed": "good", "pruned": "bad", "still growing": "warn"}

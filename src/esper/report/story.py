@@ -24,7 +24,7 @@ from esper.lifecycle.events import (
     TwinFinished,
 )
 from esper.lifecycle.stages import SeedStage
-from esper.report.words import in_words
+from esper.lifecycle.words import in_words
 
 INTERVENTIONS = frozenset(
     {"step_skipped", "seed_blamed", "run_went_back", "seed_failed", "isolation_violated"}

@@ -113,7 +113,7 @@ class MlflowSink(Tracker):
         self._keep(record.step, record.time_seconds, named_values(event))
         if isinstance(event, StageChanged):
             self._stages[_accepted(f"slots/{event.slot}/stage")] = event.to_stage.value
-        text = told(event)
+        text = told(record)
         if text is not None:
             self._lines.append(f"epoch {record.epoch}, step {record.step}: {text}")
             self._lines_changed = True

@@ -75,7 +75,7 @@ class TensorBoardSink(Tracker):
             step = event.to_step
             self._purge(step)
         self._scalars(step, named_values(event), seconds)
-        text = told(event)
+        text = told(record)
         if text is not None:
             summary = self._summaries.text(f"events/{event.type}", text)
             self._write(step=step, seconds=seconds, summary=summary)

@@ -8,10 +8,10 @@ from esper.lifecycle.events import (
     AmplitudeSearched,
     ContributionMeasured,
     Event,
+    EventRecord,
     GradientHealthMeasured,
     Priority,
     RunFinished,
-    RunResumed,
     RunStarted,
     SeedCommitted,
     SeedGerminated,
@@ -20,11 +20,10 @@ from esper.lifecycle.events import (
     TwinFinished,
 )
 from esper.lifecycle.stages import SeedStage
+from esper.lifecycle.words import in_words
 
 STAGE_NUMBERS = MappingProxyType({stage: number for number, stage in enumerate(SeedStage)})
 """For tools that draw numbers only: DORMANT is 0, FOSSILIZED 6, what follows a prune above it."""
-
-_TOLD = (StageChanged, SeedGerminated, SeedCommitted, SeedPruned, RunResumed)
 
 
 def run_values(event: Event) -> dict[str, float]:
@@ -83,9 +82,10 @@ def named_values(event: Event) -> dict[str, float]:
     return {**run_values(event), **in_slot}
 
 
-def told(event: Event) -> str | None:
-    """Return an event as a line of text if it is worth one: seeds' lives, and whatever warns."""
-    if event.priority is Priority.NORMAL and not isinstance(event, _TOLD):
-        return None
-    fields = event.model_dump(mode="json", exclude={"type"})
-    return f"{event.type}: {', '.join(f'{name}={value}' for name, value in fields.items())}"
+def told(record: EventRecord) -> str | None:
+    """Return an event in words if a person would want to know, and in any case if it warns."""
+    words = in_words(record)
+    if words is not None or record.event.priority is Priority.NORMAL:
+        return words
+    fields = record.event.model_dump(mode="json", exclude={"type"})
+    return f"{record.event.type}: {', '.join(f'{name}={value}' for name, value in fields.items())}"

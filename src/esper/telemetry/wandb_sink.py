@@ -93,7 +93,7 @@ class WandbSink(Tracker):
         """Log an event's values; a notable one is a row of the table, a CRITICAL one an alert."""
         event = record.event
         self._log(record.epoch, record.step, named_values(event))
-        text = told(event)
+        text = told(record)
         if text is not None:
             self._rows.append((record.epoch, record.step, event.priority.value, event.type, text))
             self._rows_changed = True
