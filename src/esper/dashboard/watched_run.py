@@ -3,7 +3,7 @@
 import math
 import os
 import sqlite3
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,8 @@ class WatchedRun:
     def __init__(self, run_id: str, folder: Path) -> None:
         self.folder = folder
         self.row = RunRow(id=run_id)
+        # As text: hundreds of runs are looked at several times a second.
+        self._marked = (str(folder / DATABASE_FILE), str(folder / f"{DATABASE_FILE}-wal"))
         self._seen: _Marks | None = None
         self._settled = False
         self._begin()
@@ -83,7 +85,7 @@ class WatchedRun:
     def look(self) -> bool:
         """Bring the row up to date; return whether it has changed."""
         before = self.row
-        marks = _marks(self.folder)
+        marks = _marks(self._marked)
         if marks[0] == _ABSENT:
             return False  # the next search will say so
         if marks != self._seen:
@@ -146,12 +148,12 @@ class WatchedRun:
         )
 
 
-def _marks(folder: Path) -> _Marks:
-    """Return what differs once the database has been written."""
+def _marks(paths: Iterable[str]) -> _Marks:
+    """Return what differs once a file has been written."""
     marks = []
-    for name in (DATABASE_FILE, f"{DATABASE_FILE}-wal"):
+    for path in paths:
         try:
-            found = (folder / name).stat()
+            found = os.stat(path)  # noqa: PTH116
         except OSError:
             marks.append(_ABSENT)
         else:

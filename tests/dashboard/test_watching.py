@@ -1,0 +1,122 @@
+"""What watching many runs costs, and what is kept of those that were looked at."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from esper.dashboard import watched_run, watcher
+from esper.dashboard.follower import Follower
+from esper.dashboard.trend import Trend
+from esper.dashboard.watched_run import WatchedRun
+from esper.dashboard.watcher import UnknownRunError, Watcher
+from esper.telemetry.run_store import ReopenedRunStore, RunReader
+from served_runs import skip, write_run
+
+
+def settled(folder: Path) -> WatchedRun:
+    """Return a run that was read, and once more, and once more as reading makes a WAL file."""
+    run = WatchedRun("run", folder)
+    assert run.look()
+    assert not any(run.look() for _ in range(3))
+    return run
+
+
+def forbid_reading(monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(_: Path) -> RunReader:
+        raise AssertionError("the database was opened")
+
+    monkeypatch.setattr(watched_run, "RunReader", read)
+
+
+def test_run_in_which_nothing_happens_is_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_run(tmp_path)
+    run = settled(tmp_path)
+    forbid_reading(monkeypatch)
+    assert not run.look()
+    monkeypatch.undo()
+    store = ReopenedRunStore(tmp_path, after_step=1000)
+    skip(store, 11, "bad")
+    store.close()
+    assert run.look()
+    assert run.row.attempt == 2
+
+
+def test_run_is_read_once_more_after_a_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A commit right behind one that was read may leave the files' times and sizes as they are."""
+    write_run(tmp_path, finished=False)
+    run = WatchedRun("run", tmp_path)
+    monkeypatch.setattr(watched_run, "_marks", lambda _: ((1, 1, 1),))
+    assert run.look()
+    events = run.row.events
+    store = ReopenedRunStore(tmp_path, after_step=1000)
+    skip(store, 11, "in the same tick")
+    store.set_status("finished")
+    store.close()
+    assert run.look()
+    assert run.row.events == events + 1
+
+
+def test_stories_that_were_looked_at_long_ago_are_forgotten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("one", "two", "three"):
+        write_run(tmp_path / name)
+    watching = Watcher(tmp_path)
+    one = watching.tail("one")
+    one.advance()
+    assert one.num_rows > 30
+    monkeypatch.setattr(watcher, "MAX_KEPT_ROWS", 2 * one.num_rows)
+    two = watching.tail("two")
+    two.advance()
+    assert watching.tail("one") is one
+    watching.tail("three").advance()
+    watching.tail("three")
+    assert watching.tail("one") is one
+    assert watching.tail("two") is not two
+
+
+def test_run_that_is_not_there_is_unknown(tmp_path: Path) -> None:
+    with pytest.raises(UnknownRunError):
+        Watcher(tmp_path).tail("none")
+
+
+def test_nobody_looks_while_nobody_listens(tmp_path: Path) -> None:
+    class Counting(Watcher):
+        looks = 0
+
+        def look(self) -> bool:
+            self.looks += 1
+            return super().look()
+
+    async def follow() -> tuple[int, int]:
+        watching = Counting(tmp_path)
+        follower = Follower(watching)
+        task = asyncio.create_task(follower.run())
+        for _ in range(20):
+            await asyncio.sleep(0)
+        alone = watching.looks
+        write_run(tmp_path / "run")
+        with follower.listen() as listener:
+            assert await listener.wait(10.0)
+        task.cancel()
+        return alone, watching.looks
+
+    alone, listened = asyncio.run(follow())
+    assert alone == 0
+    assert listened >= 1
+
+
+def test_trend_is_short_and_ends_with_the_last_value() -> None:
+    trend = Trend(max_points=8)
+    for value in range(1, 1001):
+        trend.take(float(value))
+        trend.take(float("nan"))
+    points = trend.points()
+    assert len(points) <= 9
+    assert (points[0], points[-1]) == (1.0, 1000.0)
+    assert points == sorted(points)
