@@ -12,9 +12,10 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from esper.cli.live_view import LiveView
 from esper.cli.report import leave_report
 from esper.cli.tables import networks_table, print_compiled, print_seeds, print_twin
-from esper.cli.views import JsonView, LinesView, LiveView, QuietView, RunView
+from esper.cli.views import JsonView, LinesView, QuietView, RunView
 from esper.experiments.audit import ForkPoint, Twin, prepare_twin
 from esper.experiments.config import RunConfig, SettingsError, load_run_config
 from esper.experiments.run import GrowingRun, build_setup, prepare, stored_run
@@ -237,6 +238,7 @@ def note_trackers(run: GrowingRun, view: RunView) -> None:
 
 def train(run: GrowingRun, view: RunView) -> RunCost:
     """Train a run to its end, and return what it has cost."""
+    view.follow(run)
     for report in run.reports:
         view.epoch(report, run.growth.slots)
     return run.growth.meter.cost

@@ -1,21 +1,18 @@
-"""How a run shows itself while it goes on: live, as lines, as JSON, or not at all."""
+"""How a run shows itself while it goes on: as lines, as JSON, or not at all."""
 
 import json
-from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol, Self
 
-from rich.console import Console, Group
-from rich.live import Live
-from rich.progress_bar import ProgressBar
-from rich.table import Table
-from rich.text import Text
+from rich.console import Console
 
-from esper.lifecycle.actions import SlotState
-from esper.lifecycle.events import EventRecord, Priority
+from esper.experiments.run import GrowingRun
+from esper.lifecycle.events import EventRecord
 from esper.lifecycle.stages import LIVING_STAGES, SeedStage
-from esper.lifecycle.words import notable, percent
+from esper.lifecycle.words import notable
+from esper.slots.slot import SeedSlot
 from esper.slots.slot_set import SlotSet
 from esper.training.trainer import EpochReport
 
@@ -35,8 +32,30 @@ STAGE_STYLES = {
 WIDE_COLUMNS = 80
 """Below this width tables become lines that can wrap."""
 
-_BAR_CELLS = 10
-_EVENT_LINES = 5
+
+@dataclass(frozen=True, kw_only=True)
+class Glance:
+    """How a slot stands, as cheap to take as it is to look at; never waits for the device."""
+
+    path: str
+    stage: SeedStage
+    blueprint: str | None
+    alpha: float
+    contribution_fraction: float | None
+    committed: int
+
+    @classmethod
+    def of(cls, slot: SeedSlot) -> Self:
+        """Look at a slot, from whatever thread."""
+        seed = slot.living
+        return cls(
+            path=slot.path,
+            stage=slot.stage,
+            blueprint=None if seed is None else seed.blueprint,
+            alpha=slot.alpha,
+            contribution_fraction=slot.measurements.contribution_fraction,
+            committed=slot.num_committed,
+        )
 
 
 class RunView(Protocol):
@@ -50,6 +69,9 @@ class RunView(Protocol):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None: ...
+
+    def follow(self, run: GrowingRun) -> None:
+        """Know which run it is that begins."""
 
     def epoch(self, report: EpochReport, slots: SlotSet) -> None:
         """Show a finished epoch."""
@@ -67,7 +89,8 @@ class RunView(Protocol):
         """Show what a person should know."""
 
 
-def _told(text: str, about: str | None) -> str:
+def told(text: str, about: str | None) -> str:
+    """Return a note with what it is about."""
     return text if about is None else f"{about}: {text}"
 
 
@@ -84,6 +107,9 @@ class QuietView:
         trace: TracebackType | None,
     ) -> None:
         return
+
+    def follow(self, run: GrowingRun) -> None:
+        """Show nothing."""
 
     def epoch(self, report: EpochReport, slots: SlotSet) -> None:
         """Show nothing."""
@@ -109,8 +135,8 @@ class LinesView(QuietView):
 
     def epoch(self, report: EpochReport, slots: SlotSet) -> None:
         """Print the epoch."""
-        states = "  ".join(_slot_words(slot.state()) for slot in slots.values())
-        line = f"epoch {report.epoch}/{report.epochs}  {_metric_words(report)}  {states}"
+        states = "  ".join(slot_words(Glance.of(slot)) for slot in slots.values())
+        line = f"epoch {report.epoch}/{report.epochs}  {metric_words(report)}  {states}"
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def publish(self, record: EventRecord) -> None:
@@ -121,7 +147,7 @@ class LinesView(QuietView):
 
     def note(self, text: str, *, about: str | None = None) -> None:
         """Print the note."""
-        self._console.print(_told(text, about), markup=False, highlight=False, soft_wrap=True)
+        self._console.print(told(text, about), markup=False, highlight=False, soft_wrap=True)
 
 
 class JsonView(QuietView):
@@ -159,87 +185,14 @@ class JsonView(QuietView):
         self._console.out(json.dumps(document), highlight=False)
 
 
-class LiveView(QuietView):
-    """A live table of epoch, metrics, slots and the last events; needs a terminal."""
-
-    def __init__(self, console: Console, title: str) -> None:
-        self._title = title
-        self._events: deque[Text] = deque(maxlen=_EVENT_LINES)
-        self._last: tuple[EpochReport, list[SlotState]] | None = None
-        self._live = Live(console=console, get_renderable=self._render, refresh_per_second=8)
-
-    def __enter__(self) -> Self:
-        self._live.__enter__()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._live.__exit__(kind, error, trace)
-
-    def epoch(self, report: EpochReport, slots: SlotSet) -> None:
-        """Show the epoch."""
-        self._last = (report, [slot.state() for slot in slots.values()])
-
-    def publish(self, record: EventRecord) -> None:
-        """Show the event if it is notable."""
-        words = notable(record)
-        if words is not None:
-            style = {Priority.CRITICAL: "bold red", Priority.WARNING: "yellow"}
-            self._events.append(Text(words, style=style.get(record.event.priority, "")))
-
-    def note(self, text: str, *, about: str | None = None) -> None:
-        """Print the note above the table, where it stays."""
-        self._live.console.print(Text(_told(text, about)))
-
-    def _render(self) -> Group:
-        if self._last is None:
-            return Group(Text(f"{self._title}: first epoch under way", style="bold"))
-        report, slots = self._last
-        head = Text.assemble(
-            (self._title, "bold"),
-            f"  epoch {report.epoch}/{report.epochs}  ",
-            _metric_words(report),
-        )
-        bar = Table.grid(expand=True)  # a bare ProgressBar does not end its line
-        bar.add_row(ProgressBar(total=report.epochs, completed=report.epoch))
-        if self._live.console.width < WIDE_COLUMNS:
-            return Group(head, bar, *(Text(_slot_words(slot)) for slot in slots), *self._events)
-        return Group(head, bar, _slots_table(slots), *self._events)
-
-
-def _metric_words(report: EpochReport) -> str:
+def metric_words(report: EpochReport) -> str:
+    """Return the epoch's losses and metrics in a line."""
     values = {"train": report.train_loss, **report.metrics}
     return "  ".join(f"{name} {value:.4f}" for name, value in values.items())
 
 
-def _slots_table(slots: Sequence[SlotState]) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    for column in ("slot", "stage", "seed", "alpha", "saves", "grown"):
-        table.add_column(column, overflow="ellipsis", no_wrap=True)
-    for slot in slots:
-        living = slot.stage in LIVING_STAGES
-        table.add_row(
-            slot.path,
-            Text(slot.stage.name, style=STAGE_STYLES[slot.stage]),
-            (slot.blueprint or "") if living else "",
-            _alpha_bar(slot) if living else "",
-            percent(slot.contribution_fraction) if living else "",
-            str(slot.committed) if slot.committed else "",
-        )
-    return table
-
-
-def _slot_words(slot: SlotState) -> str:
+def slot_words(slot: Glance) -> str:
+    """Return how a slot stands in a few characters."""
     seed = f" {slot.blueprint} alpha {slot.alpha:.2f}" if slot.stage in LIVING_STAGES else ""
     grown = f" +{slot.committed}" if slot.committed else ""
     return f"[{slot.path} {slot.stage.name}{seed}{grown}]"
-
-
-def _alpha_bar(slot: SlotState) -> Text:
-    filled = round(slot.alpha * _BAR_CELLS)
-    bar = "█" * filled + "░" * (_BAR_CELLS - filled)
-    return Text(f"{bar} {slot.alpha:.2f}", style=STAGE_STYLES[slot.stage])

@@ -55,6 +55,8 @@ class GrowingRun:
     growth: Growth
     trainer: Trainer
     run_id: str
+    total_steps: int
+    """Of the optimizer, if no step is refused."""
     resumed: FoundCheckpoint | None = None
     """The checkpoint that it goes on from."""
     trackers: list[Tracker] = field(default_factory=list)
@@ -217,7 +219,9 @@ def prepare(
         config=config.trainer,
         scheduler=scheduler,
     )
-    return GrowingRun(setup=setup, growth=growth, trainer=trainer, run_id=run_id)
+    return GrowingRun(
+        setup=setup, growth=growth, trainer=trainer, run_id=run_id, total_steps=total_steps
+    )
 
 
 @contextmanager

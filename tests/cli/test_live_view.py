@@ -1,0 +1,52 @@
+"""What a terminal shows of a run while it goes on."""
+
+import io
+import re
+
+import pytest
+from rich.console import Console
+
+from esper.cli.live_view import LiveView
+from esper.experiments import load_run_config
+from esper.experiments.run import prepare
+
+
+class Watcher:
+    """Takes a picture of the view after each step, at a second per step."""
+
+    def __init__(self, width: int) -> None:
+        self.now = 0.0
+        self.pictures: list[str] = []
+        self.console = Console(file=io.StringIO(), force_terminal=True, width=width)
+        self.view = LiveView(self.console, "digits", clock=lambda: self.now)
+
+    def after_step(self, trainer: object) -> None:
+        self.now += 1.0
+        with self.console.capture() as captured:
+            self.console.print(self.view._render())
+        self.pictures.append(re.sub(r"\x1b\[[0-9;]*m", "", captured.get()))
+
+    def after_epoch(self, trainer: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize("width", [100, 60])
+def test_it_moves_with_each_step_also_within_an_epoch(width: int) -> None:
+    watcher = Watcher(width)
+    config = load_run_config("digits", None, ["policy=schedule", "trainer.epochs=3"], {})
+    run = prepare(config, run_id="watched", sinks=[watcher.view])
+    assert "not begun" in str(watcher.view._render().renderables[0])
+    run.trainer.keeper = watcher
+    watcher.view.follow(run)
+    for report in run.reports:
+        watcher.view.epoch(report, run.growth.slots)
+    assert len(watcher.pictures) == run.total_steps == 60
+    for step, picture in enumerate(watcher.pictures, start=1):
+        assert f"epoch {1 + (step - 1) // 20}/3  step {step}/60" in picture
+    assert "1 steps/s, 30 s left" in watcher.pictures[29]
+    assert "first epoch under way" in watcher.pictures[10]
+    assert "accuracy" in watcher.pictures[30]
+    grown = next(i for i, text in enumerate(watcher.pictures) if "germinated" in text)
+    assert 0 < grown < len(watcher.pictures)
+    assert re.search(r"(?:[█░] |alpha )1\.00", watcher.pictures[grown])
+    assert not re.search(r"(?:[█░] |alpha )1\.00", watcher.pictures[grown - 1])
