@@ -185,6 +185,17 @@ def raw_get(server: DashboardServer, path: str) -> tuple[int, str]:
     return int(answer.split()[1]), answer
 
 
+@pytest.mark.parametrize("linked", ["search", "search/other", "search/other/run.sqlite"])
+def test_run_that_became_a_link_after_it_was_found_is_read_no_more(root: Path, linked: str) -> None:
+    api = client(root)
+    assert len(api.get("/api/runs").json()["rows"]) == 2
+    assert api.get("/api/runs/search/other/story").status_code == 200
+    (root / linked).rename(root.parent / "moved")
+    (root / linked).symlink_to(root.parent / "moved")
+    for what in ("story", "charts"):
+        assert api.get(f"/api/runs/search/other/{what}").status_code == 404
+
+
 def test_only_the_packages_own_files_are_static(root: Path) -> None:
     api = client(root)
     for name in ("dashboard.js", "dashboard.css", "esper.css", "charts.js", "plotly.js"):

@@ -40,9 +40,10 @@ def dashboard(
             find_token,
         )
     except ModuleNotFoundError as error:
-        if error.name not in _PACKAGES:
+        package = (error.name or "").partition(".")[0]
+        if package not in _PACKAGES:
             raise
-        raise typer.BadParameter(_EXTRA.format(error.name)) from error
+        raise typer.BadParameter(_EXTRA.format(package)) from error
     if folder.exists() and not folder.is_dir():
         raise typer.BadParameter(f"{folder} is no folder")
     try:

@@ -55,6 +55,11 @@ class RunFolders:
                 runs[name] = folder
         return FoundRuns(folders=runs, refused=tuple(refused))
 
+    def still_hold(self, folder: Path) -> bool:
+        """Return whether a run that was found is there yet, and leads nowhere else since."""
+        linked = folder.is_symlink() or folder.parent.is_symlink()
+        return _holds_run(folder) and not linked and not _leads_elsewhere(folder)
+
     def _candidates(self) -> Iterator[tuple[str, Path]]:
         """Yield folders that may hold a run, by their path from here on."""
         root = self.root.resolve()  # may be a link itself; nothing in it may

@@ -129,6 +129,7 @@ class RunTail:
         self._stages: dict[str, tuple[StageChanged, int]] = {}
         self._lines: deque[EventLine] = deque(maxlen=_MAX_LINES)
         self._metrics: list[MetricRow] = []
+        self._last_values: dict[str, float] = {}
         self._last_event = 0
         self._last_metric = 0
         self._num_events = 0
@@ -163,6 +164,7 @@ class RunTail:
             values = self._reader.metrics(after=self._last_metric)
             if values:
                 self._metrics += values
+                self._last_values.update((row.name, row.value) for row in values)
                 self._last_metric = values[-1].id
             self._unread = 0
             return False
@@ -231,7 +233,7 @@ class RunTail:
             epoch=last.epoch if last is not None else 0,
             step=max(story.last_step, last.step if last is not None else 0),
             seconds=_span(story),
-            metrics={row.name: row.value for row in self._metrics[-_LAST_VALUES:]},
+            metrics=dict(self._last_values),
             test_metrics=finished.metrics if finished is not None else None,
             twin_metrics=twin.metrics if twin is not None else None,
             interventions=len(story.interventions),
@@ -271,10 +273,6 @@ class RunTail:
             refused=None if seed is None else _refused(seed, epoch),
             committed=[life.blueprint for life in lives if life.committed],
         )
-
-
-_LAST_VALUES = 32
-"""Rows of metrics in which each name occurs at least once."""
 
 
 def _alpha(seed: SeedStory, step: int) -> float:

@@ -94,11 +94,18 @@ class Dashboard:
     @asynccontextmanager
     async def _lifespan(self, _: Starlette) -> AsyncIterator[None]:
         task = asyncio.create_task(self._follower.run())
+        task.add_done_callback(self._followed)
         try:
             yield
         finally:
             self._follower.stop()
             task.cancel()
+
+    def _followed(self, task: asyncio.Task[None]) -> None:
+        """Let pages say that they hear nothing, and the console say why, if looking failed."""
+        if not task.cancelled():
+            self._follower.stop()
+            task.result()
 
     async def _page(self, request: Request) -> Response:
         return _asset(request, assets()[PAGE])

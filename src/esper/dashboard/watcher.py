@@ -120,10 +120,14 @@ class Watcher:
         Raises:
             UnknownRunError: There is no such run.
         """
-        folder = self._folders.find().folders.get(run_id)
-        if folder is None:
+        with self._lock:
+            known = self._runs.get(run_id)
+        if known is not None and self._folders.still_hold(known.folder):
+            return known.folder
+        found = self._folders.find().folders.get(run_id)
+        if found is None:
             raise UnknownRunError(run_id)
-        return folder
+        return found
 
     def tail(self, run_id: str) -> RunTail:
         """Return the story of a run, which may have to be read yet.

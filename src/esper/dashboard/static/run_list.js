@@ -17,7 +17,6 @@ export class RunList {
   #empty = element("li", { class: "empty quiet" });
 
   constructor() {
-    this.#filter.value = new URLSearchParams(location.search).get("filter") ?? "";
     this.#filter.addEventListener("input", () => this.#show());
     document.addEventListener("keydown", (event) => {
       if (event.key === "/" && !/^(input|textarea)$/i.test(event.target.tagName)) {
@@ -119,7 +118,7 @@ export class RunList {
 }
 
 function itemOf(row) {
-  const nameId = `run-${row.id}`;
+  const nameId = `run-${encodeURIComponent(row.id)}`; // names may have spaces, ids may not
   const box = element("input", {
     type: "checkbox",
     "aria-label": `Compare ${row.id}`,

@@ -1,0 +1,40 @@
+"""`esper dashboard` as a command: what it refuses, and how it says so."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+RUN = """
+import sys
+{before}
+sys.argv = ["esper", "dashboard", *{arguments!r}]
+from esper.cli.app import main
+main()
+"""
+
+
+def refusal(*arguments: str, before: str = "") -> str:
+    script = RUN.format(before=before, arguments=list(arguments))
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode == 2
+    return " ".join(done.stderr.replace("│", " ").split())
+
+
+@pytest.mark.parametrize("package", ["starlette", "plotly"])
+def test_missing_extra_is_named(package: str, tmp_path: Path) -> None:
+    said = refusal(str(tmp_path), before=f"sys.modules[{package!r}] = None")
+    assert "pip install 'esper-lite[dashboard]'" in said
+    assert f"needs {package}" in said
+
+
+def test_wrong_folder_host_and_token_are_named(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("short")
+    file.chmod(0o600)
+    assert "is no folder" in refusal(str(file))
+    assert "at least 16" in refusal(str(tmp_path), "--port", "0", "--token-file", str(file))
+    assert "cannot be served here" in refusal(str(tmp_path), "--host", "192.0.2.1")
