@@ -156,7 +156,7 @@ class Watched(Plain):
     @property
     def norms_due(self) -> bool:
         """Whether the next step measures gradient norms."""
-        return self.growth.step % self.slots.gradient_health.interval_steps == 0
+        return self.slots.gradient_health.is_due
 
     def step(self) -> None:
         growth, meter = self.growth, self.meter

@@ -224,7 +224,9 @@ class Stream:
     def next(self, kind: str, wanted: Callable[[Any], bool] = lambda _: True) -> Any:
         """Return the next message of a kind that is wanted; others are passed over."""
         event = ""
+        end = time.monotonic() + WAIT_SECONDS
         for line in self._lines:
+            assert time.monotonic() < end, f"waited in vain for {kind}"
             field, _, value = line.partition(": ")
             if field == "event":
                 event = value

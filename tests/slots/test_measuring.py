@@ -351,21 +351,25 @@ def test_clipping_is_per_owner(host: Any, grow: Any, randomise: Any) -> None:
             slots.clip_grad_norm_(bad)
 
 
-def test_every_tenth_step_is_sampled_by_default(hosts: Any, grow: Any) -> None:
+def test_few_steps_are_sampled_by_default_and_some_after_each_decision(
+    hosts: Any, grow: Any
+) -> None:
     host = hosts["mlp"]
     model, slots = attach(host)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     slots.bind(optimizer)
     slot = slots[host.targets[0]]
     grow(slot, "mlp", SeedStage.TRAINING)
-    norms: list[float] = []
-    for step in range(21):
-        learn(model, host, step)
-        if step % 10 == 0:
-            norms.append(norm(slots.host_parameters()))
-        optimizer.step()
-        optimizer.zero_grad()
-    reading = slots.read_gradient_health(slot)
-    assert reading.host_norm == pytest.approx(sum(norms) / 3, rel=1e-5)
+    for sampled in ((0, 10, 50, 100), (0, 10)):
+        norms: list[float] = []
+        for step in range(sampled[-1] + 3):
+            learn(model, host, step)
+            if step in sampled:
+                norms.append(norm(slots.host_parameters()))
+            optimizer.step()
+            optimizer.zero_grad()
+        reading = slots.read_gradient_health(slot)
+        assert reading.host_norm == pytest.approx(sum(norms) / len(sampled), rel=1e-5)
+        slots.end_epoch()
     with pytest.raises(ValueError, match="at least 1, got 0"):
         GradientHealth(interval_steps=0)

@@ -13,6 +13,8 @@ from esper.slots.sharded import is_sharded, whole
 VANISHING_RATIO = 1e-4
 EXPLODING_RATIO = 1e3
 
+_SOON_STEPS = 10
+
 
 @dataclass(frozen=True, kw_only=True)
 class GradientReading:
@@ -50,7 +52,11 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
 
 
 class GradientHealth:
-    """Collects norms on the device at every `interval_steps`-th step and reads them on demand.
+    """Collects norms on the device and reads them on demand.
+
+    Measured is the first step after each decision, one soon after it, in which a seed that was just
+    born has gradients in all of its layers, and from then on every `interval_steps`-th: reading all
+    gradients once more takes 1 to 2 % of a step.
 
     Args:
         interval_steps: 1 measures every step.
@@ -59,7 +65,7 @@ class GradientHealth:
         ValueError: `interval_steps` is below 1.
     """
 
-    def __init__(self, interval_steps: int = 10) -> None:
+    def __init__(self, interval_steps: int = 50) -> None:
         if interval_steps < 1:
             raise ValueError(f"interval_steps must be at least 1, got {interval_steps}")
         self.interval_steps = interval_steps
@@ -73,11 +79,20 @@ class GradientHealth:
 
     def step_is_due(self) -> bool:
         """Count an optimizer step that is about to be made, and return whether to measure it."""
-        due = self._steps % self.interval_steps == 0
+        due = self.is_due
         self._steps += 1
         if not due:
             self._clipped = {}
         return due
+
+    @property
+    def is_due(self) -> bool:
+        """Whether to measure the step that comes next."""
+        return self._steps % self.interval_steps == 0 or self._steps == _SOON_STEPS
+
+    def decided(self) -> None:
+        """Begin to count steps anew: what the network is may have changed."""
+        self._steps = 0
 
     def measure(
         self,

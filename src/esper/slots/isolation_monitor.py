@@ -117,9 +117,10 @@ class IsolationMonitor:
         self._checks = 0
         self._last_step: int | None = None
         self._settled_until: float = 0.0
-        """No seed needs its first check in a phase before this step, while `_settled_stages` are
-        what the seeds are in: most steps need to know no more."""
-        self._settled_stages: list[tuple[SeedStage, nn.ModuleList]] = []
+        """No seed needs its first check in a phase before this step, while these slots have seeds
+        and are in these stages: most steps need to know no more."""
+        self._settled_slots: tuple[SeedSlot, ...] = ()
+        self._settled_stages: list[SeedStage] = []
 
     def due(self, step: int) -> SeedSlot | None:
         """Return the slot that is to be checked in this optimizer step, if any."""
@@ -129,10 +130,13 @@ class IsolationMonitor:
             return None
         waited = last is None or step - last >= interval
         slots = self._slots.living_slots
-        stages = [(slot.stage, slot.branches) for slot in slots]
-        if step < self._settled_until and not waited and stages == self._settled_stages:
+        stages = [slot.stage for slot in slots]
+        # Another tuple is made whenever a seed comes or goes.
+        settled = slots is self._settled_slots and stages == self._settled_stages
+        if settled and step < self._settled_until and not waited:
             return None
-        self._settled_until, self._settled_stages = _NEVER, stages
+        self._settled_until = _NEVER
+        self._settled_slots, self._settled_stages = slots, stages
         longest: tuple[int, SeedSlot] | None = None
         for slot in slots:
             checked = self._last_check(slot) if _checkable(slot) else None

@@ -231,6 +231,7 @@ class SlotSet(Mapping[str, SeedSlot]):
     def end_epoch(self) -> list[Event]:
         """Let one epoch pass in every slot and sweep the caches."""
         events = [event for slot in self._slots.values() for event in slot.end_epoch()]
+        self.gradient_health.decided()
         self._shape_probes.sweep()
         self._renew_block_masks()
         caches: dict[str, CacheStatistics] = {
