@@ -1,5 +1,6 @@
 """Who may look and who may ask for anything: hosts, tokens, origins."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -95,9 +96,11 @@ def test_with_a_token_any_name_is_answered(root: Path) -> None:
     assert elsewhere.get("/api/runs", headers=headers).status_code == 200
 
 
-@pytest.mark.parametrize("token", [None, "wrong", "", TOKEN + "x", "ü", 7])
+@pytest.mark.parametrize("token", [None, "wrong", "", TOKEN + "x", "ü", "\ud800", 7])
 def test_what_is_not_the_token_is_not_taken(root: Path, token: object) -> None:
-    assert client(root, TOKEN).post("/api/session", json={"token": token}).status_code == 403
+    content, headers = json.dumps({"token": token}), {"content-type": "application/json"}
+    answer = client(root, TOKEN).post("/api/session", content=content, headers=headers)
+    assert answer.status_code == 403
 
 
 def test_token_comes_from_a_file_of_ones_own_or_the_environment(tmp_path: Path) -> None:
