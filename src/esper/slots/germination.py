@@ -9,12 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from esper.blending.straight_through import straight_through
 from esper.lifecycle.alpha import BlendOperator
 from esper.lifecycle.events import Event
+from esper.lifecycle.learning import SeedObjective
 from esper.seeds.registry import Family, blueprints
 from esper.slots.branch import SeedBranch
 from esper.slots.breaker import CircuitBreaker
 from esper.slots.call_arguments import NO_ARGUMENTS, CallArguments
+from esper.slots.gradient_guard import zero_if_broken
+from esper.slots.gradient_health import gradient_norm
 from esper.slots.measurements import SeedMeasurements
 from esper.slots.modes import forked_random_state, seed_random_state
 
@@ -72,6 +76,8 @@ class SeedOrder:
     """What the host's module was called with on the example."""
     samples: int = 1
     """How many samples that call was for."""
+    objective: SeedObjective | None = None
+    """What the seed will learn by behind the host; None where it does not, or in other passes."""
 
     @property
     def copies_host(self) -> bool:
@@ -223,7 +229,7 @@ def sprout(
                 "compute out of place"
             )
         if increment.requires_grad:
-            increment.float().square().sum().backward()
+            _rehearse_step(order, branch, features, increment)
         if order.device.type == "cuda":
             torch.cuda.synchronize(order.device)
         prewarm_ms = 1e3 * (time.perf_counter() - started)
@@ -282,6 +288,24 @@ def sprout_guarded(
             breaker.failed(),
         ) from error
     return new, breaker.succeeded()
+
+
+def _rehearse_step(
+    order: SeedOrder, branch: SeedBranch, features: Tensor, increment: Tensor
+) -> None:
+    """Run what a first step runs besides the forward: a GPU loads a kernel when it is first used.
+
+    That is the backward by the seed's objective, the guard on its gradients, and their norms.
+    """
+    learned = increment
+    if order.objective is not None and increment.shape == features.shape:
+        learned = straight_through(features, increment, objective=order.objective)
+    learned.float().square().sum().backward()
+    count = torch.zeros((), device=order.device, dtype=torch.int32)
+    for parameter in branch.parameters():
+        if parameter.grad is not None:
+            zero_if_broken(parameter.grad, lambda: count)
+    gradient_norm(branch.parameters())
 
 
 def _measure(

@@ -48,15 +48,24 @@ class GradientGuard:
         if self.frozen:
             parameter.grad = None
         elif self.sanitising:
-            gradient = local_part(gradient)
-            if gradient.numel() == 0:  # no part of it is here
-                return
-            # A NaN is both. Times 0 only a finite number is a number; isfinite takes four kernels,
-            # and a norm 20 times as long on a CPU.
-            lowest, highest = torch.aminmax(gradient)
-            broken = torch.add(lowest * 0.0, highest, alpha=0.0).isnan()
-            gradient.masked_fill_(broken, 0.0)
-            self._count().add_(broken)
+            zero_if_broken(local_part(gradient), self._count)
+
+
+def zero_if_broken(gradient: Tensor, count: Callable[[], Tensor]) -> None:
+    """Make a gradient zero, in place, and count it, if it has an inf or NaN; no synchronisation.
+
+    Args:
+        gradient: What of it is in this process.
+        count: Returns the 0-dim integer tensor, on the gradient's device, to count in.
+    """
+    if gradient.numel() == 0:  # no part of it is here
+        return
+    # A NaN is both. Times 0 only a finite number is a number; isfinite takes four kernels, and a
+    # norm 20 times as long on a CPU.
+    lowest, highest = torch.aminmax(gradient)
+    broken = torch.add(lowest * 0.0, highest, alpha=0.0).isnan()
+    gradient.masked_fill_(broken, 0.0)
+    count().add_(broken)
 
 
 def _on_gradient(parameter: nn.Parameter, hook: Callable[[Tensor], None]) -> RemovableHandle:

@@ -21,6 +21,7 @@ from esper.lifecycle.events import (
     SeedRescaled,
     SlotReset,
 )
+from esper.lifecycle.learning import Isolation, SeedObjective
 from esper.lifecycle.stages import (
     LIVING_STAGES,
     RECOVERY_PATH,
@@ -177,6 +178,8 @@ class SeedSlot(LivingSlot):
     def _order(
         self, blueprint: str, options: Mapping[str, Any], blend_operator: BlendOperator
     ) -> SeedOrder:
+        behind = self.isolation is not Isolation.NONE
+        in_step = behind and self.config.objective is not SeedObjective.SHADOW
         return SeedOrder(
             blueprint=blueprint,
             options=with_own_source(self.family, blueprint, options, own_path=self.path),
@@ -187,6 +190,7 @@ class SeedSlot(LivingSlot):
             find_source=self._attached().copy_of_host_module,
             call=self.example_call,
             samples=self.example_samples,
+            objective=self.config.objective if in_step else None,
         )
 
     def _register(self, life: SeedLife, branch: SeedBranch, state_of: str | None) -> Event:

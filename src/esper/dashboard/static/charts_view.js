@@ -1,5 +1,5 @@
-// Draws charts as often as this machine can: after each drawing it rests three times as long as that
-// took. plotly is loaded once there is something to draw.
+// Draws charts as often as this machine can: after each drawing it rests as long as that took. plotly
+// is loaded once there is something to draw.
 
 const PAUSE_MILLISECONDS = 300;
 const RETRY_MILLISECONDS = 2000;
@@ -54,13 +54,14 @@ export class ChartsView {
     this.#busy = true;
     while (this.#wanted !== this.#drawn && !this.#closed) {
       const version = this.#wanted;
+      await loadScripts().catch(() => null);
       const began = performance.now();
       const is = await this.#draw().catch(() => false);
       if (is) {
         this.#drawn = version;
       }
       const took = performance.now() - began;
-      const pause = is ? Math.max(PAUSE_MILLISECONDS, 3 * took) : RETRY_MILLISECONDS;
+      const pause = is ? Math.max(PAUSE_MILLISECONDS, took) : RETRY_MILLISECONDS;
       await new Promise((done) => setTimeout(done, pause));
     }
     this.#busy = false;

@@ -4,7 +4,7 @@ import { addressOf, choose, chosen } from "./choice.js";
 import { element, svg } from "./dom.js";
 import { ago, count, measure, several } from "./format.js";
 
-const SPARK_WIDTH = 84;
+const SPARK_WIDTH = 72;
 const SPARK_HEIGHT = 26;
 const TIMES_MILLISECONDS = 10000;
 
