@@ -5,8 +5,8 @@ command, as a process of its own; and looks at it with a real Chromium without a
 
 - the list: from the navigation until every row is in the page and painted, the server fresh, and
   again;
-- the long run: from the navigation until its charts are drawn, the server not having read it, and
-  again; and how long the server let somebody else wait meanwhile, at most;
+- the long run: from the navigation until its first figures and slots are painted, and until its
+  charts are drawn, the server not having read it, and again; and how long the server let somebody else wait meanwhile, at most;
 - memory of the server (resident) and of the page (JavaScript heap);
 - the server's share of one core while a page is open and nothing happens;
 - latency: from an event's commit in a process that writes a run to its line in the page and the
@@ -57,6 +57,7 @@ from esper.lifecycle.events import (
 from esper.lifecycle.gates import Check, GateResult
 from esper.telemetry import RunStore
 
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 SLOTS = ("stage1", "stage2", "stage3", "stage4")
 LIFE_EPOCHS = 40
 STEPS_IN_EPOCH = 20
@@ -64,6 +65,7 @@ WATCHED = "watched"
 LONG = "long"
 WAIT_MILLISECONDS = 120_000
 IDLE_SECONDS = 10.0
+TIMED_EVENTS = 40
 
 WRITER = """
 import sys, time
@@ -83,6 +85,10 @@ const look = (runs) => {
   if (rows === runs && !("rows" in seen)) {
     seen.rows = 0;
     requestAnimationFrame(() => requestAnimationFrame(() => (seen.rows = performance.now())));
+  }
+  if (document.querySelector(".slot") && !("slots" in seen)) {
+    seen.slots = 0;
+    requestAnimationFrame(() => requestAnimationFrame(() => (seen.slots = performance.now())));
   }
   const charts = document.querySelector(".charts");
   if (charts?.dataset.version && !("charts" in seen)) {
@@ -223,7 +229,7 @@ class Server:
         assert self._process.stdout is not None
         self._process.stdout.readline()
         self.url = self._process.stdout.readline().strip()
-        assert_soon(lambda: urlopen(self.url).status == 200)  # noqa: S310 – its own address
+        wait_for(lambda: urlopen(self.url).status == 200)  # noqa: S310 – its own address
 
     @property
     def resident_mebibytes(self) -> float:
@@ -249,7 +255,7 @@ def serving(folder: Path) -> Iterator[Server]:
         server.end()
 
 
-def assert_soon(condition: Callable[[], bool]) -> None:
+def wait_for(condition: Callable[[], bool]) -> None:
     """Wait until a server that is starting answers."""
     end = time.monotonic() + 30.0
     while True:
@@ -329,7 +335,7 @@ def latencies(page: Page, server: Server, writer: Writer, count: int) -> list[fl
 
 def measure(folder: Path, runs: int, writer: Writer) -> Iterator[tuple[str, str]]:
     """Yield what was measured, in words and figures."""
-    program = shutil.which("chromium") or shutil.which("google-chrome")
+    program = next(filter(None, map(shutil.which, BROWSERS)))
     with sync_playwright() as playwright, serving(folder) as server:
         browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 1280, "height": 900})
@@ -346,6 +352,7 @@ def measure(folder: Path, runs: int, writer: Writer) -> Iterator[tuple[str, str]
         for when in ("not read yet", "again"):
             with SlowestAnswer(server.url) as others:
                 page.goto(f"{server.url}?run={LONG}")
+                yield f"long run's first figures, {when}", f"{seen(page, 'slots') / 1e3:.2f} s"
                 yield f"long run drawn, {when}", f"{seen(page, 'charts') / 1e3:.2f} s"
             yield f"  meanwhile others waited at most, {when}", f"{1e3 * others.seconds:.0f} ms"
         yield "server's memory, nothing read", f"{before:.0f} MiB"
@@ -353,9 +360,9 @@ def measure(folder: Path, runs: int, writer: Writer) -> Iterator[tuple[str, str]
         yield "server's memory, long run shown", f"{server.resident_mebibytes:.0f} MiB"
         heap = page.evaluate("performance.memory.usedJSHeapSize") / 2**20
         yield "page's heap, long run shown", f"{heap:.0f} MiB"
-        taken = latencies(page, server, writer, 40)
+        taken = latencies(page, server, writer, TIMED_EVENTS)
         median, worst = 1e3 * statistics.median(taken), 1e3 * max(taken)
-        yield "event to page, median of 40", f"{median:.0f} ms"
+        yield f"event to page, median of {TIMED_EVENTS}", f"{median:.0f} ms"
         yield "event to page, slowest", f"{worst:.0f} ms"
         browser.close()
 
