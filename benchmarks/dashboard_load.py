@@ -6,7 +6,8 @@ command, as a process of its own; and looks at it with a real Chromium without a
 - the list: from the navigation until every row is in the page and painted, the server fresh, and
   again;
 - the long run: from the navigation until its first figures and slots are painted, and until its
-  charts are drawn, the server not having read it, and again; and how long the server let somebody else wait meanwhile, at most;
+  charts are drawn, the server not having read it, and again; and how long the server let somebody
+  else wait meanwhile, at most;
 - memory of the server (resident) and of the page (JavaScript heap);
 - the server's share of one core while a page is open and nothing happens;
 - latency: from an event's commit in a process that writes a run to its line in the page and the
