@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from esper.dashboard.light_charts import lightened
 from esper.lifecycle.events import EventRecord, Priority, RunFinished, RunStarted, StageChanged
 from esper.lifecycle.stages import LIVING_STAGES, SeedStage
 from esper.lifecycle.words import in_words
@@ -210,7 +209,7 @@ class RunTail:
         with self._lock:
             if self._charts is None or self._charts[0] != self._version:
                 charts = run_charts(self._teller.story, self._metrics)
-                self._charts = (self._version, [lightened(chart) for chart in charts])
+                self._charts = (self._version, charts)
             return self._charts
 
     @property

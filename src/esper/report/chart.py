@@ -119,7 +119,7 @@ def log_axis(values: Iterable[float]) -> dict[str, Any]:
     decades = range(math.floor(math.log10(lowest)), math.ceil(math.log10(highest)) + 1)
     steps: Sequence[int] = (1, 2, 5) if len(decades) <= _DECADES_WITH_STEPS else (1,)
     if highest < _DECADE * lowest:
-        steps = range(1, 10)
+        steps = range(1, 9)
     ticks = [step * 10.0**decade for decade in decades for step in steps]
     return {"type": "log", "tickvals": ticks, "ticktext": [si(tick) for tick in ticks]}
 

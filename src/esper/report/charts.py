@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from esper.report.chart import Chart, Series
 from esper.report.cost_charts import Reference, flops_chart, size_chart
 from esper.report.lanes_chart import lanes_chart
+from esper.report.light_charts import lightened
 from esper.report.quality_charts import loss_chart, quality_chart
 from esper.report.seed_charts import contribution_chart, gradient_chart
 from esper.report.story import RunStory
@@ -35,7 +36,7 @@ def run_charts(
         size_chart(story, series, references),
         flops_chart(story, series, references),
     ]
-    return [chart for chart in charts if chart is not None]
+    return [lightened(chart) for chart in charts if chart is not None]
 
 
 def quality_names(metrics: Iterable[MetricRow]) -> list[str]:

@@ -1,7 +1,7 @@
 """Charts of long runs."""
 
-from esper.dashboard.light_charts import MAX_POINTS, lightened
 from esper.report.chart import Chart
+from esper.report.light_charts import MAX_POINTS, lightened
 
 
 def chart(points: int) -> Chart:
