@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types imports unit picture benchmarks clean
+.PHONY: help demo test lint types imports chromium unit picture benchmarks clean
 
 help:
 	@echo "make demo        grow a network on handwritten digits, and watch it"
@@ -45,16 +45,26 @@ types: $(VENV)/.dev
 imports: $(VENV)/.dev
 	$(BIN)/lint-imports
 
+# Tests marked browser drive Debian's Chromium; without one they are skipped, and say so.
+chromium:
+	@for name in chromium chromium-browser google-chrome; do \
+		command -v $$name >/dev/null && exit 0; done; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		echo "installing chromium for the browser tests (once)"; \
+		{ apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; } >/dev/null \
+			&& exit 0; fi; \
+	echo "no Chromium, and none could be installed: browser tests will be skipped"
+
 # One thread per process: two test processes share two cores.
-unit: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+unit: $(VENV)/.dev chromium
+	ESPER_ARTEFACTS=$${ESPER_ARTEFACTS:-build/artefacts} OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
 picture: $(VENV)/.runtime
 	$(BIN)/esper report $$($(BIN)/esper grow digits --out $$(mktemp -d)/digits --quiet) \
 		--png docs/grown_run.png --only loss --only quality-accuracy --only lanes
 
 # What takes hours comes from the runs that are kept; what is a ratio of times is measured anew.
-benchmarks: $(VENV)/.runtime
+benchmarks: $(VENV)/.dev chromium
 	for folder in benchmarks/results/compare-*; do $(BIN)/esper inspect $$folder || exit 1; done
 	$(BIN)/python benchmarks/useless_seeds.py --cache benchmarks/results/useless_seeds.jsonl
 	$(BIN)/python benchmarks/seed_objective.py --cache benchmarks/results/seed_objective.jsonl
@@ -68,6 +78,7 @@ benchmarks: $(VENV)/.runtime
 	$(BIN)/python benchmarks/telemetry_cost.py
 	$(BIN)/python benchmarks/isolation_monitor.py
 	$(BIN)/python benchmarks/snapshot_cost.py
+	$(BIN)/python benchmarks/dashboard_load.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info src/*.egg-info .mypy_cache .ruff_cache .pytest_cache
