@@ -19,6 +19,7 @@ import torch
 from mlflow import MlflowClient
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import esper.experiments.run as experiments_run
 from esper.experiments.comparison.config import CompareConfig
 from esper.experiments.config import RunConfig, SettingsError, load_run_config
 from esper.experiments.run import build_setup, resumed_run, stored_run
@@ -213,6 +214,29 @@ def test_what_was_in_the_folder_before_stays(tmp_path: Path) -> None:
         train(chosen, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"notes.txt", "tensorboard"}
     assert not any("serve_forever" in thread.name for thread in threading.enumerate())
+
+
+def test_what_somebody_else_writes_meanwhile_stays_too(
+    tmp_path: Path, port_in_use: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opens = experiments_run.open_trackers
+
+    def writes_meanwhile(*given: object, **others: object) -> object:
+        (tmp_path / "precious.csv").write_text("1")
+        return opens(*given, **others)
+
+    monkeypatch.setattr(experiments_run, "open_trackers", writes_meanwhile)
+    with pytest.raises(SettingsError, match=r"tracking\.prometheus"):
+        train(config(*ALL, port_in_use), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["precious.csv"]
+
+
+def test_a_config_of_somebody_elses_is_not_written_over(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("mine")
+    with pytest.raises(ValueError, match=r"there is a config\.json"):
+        train(config(epochs=1), tmp_path)
+    assert (tmp_path / "config.json").read_text() == "mine"
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_a_folder_that_holds_a_run_is_refused_and_no_tool_writes_to_it(tmp_path: Path) -> None:

@@ -2,13 +2,18 @@
 
 import math
 import os
+import random
+import shlex
 import time
+from concurrent.futures import wait
 from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
 
 from esper.telemetry import MlflowSink
+from esper.telemetry.mlflow_sink import _in_background
 from tracked_run import COMMITTED, CONFIG, PRUNED, SLOT, tell_run
 
 ALPHA = f"slots/{SLOT}/alpha"
@@ -139,3 +144,39 @@ def test_a_store_that_hangs_for_good_is_told_when_the_run_ends(tmp_path: Path) -
         sink.close()
     client = MlflowClient(tracking_uri=tmp_path.as_uri())
     assert client.get_run(sink.run_id).info.status == "FINISHED"
+
+
+def test_what_comes_after_a_batch_that_was_refused_is_sent_all_the_same(tmp_path: Path) -> None:
+    sink = MlflowSink(tmp_path)
+    store = tmp_path / "mlflow_is_away"
+    (experiment,) = [path for path in tmp_path.iterdir() if (path / sink.run_id).exists()]
+    (experiment / sink.run_id).rename(store)
+    sink.measure(1, 10, {"loss": 1.0})
+    sink._sending = _in_background(lambda: sink._send(*sink._taken()))
+    wait([sink._sending])
+    store.rename(experiment / sink.run_id)
+    sink.measure(2, 20, {"loss": 0.5})
+    with pytest.raises(MlflowException):
+        sink.close()
+    client = MlflowClient(tracking_uri=tmp_path.as_uri())
+    assert history(client, sink.run_id, "loss") == [(20, 0.5)]
+    assert client.get_run(sink.run_id).info.status == "FINISHED"
+
+
+def test_the_command_that_shows_a_store_can_be_pasted(tmp_path: Path) -> None:
+    shared = tmp_path / "shared store"
+    sink = MlflowSink(tmp_path / "run", tracking_uri=shared.as_uri())
+    assert shlex.split(sink.place)[-1] == shared.as_uri()
+    sink.close()
+    own = MlflowSink(tmp_path / "my run")
+    assert shlex.split(own.place)[-1] == str(tmp_path / "my run")
+    own.close()
+
+
+def test_ids_are_not_drawn_from_the_random_stream_of_the_run(tmp_path: Path) -> None:
+    """MLflow draws for an id that is too short, about one in ten."""
+    random.seed(3)
+    before = random.getstate()
+    for number in range(40):
+        MlflowSink(tmp_path, experiment=f"experiment {number}").close()
+    assert random.getstate() == before

@@ -81,6 +81,13 @@ def test_the_number_of_series_does_not_grow_with_the_run(endpoint: PrometheusSin
     assert set(scrape(endpoint)) == before
 
 
+def test_metrics_that_are_one_name_to_prometheus_are_all_served(endpoint: PrometheusSink) -> None:
+    endpoint.measure(1, 10, {"a-b": 1.0, "a_b": 2.0, "a.b": 3.0, "a+b": 4.0, "after": 5.0})
+    samples = scrape(endpoint)
+    names = ("esper_a_b", "esper_measured_a_b", "esper_measured_a_b_2", "esper_measured_a_b_3")
+    assert [samples[series(name)] for name in (*names, "esper_after")] == [1.0, 2.0, 3.0, 4.0, 5.0]
+
+
 def test_a_metric_with_a_name_that_is_taken_gets_another_one(endpoint: PrometheusSink) -> None:
     endpoint.publish(stage(1, SeedStage.DORMANT, SeedStage.GERMINATED))
     endpoint.publish(alpha_reached(1, 0.25))

@@ -1,5 +1,6 @@
 """The run folder: what is written can be read, by anyone, also while the run goes on."""
 
+import fcntl
 import math
 import os
 import signal
@@ -161,6 +162,74 @@ def test_killed_run_loses_nothing_that_it_was_given(tmp_path: Path) -> None:
     assert (reader.status, reader.is_written) == ("running", False)
 
 
+def test_a_closed_run_is_one_file_and_reading_it_makes_no_other(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    store.publish(PRUNED)
+    assert (tmp_path / "run.sqlite-wal").exists()
+    store.close()
+    before = {path.name for path in tmp_path.iterdir()}
+    assert before == {"run.sqlite", "config.json", "environment.json", ".lock"}
+    reader = RunReader(tmp_path)
+    assert len(reader.events()) == 1
+    assert not reader.is_written
+    assert {path.name for path in tmp_path.iterdir()} == before
+    ReopenedRunStore(tmp_path, after_step=30).close()
+    assert len(reader.events()) == 1
+
+
+def test_closing_does_not_wait_for_who_reads(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    store.publish(PRUNED)
+    reading = sqlite3.connect(tmp_path / DATABASE_FILE)
+    reading.execute("BEGIN")
+    assert reading.execute("SELECT count(*) FROM events").fetchone() == (1,)
+    store.close()
+    reading.close()
+    assert len(RunReader(tmp_path).events()) == 1
+
+
+def test_two_that_look_whether_a_run_is_written_do_not_take_each_other_for_its_writer(
+    tmp_path: Path,
+) -> None:
+    open_store(tmp_path).close()
+    with (tmp_path / ".lock").open() as looking:
+        fcntl.flock(looking, fcntl.LOCK_SH)
+        assert not RunReader(tmp_path).is_written
+
+
+@pytest.mark.parametrize(
+    "content", [b"{", b"[]", b"[" * 100_000, b'{"task": "\\ud800"}', b"\xff"], ids=range(5)
+)
+def test_config_that_is_no_json_object_is_named(tmp_path: Path, content: bytes) -> None:
+    open_store(tmp_path).close()
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(RunFolderError, match=r"config\.json (cannot be read|does not hold)"):
+        RunReader(tmp_path).config()
+
+
+def test_database_that_is_locked_is_not_called_damaged(tmp_path: Path) -> None:
+    open_store(tmp_path).close()
+    locking = sqlite3.connect(tmp_path / DATABASE_FILE)
+    locking.execute("BEGIN EXCLUSIVE")
+    with pytest.raises(RunFolderError, match="cannot be read now: database is locked"):
+        RunReader(tmp_path)
+    locking.close()
+
+
+def test_pages_that_are_damaged_are_named_wherever_they_are_read(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    for _ in range(500):
+        store.publish(PRUNED)
+    store.close()
+    file = tmp_path / DATABASE_FILE
+    content = bytearray(file.read_bytes())
+    content[8 * 4096 : -4096] = b"\xff" * (len(content) - 9 * 4096)
+    reader = RunReader(tmp_path)
+    file.write_bytes(content)
+    with pytest.raises(RunFolderError, match="is damaged"):
+        reader.events()
+
+
 def test_folder_that_holds_a_run_is_refused_and_left_alone(tmp_path: Path) -> None:
     open_store(tmp_path).close()
     before = (tmp_path / "config.json").read_bytes()
@@ -188,10 +257,3 @@ def test_other_store_version_is_refused_with_both_versions(tmp_path: Path) -> No
     database.close()
     with pytest.raises(RunFolderError, match=r"version 99.*version 1"):
         RunReader(tmp_path)
-
-
-def test_damaged_config_is_named(tmp_path: Path) -> None:
-    open_store(tmp_path).close()
-    (tmp_path / "config.json").write_text("{", encoding="utf-8")
-    with pytest.raises(RunFolderError, match=r"config\.json cannot be read"):
-        RunReader(tmp_path).config()

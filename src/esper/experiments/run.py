@@ -3,7 +3,7 @@
 import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from esper.tasks.task import TaskSetup
 from esper.telemetry.environment import describe_environment
 from esper.telemetry.run_store import (
     CHECKPOINTS_FOLDER,
+    RUN_FILES,
     WEIGHTS_FILE,
     ReopenedRunStore,
     RunFolderError,
@@ -38,7 +39,7 @@ from esper.telemetry.run_store import (
 )
 from esper.telemetry.sink import Sink
 from esper.telemetry.tracker import Tracker, TrackerError
-from esper.telemetry.tracking import open_trackers
+from esper.telemetry.tracking import TRACKER_FOLDERS, open_trackers
 from esper.training.checkpoints import Checkpoints, FoundCheckpoint
 from esper.training.growth import Growth
 from esper.training.policy import FrugalPolicy, Policy
@@ -377,14 +378,13 @@ def _in_folder(run: GrowingRun, store: RunStore, sinks: Sequence[Sink]) -> Itera
 def _close(run: GrowingRun, store: RunStore, status: RunStatus) -> None:
     """Close trackers and folder; what cannot be closed, or was lost before, is told."""
     guard = run.growth.sink_guard
-    try:
-        for tracker in run.trackers:
-            guard.attempt(tracker, lambda tracker: tracker.close(status))
-            run.growth.sinks.remove(tracker)
-    finally:
-        run.growth.publish(guard.losses)
-        guard.attempt(store, lambda store: store.set_status(status))
-        guard.attempt(store, lambda store: store.close())
+    with ExitStack() as last_first:  # all of it, also where closing one is interrupted
+        last_first.callback(guard.attempt, store, lambda store: store.close())
+        last_first.callback(lambda: run.growth.publish(guard.losses))
+        for tracker in reversed(run.trackers):
+            last_first.callback(run.growth.sinks.remove, tracker)
+            last_first.callback(guard.attempt, tracker, lambda tracker: tracker.close(status))
+        last_first.callback(guard.attempt, store, lambda store: store.set_status(status))
 
 
 def _new_folder(
@@ -397,25 +397,31 @@ def _new_folder(
         SettingsError: A tracker cannot be opened.
     """
     before = set(folder.iterdir()) if folder.exists() else None
-    store = RunStore(folder, config=config.model_dump(mode="json"), environment=environment)
     try:
-        return store, _trackers(config, folder)
+        store = RunStore(folder, config=config.model_dump(mode="json"), environment=environment)
+        try:
+            return store, _trackers(config, folder)
+        except BaseException:
+            store.close()
+            raise
+    except RunFolderError:
+        raise  # nothing was made
     except BaseException:
-        store.close()
         _undo(folder, before)
         raise
 
 
 def _undo(folder: Path, before: set[Path] | None) -> None:
-    """Remove what was made in a folder, and the folder unless it was there."""
-    if before is None:
-        shutil.rmtree(folder)
-        return
-    for made in set(folder.iterdir()) - before:
-        if made.is_dir() and not made.is_symlink():
-            shutil.rmtree(made)
+    """Remove what a run makes in a folder, and the folder too if it was not there."""
+    made = {folder / name for name in (*RUN_FILES, *TRACKER_FOLDERS)} - (before or set())
+    for path in made:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
         else:
-            made.unlink()
+            path.unlink(missing_ok=True)
+    if before is None:
+        with suppress(OSError):  # somebody else has put something there
+            folder.rmdir()
 
 
 def _trackers(config: RunConfig, folder: Path, after_step: int | None = None) -> list[Tracker]:

@@ -2,8 +2,11 @@
 
 import os
 import re
+import random
+import shlex
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, wait
 from pathlib import Path
@@ -28,6 +31,9 @@ _REFUSED_CHARACTERS = re.compile(r"[^A-Za-z0-9_./ :-]")
 _MAX_PARAM_CHARACTERS = 6000
 """What MLflow takes in one value."""
 _ENDINGS: Mapping[RunStatus, str] = {"finished": "FINISHED", "interrupted": "KILLED"}
+
+_MAX_LINES = 5000
+"""Of the file of events, which is sent whole at each flush."""
 
 
 @final
@@ -82,7 +88,9 @@ class MlflowSink(Tracker):
         try:
             self._client = MlflowClient(tracking_uri=self.tracking_uri)
             if known is None:
+                drawn = random.getstate()  # now and then MLflow draws from it for an id
                 known = self._create_run(experiment, name)
+                random.setstate(drawn)
                 self._log_config(known, config or {})
             else:
                 self._client.update_run(known, status="RUNNING")
@@ -96,7 +104,7 @@ class MlflowSink(Tracker):
         self._events_file = "events.txt" if began else f"events_after_step_{after_step}.txt"
         self._metrics: list[Metric] = []
         self._stages: dict[str, str] = {}
-        self._lines: list[str] = []
+        self._lines: deque[str] = deque(maxlen=_MAX_LINES)
         self._lines_changed = False
         self._sending: Future[None] | None = None
 
@@ -104,7 +112,11 @@ class MlflowSink(Tracker):
     def place(self) -> str:
         """The command that shows a local store, or the address."""
         if self.tracking_uri.startswith("file:"):
-            return f"MLFLOW_ALLOW_FILE_STORE=true mlflow ui --backend-store-uri {self.folder}"
+            own = self.folder.absolute().as_uri() == self.tracking_uri
+            store = str(self.folder) if own else self.tracking_uri
+            return (
+                f"MLFLOW_ALLOW_FILE_STORE=true mlflow ui --backend-store-uri {shlex.quote(store)}"
+            )
         return self.tracking_uri
 
     def publish(self, record: EventRecord) -> None:
@@ -132,13 +144,18 @@ class MlflowSink(Tracker):
             if not self._sending.done():
                 return
             self._conclude()
-        metrics, stages = self._metrics, self._stages
-        text = "\n".join([*self._lines, ""]) if self._lines_changed else None
-        self._metrics, self._stages, self._lines_changed = [], {}, False
-        self._sending = _in_background(lambda: self._send(metrics, stages, text))
+        taken = self._taken()
+        self._sending = _in_background(lambda: self._send(*taken))
         wait([self._sending], self._limit_seconds)
         if self._sending.done():
             self._conclude()
+
+    def _taken(self) -> "tuple[list[Metric], dict[str, str], str | None]":
+        """Return what was kept for the next flush, and keep it no longer."""
+        metrics, stages = self._metrics, self._stages
+        text = "\n".join([*self._lines, ""]) if self._lines_changed else None
+        self._metrics, self._stages, self._lines_changed = [], {}, False
+        return metrics, stages, text
 
     def close(self, status: RunStatus = "finished") -> None:
         """Send the rest, and say how the run ended.
@@ -150,7 +167,11 @@ class MlflowSink(Tracker):
         try:
             if self._sending is not None:
                 wait([self._sending], limit)
-            self.flush()
+            try:
+                self.flush()
+            finally:  # of one that was refused the rest can be sent still
+                if self._metrics or self._lines_changed:
+                    self.flush()
             if self._sending is not None:
                 self._await(self._sending, limit)
         finally:

@@ -1,5 +1,6 @@
 """A text endpoint that Prometheus scrapes."""
 
+import itertools
 import re
 import time
 from collections.abc import Mapping
@@ -159,16 +160,19 @@ class PrometheusSink(Tracker):
                 self._of_a_seed[name].labels(slot).set(value)
 
     def _gauge(self, name: str) -> "Gauge":
-        """Return the gauge of a measured value; a name that is taken gets a longer one."""
+        """Return the gauge of a measured value."""
         if name not in self._measured:
             plain = _REFUSED_CHARACTERS.sub("_", name)
-            gauge = self._client.Gauge
-            try:
-                made = gauge(f"esper_{plain}", f"{name}, newest.", registry=self._registry)
-            except ValueError:
-                made = gauge(f"esper_measured_{plain}", f"{name}, newest.", registry=self._registry)
-            self._measured[name] = made
+            self._measured[name] = self._new_gauge(name, plain)
         return self._measured[name]
+
+    def _new_gauge(self, name: str, plain: str) -> "Gauge":
+        """Make a gauge; one whose name is taken, as several are one to Prometheus, gets another."""
+        numbered = (f"esper_measured_{plain}_{number}" for number in itertools.count(2))
+        for free in itertools.chain((f"esper_{plain}", f"esper_measured_{plain}"), numbered):
+            with suppress(ValueError):
+                return self._client.Gauge(free, f"{name}, newest.", registry=self._registry)
+        raise AssertionError
 
 
 def _words(name: str) -> str:

@@ -6,10 +6,12 @@ import os
 import sqlite3
 import time
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+from pydantic_core import to_json
 
 from esper.lifecycle.events import EventRecord, parse_event_record
 
@@ -21,6 +23,13 @@ CHECKPOINTS_FOLDER = "checkpoints"
 LOCK_FILE = ".lock"
 STORE_VERSION = 1
 
+RUN_FILES = (
+    *(CONFIG_FILE, ENVIRONMENT_FILE, LOCK_FILE),
+    *(f"{DATABASE_FILE}{ending}" for ending in ("", "-wal", "-shm", "-journal")),
+)
+"""What a run has in its folder from the start, or now and then."""
+
+_READ_TIMEOUT_SECONDS = 0.5
 _LOCK_WAITS = 5
 _LOCK_WAIT_SECONDS = 0.02
 
@@ -87,10 +96,12 @@ class RunStore:
     def __init__(
         self, folder: Path, *, config: Mapping[str, Any], environment: Mapping[str, Any]
     ) -> None:
-        if (folder / DATABASE_FILE).exists():
-            raise RunFolderError(
-                f"{folder} holds a run already; choose another folder or remove this one"
-            )
+        for name in (DATABASE_FILE, CONFIG_FILE, ENVIRONMENT_FILE):
+            if (folder / name).exists():
+                raise RunFolderError(
+                    f"{folder} holds a run already, there is a {name}; choose another folder or "
+                    "remove this one"
+                )
         folder.mkdir(parents=True, exist_ok=True)
         _write_json(folder / CONFIG_FILE, config)
         _write_json(folder / ENVIRONMENT_FILE, environment)
@@ -142,7 +153,9 @@ class RunStore:
         self._set("status", status)
 
     def close(self) -> None:
-        """Let go of the database."""
+        """Let go of the database, as one plain file unless somebody reads it right now."""
+        with suppress(sqlite3.OperationalError):
+            self._database.execute("PRAGMA journal_mode=DELETE")
         self._database.close()
         self._lock.release()
 
@@ -202,14 +215,19 @@ class _WriterLock:
         os.close(self._descriptor)
 
 
-def _lock(descriptor: int) -> bool:
-    """Lock an open file until it is closed; return whether nobody else has."""
+def _lock(descriptor: int, *, shared: bool = False) -> bool:
+    """Lock an open file until it is closed, and return whether that is possible.
+
+    Args:
+        descriptor: Of the file.
+        shared: Others may hold a shared lock too; it is held only to see whether nobody writes.
+    """
     try:
         import fcntl  # noqa: PLC0415 – not on Windows
     except ModuleNotFoundError:
         return True
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True
@@ -221,11 +239,11 @@ def is_written(folder: Path) -> bool:
     Not known on Windows, where it is False.
     """
     try:
-        descriptor = os.open(folder / LOCK_FILE, os.O_RDWR)
+        descriptor = os.open(folder / LOCK_FILE, os.O_RDONLY)
     except FileNotFoundError:
         return False
     try:
-        return not _lock(descriptor)
+        return not _lock(descriptor, shared=True)
     finally:
         os.close(descriptor)
 
@@ -394,21 +412,24 @@ class RunReader:
 
     def _value(self, key: str) -> str | None:
         with self._connection() as database:
-            try:
-                row = database.execute("SELECT value FROM run WHERE key = ?", (key,)).fetchone()
-            except sqlite3.DatabaseError as error:
-                damaged = self.folder / DATABASE_FILE
-                raise RunFolderError(f"{damaged} is damaged: {error}") from error
+            row = database.execute("SELECT value FROM run WHERE key = ?", (key,)).fetchone()
         return None if row is None else str(row[0])
 
     @contextmanager
     def _connection(self) -> Iterator[sqlite3.Connection]:
-        address = f"{(self.folder / DATABASE_FILE).absolute().as_uri()}?mode=ro"
-        database = sqlite3.connect(address, uri=True)
+        file = self.folder / DATABASE_FILE
+        address = f"{file.absolute().as_uri()}?mode=ro"
+        if not (os.access(self.folder, os.W_OK) or file.with_name(f"{file.name}-wal").exists()):
+            address += "&immutable=1"  # nobody can be writing it, and SQLite can make no files here
         try:
-            yield database
-        finally:
-            database.close()
+            with closing(
+                sqlite3.connect(address, uri=True, timeout=_READ_TIMEOUT_SECONDS)
+            ) as database:
+                yield database
+        except sqlite3.OperationalError as error:
+            raise RunFolderError(f"{file} cannot be read now: {error}") from error
+        except sqlite3.DatabaseError as error:
+            raise RunFolderError(f"{file} is damaged: {error}") from error
 
 
 def _write_json(path: Path, document: Mapping[str, Any]) -> None:
@@ -418,7 +439,8 @@ def _write_json(path: Path, document: Mapping[str, Any]) -> None:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+        to_json(document)  # what cannot be sent on, as half a surrogate pair, is no JSON either
+    except (OSError, ValueError, RecursionError) as error:
         raise RunFolderError(f"{path} cannot be read: {error}") from error
     if not isinstance(document, dict):
         raise RunFolderError(f"{path} does not hold a JSON object")

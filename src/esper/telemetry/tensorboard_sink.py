@@ -1,5 +1,6 @@
 """Events and metrics for TensorBoard."""
 
+import shlex
 import socket
 import time
 from collections.abc import Mapping
@@ -65,7 +66,7 @@ class TensorBoardSink(Tracker):
     @property
     def place(self) -> str:
         """The command that shows it."""
-        return f"tensorboard --logdir {self.folder}"
+        return f"tensorboard --logdir {shlex.quote(str(self.folder))}"
 
     def publish(self, record: EventRecord) -> None:
         """Write an event's values and, if it is notable, its text; forget steps gone back over."""

@@ -12,10 +12,12 @@ from esper.telemetry.mlflow_sink import MlflowSink
 from esper.telemetry.prometheus_sink import DEFAULT_PORT, PrometheusSink
 from esper.telemetry.tensorboard_sink import TensorBoardSink
 from esper.telemetry.tracker import Tracker, TrackerError
-from esper.telemetry.wandb_sink import WandbMode, WandbSink
+from esper.telemetry.wandb_sink import WANDB_FOLDER, WandbMode, WandbSink
 
 TENSORBOARD_FOLDER = "tensorboard"
 MLFLOW_FOLDER = "mlflow"
+TRACKER_FOLDERS = (TENSORBOARD_FOLDER, MLFLOW_FOLDER, WANDB_FOLDER)
+"""What trackers make in a run's folder."""
 
 
 class TrackingConfig(Record):

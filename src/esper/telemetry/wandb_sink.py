@@ -1,6 +1,7 @@
 """Events and metrics for Weights & Biases."""
 
 import os
+import shlex
 from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +13,9 @@ from esper.telemetry.tracked_values import named_values, told
 from esper.telemetry.tracker import Tracker, TrackerError, read_run_id, write_run_id
 
 WandbMode = Literal["offline", "online"]
+
+WANDB_FOLDER = "wandb"
+"""What W&B calls the folder that it makes in the one it is given."""
 
 _NEEDS_WANDB = "WandbSink needs Weights & Biases: pip install 'esper-lite[wandb]'"
 _COLUMNS = ("epoch", "step", "priority", "type", "text")
@@ -60,7 +64,7 @@ class WandbSink(Tracker):
             raise ModuleNotFoundError(_NEEDS_WANDB) from error
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        files = self.folder / "wandb"
+        files = self.folder / WANDB_FOLDER
         known = None if after_step is None else read_run_id(files)
         try:
             self.run = wandb.init(
@@ -87,7 +91,7 @@ class WandbSink(Tracker):
     def place(self) -> str:
         """The run's address, or the command that uploads it."""
         address = self.run.url if self._online else None  # asked for offline, it warns
-        return address or f"wandb sync {Path(self.run.dir).parent}"
+        return address or f"wandb sync {shlex.quote(str(Path(self.run.dir).parent))}"
 
     def publish(self, record: EventRecord) -> None:
         """Log an event's values; a notable one is a row of the table, a CRITICAL one an alert."""
