@@ -12,11 +12,16 @@ from esper.dashboard.server import Dashboard
 from served_runs import write_run
 
 TOKEN = "a token that is long enough"  # noqa: S105 – only this test's
-HIDDEN = ("/api/runs", "/api/runs/own/story", "/api/runs/own/charts", "/api/compare?run=own")
+HIDDEN = ("/api/runs", "/api/stream", "/api/runs/own/charts", "/api/compare?run=own")
 
 
 def client(root: Path, token: str | None = None, base: str = "http://localhost:8265") -> TestClient:
     return TestClient(Dashboard(root, Access(token, port=8265)).app(), base_url=base)
+
+
+def is_guarded(headers: Headers) -> bool:
+    policy = headers["content-security-policy"].startswith("default-src 'none'")
+    return policy and headers["x-content-type-options"] == "nosniff"
 
 
 @pytest.fixture
@@ -44,8 +49,10 @@ def test_without_a_token_only_names_of_this_machine_are_answered(
     root: Path, host: str, status: int
 ) -> None:
     """Else a page of evil.example, whose name leads here by now, could read everything."""
-    assert client(root).get("/api/runs", headers={"host": host}).status_code == status
-    assert client(root).get("/", headers={"host": host}).status_code == status
+    for path in ("/api/runs", "/"):
+        answer = client(root).get(path, headers={"host": host})
+        assert answer.status_code == status
+        assert is_guarded(answer.headers)
 
 
 @pytest.mark.parametrize("path", HIDDEN)
@@ -55,11 +62,9 @@ def test_nothing_of_a_run_is_said_without_the_token(root: Path, path: str) -> No
         answer = guarded.get(path, headers=headers)
         assert answer.status_code == 401
         assert "own" not in answer.text
-    assert guarded.get(path, headers={"authorization": f"Bearer {TOKEN}"}).status_code == 200
-
-
-def test_stream_needs_the_token_too(root: Path) -> None:
-    assert client(root, TOKEN).get("/api/stream").status_code == 401
+        assert is_guarded(answer.headers)
+    if path != "/api/stream":  # which has no end
+        assert guarded.get(path, headers={"authorization": f"Bearer {TOKEN}"}).status_code == 200
 
 
 def test_page_itself_is_open_so_that_it_can_ask_for_the_token(root: Path) -> None:
@@ -82,6 +87,14 @@ def test_token_is_exchanged_for_a_cookie_that_scripts_and_other_sites_cannot_use
     assert TOKEN not in cookie
     assert guarded.get("/api/runs").status_code == 200
     assert guarded.get("/api/session").json()["admitted"]
+
+
+@pytest.mark.parametrize("others", ["a=1; b c=2; ", 'x="{"y":1}"; ', "ö=ü; ", "; =; "])
+def test_cookies_of_other_programs_on_this_host_are_no_hindrance(root: Path, others: str) -> None:
+    access = Access(TOKEN, port=8265)
+    cookie = f"{others}{access.cookie_name}={access.cookie_value}; z[0]=1"
+    answer = client(root, TOKEN).get("/api/runs", headers={"cookie": cookie.encode()})
+    assert answer.status_code == 200
 
 
 def test_cookie_outlives_the_server_but_not_the_token(root: Path) -> None:
@@ -113,6 +126,9 @@ def test_token_comes_from_a_file_of_ones_own_or_the_environment(tmp_path: Path) 
     assert find_token(file, {"ESPER_DASHBOARD_TOKEN": "x" * 20}) == TOKEN
     assert find_token(None, {"ESPER_DASHBOARD_TOKEN": "x" * 20}) == "x" * 20
     assert find_token(None, {}) is None
+    file.write_bytes(b"\xff" * 32)
+    with pytest.raises(TokenError, match="holds no text"):
+        find_token(file, {})
     with pytest.raises(TokenError, match="has 5 characters"):
         find_token(None, {"ESPER_DASHBOARD_TOKEN": "short"})
 
@@ -123,7 +139,8 @@ def test_command_needs_the_pages_origin_and_its_secret() -> None:
     own = {"host": "localhost:1", "origin": "http://localhost:1", "x-esper-command": secret}
     assert access.may_command(Headers(own))
     assert not access.may_command(Headers({**own, "origin": "http://evil.example"}))
-    assert not access.may_command(Headers({**own, "origin": "null"}))
+    for origin in ("null", "http://[", ""):
+        assert not access.may_command(Headers({**own, "origin": origin}))
     assert not access.may_command(Headers({**own, "x-esper-command": "guessed"}))
     assert not access.may_command(Headers({"host": "localhost:1", "origin": "http://localhost:1"}))
     assert Access(None, port=1).command_token != secret

@@ -7,16 +7,17 @@ import os
 import secrets
 import stat
 from collections.abc import Mapping
-from http.cookies import CookieError, SimpleCookie
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
+from starlette.requests import cookie_parser
 
 TOKEN_VARIABLE = "ESPER_DASHBOARD_TOKEN"  # noqa: S105 – the name, not the token
 MIN_TOKEN_CHARACTERS = 16
 COMMAND_HEADER = "x-esper-command"
 
+_MAKE_ONE = "make one: python -c 'import secrets; print(secrets.token_urlsafe())'"
 _OTHERS_MAY_READ = stat.S_IRGRP | stat.S_IROTH
 _SESSION = b"esper dashboard session"
 _COMMAND = b"esper dashboard command"
@@ -84,7 +85,7 @@ class Access:
     def may_command(self, headers: Headers) -> bool:
         """Return whether a request comes from the dashboard's own page."""
         origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != headers.get("host"):
+        if origin is not None and _place(origin) != headers.get("host"):
             return False
         given = headers.get(COMMAND_HEADER, "")
         return hmac.compare_digest(given.encode(), self.command_token.encode())
@@ -93,13 +94,9 @@ class Access:
         return hmac.new(self._key, purpose, hashlib.sha256).hexdigest()
 
     def _cookie_in(self, headers: Headers) -> str:
-        cookies: SimpleCookie = SimpleCookie()
-        try:
-            cookies.load(headers.get("cookie", ""))
-        except CookieError:
-            return ""
-        found = cookies.get(self.cookie_name)
-        return "" if found is None else found.value.encode("ascii", "replace").decode()
+        # of one bad cookie of another program on this host http.cookies would make none at all
+        given = cookie_parser(headers.get("cookie", "")).get(self.cookie_name, "")
+        return given.encode("ascii", "replace").decode()
 
 
 def is_loopback(host: str) -> bool:
@@ -110,6 +107,13 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def _place(origin: str) -> str:
+    try:
+        return urlsplit(origin).netloc
+    except ValueError:
+        return ""
 
 
 def _hostname(host: str) -> str:
@@ -125,13 +129,16 @@ def find_token(file: Path | None, environment: Mapping[str, str] = os.environ) -
     It is no argument of the command: every user of the machine sees those.
 
     Raises:
-        TokenError: It is short, or others may read the file.
+        TokenError: It is short or no text, or others may read the file.
         OSError: The file cannot be read.
     """
     if file is not None:
         if os.name == "posix" and file.stat().st_mode & _OTHERS_MAY_READ:
             raise TokenError(f"others may read {file}; make it yours alone: chmod 600 {file}")
-        token, source = file.read_text(encoding="utf-8").strip(), str(file)
+        try:
+            token, source = file.read_text(encoding="utf-8").strip(), str(file)
+        except UnicodeDecodeError as error:
+            raise TokenError(f"{file} holds no text; {_MAKE_ONE}") from error
     elif TOKEN_VARIABLE in environment:
         token, source = environment[TOKEN_VARIABLE].strip(), TOKEN_VARIABLE
     else:
@@ -139,7 +146,7 @@ def find_token(file: Path | None, environment: Mapping[str, str] = os.environ) -
     if len(token) < MIN_TOKEN_CHARACTERS:
         raise TokenError(
             f"the token in {source} has {len(token)} characters, at least {MIN_TOKEN_CHARACTERS} "
-            "are needed; make one: python -c 'import secrets; print(secrets.token_urlsafe())'"
+            f"are needed; {_MAKE_ONE}"
         )
     return token
 
