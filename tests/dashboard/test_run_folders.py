@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from esper.dashboard.run_folders import RunFolders
+from esper.dashboard.run_folders import Refusal, RunFolders
 from served_runs import write_run
 
 
@@ -49,7 +49,24 @@ def test_link_to_a_run_elsewhere_is_refused_and_named(tmp_path: Path) -> None:
     (root / "nested" / "link").symlink_to(tmp_path / "elsewhere" / "secret")
     found = RunFolders(root).find()
     assert list(found.folders) == ["own"]
-    assert sorted(found.refused) == ["group", "link", "nested/link"]
+    assert sorted(refusal.id for refusal in found.refused) == ["group", "link", "nested/link"]
+    assert {refusal.reason for refusal in found.refused} == {"a link"}
+
+
+def test_link_that_leads_nowhere_or_in_a_circle_hides_no_run(tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "search"):
+        write_run(folder / "one")
+        (folder / "circle").symlink_to("circle")
+        (folder / "dangling").symlink_to("nowhere")
+    (tmp_path / "one").rename(tmp_path / "two")
+    found = RunFolders(tmp_path).find()
+    assert sorted(found.folders) == ["search/one", "two"]
+    assert sorted(refusal.id for refusal in found.refused) == [
+        "circle",
+        "dangling",
+        "search/circle",
+        "search/dangling",
+    ]
 
 
 @pytest.mark.parametrize("name", ["run.sqlite", "config.json", "environment.json", ".lock"])
@@ -60,20 +77,30 @@ def test_run_with_a_file_that_leads_elsewhere_is_refused(name: str, tmp_path: Pa
     (root / "own" / name).rename(outside)
     (root / "own" / name).symlink_to(outside)
     found = RunFolders(root).find()
-    assert (found.folders, found.refused) == ({}, ("own",))
+    assert found.folders == {}
+    assert found.refused == (Refusal(id="own", reason="holds a link, a device or a pipe"),)
 
 
 def test_run_with_a_pipe_that_would_never_end_is_refused(tmp_path: Path) -> None:
     write_run(tmp_path / "own")
     (tmp_path / "own" / "config.json").unlink()
     os.mkfifo(tmp_path / "own" / "config.json")
-    assert RunFolders(tmp_path).find().refused == ("own",)
+    (refusal,) = RunFolders(tmp_path).find().refused
+    assert refusal == Refusal(id="own", reason="holds a link, a device or a pipe")
 
 
-def test_name_that_is_no_text_is_refused_and_can_be_shown(tmp_path: Path) -> None:
+def test_name_that_cannot_be_shown_is_refused_for_that(tmp_path: Path) -> None:
     write_run(tmp_path / "two\nlines")
+    write_run(tmp_path / "family \U0001f468\u200d\U0001f469")
     write_run(tmp_path / "run")
     (tmp_path / "run").rename(tmp_path / os.fsdecode(b"run-\xff"))
     found = RunFolders(tmp_path).find()
     assert found.folders == {}
-    assert sorted(found.refused) == ["run-?", "two\nlines"]
+    assert sorted(refusal.id for refusal in found.refused) == [
+        "family \U0001f468\u200d\U0001f469",
+        "run-?",
+        "two\nlines",
+    ]
+    assert {refusal.reason for refusal in found.refused} == {
+        "its name has characters that cannot be shown"
+    }

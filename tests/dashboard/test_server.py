@@ -1,19 +1,27 @@
 """What the server tells of runs, and that it tells of nothing else."""
 
+import json
 import math
+import os
+import re
+import shlex
 import shutil
 import socket
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+from pydantic_core import to_json
 from starlette.testclient import TestClient
 
 from esper.dashboard import DashboardServer
 from esper.dashboard.access import Access
+from esper.dashboard.assets import PLOTLY, assets
 from esper.dashboard.commands import Command, CommandRefusedError, OfferedAction
 from esper.dashboard.server import Dashboard
+from esper.dashboard.watcher import Watcher
 from esper.telemetry import RunStore
 from served_runs import CONFIG, serving, skip, write_life, write_run
 
@@ -23,6 +31,15 @@ SECRET = "outside the run folder"  # noqa: S105 – what must not be read
 
 def client(root: Path, channel: "Channel | None" = None) -> TestClient:
     return TestClient(Dashboard(root, Access(None, port=8265), channel).app(), base_url=LOCAL)
+
+
+def story(root: Path, run: str) -> dict[str, Any]:
+    """Return what the page is told of a run that was read to its end."""
+    tail = Watcher(root).tail(run)
+    while tail.advance():
+        pass
+    state: dict[str, Any] = json.loads(to_json(tail.state(), inf_nan_mode="null"))
+    return state
 
 
 @pytest.fixture
@@ -54,7 +71,7 @@ def folder_in(tmp_path: Path) -> Path:
 
 def test_list_says_how_each_run_stands(root: Path) -> None:
     answer = client(root).get("/api/runs").json()
-    assert answer["refused"] == ["link"]
+    assert answer["refused"] == [{"id": "link", "reason": "a link"}]
     rows = {row["id"]: row for row in answer["rows"]}
     assert sorted(rows) == ["own", "search/other"]
     own = rows["own"]
@@ -67,7 +84,7 @@ def test_list_says_how_each_run_stands(root: Path) -> None:
 
 
 def test_story_tells_figures_slots_and_events(root: Path) -> None:
-    state = client(root).get("/api/runs/search/other/story").json()
+    state = story(root, "search/other")
     figures = state["figures"]
     assert (figures["host_params"], figures["params"]) == (1000, 1300)
     assert (figures["committed"], figures["pruned"]) == (1, 1)
@@ -89,7 +106,7 @@ def test_living_seed_has_the_alpha_it_has_by_now(tmp_path: Path) -> None:
     store = RunStore(tmp_path / "run", config=CONFIG, environment={})
     write_life(store, slot="stage1", epoch=1)
     store.measure(3, 30, {"loss": 1.0})  # half of a ramp of 20 steps from step 20 on
-    (slot,) = client(tmp_path).get("/api/runs/run/story").json()["slots"]
+    (slot,) = story(tmp_path, "run")["slots"]
     store.close()
     assert (slot["stage"], slot["blueprint"], slot["param_count"]) == (
         "blending",
@@ -102,7 +119,7 @@ def test_living_seed_has_the_alpha_it_has_by_now(tmp_path: Path) -> None:
 
 def test_charts_are_figures_that_plotly_takes(root: Path) -> None:
     answer = client(root).get("/api/runs/own/charts").json()
-    assert answer["version"] == client(root).get("/api/runs/own/story").json()["version"]
+    assert answer["version"] == story(root, "own")["version"]
     keys = [chart["key"] for chart in answer["charts"]]
     assert "loss" in keys
     assert all({"data", "layout"} <= set(chart["figure"]) for chart in answer["charts"])
@@ -119,6 +136,56 @@ def test_comparison_overlays_curves_and_names_settings_that_differ(root: Path) -
     loss = answer["charts"][0]
     assert [line["name"] for line in loss["figure"]["data"]] == ["own", "search/other"]
     assert len({line["line"]["color"] for line in loss["figure"]["data"]}) == 2
+
+
+def test_comparison_of_nothing_is_refused(root: Path) -> None:
+    assert client(root).get("/api/compare").status_code == 422
+
+
+def test_comparison_with_a_run_that_is_not_there_is_unknown(root: Path) -> None:
+    assert client(root).get("/api/compare?run=own&run=none").status_code == 404
+
+
+def test_run_says_how_it_is_resumed_wherever_it_is(tmp_path: Path) -> None:
+    root = tmp_path / "all runs"
+    write_run(root / "it's one", finished=False)
+    real = root.rename(tmp_path / "disk $1")
+    root.symlink_to(real)
+    for served in (root, root / "it's one"):
+        (row,) = client(served).get("/api/runs").json()["rows"]
+        assert shlex.split(row["resume"]) == ["esper", "resume", str(real / "it's one")]
+
+
+def test_decisions_are_not_taken_for_epochs(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", trainer={"epochs": 3, "decision_interval_steps": 10})
+    (row,) = client(tmp_path).get("/api/runs").json()["rows"]
+    assert (row["unit"], row["epoch"], row["epochs"]) == ("decision", 10, None)
+    assert story(tmp_path, "run")["unit"] == "decision"
+
+
+def test_folder_whose_name_is_no_text_is_served(tmp_path: Path) -> None:
+    root = tmp_path / os.fsdecode(b"runs-\xff")
+    write_run(root / "run")
+    (root / "run" / "config.json").unlink()  # which is said with its path
+    (row,) = client(root).get("/api/runs").json()["rows"]
+    assert row["status"] == "unreadable"
+    assert "runs-?/run" in row["problem"]
+
+
+def test_mistake_of_the_dashboards_own_is_no_damaged_run(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def mistaken(*_: object) -> None:
+        raise ValueError("a mistake")
+
+    monkeypatch.setattr("esper.dashboard.server.compare", mistaken)
+    app = Dashboard(root, Access(None, port=8265)).app()
+    api = TestClient(app, base_url=LOCAL, raise_server_exceptions=False)
+    answer = api.get("/api/compare?run=own")
+    assert answer.status_code == 500
+    assert "its console says why" in answer.json()["problem"]
+    assert answer.headers["content-security-policy"].startswith("default-src 'none'")
+    assert answer.headers["x-content-type-options"] == "nosniff"
 
 
 def test_more_runs_than_can_be_told_apart_are_not_compared(root: Path) -> None:
@@ -163,15 +230,15 @@ def test_no_path_leads_out_of_the_run_folder(
     server: DashboardServer, served: Path, run: str
 ) -> None:
     run = run.format(outside=served.parent / "outside")
-    paths = [f"/api/runs/{run}/story", f"/api/runs/{run}/charts", f"/static/{run}", f"/x{run}"]
-    for path in [*paths, f"/api/compare?run={run}"]:
+    paths = [f"/api/runs/{run}/charts", f"/static/{run}", f"/x{run}", f"/api/compare?run={run}"]
+    for path in paths:
         status, text = raw_get(server, path)
         assert status == 404, path
         assert SECRET not in text
 
 
 def test_name_with_a_nul_that_is_no_request_is_not_answered(server: DashboardServer) -> None:
-    status, text = raw_get(server, "/api/runs/own\0/story")
+    status, text = raw_get(server, "/api/runs/own\0/charts")
     assert (status, SECRET in text) == (400, False)
 
 
@@ -189,11 +256,10 @@ def raw_get(server: DashboardServer, path: str) -> tuple[int, str]:
 def test_run_that_became_a_link_after_it_was_found_is_read_no_more(root: Path, linked: str) -> None:
     api = client(root)
     assert len(api.get("/api/runs").json()["rows"]) == 2
-    assert api.get("/api/runs/search/other/story").status_code == 200
+    assert api.get("/api/runs/search/other/charts").status_code == 200
     (root / linked).rename(root.parent / "moved")
     (root / linked).symlink_to(root.parent / "moved")
-    for what in ("story", "charts"):
-        assert api.get(f"/api/runs/search/other/{what}").status_code == 404
+    assert api.get("/api/runs/search/other/charts").status_code == 404
 
 
 def test_only_the_packages_own_files_are_static(root: Path) -> None:
@@ -212,9 +278,10 @@ def test_page_asks_nothing_of_other_sites(root: Path) -> None:
     policy = api.get("/").headers["content-security-policy"]
     assert "default-src 'none'" in policy
     assert "script-src 'self';" in policy
-    for name in ("index.html", "dashboard.css", "esper.css", "dashboard.js", "stream.js"):
-        text = api.get(f"/static/{name}").text.replace("http://www.w3.org/2000/svg", "")
-        assert "//" not in text.replace("// ", "").replace("//\n", "") or "http" not in text
+    for name, asset in assets().items():
+        if name != PLOTLY:  # knows maps that may be loaded from elsewhere; the policy forbids it
+            text = asset.content.decode().replace("http://www.w3.org/2000/svg", "")
+            assert re.findall(r"""["'`(]\s*(?:https?:)?//[^\s"'`)]*""", text) == [], name
 
 
 def test_damaged_run_is_named_and_others_stay_readable(root: Path) -> None:
@@ -225,7 +292,7 @@ def test_damaged_run_is_named_and_others_stay_readable(root: Path) -> None:
     assert rows["broken"]["status"] == "unreadable"
     assert "is damaged" in rows["broken"]["problem"]
     assert rows["own"]["status"] == "finished"
-    answer = api.get("/api/runs/broken/story")
+    answer = api.get("/api/runs/broken/charts")
     assert answer.status_code == 422
     assert "is damaged" in answer.json()["problem"]
 
@@ -239,15 +306,15 @@ def test_losses_that_are_no_numbers_are_sent_as_null(tmp_path: Path) -> None:
     api = client(tmp_path)
     (row,) = api.get("/api/runs").json()["rows"]
     assert (row["loss"], row["best_loss"], row["trend"]) == (None, 1.0, [1.0])
-    assert api.get("/api/runs/run/story").json()["figures"]["metrics"] == {"loss": None}
+    assert story(tmp_path, "run")["figures"]["metrics"] == {"loss": None}
     assert api.get("/api/runs/run/charts").status_code == 200
 
 
 def test_run_whose_folder_is_removed_is_gone(root: Path) -> None:
     api = client(root)
-    assert api.get("/api/runs/own/story").status_code == 200
+    assert api.get("/api/runs/own/charts").status_code == 200
     shutil.rmtree(root / "own")
-    assert api.get("/api/runs/own/story").status_code == 404
+    assert api.get("/api/runs/own/charts").status_code == 404
 
 
 class Channel:
@@ -308,6 +375,7 @@ def test_refused_action_says_why(root: Path) -> None:
         {"origin": "http://evil.example"},
         {"origin": "http://localhost:9999"},
         {"origin": "null"},
+        {"origin": "http://["},
         {"x-esper-command": ""},
         {"x-esper-command": "0" * 64},
     ],
@@ -325,3 +393,17 @@ def test_command_is_taken_as_json_only_and_short(root: Path) -> None:
     url = "/api/runs/own/actions"
     assert api.post(url, data={"action": "pause"}, headers=headers).status_code == 415
     assert send(api, {"action": "x" * 5000})[0] == 413
+
+
+@pytest.mark.parametrize("fails_in", ["offers", "send"])
+def test_channel_that_fails_is_told_as_such(root: Path, fails_in: str) -> None:
+    class Failing(Channel):
+        def fail(self, *_: object) -> str:
+            raise ConnectionError("nobody listens")
+
+    channel = Failing()
+    setattr(channel, fails_in, channel.fail)
+    assert send(client(root, channel), {"action": "pause"}) == (
+        502,
+        "pause could not be passed on: nobody listens",
+    )

@@ -1,15 +1,19 @@
 """News of runs: within a second, without gaps, through restarts of server and run."""
 
+import re
+import resource
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from esper.dashboard import AddressError, DashboardServer
-from served_runs import answers, eventually, serving, streaming, write_run, writing
+from esper.dashboard import AddressError, Command, DashboardServer, OfferedAction
+from esper.telemetry import RunReader, RunStore
+from served_runs import CONFIG, answers, eventually, serving, streaming, write_run, writing
 
 ONE_SECOND = 1.0
 
@@ -62,6 +66,52 @@ def test_killed_run_is_shown_as_killed_and_resumed_as_running(tmp_path: Path) ->
                 "rows"
             ]
             assert row["attempt"] == 2
+
+
+def test_value_measured_later_in_the_same_epoch_is_told(tmp_path: Path) -> None:
+    store = RunStore(tmp_path / "run", config=CONFIG, environment={})
+    store.measure(1, 10, {"loss": 1.0})
+    with serving(tmp_path) as server, streaming(server.address.url, run="run") as stream:
+        stream.next("story")
+        for name in ("train_loss", "flops"):
+            store.measure(1, 10, {name: 2.0})
+            state = stream.next("story")["state"]
+            assert state["figures"]["metrics"][name] == 2.0
+    store.close()
+
+
+def test_channel_that_fails_breaks_no_page(tmp_path: Path) -> None:
+    class Failing:
+        def offers(self, run: str) -> Sequence[OfferedAction]:
+            raise ConnectionError("nobody listens")
+
+        def send(self, command: Command) -> str:
+            return ""
+
+    write_run(tmp_path / "run")
+    with (
+        serving(tmp_path, channel=Failing()) as server,
+        streaming(server.address.url, run="run") as stream,
+    ):
+        message = stream.next("story")
+        assert message["problem"] == "What can be asked of the run is not known: nobody listens"
+        assert message["state"]["figures"]["committed"] == 1
+
+
+def test_story_that_cannot_be_sent_or_told_stops_no_list(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_run(tmp_path / "run")
+    config: list[object] = []
+    for _ in range(400):
+        config = [config]
+    for broken in (lambda _: {"deep": config}, lambda _: {}["no such key"]):
+        monkeypatch.setattr(RunReader, "config", broken)
+        with serving(tmp_path) as server, streaming(server.address.url, run="run") as stream:
+            assert stream.next("runs")["rows"]
+            assert re.match("The run cannot be (sent|told)", stream.next("story")["problem"])
+            write_run(tmp_path / f"next-{len(list(tmp_path.iterdir()))}")
+            assert stream.next("runs")["rows"]
 
 
 def test_story_of_a_resumed_run_is_told_anew(tmp_path: Path) -> None:
@@ -121,6 +171,14 @@ def test_port_that_is_taken_is_named(tmp_path: Path) -> None:
             DashboardServer(tmp_path, port=port)
 
 
+def test_port_is_taken_before_it_is_served(tmp_path: Path) -> None:
+    first = DashboardServer(tmp_path)
+    port = int(first.address.url.rstrip("/").rpartition(":")[2])
+    with pytest.raises(AddressError, match=f"port {port} of 127.0.0.1 is taken"):
+        DashboardServer(tmp_path, port=port)
+    first.close()
+
+
 @pytest.mark.parametrize(
     ("host", "given", "generated"),
     [
@@ -145,14 +203,17 @@ def test_beyond_loopback_a_token_is_needed_and_made_if_none_is_given(
         assert address.token == given
 
 
-def test_command_ends_at_once_on_ctrl_c_with_streams_open(tmp_path: Path) -> None:
+def test_command_takes_all_files_it_may_and_ends_at_once_on_ctrl_c_with_streams_open(tmp_path: Path) -> None:
     write_run(tmp_path / "run")
     command = [sys.executable, "-m", "esper", "dashboard", str(tmp_path), "--port", "0"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    few_files = ["sh", "-c", 'ulimit -Sn 100; exec "$@"', "sh", *command]
+    with subprocess.Popen(few_files, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == f"runs in {tmp_path}\n"
         url = process.stdout.readline().strip()
         eventually(lambda: answers(url))
+        may_open, most = resource.prlimit(process.pid, resource.RLIMIT_NOFILE)
+        assert may_open == most
         with streaming(url) as stream:
             stream.next("runs")
             began = time.monotonic()

@@ -1,6 +1,9 @@
 """What watching many runs costs, and what is kept of those that were looked at."""
 
 import asyncio
+import errno
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,8 +13,9 @@ from esper.dashboard.follower import Follower
 from esper.dashboard.trend import Trend
 from esper.dashboard.watched_run import WatchedRun
 from esper.dashboard.watcher import UnknownRunError, Watcher
+from esper.telemetry import RunStore
 from esper.telemetry.run_store import ReopenedRunStore, RunReader
-from served_runs import skip, write_run
+from served_runs import CONFIG, skip, write_run
 
 
 def settled(folder: Path) -> WatchedRun:
@@ -42,6 +46,97 @@ def test_run_in_which_nothing_happens_is_not_read(
     store.close()
     assert run.look()
     assert run.row.attempt == 2
+
+
+def test_run_that_cannot_be_read_is_looked_at_again(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    config = (tmp_path / "config.json").rename(tmp_path / "later.json")
+    run = WatchedRun("run", tmp_path)
+    assert run.look()
+    assert not any(run.look() for _ in range(10))
+    assert run.row.status == "unreadable"
+    assert "config.json" in (run.row.problem or "")
+    config.rename(tmp_path / "config.json")
+    assert any(run.look() for _ in range(10))
+    assert (run.row.status, run.row.problem, run.row.task) == ("finished", None, "digits")
+
+
+@pytest.mark.parametrize(
+    "error", [PermissionError("not yours"), OSError(errno.EMFILE, "too many"), RecursionError()]
+)
+def test_run_that_cannot_be_read_hides_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(folder: Path) -> bool:
+        if folder.name == "bad":
+            raise error
+        return False
+
+    for name in ("bad", "good", "other"):
+        write_run(tmp_path / name)
+    watching = Watcher(tmp_path)
+    monkeypatch.setattr(watched_run, "is_written", fail)
+    watching.look()
+    rows = {row.id: row for row in watching.changes().rows}
+    assert rows["good"].status == rows["other"].status == "finished"
+    assert rows["bad"].status == "unreadable"
+    assert str(error) in (rows["bad"].problem or "")
+
+
+def test_runs_are_not_gone_while_this_process_has_too_many_files_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def scandir(_: object) -> None:
+        raise OSError(errno.EMFILE, "too many open files")
+
+    write_run(tmp_path / "run")
+    watching = Watcher(tmp_path)
+    watching.look()
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "scandir", scandir)
+        for _ in range(6):
+            watching.look()
+        assert [row.id for row in watching.changes().rows] == ["run"]
+    write_run(tmp_path / "next")
+    assert any(watching.look() for _ in range(6))
+
+
+def test_resumed_run_begins_its_curve_anew(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    run = WatchedRun("run", tmp_path)
+    run.look()
+    assert run.row.best_loss == 0.2
+    store = ReopenedRunStore(tmp_path, after_step=30)
+    run.look()
+    assert run.row.trend == [2.0, 1.0, 0.6667]
+    assert run.row.best_loss == run.row.loss == pytest.approx(2.0 / 3)
+    store.close()
+
+
+def test_run_removed_and_made_anew_under_its_name_is_another(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    write_run(folder, task="first")
+    watching = Watcher(tmp_path)
+    watching.look()
+    tail = watching.tail("run")
+    tail.advance()
+    before = tail.state()
+    shutil.rmtree(folder)
+    store = RunStore(folder, config={**CONFIG, "task": "second"}, environment={})
+    skip(store, 5, "bad")
+    store.measure(5, 50, {"loss": 3.0})
+    store.close()
+    watching.look()
+    (row,) = watching.changes().rows
+    assert (row.task, row.loss, row.best_loss, row.trend) == ("second", 3.0, 3.0, [3.0])
+    assert watching.tail("run") is tail
+    tail.advance()
+    after = tail.state()
+    assert [line.words for line in after.lines] == ["step 50 skipped: bad"]
+    assert after.figures.metrics == {"loss": 3.0}
+    assert after.config["task"] == "second"
+    assert before.telling != after.telling
+    assert before.version != after.version
 
 
 def test_run_is_read_once_more_after_a_change(
@@ -109,6 +204,29 @@ def test_nobody_looks_while_nobody_listens(tmp_path: Path) -> None:
     alone, listened = asyncio.run(follow())
     assert alone == 0
     assert listened >= 1
+
+
+def test_look_that_fails_is_not_the_last(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Failing(Watcher):
+        looks = 0
+
+        def look(self) -> bool:
+            self.looks += 1
+            if self.looks <= 2:
+                raise ZeroDivisionError
+            return super().look()
+
+    async def follow() -> bool:
+        write_run(tmp_path / "run")
+        follower = Follower(Failing(tmp_path))
+        task = asyncio.create_task(follower.run())
+        with follower.listen() as listener:
+            heard = await listener.wait(10.0)
+        task.cancel()
+        return heard
+
+    assert asyncio.run(follow())
+    assert [record.message for record in caplog.records] == ["looking at the runs failed"]
 
 
 def test_trend_is_short_and_ends_with_the_last_value() -> None:

@@ -37,6 +37,7 @@ def dashboard(
             AddressError,
             DashboardServer,
             TokenError,
+            allow_many_files,
             find_token,
         )
     except ModuleNotFoundError as error:
@@ -50,6 +51,7 @@ def dashboard(
         server = DashboardServer(folder, host=host, port=port, token=find_token(token_file))
     except (AddressError, TokenError, OSError) as error:
         raise typer.BadParameter(str(error)) from error
+    allow_many_files()
     address = server.address
     console = Console()
     console.print(f"runs in {folder.absolute()}", highlight=False, soft_wrap=True)

@@ -7,7 +7,7 @@ from esper.dashboard.commands import (
     CommandRefusedError,
     OfferedAction,
 )
-from esper.dashboard.serving import Address, AddressError, DashboardServer
+from esper.dashboard.serving import Address, AddressError, DashboardServer, allow_many_files
 
 __all__ = [
     "Address",
@@ -18,5 +18,6 @@ __all__ = [
     "DashboardServer",
     "OfferedAction",
     "TokenError",
+    "allow_many_files",
     "find_token",
 ]

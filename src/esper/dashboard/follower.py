@@ -1,6 +1,7 @@
 """Looks at the runs as long as somebody listens, and wakes the listeners."""
 
 import asyncio
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -8,6 +9,8 @@ from esper.dashboard.watcher import Watcher
 
 INTERVAL_SECONDS = 0.2
 """Between two looks. With what reading and drawing take, an event is seen within a second."""
+
+_LOG = logging.getLogger(__name__)
 
 
 class Listener:
@@ -48,6 +51,7 @@ class Follower:
         self._watcher = watcher
         self._listeners: set[Listener] = set()
         self._wanted = asyncio.Event()
+        self._failed = ""
         self.stopped = False
 
     @contextmanager
@@ -67,11 +71,26 @@ class Follower:
         """Look, until cancelled; with nobody listening, wait for somebody."""
         while True:
             await self._wanted.wait()
-            if await asyncio.to_thread(self._watcher.look):
-                self._wake()
+            await self.look()
             await asyncio.sleep(INTERVAL_SECONDS)
 
-    def stop(self) -> None:
+    async def look(self) -> None:
+        """Look once, and tell of what has changed.
+
+        Failing is logged, each cause once in a row: the next look may go well.
+        """
+        try:
+            changed = await asyncio.to_thread(self._watcher.look)
+        except Exception as error:  # noqa: BLE001 – whatever one look raises, others follow
+            if repr(error) != self._failed:
+                _LOG.error("looking at the runs failed", exc_info=error)
+            self._failed = repr(error)
+            return
+        self._failed = ""
+        if changed:
+            self._wake()
+
+    def dismiss_listeners(self) -> None:
         """Send all listeners home."""
         self.stopped = True
         self._wake()

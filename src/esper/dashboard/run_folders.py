@@ -1,5 +1,6 @@
 """Which run folders there are under a folder, and that none leads out of it."""
 
+import errno
 import os
 import stat
 from collections.abc import Iterator
@@ -18,17 +19,32 @@ _READ_FILES = (
 )
 
 
+_NO_HANDLES = (errno.EMFILE, errno.ENFILE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refusal:
+    """A folder that is not shown.
+
+    Attributes:
+        reason: What it is or holds that is never opened.
+    """
+
+    id: str
+    reason: str
+
+
 @dataclass(frozen=True, kw_only=True)
 class FoundRuns:
     """What a folder holds.
 
     Attributes:
         folders: Of runs, by id: the path from the folder on, as in "digits-1" or "search/digits-1".
-        refused: Ids of what is or holds a link, a device or a pipe, or has a name that is no text.
+        refused: What is or holds a link, a device or a pipe, or has a name that cannot be shown.
     """
 
     folders: dict[str, Path]
-    refused: tuple[str, ...]
+    refused: tuple[Refusal, ...]
 
 
 class RunFolders:
@@ -45,12 +61,17 @@ class RunFolders:
         self.root = root.absolute()
 
     def find(self) -> FoundRuns:
-        """Return what is there now."""
+        """Return what is there now.
+
+        Raises:
+            OSError: Nothing can be known, as this process has too many files open.
+        """
         runs: dict[str, Path] = {}
-        refused: list[str] = []
+        refused: list[Refusal] = []
         for name, folder in self._candidates():
-            if folder.is_symlink() or not _is_text(name) or _leads_elsewhere(folder):
-                refused.append(_shown(name))
+            reason = _reason_against(name, folder)
+            if reason is not None:
+                refused.append(Refusal(id=as_text(name), reason=reason))
             elif _holds_run(folder):
                 runs[name] = folder
         return FoundRuns(folders=runs, refused=tuple(refused))
@@ -77,10 +98,25 @@ class RunFolders:
 def _folders_in(folder: Path) -> list[Path]:
     try:
         with os.scandir(folder) as entries:
-            names = [entry.name for entry in entries if entry.is_dir()]
-    except OSError:  # gone, or not ours to read: no runs for us
-        return []
+            # a link first: where it leads may not even be asked, if that is in a circle
+            names = [entry.name for entry in entries if entry.is_symlink() or entry.is_dir()]
+    except OSError as error:
+        if error.errno in _NO_HANDLES:
+            raise
+        return []  # gone, or not ours to read: no runs for us
     return [folder / name for name in sorted(names) if not name.startswith(".")]
+
+
+def _reason_against(name: str, folder: Path) -> str | None:
+    if folder.is_symlink():
+        return "a link"
+    if not _is_shown_as_it_is(name):
+        return "its name has characters that cannot be shown"
+    return "holds a link, a device or a pipe" if _leads_elsewhere(folder) else None
+
+
+def _is_shown_as_it_is(name: str) -> bool:
+    return as_text(name) == name and name.isprintable()
 
 
 def _holds_run(folder: Path) -> bool:
@@ -101,9 +137,6 @@ def _mode(path: str) -> int | None:
         return None
 
 
-def _is_text(name: str) -> bool:
-    return _shown(name) == name and name.isprintable()
-
-
-def _shown(name: str) -> str:
+def as_text(name: str) -> str:
+    """Return a name with a ? for each byte that is no text."""
     return name.encode("utf-8", "replace").decode("utf-8")

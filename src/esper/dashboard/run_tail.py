@@ -6,15 +6,16 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from esper.dashboard.progress import progress_of
 from esper.lifecycle.events import EventRecord, Priority, RunFinished, RunStarted, StageChanged
 from esper.lifecycle.stages import LIVING_STAGES, SeedStage
 from esper.lifecycle.words import in_words
 from esper.report.chart import STAGE_COLOURS, Chart
 from esper.report.charts import run_charts
 from esper.report.story import RunStory, SeedStory, StoryTeller
-from esper.telemetry.run_store import MetricRow, RunReader
+from esper.telemetry.run_store import MetricRow, RunGlance, RunReader
 
 CHUNK_EVENTS = 2000
 """Read at a time, so that others get a turn: 20 to 40 ms."""
@@ -92,12 +93,14 @@ class TailState:
         version: Differs when anything does; the charts belong to it.
         telling: Differs when the story was begun anew, since rows that were read may be gone.
         unread: Events that are there and not yet told.
+        unit: What the epoch of a line or a slot counts.
         lines: The last ones after those that were seen.
     """
 
     version: str
     telling: str
     unread: int
+    unit: Literal["epoch", "decision"]
     config: Mapping[str, Any]
     figures: Figures
     slots: list[SlotNow]
@@ -119,11 +122,11 @@ class RunTail:
     def __init__(self, folder: Path) -> None:
         self._reader = RunReader(folder)
         self._lock = threading.Lock()
-        self._begin(self._reader.attempt)
+        self._begin(_life_of(self._reader.glance()))
 
-    def _begin(self, attempt: int) -> None:
-        self._attempt = attempt
-        self._config = self._reader.config()
+    def _begin(self, life: tuple[int, float | None]) -> None:
+        self._config = self._reader.config()  # first: where it cannot be read, nothing has begun
+        self._life = life
         self._teller = StoryTeller()
         self._stages: dict[str, tuple[StageChanged, int]] = {}
         self._lines: deque[EventLine] = deque(maxlen=_MAX_LINES)
@@ -143,7 +146,8 @@ class RunTail:
     def advance(self) -> bool:
         """Read on, events at most `CHUNK_EVENTS`; return whether there are more.
 
-        A run that was resumed is read from its beginning: rows that were read may be gone.
+        A run that was resumed, or removed and made anew under its name, is read from its beginning:
+        rows that were read may be gone.
 
         Raises:
             RunFolderError: The folder is gone.
@@ -151,8 +155,8 @@ class RunTail:
         """
         with self._lock:
             glance = self._reader.glance()
-            if glance.attempt != self._attempt:
-                self._begin(glance.attempt)
+            if _life_of(glance) != self._life:
+                self._begin(_life_of(glance))
             rows = self._reader.event_rows(after=self._last_event, limit=CHUNK_EVENTS)
             for row in rows:
                 self._take(row.id, row.record)
@@ -198,6 +202,7 @@ class RunTail:
                 version=self._version,
                 telling=self._telling,
                 unread=self._unread,
+                unit=progress_of(self._config).unit,
                 config=self._config,
                 figures=self._figures(),
                 slots=self._slots(),
@@ -214,11 +219,12 @@ class RunTail:
 
     @property
     def _telling(self) -> str:
-        return str(self._attempt)
+        attempt, first_seconds = self._life
+        return f"{attempt}.{first_seconds}"
 
     @property
     def _version(self) -> str:
-        return f"{self._attempt}.{self._last_event}.{self._last_metric}"
+        return f"{self._telling}.{self._last_event}.{self._last_metric}"
 
     def _figures(self) -> Figures:
         story = self._teller.story
@@ -272,6 +278,11 @@ class RunTail:
             refused=None if seed is None else _refused(seed, epoch),
             committed=[life.blueprint for life in lives if life.committed],
         )
+
+
+def _life_of(glance: RunGlance) -> tuple[int, float | None]:
+    """Return what differs once rows that were read may be gone."""
+    return glance.attempt, glance.first_seconds
 
 
 def _alpha(seed: SeedStory, step: int) -> float:

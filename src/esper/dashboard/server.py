@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -28,6 +29,7 @@ from esper.dashboard.watcher import UnknownRunError, Watcher
 from esper.lifecycle.stages import GROWTH_PATH
 from esper.report.chart import STAGE_COLOURS
 
+_LOG = logging.getLogger(__name__)
 _MAX_BODY_BYTES = 4096
 _OPEN_PATHS = ("/", "/api/session")
 _OPEN_PREFIX = "/static/"
@@ -76,36 +78,28 @@ class Dashboard:
                 Route("/api/runs", self._runs),
                 Route("/api/stream", self._stream),
                 Route("/api/compare", self._compare),
-                Route("/api/runs/{run:path}/story", self._story),
                 Route("/api/runs/{run:path}/charts", self._charts),
                 Route("/api/runs/{run:path}/actions", self._act, methods=["POST"]),
             ],
             middleware=[Middleware(_Guard, access=self._access)],
-            exception_handlers={HTTPException: _problem},
+            exception_handlers={HTTPException: _problem, Exception: _failure},
             lifespan=self._lifespan,
         )
         app.router.redirect_slashes = False
         return app
 
-    def stop(self) -> None:
+    def end_streams(self) -> None:
         """End all streams, so that the server can end. Called in the server's event loop."""
-        self._follower.stop()
+        self._follower.dismiss_listeners()
 
     @asynccontextmanager
     async def _lifespan(self, _: Starlette) -> AsyncIterator[None]:
         task = asyncio.create_task(self._follower.run())
-        task.add_done_callback(self._followed)
         try:
             yield
         finally:
-            self._follower.stop()
+            self._follower.dismiss_listeners()
             task.cancel()
-
-    def _followed(self, task: asyncio.Task[None]) -> None:
-        """Let pages say that they hear nothing, and the console say why, if looking failed."""
-        if not task.cancelled():
-            self._follower.stop()
-            task.result()
 
     async def _page(self, request: Request) -> Response:
         return _asset(request, assets()[PAGE])
@@ -153,9 +147,6 @@ class Dashboard:
             headers={"cache-control": "no-store", "x-accel-buffering": "no"},
         )
 
-    async def _story(self, request: Request) -> Response:
-        return await _answer(lambda: self._read(request).state())
-
     async def _charts(self, request: Request) -> Response:
         def read() -> object:
             version, charts = self._read(request).charts()
@@ -171,13 +162,18 @@ class Dashboard:
 
     async def _compare(self, request: Request) -> Response:
         wanted = list(dict.fromkeys(request.query_params.getlist("run")))
+        if not wanted:
+            raise HTTPException(422, "Name the runs to compare: /api/compare?run=A&run=B.")
         if len(wanted) > MAX_COMPARED:
             raise HTTPException(422, f"At most {MAX_COMPARED} runs can be compared.")
 
         def read() -> object:
             self._watcher.look()
             rows = {row.id: row for row in self._watcher.changes().rows}
-            return compare([(rows[run], self._watcher.folder(run)) for run in wanted])
+            folders = [self._watcher.folder(run) for run in wanted]
+            if not rows.keys() >= set(wanted):
+                raise UnknownRunError(", ".join(wanted))
+            return compare([(rows[run], at) for run, at in zip(wanted, folders, strict=True)])
 
         return await _answer(read)
 
@@ -195,11 +191,7 @@ class Dashboard:
 
         def send() -> object:
             self._watcher.folder(run)
-            target = "run" if command.slot is None else "slot"
-            offers = channel.offers(run)
-            if not any((offer.name, offer.target) == (command.action, target) for offer in offers):
-                raise CommandRefusedError(f"{command.action} is not offered for {run}")
-            return {"told": channel.send(command)}
+            return {"told": _passed_on(command, channel)}
 
         try:
             return await _answer(send)
@@ -255,15 +247,43 @@ async def _answer(read: Callable[[], object]) -> Response:
     """Return what is read in a thread of its own, as JSON."""
     try:
         return _json(await asyncio.to_thread(read))
-    except (UnknownRunError, KeyError) as error:
+    except UnknownRunError as error:
         raise HTTPException(404, "There is no such run.") from error
     except CANNOT_READ as error:
         raise HTTPException(422, f"The run cannot be read: {error}") from error
 
 
+def _passed_on(command: Command, channel: CommandChannel) -> str:
+    """Send a command that is offered now, and return what is said to it.
+
+    Raises:
+        CommandRefusedError: It is not offered, or had no effect.
+        HTTPException: The channel failed.
+    """
+    target = "run" if command.slot is None else "slot"
+    try:
+        offers = channel.offers(command.run)
+        if any((offer.name, offer.target) == (command.action, target) for offer in offers):
+            return channel.send(command)
+    except CommandRefusedError:
+        raise
+    except Exception as error:
+        _LOG.exception("%s could not be passed on to %s", command.action, command.run)
+        problem = f"{command.action} could not be passed on: {error}"
+        raise HTTPException(502, problem) from error
+    raise CommandRefusedError(f"{command.action} is not offered for {command.run}")
+
+
 async def _problem(_: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     return _json({"problem": error.detail}, status=error.status_code)
+
+
+async def _failure(_: Request, __: Exception) -> Response:
+    """Answer what went wrong in here, which is logged, beyond what guards the other answers."""
+    answer = _json({"problem": "The dashboard failed; its console says why."}, status=500)
+    answer.headers.update(_SECURITY_HEADERS)
+    return answer
 
 
 async def _body(request: Request) -> dict[str, object]:

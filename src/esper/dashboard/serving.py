@@ -4,6 +4,7 @@ import errno
 import ipaddress
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,7 +80,7 @@ class DashboardServer:
             server_header=False,
             timeout_graceful_shutdown=1,
         )
-        self._server = _Server(config, self._dashboard.stop)
+        self._server = _Server(config, self._dashboard.end_streams)
 
     def serve(self) -> None:
         """Serve until SIGINT, SIGTERM or `stop`, and end at once then, open streams and all.
@@ -110,6 +111,17 @@ class _Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
+def allow_many_files() -> None:
+    """Let this process open as many files as it may; each open page and each look needs some."""
+    try:
+        import resource  # noqa: PLC0415 – not on Windows
+    except ModuleNotFoundError:
+        return
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(ValueError, OSError):  # some systems allow less than they say
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 def _bound(host: str, port: int) -> socket.socket:
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
@@ -121,6 +133,7 @@ def _bound(host: str, port: int) -> socket.socket:
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
+        bound.listen()  # until then a second server may bind it too
     except OSError as error:
         bound.close()
         if error.errno == errno.EADDRINUSE:

@@ -1,6 +1,7 @@
 """What one open page is sent: rows of the list as they change, and the run that it shows."""
 
 import asyncio
+import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -10,6 +11,7 @@ from pydantic_core import to_json
 
 from esper.dashboard.commands import CommandChannel, OfferedAction
 from esper.dashboard.follower import Follower, Listener
+from esper.dashboard.run_folders import Refusal, as_text
 from esper.dashboard.run_tail import RunTail, TailState
 from esper.dashboard.watched_run import CANNOT_READ, RunRow
 from esper.dashboard.watcher import UnknownRunError, Watcher
@@ -17,6 +19,8 @@ from esper.dashboard.watcher import UnknownRunError, Watcher
 HEARTBEAT_SECONDS = 10.0
 _RETRY_MILLISECONDS = 1000
 _PROGRESS_SECONDS = 0.3
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,12 +31,16 @@ class RowsMessage:
     root: str
     rows: list[RunRow]
     gone: list[str]
-    refused: list[str]
+    refused: list[Refusal]
 
 
 @dataclass(frozen=True, kw_only=True)
 class StoryMessage:
-    """The run that the page shows; `whole` begins its lines anew."""
+    """The run that the page shows; `whole` begins its lines anew.
+
+    Attributes:
+        problem: Why there is no state, or what is wrong besides.
+    """
 
     run: str
     whole: bool = False
@@ -72,13 +80,13 @@ class Streams:
         with self._follower.listen() as listener:
             yield f"retry: {_RETRY_MILLISECONDS}\n\n".encode()
             whole = known == 0
-            await asyncio.to_thread(self._watcher.look)
+            await self._follower.look()
             while not listener.stopped:
                 changes = await asyncio.to_thread(self._watcher.changes, since=known)
                 if whole or changes.version != known:
                     message = RowsMessage(
                         whole=whole,
-                        root=str(self._watcher.root),
+                        root=as_text(str(self._watcher.root)),
                         rows=changes.rows,
                         gone=changes.gone,
                         refused=changes.refused,
@@ -87,7 +95,7 @@ class Streams:
                     yield _event("runs", message, f"{self._name}-{known}")
                 if story is not None:
                     async for told in story.news(listener):
-                        yield _event("story", told)
+                        yield _story_event(told)
                 if not await listener.wait(HEARTBEAT_SECONDS):
                     yield _event("beat", None)
 
@@ -124,13 +132,17 @@ class _Story:
         except CANNOT_READ as error:
             message = StoryMessage(run=self._run, problem=f"The run cannot be read: {error}")
             self._telling = None
+        except Exception as error:  # noqa: BLE001 – the list must go on
+            _LOG.error("%s cannot be told", self._run, exc_info=error)
+            message = StoryMessage(run=self._run, problem=f"The run cannot be told: {error!r}")
+            self._telling = None
         shown = (message.problem, message.state and message.state.version, tuple(message.offers))
         if shown != self._last:
             self._last = shown
             yield message
 
     def _tell(self, tail: RunTail) -> StoryMessage:
-        offers = () if self._channel is None else tuple(self._channel.offers(self._run))
+        offers, problem = self._offers()
         state = tail.state(after=self._last_line)
         whole = state.telling != self._telling
         if whole:
@@ -138,7 +150,26 @@ class _Story:
             self._telling = state.telling
         if state.lines:
             self._last_line = state.lines[-1].id
-        return StoryMessage(run=self._run, whole=whole, state=state, offers=offers)
+        return StoryMessage(run=self._run, whole=whole, problem=problem, state=state, offers=offers)
+
+    def _offers(self) -> tuple[tuple[OfferedAction, ...], str | None]:
+        """Return what can be asked of the run, or why that is not known."""
+        if self._channel is None:
+            return (), None
+        try:
+            return tuple(self._channel.offers(self._run)), None
+        except Exception as error:  # noqa: BLE001 – whatever a channel raises, the story goes on
+            _LOG.error("what can be asked of %s is not known", self._run, exc_info=error)
+            return (), f"What can be asked of the run is not known: {error}"
+
+
+def _story_event(message: StoryMessage) -> bytes:
+    """Return a story as a message, or why it cannot be sent: the list must go on."""
+    try:
+        return _event("story", message)
+    except ValueError as error:
+        problem = as_text(f"The run cannot be sent: {error}")
+        return _event("story", StoryMessage(run=as_text(message.run), problem=problem))
 
 
 def _event(kind: str, message: object, message_id: str | None = None) -> bytes:

@@ -1,13 +1,17 @@
 """One run in the list, kept up to date at the price of two file times while nothing happens."""
 
+import logging
 import math
 import os
+import shlex
 import sqlite3
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from esper.dashboard.progress import progress_of, whole_number
+from esper.dashboard.run_folders import as_text
 from esper.dashboard.trend import Trend
 from esper.lifecycle.events import EventSchemaError
 from esper.telemetry.run_store import (
@@ -18,9 +22,11 @@ from esper.telemetry.run_store import (
     is_written,
 )
 
-CANNOT_READ = (RunFolderError, EventSchemaError, OSError, sqlite3.Error, TypeError, ValueError)
+CANNOT_READ = (RunFolderError, EventSchemaError, OSError, sqlite3.Error)
 """What reading a run folder raises that is damaged, half written, or gone."""
+_LOOKS_BETWEEN_TRIES = 5
 
+_LOG = logging.getLogger(__name__)
 _Marks = tuple[tuple[int, int, int], ...]
 _ABSENT = (0, 0, 0)
 
@@ -33,16 +39,21 @@ class RunRow:
         status: "running", "finished", "failed", "interrupted"; "killed" if nobody writes a run that
             is not over; "starting" while its folder is being made, "unreadable" if it cannot be
             read, for which `problem` says why.
+        resume: The command that resumes the run.
+        unit: What `epoch` counts; `epochs` is how many there will be, if that is known.
         loss: Held out, the last; `trend` is all of it in few points.
+        last_value: Row of the last value of any name, so that one more makes another row of this.
     """
 
     id: str
     status: str = "starting"
     problem: str | None = None
+    resume: str = ""
     task: str = ""
     policy: str = ""
     random_seed: int | None = None
     attempt: int = 0
+    unit: Literal["epoch", "decision"] = "epoch"
     epoch: int = 0
     epochs: int | None = None
     step: int = 0
@@ -53,6 +64,7 @@ class RunRow:
     committed: int = 0
     pruned: int = 0
     events: int = 0
+    last_value: int = 0
     started_seconds: float = 0.0
     last_seconds: float | None = None
 
@@ -67,24 +79,31 @@ class WatchedRun:
 
     def __init__(self, run_id: str, folder: Path) -> None:
         self.folder = folder
-        self.row = RunRow(id=run_id)
+        command = f"esper resume {shlex.quote(as_text(str(folder)))}"
+        self.row = RunRow(id=run_id, resume=command)
         # As text: hundreds of runs are looked at several times a second.
         self._marked = (str(folder / DATABASE_FILE), str(folder / f"{DATABASE_FILE}-wal"))
         self._seen: _Marks | None = None
         self._settled = False
+        self._looks = 0
         self._begin()
 
     def _begin(self) -> None:
-        self._attempt = 0
+        self._life: tuple[int, float | None] | None = None
         self._config: Mapping[str, Any] = {}
         self._trend = Trend()
         self._best: float | None = None
         self._last: float | None = None
-        self._last_metric = 0
+        self._last_loss = 0
+        self._last_value = 0
 
     def look(self) -> bool:
-        """Bring the row up to date; return whether it has changed."""
+        """Bring the row up to date; return whether it has changed.
+
+        Whatever reading raises is the row's problem, and no other run's.
+        """
         before = self.row
+        self._looks += 1
         marks = _marks(self._marked)
         if marks[0] == _ABSENT:
             return False  # the next search will say so
@@ -92,49 +111,72 @@ class WatchedRun:
             self._seen, self._settled = marks, False
         elif not self._settled:
             self._settled = True  # two commits may share one file time: read once more
-        elif before.status != "starting" and not self._may_have_been_killed():
+        elif not self._may_read_otherwise():
             return False
         self.row = self._read()
         return self.row != before
 
-    def _may_have_been_killed(self) -> bool:
-        return self.row.status == "running" and not is_written(self.folder)
+    def _may_read_otherwise(self) -> bool:
+        """Return whether a run whose database is as it was may have to be shown otherwise."""
+        if self.row.status == "starting":
+            return True
+        if self.row.status == "unreadable":  # a file may come, or be ours to read, later
+            return self._looks % _LOOKS_BETWEEN_TRIES == 0
+        return self.row.status == "running" and not self._is_written()
+
+    def _is_written(self) -> bool:
+        """Return whether somebody writes the run, as far as can be known."""
+        try:
+            return is_written(self.folder)
+        except OSError:
+            return False
 
     def _read(self) -> RunRow:
         try:
             return self._read_row(RunReader(self.folder))
         except CANNOT_READ as error:
-            is_made = is_written(self.folder)
-            return replace(
-                self.row,
-                status="starting" if is_made else "unreadable",
-                problem=None if is_made else str(error),
-            )
+            if self._is_written():
+                return replace(self.row, status="starting", problem=None)
+            return self._unreadable(str(error))
+        except Exception as error:  # noqa: BLE001 – whatever one run raises, others are read
+            problem = f"{type(error).__name__}: {error}"
+            if problem != self.row.problem:
+                _LOG.error("%s cannot be read", self.folder, exc_info=error)
+            return self._unreadable(problem)
+
+    def _unreadable(self, problem: str) -> RunRow:
+        return replace(self.row, status="unreadable", problem=as_text(problem))
 
     def _read_row(self, reader: RunReader) -> RunRow:
         has_writer = is_written(self.folder)
         glance = reader.glance()  # after the question who writes: a run that ends says so first
-        if glance.attempt != self._attempt:
+        life = (glance.attempt, glance.first_seconds)  # a folder may be removed and made anew
+        if life != self._life:
             self._begin()
-            self._attempt, self._config = glance.attempt, reader.config()
-        for value in reader.metrics(after=self._last_metric, name="loss"):
+            self._config, self._life = reader.config(), life
+        for value in reader.metrics(after=self._last_loss, name="loss"):
             self._trend.take(value.value)
-            self._last_metric, self._last = value.id, value.value
+            self._last_loss, self._last = value.id, value.value
             if math.isfinite(value.value):
                 self._best = min(value.value, math.inf if self._best is None else self._best)
+        self._last_value = max(self._last_value, self._last_loss)
+        for value in reader.metrics(after=self._last_value):
+            self._last_value = value.id
         counts = glance.event_counts
         committed, pruned = counts.get("seed_committed", 0), counts.get("seed_pruned", 0)
         killed = glance.status == "running" and not has_writer and os.name == "posix"
-        trainer = self._config.get("trainer")
+        progress = progress_of(self._config)
         return RunRow(
             id=self.row.id,
+            resume=self.row.resume,
             status="killed" if killed else glance.status,
             task=str(self._config.get("task", "")),
             policy=str(self._config.get("policy", "")),
-            random_seed=self._config.get("random_seed"),
+            random_seed=whole_number(self._config.get("random_seed")),
             attempt=glance.attempt,
+            unit=progress.unit,
             epoch=glance.epoch,
-            epochs=trainer.get("epochs") if isinstance(trainer, Mapping) else None,
+            epochs=progress.total,
             step=glance.step,
             loss=self._last,
             best_loss=self._best,
@@ -143,6 +185,7 @@ class WatchedRun:
             committed=committed,
             pruned=pruned,
             events=sum(counts.values()),
+            last_value=self._last_value,
             started_seconds=glance.first_seconds or (self.folder / CONFIG_FILE).stat().st_mtime,
             last_seconds=glance.last_seconds,
         )

@@ -1,17 +1,20 @@
 """All runs in a folder as they stand, and the stories of those that somebody looks at."""
 
+import logging
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 
-from esper.dashboard.run_folders import RunFolders
+from esper.dashboard.run_folders import Refusal, RunFolders
 from esper.dashboard.run_tail import RunTail
 from esper.dashboard.watched_run import RunRow, WatchedRun
 
 MAX_KEPT_ROWS = 300_000
 """Events and values of the stories that are kept in mind; the one looked at last always is."""
 _LOOKS_BETWEEN_SEARCHES = 5
+
+_LOG = logging.getLogger(__name__)
 
 
 class UnknownRunError(LookupError):
@@ -26,13 +29,13 @@ class RowChanges:
         version: Ask with it for what changes later.
         rows: New ones, and those that read otherwise now.
         gone: Ids of runs whose folder is no longer there.
-        refused: Ids of folders that are not shown, as they or a file in them is a link.
+        refused: Folders that are not shown.
     """
 
     version: int
     rows: list[RunRow]
     gone: list[str]
-    refused: list[str]
+    refused: list[Refusal]
 
 
 class Watcher:
@@ -50,7 +53,7 @@ class Watcher:
         self._runs: dict[str, WatchedRun] = {}
         self._changed_in: dict[str, int] = {}
         self._gone_in: dict[str, int] = {}
-        self._refused: tuple[str, ...] = ()
+        self._refused: tuple[Refusal, ...] = ()
         self._version = 0
         self._looks = 0
         self._tails: OrderedDict[str, RunTail] = OrderedDict()
@@ -74,7 +77,11 @@ class Watcher:
             return self._version != before
 
     def _search(self) -> None:
-        found = self._folders.find()
+        try:
+            found = self._folders.find()
+        except OSError as error:
+            _LOG.warning("%s cannot be searched for runs: %s", self.root, error)
+            return
         for run_id in [run_id for run_id in self._runs if run_id not in found.folders]:
             del self._runs[run_id]
             del self._changed_in[run_id]

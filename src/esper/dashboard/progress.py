@@ -1,0 +1,39 @@
+"""What a run's progress is counted in, and how far it is to go."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """What the epoch of an event or a value counts.
+
+    Attributes:
+        unit: Epochs, or decisions of a run that decides every so many steps.
+        total: Of them; None where it is not known beforehand.
+    """
+
+    unit: Literal["epoch", "decision"] = "epoch"
+    total: int | None = None
+
+
+def progress_of(config: Mapping[str, Any]) -> Progress:
+    """Return what a run with these settings counts.
+
+    >>> progress_of({"trainer": {"epochs": 3}})
+    Progress(unit='epoch', total=3)
+    >>> progress_of({"trainer": {"epochs": 3, "decision_interval_steps": 50}})
+    Progress(unit='decision', total=None)
+    """
+    trainer = config.get("trainer")
+    if not isinstance(trainer, Mapping):
+        return Progress()
+    if trainer.get("decision_interval_steps") is not None:
+        return Progress(unit="decision")
+    return Progress(total=whole_number(trainer.get("epochs")))
+
+
+def whole_number(value: object) -> int | None:
+    """Return a setting that should be a whole number, or None if it is none."""
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
