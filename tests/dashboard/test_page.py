@@ -10,7 +10,7 @@ from playwright.sync_api import Browser, Page, expect
 
 from browser import complaints, keep_screenshot, launched
 from esper.dashboard import Command, OfferedAction
-from esper.lifecycle.events import CheckpointDamaged, RunStarted
+from esper.lifecycle.events import CheckpointDamaged, EventRecord, RunStarted, StepSkipped
 from esper.telemetry import RunStore
 from served_runs import CONFIG, publish, serving, skip, write_life, write_run, writing
 
@@ -218,6 +218,42 @@ def test_page_asks_for_the_token(lenient_page: Page, tmp_path: Path) -> None:
         expect(page.get_by_role("heading", level=1)).to_have_text("run")
 
 
+def test_token_pasted_into_an_open_page_lets_in_and_a_wrong_one_says_so(
+    lenient_page: Page, tmp_path: Path
+) -> None:
+    page = lenient_page
+    write_run(tmp_path / "run")
+    with serving(tmp_path, token=TOKEN) as server:
+        for wrong in ("wrong", "%zz"):
+            page.goto(f"{server.address.url}#token={wrong}")
+            expect(page.get_by_role("alert")).to_have_text("This is not the token.")
+            expect(page).to_have_url(server.address.url)
+        page.evaluate("token => { location.hash = `token=${token}`; }", TOKEN.replace(" ", "%20"))
+        expect(page.locator(".row")).to_have_count(1)
+        expect(page).to_have_url(server.address.url)
+        page.evaluate("location.hash = 'token=wrong'")
+        expect(page.locator(".toast")).to_have_text("This is not the token.")
+        expect(page).to_have_url(server.address.url)
+        expect(page.locator(".row")).to_have_count(1)
+
+
+def test_charts_that_cannot_be_drawn_say_why(lenient_page: Page, tmp_path: Path) -> None:
+    page = lenient_page
+    for name in ("one", "two"):
+        write_run(tmp_path / name)
+    with serving(tmp_path) as server:
+        for query, asked in (("?run=one", "**/charts"), ("?run=one&run=two", "**/api/compare*")):
+            problem = {"status": 500, "json": {"problem": "out of paint"}}
+            page.route(asked, lambda route, _, answer=problem: route.fulfill(**answer))
+            page.goto(server.address.url + query)
+            expect(page.get_by_role("alert")).to_have_text(
+                "The charts cannot be drawn: out of paint"
+            )
+            page.unroute(asked)
+            charts_drawn(page)
+            expect(page.get_by_role("alert")).to_have_count(0)
+
+
 class Channel:
     """Offers to pause a run and to prune a seed."""
 
@@ -256,6 +292,59 @@ def test_actions_are_shown_only_with_a_channel_and_reach_it(page: Page, tmp_path
         Command(run="run", action="pause", slot=None),
         Command(run="run", action="prune", slot="stage1"),
     ]
+
+
+def test_action_that_fails_is_told_and_can_be_tried_again(
+    lenient_page: Page, tmp_path: Path
+) -> None:
+    class Failing(Channel):
+        def send(self, command: Command) -> str:
+            raise ConnectionError("nobody listens")
+
+    page = lenient_page
+    write_run(tmp_path / "run")
+    with serving(tmp_path, channel=Failing()) as server:
+        page.goto(f"{server.address.url}?run=run")
+        button = page.get_by_role("button", name="Pause")
+        button.click()
+        told = "pause could not be passed on: nobody listens"
+        expect(page.locator(".toast")).to_have_text(told)
+        expect(button).to_be_enabled()
+        page.route("**/actions", lambda route: route.fulfill(status=502, body="<html>"))
+        button.click()
+        expect(page.locator(".toast").last).to_have_text("The server answered 502.")
+        expect(button).to_be_enabled()
+
+
+def test_decisions_odd_times_and_what_is_not_shown_are_told_as_they_are(
+    page: Page, tmp_path: Path
+) -> None:
+    trainer = {"epochs": 3, "decision_interval_steps": 10}
+    config = {**CONFIG, "trainer": trainer, "random_seed": 1234}
+    store = RunStore(tmp_path / "the run", config=config, environment={})
+    store.publish(
+        EventRecord(time_seconds=1e18, epoch=20, step=200, event=StepSkipped(reason="x", value=1.0))
+    )
+    write_life(store, slot="stage1", epoch=21)
+    store.close()
+    write_run(tmp_path / "other", random_seed=1234)
+    (tmp_path / "link").symlink_to("the run")
+    write_run(tmp_path / "two\nlines")
+    with serving(tmp_path) as server:
+        page.goto(server.address.url)
+        expect(page.locator("#refused")).to_have_text(
+            "Not shown: link (a link); two lines (its name has characters that cannot be shown)"
+        )
+        expect(page.locator("main code")).to_have_text(f"esper resume '{tmp_path}/the run'")
+        expect(page.locator(".row:has-text('the run')")).to_contain_text("decision 22")
+        page.get_by_role("link", name="the run").first.click()
+        expect(page.locator(".lines li")).to_contain_text(["· decision 20"])
+        expect(page.locator(".slot")).to_contain_text("blending since decision 22")
+        expect(page.locator(".story-head")).to_contain_text("random seed 1234")
+        assert "epoch" not in page.locator("main").inner_text().replace("per epoch", "")
+        page.get_by_label("Compare other").check()
+        row = page.get_by_role("row", name=re.compile("Random seed"))
+        expect(row).to_contain_text("1234")
 
 
 def test_names_are_shown_as_text_and_never_run(page: Page, tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 // Draws charts as often as this machine can: after each drawing it rests as long as that took. plotly
 // is loaded once there is something to draw.
 
+import { element } from "./dom.js";
+
 const PAUSE_MILLISECONDS = 300;
 const RETRY_MILLISECONDS = 2000;
 
@@ -32,6 +34,8 @@ export class ChartsView {
   #drawn = null;
   #closed = false;
 
+  #problem = element("p", { class: "card problem", role: "alert" });
+
   // fetchCharts: returns {version, charts}, or throws if there are none now.
   constructor(container, fetchCharts) {
     this.container = container;
@@ -54,14 +58,27 @@ export class ChartsView {
     this.#busy = true;
     while (this.#wanted !== this.#drawn && !this.#closed) {
       const version = this.#wanted;
-      const took = await this.#draw().catch(() => null);
+      const took = await this.#draw().catch((error) => {
+        this.#tell(`The charts cannot be drawn: ${error.message}`);
+        return null;
+      });
       if (took !== null) {
+        this.#tell(null);
         this.#drawn = version;
       }
       const pause = took === null ? RETRY_MILLISECONDS : Math.max(PAUSE_MILLISECONDS, took);
       await new Promise((done) => setTimeout(done, pause));
     }
     this.#busy = false;
+  }
+
+  #tell(problem) {
+    if (problem === null) {
+      this.#problem.remove();
+    } else if (!this.#problem.isConnected || this.#problem.textContent !== problem) {
+      this.#problem.textContent = problem;
+      this.container.before(this.#problem);
+    }
   }
 
   // Returns how long it took, without loading what draws.

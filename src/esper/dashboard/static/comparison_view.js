@@ -5,6 +5,7 @@ import { addressOf } from "./choice.js";
 import { element, fill } from "./dom.js";
 import * as format from "./format.js";
 import { statusOf } from "./run_list.js";
+import { problemOf } from "./session.js";
 
 export class ComparisonView {
   #version = 0;
@@ -12,11 +13,10 @@ export class ComparisonView {
   constructor(container, runs) {
     this.runs = runs;
     this.head = element("header", { class: "story-head" });
-    this.problem = element("div", {});
     this.charts = element("div", { class: "charts compared" });
     this.table = element("section", { class: "card", hidden: true });
     this.settings = element("section", { class: "card", hidden: true });
-    container.replaceChildren(this.head, this.problem, this.table, this.charts, this.settings);
+    container.replaceChildren(this.head, this.table, this.charts, this.settings);
     fill(this.head, runs, () => [
       element("div", { class: "title" }, element("h1", {}, `${runs.length} runs compared`)),
       element(
@@ -42,14 +42,10 @@ export class ComparisonView {
   async #fetch() {
     const query = new URLSearchParams(this.runs.map((run) => ["run", run]));
     const answer = await fetch(`/api/compare?${query}`);
-    const comparison = await answer.json();
-    const problem = answer.ok ? null : comparison.problem;
-    fill(this.problem, problem, () =>
-      problem === null ? [] : element("p", { class: "card problem", role: "alert" }, problem),
-    );
     if (!answer.ok) {
-      throw new Error(problem);
+      throw new Error(await problemOf(answer));
     }
+    const comparison = await answer.json();
     this.#drawTable(comparison.runs);
     this.#drawSettings(comparison);
     return { version: this.#version, charts: comparison.charts };
@@ -61,7 +57,7 @@ export class ComparisonView {
       ["Status", runs.map((run) => statusOf(run.row))],
       ["Task", runs.map((run) => run.row.task)],
       ["Policy", runs.map((run) => run.row.policy)],
-      ["Seed", runs.map((run) => format.count(run.row.random_seed))],
+      ["Random seed", runs.map((run) => `${run.row.random_seed ?? "–"}`)],
       ["Steps", runs.map((run) => format.count(run.row.step))],
       ["Parameters", runs.map((run) => format.count(run.params))],
       ["Operations", runs.map((run) => format.compact(run.flops))],

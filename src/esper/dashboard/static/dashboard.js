@@ -5,11 +5,12 @@ import { ComparisonView } from "./comparison_view.js";
 import { element } from "./dom.js";
 import { Overview } from "./overview.js";
 import { RunList } from "./run_list.js";
-import { session, signIn, signInByAddress } from "./session.js";
+import { holdsToken, session, signIn, signInByAddress } from "./session.js";
 import { StoryView } from "./story_view.js";
 import { Stream } from "./stream.js";
 
 const SAID_MILLISECONDS = 6000;
+const RETRY_MILLISECONDS = 1000;
 
 const shown = document.getElementById("shown");
 const connection = document.getElementById("connection");
@@ -45,7 +46,7 @@ const stream = new Stream({
     document.getElementById("root").textContent = `\u200e${root}`; // cut at its left, read from there
     const refused = document.getElementById("refused");
     refused.hidden = message.refused.length === 0;
-    refused.textContent = `Not shown, as links are not followed: ${message.refused.join(", ")}`;
+    refused.textContent = `Not shown: ${message.refused.map(wordsOf).join("; ")}`;
     const changed = new Set([...message.rows.map((row) => row.id), ...message.gone]);
     if (view instanceof StoryView) {
       view.takeRow(list.row(view.run));
@@ -62,6 +63,10 @@ const stream = new Stream({
     }
   },
 });
+
+function wordsOf({ id, reason }) {
+  return `${id} (${reason})`;
+}
 
 function tellConnection(state, words) {
   connection.dataset.state = state;
@@ -105,11 +110,12 @@ function setFolded(folded) {
   fold.textContent = folded ? "Choose runs" : "Hide the list";
 }
 
-function askForToken() {
+function askForToken(wrong = null) {
   view?.close();
   view = null;
+  stream.close();
   tellConnection("lost", "token needed");
-  const problem = element("p", { class: "problem-words", role: "alert" });
+  const problem = element("p", { class: "problem-words", role: "alert" }, wrong);
   const input = element("input", {
     id: "token",
     type: "password",
@@ -144,19 +150,23 @@ function askForToken() {
   input.focus();
 }
 
-async function begin() {
+// Shows what the address asks for, or asks for the token; says what was wrong with the one given.
+async function begin(problem = null) {
   const known = await session();
   if (known === null) {
     tellConnection("lost", "disconnected – trying again");
-    setTimeout(begin, 1000);
+    setTimeout(begin, RETRY_MILLISECONDS, problem);
     return;
   }
   growthPath = known.growth_path;
-  if (known.admitted) {
-    showChosen();
-  } else {
-    askForToken();
+  if (!known.admitted) {
+    askForToken(problem);
+    return;
   }
+  if (known.needs_token && problem !== null) {
+    say(problem, { show: true });
+  }
+  showChosen();
 }
 
 followLinks(document.body);
@@ -177,5 +187,10 @@ document.addEventListener("visibilitychange", () => {
     stream.open(view instanceof StoryView ? view.run : null);
   }
 });
-await signInByAddress();
-await begin();
+// Another token was put into the address of this page.
+addEventListener("hashchange", async () => {
+  if (holdsToken()) {
+    await begin(await signInByAddress());
+  }
+});
+await begin(await signInByAddress());

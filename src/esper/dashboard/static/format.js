@@ -68,6 +68,9 @@ export function ago(seconds) {
 }
 
 export function date(seconds) {
+  if (moment(seconds) === null) {
+    return "–";
+  }
   return new Date(1000 * seconds).toLocaleDateString("en-GB", {
     day: "numeric",
     month: "short",
@@ -76,7 +79,13 @@ export function date(seconds) {
 }
 
 export function clock(seconds) {
-  return new Date(1000 * seconds).toLocaleTimeString("en-GB");
+  return moment(seconds) === null ? "–" : new Date(1000 * seconds).toLocaleTimeString("en-GB");
+}
+
+// A time for machines; null if it is beyond what a calendar has.
+export function moment(seconds) {
+  const time = new Date(1000 * seconds);
+  return Number.isNaN(time.valueOf()) ? null : time.toISOString();
 }
 
 export function several(number, one, many = `${one}s`) {

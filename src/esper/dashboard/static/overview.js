@@ -66,7 +66,7 @@ export class Overview {
         ]),
         named("Stopped before their end", stopped, (row) => [
           statusOf(row),
-          element("code", { class: "quiet" }, `esper resume ${root}/${row.id}`),
+          element("code", { class: "quiet" }, row.resume),
         ]),
       ),
     ]);

@@ -193,7 +193,7 @@ function seedsOf(row) {
 
 function progressOf(row) {
   const epochs = row.epochs === null ? "" : ` / ${row.epochs}`;
-  return element("span", { class: "quiet number" }, `epoch ${row.epoch}${epochs}`);
+  return element("span", { class: "quiet number" }, `${row.unit} ${row.epoch}${epochs}`);
 }
 
 // The held-out loss as a line, on a logarithmic scale if it is positive.

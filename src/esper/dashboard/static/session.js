@@ -18,15 +18,29 @@ export async function signIn(token) {
   if (answer === null) {
     return "The server cannot be reached.";
   }
-  return answer.ok ? null : (await answer.json()).problem;
+  return answer.ok ? null : problemOf(answer);
 }
 
-// Takes the token out of the address, where others could read it, and signs in with it.
+export function holdsToken() {
+  return TOKEN.test(location.hash);
+}
+
+// Takes the token out of the address, where others could read it, and signs in with it; returns what
+// is wrong, or null.
 export async function signInByAddress() {
   const found = TOKEN.exec(location.hash);
-  if (found !== null) {
-    history.replaceState(history.state, "", location.pathname + location.search);
-    await signIn(decodeURIComponent(found[1]));
+  if (found === null) {
+    return null;
+  }
+  history.replaceState(history.state, "", location.pathname + location.search);
+  return signIn(decoded(found[1]));
+}
+
+function decoded(token) {
+  try {
+    return decodeURIComponent(token);
+  } catch {
+    return token; // a % that begins no code: as it stands, which the server judges
   }
 }
 
@@ -44,8 +58,13 @@ export async function command(run, action, slot) {
   if (answer === null) {
     return "The server cannot be reached.";
   }
-  const said = await answer.json();
-  return said.told ?? said.problem;
+  return answer.ok ? (await answer.json()).told : problemOf(answer);
+}
+
+// Returns why a request was not answered as it should be.
+export async function problemOf(answer) {
+  const said = await answer.json().catch(() => null);
+  return said?.problem ?? `The server answered ${answer.status}.`;
 }
 
 export function address(run) {

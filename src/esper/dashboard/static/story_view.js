@@ -4,7 +4,7 @@ import { ChartsView } from "./charts_view.js";
 import { element, fill } from "./dom.js";
 import * as format from "./format.js";
 import { statusOf } from "./run_list.js";
-import { address, command } from "./session.js";
+import { address, command, problemOf } from "./session.js";
 
 const MAX_LINES = 200;
 const NOT_SHOWN = new Set(["loss", "train_loss", "step_seconds", "flops"]);
@@ -64,7 +64,7 @@ export class StoryView {
     this.chartsView = new ChartsView(this.charts, async () => {
       const answer = await fetch(`/api/runs/${address(run)}/charts`);
       if (!answer.ok) {
-        throw new Error(`charts: ${answer.status}`);
+        throw new Error(await problemOf(answer));
       }
       return answer.json();
     });
@@ -113,7 +113,7 @@ export class StoryView {
     const facts = [
       config.task ?? row?.task,
       config.policy ?? row?.policy,
-      config.random_seed === undefined ? null : `seed ${config.random_seed}`,
+      config.random_seed === undefined ? null : `random seed ${config.random_seed}`,
       config.learning_rate === undefined ? null : `learning rate ${config.learning_rate}`,
       config.device,
     ].filter(Boolean);
@@ -239,11 +239,12 @@ export class StoryView {
         this.#slots.set(slot.path, card);
         this.slotGrid.append(card);
       }
-      fill(card, [slot, offers], () => this.#slotParts(slot, offers));
+      fill(card, [slot, offers, this.#state.unit], () => this.#slotParts(slot, offers));
     }
   }
 
   #slotParts(slot, offers) {
+    const { unit } = this.#state;
     const living = slot.blueprint !== null;
     const facts = [
       slot.param_count === null ? null : `${format.count(slot.param_count)} parameters`,
@@ -285,7 +286,9 @@ export class StoryView {
       element(
         "p",
         { class: "quiet" },
-        living || slot.since_epoch > 0 ? `${slot.stage} since epoch ${slot.since_epoch}` : "free",
+        living || slot.since_epoch > 0
+          ? `${slot.stage} since ${unit} ${slot.since_epoch}`
+          : "free",
         slot.refused === null ? "" : `; ${slot.refused}`,
       ),
       slot.committed.length > 0
@@ -330,9 +333,13 @@ export class StoryView {
         "aria-label": slot === null ? offer.label : `${offer.label} ${slot}`,
         onclick: async (event) => {
           if (offer.question === null || confirm(offer.question)) {
-            event.target.disabled = true;
-            this.say(await command(this.run, offer.name, slot), { show: true });
-            event.target.disabled = false;
+            const button = event.target;
+            button.disabled = true;
+            try {
+              this.say(await command(this.run, offer.name, slot), { show: true });
+            } finally {
+              button.disabled = false;
+            }
           }
         },
       },
@@ -347,7 +354,7 @@ export class StoryView {
     fill(this.lines, [shown.map((line) => line.id), this.#state?.telling], () =>
       shown.length === 0
         ? element("li", { class: "quiet" }, "No warnings.")
-        : shown.toReversed().map(lineOf),
+        : shown.toReversed().map((line) => lineOf(line, this.#state.unit)),
     );
   }
 
@@ -376,15 +383,19 @@ export class StoryView {
   }
 }
 
-function lineOf(line) {
+function lineOf(line, unit) {
   return element(
     "li",
     { "data-priority": line.priority, "data-row": line.id },
     element(
       "span",
       { class: "place quiet number" },
-      element("time", { datetime: new Date(1000 * line.time_seconds).toISOString() }, format.clock(line.time_seconds)),
-      ` · epoch ${line.epoch}`,
+      element(
+        "time",
+        { datetime: format.moment(line.time_seconds) },
+        format.clock(line.time_seconds),
+      ),
+      ` · ${unit} ${line.epoch}`,
     ),
     element(
       "span",
