@@ -4,6 +4,7 @@ import re
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 from playwright.sync_api import Browser, Page, expect
@@ -361,6 +362,34 @@ def test_names_are_shown_as_text_and_never_run(page: Page, tmp_path: Path) -> No
         charts_drawn(page)
         page.get_by_label(f"Compare {evil}").uncheck()
         assert page.locator("img[src=x]").count() == 0
+
+
+def test_names_are_shown_in_charts_as_they_are(page: Page, tmp_path: Path) -> None:
+    names = ["<b>x<", "<a href='x:y'>z<", "a &amp; b"]
+    for name in names:
+        store = RunStore(tmp_path / name, config=CONFIG, environment={})
+        publish(store, 0, RunStarted(run_id=name, slots=(name,), host_param_count=1))
+        for epoch in (1, 2, 3):
+            store.measure(epoch, 10 * epoch, {"loss": 1.0})
+        write_life(store, slot=name, epoch=1)
+        store.close()
+    pointed_at = """(key) => {
+      const plot = document.querySelector(`[data-key=${key}] .plot`);
+      Plotly.Fx.hover(plot, [{ curveNumber: 0, pointNumber: 0 }]);
+      return plot.querySelector(".hoverlayer").textContent;
+    }"""
+    with serving(tmp_path) as server:
+        query = "&".join(f"run={quote(name)}" for name in names)
+        page.goto(f"{server.address.url}?{query}")
+        charts_drawn(page)
+        expect(page.locator("[data-key=loss] .legendtext")).to_have_text(names)
+        assert names[0] in page.evaluate(pointed_at, "loss")
+        for name in names:
+            page.goto(f"{server.address.url}?run={quote(name)}")
+            page.wait_for_selector("[data-key=lanes] .main-svg")
+            expect(page.locator("[data-key=lanes] .ytick text")).to_have_text(name)
+            assert f"conv_light in {name}: TRAINING" in page.evaluate(pointed_at, "lanes")
+        assert page.locator(".charts a").count() == 0
 
 
 def test_who_listens_is_told_of_ends_and_not_of_every_event(page: Page, tmp_path: Path) -> None:

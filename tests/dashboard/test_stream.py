@@ -203,7 +203,9 @@ def test_beyond_loopback_a_token_is_needed_and_made_if_none_is_given(
         assert address.token == given
 
 
-def test_command_takes_all_files_it_may_and_ends_at_once_on_ctrl_c_with_streams_open(tmp_path: Path) -> None:
+def test_command_takes_all_files_it_may_and_ends_at_once_on_ctrl_c_with_streams_open(
+    tmp_path: Path,
+) -> None:
     write_run(tmp_path / "run")
     command = [sys.executable, "-m", "esper", "dashboard", str(tmp_path), "--port", "0"]
     few_files = ["sh", "-c", 'ulimit -Sn 100; exec "$@"', "sh", *command]

@@ -10,20 +10,31 @@ const esperCharts = (() => {
     scrollZoom: false,
   };
 
-  function inColours(value, style) {
+  // plotly takes some HTML in texts, and names in runs are not the page's own: only what a pointer
+  // shows is a template, into which names come as values.
+  function literal(text) {
+    return text.replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;");
+  }
+
+  // Returns a figure, or a part of it, with the page's colours and with texts that are shown as they
+  // are.
+  function forPlotly(value, style) {
     if (typeof value === "string") {
       return value.startsWith("var(--")
         ? style.getPropertyValue(value.slice(4, -1)).trim()
-        : value;
+        : literal(value);
     }
     if (Array.isArray(value)) {
       return value.length > 0 && typeof value[0] === "number"
         ? value
-        : value.map((item) => inColours(item, style));
+        : value.map((item) => forPlotly(item, style));
     }
     if (value !== null && typeof value === "object") {
       return Object.fromEntries(
-        Object.entries(value).map(([key, item]) => [key, inColours(item, style)]),
+        Object.entries(value).map(([key, item]) => [
+          key,
+          key === "hovertemplate" ? item : forPlotly(item, style),
+        ]),
       );
     }
     return value;
@@ -31,7 +42,7 @@ const esperCharts = (() => {
 
   function plot(element, figure) {
     const style = getComputedStyle(document.documentElement);
-    const { data, layout } = inColours(figure, style);
+    const { data, layout } = forPlotly(figure, style);
     drawn.set(element, figure);
     return Plotly.react(element, data, layout, settings);
   }
