@@ -59,6 +59,7 @@ def test_link_that_leads_nowhere_or_in_a_circle_hides_no_run(tmp_path: Path) -> 
         (folder / "circle").symlink_to("circle")
         (folder / "dangling").symlink_to("nowhere")
     (tmp_path / "one").rename(tmp_path / "two")
+    assert RunFolders(tmp_path / "circle").find().folders == {}
     found = RunFolders(tmp_path).find()
     assert sorted(found.folders) == ["search/one", "two"]
     assert sorted(refusal.id for refusal in found.refused) == [

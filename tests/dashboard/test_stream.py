@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from esper.dashboard import AddressError, Command, DashboardServer, OfferedAction
-from esper.telemetry import RunReader, RunStore
+from esper.dashboard.run_tail import RunTail
+from esper.telemetry import RunFolderError, RunReader, RunStore
 from served_runs import CONFIG, answers, eventually, serving, streaming, write_run, writing
 
 ONE_SECOND = 1.0
@@ -96,6 +97,23 @@ def test_channel_that_fails_breaks_no_page(tmp_path: Path) -> None:
         message = stream.next("story")
         assert message["problem"] == "What can be asked of the run is not known: nobody listens"
         assert message["state"]["figures"]["committed"] == 1
+
+
+def test_story_that_could_not_be_read_once_is_told_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: RunTail) -> bool:
+        raise RunFolderError("not now")
+
+    write_run(tmp_path / "run")
+    with serving(tmp_path) as server, monkeypatch.context() as patched:
+        patched.setattr(RunTail, "advance", fail)
+        with streaming(server.address.url, run="run") as stream:
+            assert stream.next("story")["problem"] == "The run cannot be read: not now"
+            patched.undo()
+            write_run(tmp_path / "other")
+            message = stream.next("story")
+            assert (message["problem"], message["whole"]) == (None, True)
 
 
 def test_story_that_cannot_be_sent_or_told_stops_no_list(

@@ -83,7 +83,8 @@ class RunFolders:
 
     def _candidates(self) -> Iterator[tuple[str, Path]]:
         """Yield folders that may hold a run, by their path from here on."""
-        root = self.root.resolve()  # may be a link itself; nothing in it may
+        # may be a link itself, even in a circle, of which `Path.resolve` raises; nothing in it may
+        root = Path(os.path.realpath(self.root))
         if _holds_run(root):
             yield root.name, root
             return

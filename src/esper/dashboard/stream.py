@@ -127,19 +127,23 @@ class _Story:
                     yield await asyncio.to_thread(self._tell, tail)
             message = await asyncio.to_thread(self._tell, tail)
         except UnknownRunError:
-            message = StoryMessage(run=self._run, problem="There is no such run, or no longer.")
-            self._telling = None
+            message = self._trouble("There is no such run, or no longer.")
         except CANNOT_READ as error:
-            message = StoryMessage(run=self._run, problem=f"The run cannot be read: {error}")
-            self._telling = None
+            message = self._trouble(f"The run cannot be read: {error}")
         except Exception as error:  # noqa: BLE001 – the list must go on
-            _LOG.error("%s cannot be told", self._run, exc_info=error)
-            message = StoryMessage(run=self._run, problem=f"The run cannot be told: {error!r}")
-            self._telling = None
+            message = self._trouble(f"The run cannot be told: {error!r}")
+            if self._last is None or self._last[0] != message.problem:
+                _LOG.error("%s cannot be told", self._run, exc_info=error)
         shown = (message.problem, message.state and message.state.version, tuple(message.offers))
         if shown != self._last:
             self._last = shown
             yield message
+
+    def _trouble(self, problem: str) -> StoryMessage:
+        """Return why there is no story now; it is tried again with the next news of any run."""
+        self._telling = None
+        self._looked_at = -1
+        return StoryMessage(run=self._run, problem=problem)
 
     def _tell(self, tail: RunTail) -> StoryMessage:
         offers, problem = self._offers()
