@@ -8,7 +8,8 @@ range). By hand is always a plain network without esper:
 - live, at alpha 1: the host with the seed inlined, `h + f(h)`;
 - training: the host, with the seed run on detached features and trained by a straight-through
   function of the plain kind (gradient to both, no proximal term);
-- host plus seed: training once more, against the host with the seed inlined, which it must not
+- training, pulled: training once more, against a straight-through function that has that term;
+- host plus seed: and again, against the host with the seed inlined, which it must not
   exceed;
 - blended, of a seed that was behind the host: `h + a * f(h.detach())` with a in a 0-dim buffer;
 - committed: the host with the seed inlined; baked: the same after `esper.bake`.
@@ -49,6 +50,7 @@ from speed_hosts import (
     BlockWithSeed,
     Inlined,
     Mix,
+    PulledBehind,
     SpeedHost,
     hand_written,
 )
@@ -77,6 +79,7 @@ STAGES = {
     "dormant": Stage(advances=None, mix=None),
     "live": Stage(advances=2, mix=Inlined, isolation="none", alpha=1.0),
     "training": Stage(advances=1, mix=Behind),
+    "training, pulled": Stage(advances=1, mix=PulledBehind),
     "host plus seed": Stage(advances=1, mix=Inlined),
     "blended": Stage(advances=2, mix=Blended, alpha=0.5),
     "committed": Stage(advances=5, mix=Inlined),

@@ -203,6 +203,31 @@ class PlainStraightThrough(torch.autograd.Function):
         return gradients[0], gradients[0]
 
 
+class PulledBehind(Mix):
+    """The same, and the increment is pulled towards 0 as the default objective does."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        return PulledStraightThrough.apply(features, self.seed.increment(features.detach()))
+
+
+class PulledStraightThrough(torch.autograd.Function):
+    """Forward the host; to the seed `g + u mean‖g‖ / (0.1 mean‖h‖)`, norms by sample."""
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, increment: Tensor) -> Tensor:
+        ctx.save_for_backward(features, increment)
+        return features.view_as(features)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        (gradient,) = gradients
+        features, increment = ctx.saved_tensors
+        dims = tuple(range(1, gradient.ndim))
+        sizes = (torch.linalg.vector_norm(t, dim=dims).mean() for t in (gradient, features))
+        pull = next(sizes) / (0.1 * next(sizes))
+        return gradient, torch.addcmul(gradient, increment, pull)
+
+
 class BlockWithSeed(nn.Module):
     """A host's block with a seed written behind it."""
 
