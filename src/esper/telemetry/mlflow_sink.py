@@ -1,8 +1,8 @@
 """Events and metrics for MLflow."""
 
 import os
-import re
 import random
+import re
 import shlex
 import threading
 import time
