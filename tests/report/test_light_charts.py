@@ -31,7 +31,7 @@ def test_long_line_is_drawn_in_few_points_with_its_ends_and_gaps() -> None:
     ]
     assert line["line"] == {"color": "red"}
     assert len(bar["x"]) == 12_000
-    assert light.summary == "All. Of the longest line every 20th point is shown."
+    assert light.summary == "All. One point in 20 of the longest line is shown."
 
 
 def test_short_line_is_drawn_as_it_is() -> None:

@@ -22,7 +22,7 @@ def lightened(chart: Chart) -> Chart:
         return chart
     return replace(
         chart,
-        summary=f"{chart.summary} Of the longest line every {max(strides)}th point is shown.",
+        summary=f"{chart.summary} One point in {max(strides)} of the longest line is shown.",
         figure={**chart.figure, "data": data},
     )
 

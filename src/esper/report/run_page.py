@@ -56,6 +56,7 @@ def _subheading(
         f"random seed {config.get('random_seed')}",
         f"on {environment.get('device')}",
     ]
+    words = [word for word in words if not word.endswith(" None")]  # a run of somebody's own loop
     if story.first_seconds is not None:
         words.append(f"{datetime.fromtimestamp(story.first_seconds, UTC):%Y-%m-%d %H:%M} UTC")
     return f"{escape(' · '.join(words))} · <code>{escape(reader.folder.name)}</code>"
