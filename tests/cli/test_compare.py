@@ -78,3 +78,17 @@ def test_a_plan_that_no_run_could_carry_out_leaves_no_folder() -> None:
     told = esper("compare", "digits", "--policy", "schedule", *NINE_LAYERS, fails=True)
     assert "depth_schedule: the schedule policy grows from at least 9 layers" in told
     assert not any(Path().iterdir())
+
+
+@pytest.mark.parametrize("width", [80, 120, 190])
+@pytest.mark.parametrize("kept", ["compare-digits", "compare-text"])
+def test_no_figure_of_the_table_is_cut_off(
+    kept: str, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    folder = Path(__file__).parents[2] / "benchmarks" / "results" / kept
+    table, _, _ = esper("inspect", str(folder)).partition("mean ±")
+    assert "…" not in table
+    assert ("seconds" in table) == (width >= 120)
+    grown = next(line for line in table.splitlines() if line.startswith("grown"))
+    assert grown.split()[-1 if width < 190 else -2][0].isdigit()

@@ -32,7 +32,9 @@ _OUTCOME_STYLES = {
     Outcome.DOES_NOT_PAY: "bold red",
     Outcome.UNDECIDED: "bold yellow",
 }
-_WIDE_COLUMNS = 110
+_MEDIUM_COLUMNS, _WIDE_COLUMNS = 120, 190
+"""From these widths on the table has more columns, and intervals; the report has them all."""
+
 _BAR_CELLS = 30
 
 
@@ -164,7 +166,7 @@ def print_comparison(console: Console, comparison: Comparison) -> None:
     summaries, verdict = summarise(comparison), judge(comparison)
     console.print()
     if summaries:
-        console.print(_table(comparison, summaries, wide=console.width >= _WIDE_COLUMNS))
+        console.print(_table(comparison, summaries, width=console.width))
         for note in notes(comparison, summaries):
             console.print(note, style="dim", highlight=False)
         console.print()
@@ -173,33 +175,34 @@ def print_comparison(console: Console, comparison: Comparison) -> None:
         console.print(f"– {reason}", highlight=False)
 
 
-def _table(comparison: Comparison, summaries: list[ArmSummary], *, wide: bool) -> Table:
+def _table(comparison: Comparison, summaries: list[ArmSummary], *, width: int) -> Table:
+    """Return a row per arm, with as much of it as the terminal is wide: figures are never cut."""
     metric = named_task(comparison.config.run.task).metric
+    medium, wide = width >= _MEDIUM_COLUMNS, width >= _WIDE_COLUMNS
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    table.add_column("arm", no_wrap=True)
-    details = ["rate", "params", "steps"] if wide else []
-    loss = ["test loss", f"test {metric}"] if wide and metric != "loss" else ["test loss"]
+    table.add_column("arm", overflow="fold", min_width=8)
+    details = ["rate", "params", "steps", "seconds"] if wide else ["params", "seconds"]
+    metrics = [f"test {metric}"] if medium and metric != "loss" else []
     costs = ["FLOPs to match", "time to match"] if wide else ["FLOPs to match"]
-    for name in (*details, "FLOPs", *loss, "loss, less static's", *costs):
+    head = (*(details if medium else ()), "FLOPs", "test loss", *metrics, "less static's", *costs)
+    for name in head:
         table.add_column(name, justify="right", no_wrap=True)
     for summary in summaries:
+        share, difference = summary.flops_fraction, summary.difference
         values = {
             "rate": rate(summary),
             "params": f"{summary.param_count:,.0f}",
             "steps": f"{summary.steps:,.0f}",
-            "FLOPs": f"{summary.flops:.3g}"
-            if summary.flops_fraction is None
-            else f"{summary.flops_fraction:.3f}",
-            "test loss": spread(summary.test_loss) if wide else f"{summary.test_loss.mean:.4f}",
+            "seconds": f"{summary.seconds:,.1f}",
+            "FLOPs": f"{summary.flops:.3g}" if share is None else f"{share:.3f}",
+            "test loss": spread(summary.test_loss) if medium else f"{summary.test_loss.mean:.4f}",
             f"test {metric}": spread(summary.metrics[metric]),
-            "loss, less static's": ""
-            if summary.difference is None
-            else spread(summary.difference, signed=True),
-            "FLOPs to match": reached(summary.flops_to_static),
-            "time to match": reached(summary.seconds_to_static),
+            "less static's": "" if difference is None else spread(difference, signed=True),
+            "FLOPs to match": reached(summary.flops_to_static, bounds=wide),
+            "time to match": reached(summary.seconds_to_static, bounds=wide),
         }
         label = summary.label(len(comparison.config.random_seeds))
-        table.add_row(label, *(values[str(c.header)] for c in table.columns[1:]))
+        table.add_row(label, *(values[name] for name in head))
     return table
 
 

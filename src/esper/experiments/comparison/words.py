@@ -13,8 +13,8 @@ def spread(interval: Interval, *, signed: bool = False) -> str:
     return mean if interval.half_width is None else f"{mean} ± {interval.half_width:.4f}"
 
 
-def reached(found: Crossing | None) -> str:
-    """Return at which share of a cost a loss is reached, with its interval."""
+def reached(found: Crossing | None, *, bounds: bool = True) -> str:
+    """Return at which share of a cost a loss is reached, with the interval of that if wanted."""
     if found is None:
         return ""
     if found.above:
@@ -23,8 +23,8 @@ def reached(found: Crossing | None) -> str:
         told = f"≤ {found.first:.2f}"
     else:
         told = f"{found.ratio:.2f}"
-    bounds = tell_bounds(found, "–")
-    return f"{told} ({bounds})" if bounds else told
+    interval = tell_bounds(found, "–") if bounds else None
+    return f"{told} ({interval})" if interval else told
 
 
 def rate(summary: ArmSummary) -> str:
