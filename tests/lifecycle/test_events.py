@@ -12,14 +12,17 @@ from pydantic import JsonValue, ValidationError
 
 from esper.lifecycle import Commit, Prune, Record, SeedStage
 from esper.lifecycle import events as events_module
+from esper.lifecycle.commands import Pause
 from esper.lifecycle.events import (
     SCHEMA_VERSION,
     ActionRefused,
     ArtefactRefused,
     BreakerChanged,
+    BusLost,
     CheckpointDamaged,
     CheckpointFailed,
     CheckpointSaved,
+    CommandRefused,
     CompileFailed,
     Event,
     EventRecord,
@@ -204,6 +207,8 @@ def breaker(to_state: str) -> BreakerChanged:
             Priority.NORMAL,
         ),
         (SinkFailed(sink="s", error="e"), Priority.WARNING),
+        (CommandRefused(id="i", sender="s", command=Pause(), reason="r"), Priority.WARNING),
+        (BusLost(concern="commands", error="e"), Priority.WARNING),
         (breaker("open"), Priority.WARNING),
         (breaker("half_open"), Priority.NORMAL),
         (breaker("closed"), Priority.NORMAL),
@@ -235,6 +240,8 @@ CAN_BE_URGENT = {
     RunWentBack,
     SinkFailed,
     SinkLossesCounted,
+    CommandRefused,
+    BusLost,
 }
 
 

@@ -8,6 +8,7 @@ from pydantic_core import ErrorDetails
 
 from esper.lifecycle.actions import Action
 from esper.lifecycle.alpha import AlphaCurve, BlendOperator
+from esper.lifecycle.commands import Command
 from esper.lifecycle.gates import GateResult
 from esper.lifecycle.learning import Isolation, SeedObjective
 from esper.lifecycle.record import Record
@@ -438,6 +439,54 @@ class ArtefactRefused(_Event):
         return Priority.WARNING
 
 
+class CommandCarriedOut(_Event):
+    """What somebody asked of the run was done."""
+
+    type: Literal["command_carried_out"] = "command_carried_out"
+    id: str
+    sender: str
+    command: Command
+    text: str
+    """What came of it."""
+
+
+class CommandRefused(_Event):
+    """What somebody asked of the run had no effect."""
+
+    type: Literal["command_refused"] = "command_refused"
+    id: str
+    sender: str
+    command: Command
+    reason: str
+
+    @property
+    def priority(self) -> Priority:
+        return Priority.WARNING
+
+
+class BusLost(_Event):
+    """The bus cannot be reached or takes nothing; training goes on, and telemetry is kept back."""
+
+    type: Literal["bus_lost"] = "bus_lost"
+    concern: str
+    """What failed first."""
+    error: str
+
+    @property
+    def priority(self) -> Priority:
+        return Priority.WARNING
+
+
+class BusRegained(_Event):
+    """The bus can be reached again."""
+
+    type: Literal["bus_regained"] = "bus_regained"
+    seconds: float
+    """That it was away."""
+    lost_messages: int
+    """That found no room meanwhile."""
+
+
 class CachesSwept(_Event):
     """Expired entries were dropped from the bounded caches."""
 
@@ -508,6 +557,10 @@ Event = Annotated[
     | CompileFailed
     | StepCaptured
     | ArtefactRefused
+    | CommandCarriedOut
+    | CommandRefused
+    | BusLost
+    | BusRegained
     | CachesSwept
     | SinkFailed
     | SinkLossesCounted,

@@ -46,7 +46,7 @@ _FIRST_TIME = "SELECT time_seconds FROM events ORDER BY id LIMIT 1"
 _LAST_EVENT = "SELECT time_seconds, epoch, step FROM events ORDER BY id DESC LIMIT 1"
 _LAST_METRIC = "SELECT epoch, step FROM metrics ORDER BY id DESC LIMIT 1"
 
-RunStatus = Literal["running", "finished", "failed", "interrupted"]
+RunStatus = Literal["running", "finished", "failed", "interrupted", "stopped"]
 
 _SCHEMA = """
 CREATE TABLE run (key TEXT PRIMARY KEY, value TEXT NOT NULL);

@@ -1,0 +1,110 @@
+"""What messages on the bus say: the bodies of envelopes."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, JsonValue, TypeAdapter, ValidationError
+
+from esper.bus.envelope import Envelope, MessageRefusedError, Refusal
+from esper.lifecycle.commands import Command, CommandText, Outcome
+from esper.lifecycle.events import EventRecord
+from esper.lifecycle.record import Record
+from esper.telemetry.run_store import RunStatus
+
+
+class CommandMessage(Record):
+    """Somebody asks something of a run."""
+
+    kind: Literal["command"] = "command"
+    sender: CommandText
+    """Who, as they call themselves; that they may is what the signature says."""
+    command: Command
+
+
+class AnswerMessage(Record):
+    """A run says what came of a command."""
+
+    kind: Literal["answer"] = "answer"
+    command_id: str
+    """Of the envelope that brought the command."""
+    outcome: Outcome
+    step: int
+    epoch: int
+
+
+class RunMessage(Record):
+    """A run begins to tell of itself, or goes on after it was stopped."""
+
+    kind: Literal["run"] = "run"
+    config: dict[str, JsonValue]
+    environment: dict[str, JsonValue]
+    after_step: int
+    """What was told of later steps does not hold; below 0 everything."""
+
+
+class EventMessage(Record):
+    """Something happened in a run."""
+
+    kind: Literal["event"] = "event"
+    record: EventRecord
+
+
+class MetricsMessage(Record):
+    """Values were measured in a run."""
+
+    kind: Literal["metrics"] = "metrics"
+    epoch: int
+    step: int
+    metrics: dict[str, float]
+
+
+class StatusMessage(Record):
+    """How a run ended, or how it stands."""
+
+    kind: Literal["status"] = "status"
+    status: RunStatus
+
+
+class HealthMessage(Record):
+    """A service is alive."""
+
+    kind: Literal["health"] = "health"
+    service: str
+    state: str
+    """Of supervision; a training run that nobody supervises says "running" or "paused"."""
+    pid: int
+    host: str
+    details: dict[str, JsonValue] = Field(default_factory=dict)
+
+
+Message = Annotated[
+    CommandMessage
+    | AnswerMessage
+    | RunMessage
+    | EventMessage
+    | MetricsMessage
+    | StatusMessage
+    | HealthMessage,
+    Field(discriminator="kind"),
+]
+_ADAPTER: TypeAdapter[Message] = TypeAdapter(Message)
+
+
+def body_of(message: Message) -> bytes:
+    """Return a message as the body of an envelope."""
+    return message.model_dump_json().encode()
+
+
+def message_in(envelope: Envelope) -> Any:
+    """Return what an envelope says.
+
+    Raises:
+        MessageRefusedError: It is of no kind that this version knows, or has unknown, missing or
+            wrong fields.
+    """
+    try:
+        return _ADAPTER.validate_json(envelope.body)
+    except (ValidationError, RecursionError) as error:
+        text = str(error).replace("\n", " ")
+        raise MessageRefusedError(
+            Refusal.UNKNOWN_BODY, f"message {envelope.id} cannot be read: {text[:500]}"
+        ) from error

@@ -1,0 +1,1 @@
+"""Boots services from one file, watches them, and brings back what dies (Weatherlight)."""
