@@ -14,6 +14,7 @@ from typing import Any, Literal
 from pydantic_core import to_json
 
 from esper.lifecycle.events import EventRecord, parse_event_record
+from esper.telemetry.command_log import CommandLog
 
 CONFIG_FILE = "config.json"
 ENVIRONMENT_FILE = "environment.json"
@@ -119,6 +120,9 @@ class RunStore:
         self._database = sqlite3.connect(folder / DATABASE_FILE, isolation_level=None)
         self._database.execute("PRAGMA journal_mode=WAL")
         self._database.execute("PRAGMA synchronous=NORMAL")
+        self.commands = CommandLog(self._database)
+        """Who asked what of the run, and what came of it; what is published while a command is
+        settled is committed with its outcome."""
 
     def publish(self, record: EventRecord) -> None:
         """Store one event."""
@@ -161,6 +165,9 @@ class RunStore:
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
+        if self._database.in_transaction:  # a command is being settled
+            yield
+            return
         with self._database:
             self._database.execute("BEGIN")
             yield

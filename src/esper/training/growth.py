@@ -1,7 +1,8 @@
 """The growth engine: what a training loop calls after a step and after an epoch."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -106,6 +107,8 @@ class Growth:
         """Held-out loss after each epoch."""
         self.train_losses: list[float] = []
         self._clock = clock
+        self._caused: list[Event] | None = None
+        """What the action that is being carried out has caused so far; None where none is."""
         self._timer = StepTimer()
         self._step_seconds_before: dict[str, float | None] = {}
         self._steps_change = False
@@ -274,23 +277,35 @@ class Growth:
             slots=tuple(slot.state() for slot in self.slots.values()),
         )
 
-    def apply(self, action: Action) -> bool:
+    def apply(self, action: Action) -> Sequence[Event]:
         """Carry out one action if it is legal now, and publish what happened.
 
         Returns:
-            Whether the action was legal. A gate may still have refused the stage; the published
-            events tell.
+            What was published: first that the action was applied or refused, nothing for WAIT. A
+            gate may still have refused the stage.
         """
+        self._timer.pause()
+        self._caused = []
         try:
             check_action(self.state(), action)
         except IllegalAction as error:
             self.publish([ActionRefused(action=action, reason=str(error))])
-            return False
-        if isinstance(action, Wait):
-            return True
-        self.publish([ActionApplied(action=action)])
-        self._carry_out(self.slots[action.slot], action)
-        return True
+        else:
+            if not isinstance(action, Wait):
+                self.publish([ActionApplied(action=action)])
+                self._carry_out(self.slots[action.slot], action)
+        caused, self._caused = self._caused, None
+        return caused
+
+    @contextmanager
+    def held_up(self) -> Iterator[None]:
+        """Count the time that the run waits for somebody as no step's and no cost of its own."""
+        self._timer.pause()
+        self.meter.stop()
+        try:
+            yield
+        finally:
+            self.meter.start()
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that growth remembers, the slots' part and the policy's included.
@@ -337,6 +352,8 @@ class Growth:
 
     def publish(self, events: Sequence[Event]) -> None:
         """Send events to the sinks, stamped with time, epoch and step."""
+        if self._caused is not None:
+            self._caused.extend(events)
         if not self.sinks:
             return
         for event in events:

@@ -4,6 +4,7 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
 import torch
@@ -19,6 +20,7 @@ from esper.slots.modes import beside_the_step, device_of, sole_device
 from esper.slots.nested import to_device
 from esper.slots.sharded import sharded_like
 from esper.slots.slot import SeedSlot
+from esper.training.control import RunControl
 from esper.training.data_position import DataPosition
 from esper.training.ema import EMA, check_average
 from esper.training.governor import Governor, GovernorConfig
@@ -81,6 +83,9 @@ class Keeper(Protocol):
     def after_epoch(self, trainer: "Trainer") -> None:
         """Called after each epoch, when all of it is done."""
 
+    def save(self, trainer: "Trainer") -> Path | None:
+        """Keep the run now, between two steps; return where, or None if that is not possible."""
+
 
 class _WentBack(Exception):  # noqa: N818 – no error, a way out of the epoch
     """The run has gone back to an earlier state."""
@@ -139,6 +144,8 @@ class Trainer:
         self._evaluate = evaluate
         self._scheduler = scheduler
         self.keeper = keeper
+        self.control: RunControl | None = None
+        """Carries out what somebody asks between two steps; None: nobody can."""
         self.ema = ema
         self.forward = self.model if forward is None else forward
         if isinstance(forward, nn.parallel.DistributedDataParallel):
@@ -173,9 +180,14 @@ class Trainer:
         """Train, yielding after each epoch, so that the caller can show progress.
 
         A trainer that was given a state goes on from it.
+
+        Raises:
+            RunStoppedError: Somebody has asked for it, by `control`.
+            TrainingDivergedError: Going back did not help.
         """
         while self.epoch < self.config.epochs:
             self.growth.meter.start()
+            self._obey()
             try:
                 report = self._train_epoch()
             except _WentBack:
@@ -201,6 +213,7 @@ class Trainer:
             "scheduler": None if self._scheduler is None else self._scheduler.state_dict(),
             "scaler": self._scaler.state_dict(),
             "data": self.data.state_dict(),
+            "control": None if self.control is None else self.control.state_dict(),
             "epoch": self.epoch,
             "losses": [loss.clone() for loss in self._losses],
             "undecided": [loss.clone() for loss in self._undecided],
@@ -238,6 +251,8 @@ class Trainer:
         self._scaler.load_state_dict(state["scaler"])
         self.governor.load_state_dict(state["governor"])
         self.data.load_state_dict(state["data"])
+        if self.control is not None and state["control"] is not None:
+            self.control.load_state_dict(state["control"])
         self.epoch = state["epoch"]
         self._losses = [loss.to(self._device) for loss in state["losses"]]
         self._undecided = [loss.to(self._device) for loss in state["undecided"]]
@@ -255,13 +270,14 @@ class Trainer:
                 self._intervene(group)
             if interval is not None and self.growth.step % interval == 0:
                 self._decide()
-            self._note_leaving()
+            self.settle()
             self._keep_snapshot()
+            self._obey()
             if self.keeper is not None:
                 self.keeper.after_step(self)
         if interval is None:
             self._decide()
-            self._note_leaving()
+            self.settle()
         if self.config.scheduler_interval == "epoch":
             self._step_scheduler()
         train_loss = _mean(self._losses)
@@ -291,7 +307,19 @@ class Trainer:
             self._undecided.append(loss)
             self._safeguard.note_good_step()
 
-    def _note_leaving(self) -> None:
+    def _obey(self) -> None:
+        if self.control is not None:
+            self.control.between_steps(self)
+
+    def save(self) -> Path | None:
+        """Let the keeper keep the run now, between two steps; None if there is none, or it cannot.
+
+        Raises:
+            TypeError: As `Checkpoints.save`.
+        """
+        return None if self.keeper is None else self.keeper.save(self)
+
+    def settle(self) -> None:
         """Let the governor forget what losses were with a seed that has left, or is on its way."""
         slots = self.growth.slots
         for path, branch in self._in_path.items():
