@@ -1,5 +1,6 @@
 """The bus: streams of messages, read by groups of consumers, each message by one of a group."""
 
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -7,6 +8,10 @@ from urllib.parse import quote
 
 MAX_DELIVERIES = 5
 """A message that nobody has acknowledged after so many is a dead letter."""
+GIVEN_UP = f"nobody has acknowledged it in {MAX_DELIVERIES} deliveries"
+"""The reason for that."""
+
+_ENTRY = re.compile(r"([0-9]+)-([0-9]+)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +55,8 @@ class Delivery:
     Attributes:
         entry: Identifies it in its stream; later ones are greater, by `entry_order`.
         message: As it was published.
-        deliveries: How often it was given to a consumer of the group, this time included.
+        deliveries: How often it was given to a consumer of the group, this time included; 0 where
+            it was looked at without one.
     """
 
     entry: str
@@ -62,8 +68,15 @@ class BusUnavailableError(OSError):
     """The server cannot be reached, or does not take anything now; it may soon."""
 
 
+class BusRefusedError(RuntimeError):
+    """The server refuses what it is asked, and will until a person changes something."""
+
+
 class Subscription(Protocol):
-    """One consumer's place in a group that reads a stream. For one thread at a time."""
+    """One consumer's place in a group that reads a stream.
+
+    For one thread at a time; another one may `renew` meanwhile.
+    """
 
     def receive(self, *, limit: int, wait_seconds: float) -> Sequence[Delivery]:
         """Return messages that no other consumer of the group has, in their order.
@@ -161,6 +174,32 @@ class Bus(Protocol):
 
     def close(self) -> None:
         """Let go of the server."""
+
+
+def entry_order(entry: str) -> tuple[int, int]:
+    """Return what orders the entries of a stream.
+
+    Raises:
+        ValueError: It is none.
+
+    Example:
+        >>> max("9-1", "10-0", "10-2", key=entry_order)
+        '10-2'
+    """
+    found = _ENTRY.fullmatch(entry)
+    if found is None:
+        raise ValueError(f"an entry is written NUMBER-NUMBER, got {entry!r}")
+    return int(found[1]), int(found[2])
+
+
+def check_limit(limit: int) -> None:
+    """Raise unless something can be returned.
+
+    Raises:
+        ValueError: The limit is below 1.
+    """
+    if limit < 1:
+        raise ValueError(f"the limit of messages must be 1 or more, got {limit}")
 
 
 def _plain(run: str) -> str:
