@@ -17,7 +17,7 @@ MAX_RUN_CHARACTERS = 255
 _VERSION = b"esper1"
 _HEAD = re.compile(
     rb"(?P<version>[\x21-\x7e]{1,16}) (?P<id>[0-9a-f]{16}-[1-9][0-9]{0,18}) "
-    rb"(?P<run>[!-~]{1,2048}) (?P<time>[0-9]{1,12}) (?P<signature>[0-9a-f]{64})"
+    rb"(?P<run>[!-~]{1,3060}) (?P<time>0|[1-9][0-9]{0,11}) (?P<signature>[0-9a-f]{64})"
 )
 
 
@@ -86,7 +86,7 @@ class Sealer:
         clock: Seconds since the Unix epoch.
 
     Raises:
-        ValueError: The run's id is empty or too long.
+        ValueError: The run's id is empty, too long, or has half a surrogate pair.
 
     Source: https://github.com/standard-webhooks/standard-webhooks (signed content and rotation);
     the signature is hexadecimal here, and the headers are one line.
@@ -121,6 +121,10 @@ class Sealer:
                 "receivers take"
             )
         return id_, message
+
+    def skip(self, messages: int) -> None:
+        """Count messages that are never sealed, so that receivers know that they miss them."""
+        self._sealed += messages
 
 
 def open_envelope(message: bytes, keyring: Keyring) -> Envelope:
@@ -195,4 +199,7 @@ def _escaped(run: str) -> bytes:
         raise ValueError(
             f"a run's id has 1 to {MAX_RUN_CHARACTERS} characters, got {len(run)}: {run[:40]!r}"
         )
-    return quote(run, safe="").replace(".", "%2E").encode()
+    try:
+        return quote(run, safe="").replace(".", "%2E").encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"a run's id is text, which {run[:40]!r} is not: {error}") from error

@@ -102,9 +102,19 @@ def message_in(envelope: Envelope) -> Any:
             wrong fields.
     """
     try:
-        return _ADAPTER.validate_json(envelope.body)
+        message = _ADAPTER.validate_json(envelope.body)
     except (ValidationError, RecursionError) as error:
         text = str(error).replace("\n", " ")
-        raise MessageRefusedError(
-            Refusal.UNKNOWN_BODY, f"message {envelope.id} cannot be read: {text[:500]}"
-        ) from error
+        raise _unknown(envelope, text[:500]) from error
+    if (
+        isinstance(message, EventMessage)
+        and "schema_version" not in message.record.model_fields_set
+    ):
+        raise _unknown(envelope, "the event has no schema_version")
+    return message
+
+
+def _unknown(envelope: Envelope, text: str) -> MessageRefusedError:
+    return MessageRefusedError(
+        Refusal.UNKNOWN_BODY, f"message {envelope.id} cannot be read: {text}"
+    )

@@ -1,0 +1,87 @@
+"""What tests of the bus share: keys, a message of each kind, and a clock that is moved by hand."""
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from esper.bus.messages import (
+    AnswerMessage,
+    CommandMessage,
+    EventMessage,
+    HealthMessage,
+    Message,
+    MetricsMessage,
+    RunMessage,
+    StatusMessage,
+)
+from esper.lifecycle.actions import Germinate
+from esper.lifecycle.commands import Act, Outcome
+from esper.lifecycle.events import (
+    ContributionMeasured,
+    Event,
+    EventRecord,
+    SeedPruned,
+    StepSkipped,
+)
+from esper.lifecycle.stages import SeedStage
+from esper.signing import Keyring
+
+KEYRING = Keyring([b"a key of 24 bytes or more"])
+OTHER_KEYRING = Keyring([b"another key of 24 bytes or more"])
+
+PRUNED = SeedPruned(slot="layer", blueprint="norm", from_stage=SeedStage.TRAINING, reason="no use")
+SKIPPED = StepSkipped(reason="bad loss", value=1.0)
+"""Which is critical."""
+
+
+def record(step: int, event: Event = PRUNED, *, epoch: int = 1) -> EventRecord:
+    return EventRecord(time_seconds=1000.0 + step, epoch=epoch, step=step, event=event)
+
+
+MESSAGES: tuple[Message, ...] = (
+    CommandMessage(
+        sender="somebody",
+        command=Act(action=Germinate(slot="layer", blueprint="norm", options={"groups": 4})),
+    ),
+    AnswerMessage(
+        command_id=f"{16 * '0'}-1", outcome=Outcome(done=True, text="paused"), step=7, epoch=1
+    ),
+    RunMessage(config={"task": "digits"}, environment={"device": "cpu"}, after_step=-1),
+    EventMessage(
+        record=record(
+            3,
+            ContributionMeasured(
+                slot="layer",
+                stage=SeedStage.BLENDING,
+                loss_with=0.5,
+                loss_without=float("nan"),
+                contribution_fraction=0.1,
+                standard_error_fraction=None,
+            ),
+        )
+    ),
+    MetricsMessage(epoch=1, step=3, metrics={"loss": float("inf"), "accuracy": 0.5}),
+    StatusMessage(status="finished"),
+    HealthMessage(service="train", state="running", pid=1, host="here", details={"step": 3}),
+)
+"""One of each kind."""
+
+
+@dataclass
+class Clock:
+    """Seconds that pass when a test says so."""
+
+    seconds: float = 0.0
+
+    def __call__(self) -> float:
+        return self.seconds
+
+
+def wait_for(condition: Callable[[], bool], *, seconds: float = 30.0) -> None:
+    """Wait until something holds; fail if it does not for too long."""
+    end = time.monotonic() + seconds
+    pause = threading.Event()
+    while not condition():
+        assert time.monotonic() < end, f"it did not happen within {seconds:g} s"
+        pause.wait(0.005)
