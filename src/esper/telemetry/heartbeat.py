@@ -19,9 +19,9 @@ Detail = str | int | float | bool | None
 class Heartbeat:
     """Writes a line of JSON for each sign of life into a pipe, if there is one.
 
-    It never waits and never raises, as what it tells of must not be stopped by it: a beat that finds
-    no room is left out. So is one that comes less than a second after the last one, unless the
-    state is another; a beat that is left out costs a look at the clock.
+    It never waits and never raises, as what it tells of must not be stopped by it: a beat that
+    finds no room is left out. So is one that comes less than a second after the last one, unless
+    the state is another; that costs a look at the clock.
 
     Args:
         descriptor: Of the pipe's writing end; None if nobody supervises.
@@ -54,7 +54,7 @@ class Heartbeat:
         try:
             if not stat.S_ISFIFO(os.fstat(descriptor).st_mode):
                 return cls(None)
-            os.set_inheritable(descriptor, False)
+            os.set_inheritable(descriptor, False)  # noqa: FBT003 – positional only
             os.set_blocking(descriptor, False)
         except (OSError, OverflowError):  # of a process further up, which has not passed it on
             return cls(None)
