@@ -21,6 +21,7 @@ from esper.bus.bus import (
     answers_from,
     commands_for,
 )
+from esper.bus.consumer import Consumer
 from esper.bus.dead_letter import DeadLetter
 from esper.bus.envelope import (
     Envelope,
@@ -58,6 +59,7 @@ __all__ = [
     "BusRefusedError",
     "BusUnavailableError",
     "CommandMessage",
+    "Consumer",
     "DeadLetter",
     "Delivery",
     "Envelope",
