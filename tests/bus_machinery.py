@@ -2,9 +2,12 @@
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from esper.bus.bus import Bus, BusUnavailableError, Stream
+from esper.bus.envelope import Envelope, open_envelope
+from esper.bus.in_process import InProcessBus
 from esper.bus.messages import (
     AnswerMessage,
     CommandMessage,
@@ -14,6 +17,7 @@ from esper.bus.messages import (
     MetricsMessage,
     RunMessage,
     StatusMessage,
+    message_in,
 )
 from esper.lifecycle.actions import Germinate
 from esper.lifecycle.commands import Act, Outcome
@@ -85,3 +89,36 @@ def wait_for(condition: Callable[[], bool], *, seconds: float = 30.0) -> None:
     while not condition():
         assert time.monotonic() < end, f"it did not happen within {seconds:g} s"
         pause.wait(0.005)
+
+
+class GatedBus(InProcessBus):
+    """A bus that a test takes away, holds, or lets break in the middle of a batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = threading.Event()
+        self.gate.set()
+        self.away = False
+        self.breaks_after: int | None = None
+        """Messages of the next batch that still arrive."""
+        self.calls = 0
+
+    def publish(self, stream: Stream, messages: Sequence[bytes]) -> Sequence[str]:
+        self.calls += 1
+        self.gate.wait()
+        if self.away:
+            raise BusUnavailableError("the bus is away")
+        if self.breaks_after is not None:
+            arriving, self.breaks_after = messages[: self.breaks_after], None
+            super().publish(stream, arriving)
+            raise BusUnavailableError("the bus went away in between")
+        return super().publish(stream, messages)
+
+
+def told(bus: Bus, stream: Stream) -> list[tuple[Envelope, Message]]:
+    """Return everything that a stream holds, verified."""
+    found = []
+    for delivery in bus.latest(stream, limit=1_000_000):
+        envelope = open_envelope(delivery.message, KEYRING)
+        found.append((envelope, message_in(envelope)))
+    return found

@@ -1,0 +1,146 @@
+"""One stream of a run's telemetry on its way to the bus: queued, sealed, sent or kept."""
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Mapping
+
+from esper.bus.bus import Stream
+from esper.bus.envelope import Sealer
+from esper.bus.messages import EventMessage, Message, MetricsMessage, RunMessage, body_of
+from esper.bus.spool import Spool
+from esper.lifecycle.events import EventRecord
+
+BATCH_MESSAGES = 500
+"""Sent at once: a later emergency waits for no more than that."""
+
+Measured = tuple[int, int, Mapping[str, float]]
+"""Epoch, step, and named values."""
+Item = EventRecord | Measured | Message
+
+_LOG = logging.getLogger(__name__)
+
+
+class TelemetryLane:
+    """Takes items by `put`, from any thread; one other thread does the rest.
+
+    What finds no room, in the queue or in the spool, is the oldest; the sequence numbers that it
+    has, or would have had, tell whoever receives the others how many they miss.
+
+    Args:
+        stream: Where everything goes.
+        sealer: Of nobody else.
+        spool: Of nobody else; what it holds from earlier goes first.
+        max_queued: Items that wait to be sealed, 2 or more.
+    """
+
+    def __init__(self, stream: Stream, sealer: Sealer, spool: Spool, *, max_queued: int) -> None:
+        self.stream = stream
+        self._sealer = sealer
+        self._spool = spool
+        self._max_queued = max_queued
+        self._lock = threading.Lock()
+        """Held for a moment only, never while anything is written, sent or sealed."""
+        self._queue: deque[Item] = deque()
+        self._overflow = 0
+        """Items that were dropped since the last one was taken; all in the queue are younger."""
+        self._in_flight: list[bytes] = []
+        self._in_flight_spooled = False
+        self._lost = 0
+        self._told_unsendable = False
+
+    def put(self, item: Item) -> int:
+        """Take an item, and return how many wait now."""
+        with self._lock:
+            self._queue.append(item)
+            waiting = len(self._queue)
+            if waiting > self._max_queued:
+                oldest = self._queue.popleft()
+                if isinstance(oldest, RunMessage):  # without which nobody can tell what holds
+                    self._queue[0] = oldest
+                self._overflow += 1
+        return waiting
+
+    @property
+    def kept_messages(self) -> int:
+        """How many are in the spool."""
+        return len(self._spool)
+
+    def take_lost(self) -> int:
+        """Return how many messages were lost for good since the last call."""
+        lost, self._lost = self._lost, 0
+        return lost
+
+    def next_batch(self) -> list[bytes]:
+        """Return the messages that are to be sent now, the oldest first; none, if there are none.
+
+        They are in flight until `sent` or `keep`.
+        """
+        assert not self._in_flight
+        if len(self._spool):
+            self.keep()
+            self._in_flight, lost = self._spool.first(limit=BATCH_MESSAGES)
+            self._lost += lost
+            self._in_flight_spooled = True
+        if not self._in_flight:
+            self._in_flight = self._sealed(BATCH_MESSAGES)
+            self._in_flight_spooled = False
+        return self._in_flight
+
+    def sent(self) -> None:
+        """Take note that all that was in flight has arrived."""
+        if self._in_flight_spooled:
+            self._spool.sent(len(self._in_flight))
+        self._in_flight = []
+
+    def keep(self) -> None:
+        """Keep in the spool all that is in flight or waits; it may have arrived, too."""
+        if not self._in_flight_spooled:
+            self._lost += self._spool.append(self._in_flight)
+        self._in_flight = []
+        while messages := self._sealed(BATCH_MESSAGES):
+            self._lost += self._spool.append(messages)
+
+    def close(self) -> None:
+        """Let go of the spool's files."""
+        self._spool.close()
+
+    def _sealed(self, limit: int) -> list[bytes]:
+        """Take items out of the queue, and return them as messages."""
+        messages: list[bytes] = []
+        while not messages:
+            with self._lock:
+                overflow, self._overflow = self._overflow, 0
+                items = [self._queue.popleft() for _ in range(min(limit, len(self._queue)))]
+            self._sealer.skip(overflow)
+            self._lost += overflow
+            if not items:
+                break
+            messages += [message for item in items if (message := self._seal(item)) is not None]
+        return messages
+
+    def _seal(self, item: Item) -> bytes | None:
+        """Return an item as a message; what cannot be one is lost, and the first is told of."""
+        body = None
+        try:
+            body = body_of(_message(item))
+            return self._sealer.seal(body)[1]
+        except ValueError as error:
+            if body is None:
+                self._sealer.skip(1)
+            self._lost += 1
+            if not self._told_unsendable:
+                self._told_unsendable = True
+                kind = item.event.type if isinstance(item, EventRecord) else type(item).__name__
+                # not the error's text, which quotes values
+                _LOG.warning("%s cannot be sent: %s", kind, type(error).__name__)
+            return None
+
+
+def _message(item: Item) -> Message:
+    if isinstance(item, EventRecord):
+        return EventMessage(record=item)
+    if isinstance(item, tuple):
+        epoch, step, metrics = item
+        return MetricsMessage(epoch=epoch, step=step, metrics=dict(metrics))
+    return item
