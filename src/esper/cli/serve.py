@@ -1,0 +1,137 @@
+"""`esper serve`: run everything that one file names, and keep it running."""
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from esper.supervision.config import ServeConfig, ServeConfigError, load_serve_config
+from esper.supervision.notice import SERVE, Notice
+from esper.supervision.status import Finding
+
+_NOT_READY = 1
+_PACKAGES = {"anyio": "serve", "redis": "redis", "hiredis": "redis"}
+_FINDING_STYLES = {"ok": "green", "warning": "yellow", "failure": "red"}
+_STATE_STYLES = {
+    "ready": "green",
+    "finished": "green",
+    "given up": "red",
+    "backing off": "yellow",
+}
+_NAME_COLUMNS = 14
+
+
+def serve(
+    config: Annotated[Path, typer.Argument(help="TOML file of jobs and services.")],
+    check: Annotated[
+        bool, typer.Option("--check", help="Only look whether all of it could be started.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines.")] = False,
+) -> None:
+    """Start what CONFIG names, in its order, and bring back what dies, until Ctrl-C or SIGTERM.
+
+    SIGHUP reads the file again. Jobs that were begun before go on from their newest checkpoint.
+    """
+    if os.name != "posix":
+        raise typer.BadParameter("esper serve needs process groups, which Windows has not")
+    try:
+        import anyio  # noqa: PLC0415 – an optional extra
+
+        from esper.supervision.folder_lock import (  # noqa: PLC0415
+            AlreadyServedError,
+            FolderLock,
+            is_served,
+        )
+        from esper.supervision.preflight import preflight  # noqa: PLC0415
+        from esper.supervision.supervisor import (  # noqa: PLC0415
+            Supervisor,
+            end_left_behind,
+            serve_until_signal,
+        )
+    except ModuleNotFoundError as error:
+        extra = _PACKAGES.get((error.name or "").partition(".")[0])
+        if extra is None:
+            raise
+        raise typer.BadParameter(
+            f"esper serve needs {error.name}: pip install 'esper-lite[{extra}]'"
+        ) from error
+    # Until it can be obeyed: a file that is read again before it was read once changes nothing.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    view = _View(as_json=as_json)
+    found = _loaded(config)
+    base = config.absolute().parent
+    if check:
+        findings = preflight(found, base, already_served=is_served(found.folder))
+        view.findings(findings)
+        raise typer.Exit(_NOT_READY if _failures(findings) else 0)
+    try:
+        lock = FolderLock(found.folder)
+    except AlreadyServedError as error:
+        raise typer.BadParameter(str(error)) from error
+    except OSError as error:
+        raise typer.BadParameter(f"{found.folder} cannot be written: {error}") from error
+    left = end_left_behind(found.folder, found.stop.drain_seconds)
+    if left:
+        view.notice(Notice(about=SERVE, text=f"ended {left} processes of an esper serve before"))
+    findings = preflight(found, base)
+    view.findings(findings)
+    if _failures(findings):
+        raise typer.Exit(_NOT_READY)
+    supervisor = Supervisor(config, found, preflight=findings, tell=view.notice)
+    anyio.run(serve_until_signal, supervisor)
+    lock.release()
+
+
+def _loaded(config: Path) -> ServeConfig:
+    try:
+        return load_serve_config(config)
+    except ServeConfigError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+def _failures(findings: list[Finding]) -> bool:
+    return any(finding.level == "failure" for finding in findings)
+
+
+class _View:
+    """Prints what happens, in lines for a person or for a program."""
+
+    def __init__(self, *, as_json: bool) -> None:
+        self._console = Console()
+        self._as_json = as_json
+
+    def findings(self, findings: list[Finding]) -> None:
+        """Print what was found before the start."""
+        for finding in findings:
+            if self._as_json:
+                self._print_json(finding.model_dump_json())
+                continue
+            line = Text(f"{finding.level:<8}", _FINDING_STYLES[finding.level])
+            line.append(f"{finding.about:<{_NAME_COLUMNS}} ", style="bold")
+            line.append(finding.text, style="not bold")
+            self._console.print(line, highlight=False, soft_wrap=True)
+
+    def notice(self, notice: Notice) -> None:
+        """Print that something has changed."""
+        if self._as_json:
+            self._print_json(notice.model_dump_json())
+            return
+        clock = time.strftime("%H:%M:%S", time.localtime(notice.time_seconds))
+        line = Text(f"{clock} ", style="dim")
+        line.append(f"{notice.about:<{_NAME_COLUMNS}} ", style="bold not dim")
+        if notice.state is not None:
+            line.append(notice.state, style=_STATE_STYLES.get(notice.state, "not dim"))
+        if notice.text:
+            line.append(f"{': ' if notice.state else ''}{notice.text}", style="not dim")
+        self._console.print(line, highlight=False, soft_wrap=True)
+        for printed in notice.lines:
+            shown = Text(f"{'':{_NAME_COLUMNS}} {'':8}| {printed}", style="dim")
+            self._console.print(shown, highlight=False, soft_wrap=True)
+
+    def _print_json(self, line: str) -> None:
+        self._console.out(line, highlight=False)

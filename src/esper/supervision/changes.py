@@ -1,0 +1,27 @@
+"""News that something has changed, for whoever waits for it."""
+
+from collections.abc import Callable
+
+import anyio
+
+
+class Changes:
+    """Tells that the state of some program has changed. For one event loop.
+
+    Args:
+        listener: Is called with the name of each program that has changed.
+    """
+
+    def __init__(self, listener: Callable[[str], None]) -> None:
+        self._listener = listener
+        self._next = anyio.Event()
+
+    def tell(self, name: str) -> None:
+        """Say that one has changed."""
+        passed, self._next = self._next, anyio.Event()
+        passed.set()
+        self._listener(name)
+
+    async def next(self) -> None:
+        """Wait until one changes."""
+        await self._next.wait()

@@ -1,0 +1,121 @@
+"""Esper's own services as programs that a supervisor runs: the router, the dashboard, job checks.
+
+`python -m esper.supervision.children router|dashboard|check …`. Both services beat only when they
+have done something for somebody: the router when its own loop has come round, the dashboard when it
+has answered a request that this program makes.
+"""
+
+import argparse
+import http.client
+import json
+import sys
+import threading
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+from esper.experiments.config import SettingsError, load_run_config
+from esper.supervision.config import DASHBOARD, ROUTER
+from esper.supervision.routing import route
+from esper.telemetry.heartbeat import Heartbeat
+
+CHECK = "check"
+
+_PROBE_SECONDS = 1.0
+_PROBE_LIMIT_SECONDS = 10.0
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one of them."""
+    parser = argparse.ArgumentParser(prog="esper.supervision.children")
+    kinds = parser.add_subparsers(dest="kind", required=True)
+    router = kinds.add_parser(ROUTER)
+    router.add_argument("--bus", required=True)
+    router.add_argument("--folder", type=Path, required=True)
+    router.add_argument("--key-file", type=Path)
+    dashboard = kinds.add_parser(DASHBOARD)
+    dashboard.add_argument("--folder", type=Path, required=True)
+    dashboard.add_argument("--host", required=True)
+    dashboard.add_argument("--port", type=int, required=True)
+    dashboard.add_argument("--token-file", type=Path)
+    check = kinds.add_parser(CHECK)
+    check.add_argument("task")
+    check.add_argument("--config", type=Path)
+    check.add_argument("--set", action="append", default=[])
+    given = parser.parse_args(arguments)
+    if given.kind == ROUTER:
+        route(given.bus, given.folder, given.key_file)
+    elif given.kind == DASHBOARD:
+        show(given.folder, given.host, given.port, given.token_file)
+    else:
+        sys.stdout.write(json.dumps(looked_at(given.task, given.config, given.set)))
+
+
+def looked_at(task: str, file: Path | None, settings: Sequence[str]) -> dict[str, str | None]:
+    """Return a job's device, and its problem as far as can be said without training it."""
+    try:
+        config = load_run_config(task, file, settings, {})
+    except SettingsError as error:
+        return {"device": None, "problem": str(error)}
+    try:
+        torch.zeros(1, device=config.device)
+    except (RuntimeError, AssertionError) as error:  # torch's own, of a build without CUDA too
+        told = str(error).partition("\n")[0]
+        problem = f"device {config.device} cannot be used: {told}"
+        return {"device": config.device, "problem": problem}
+    return {"device": config.device, "problem": None}
+
+
+def show(folder: Path, host: str, port: int, token_file: Path | None) -> None:
+    """Serve the dashboard until SIGTERM.
+
+    Raises:
+        ModuleNotFoundError: The extra is not installed.
+        AddressError: The address cannot be served.
+    """
+    from esper.dashboard import (  # noqa: PLC0415 – an optional extra
+        DashboardServer,
+        allow_many_files,
+        find_token,
+    )
+
+    heartbeat = Heartbeat.from_environment()
+    server = DashboardServer(folder, host=host, port=port, token=find_token(token_file))
+    allow_many_files()
+    address = server.address
+    sys.stdout.write(f"{address.url_with_token if address.generated else address.url}\n")
+    sys.stdout.flush()
+    over = threading.Event()
+    probe = threading.Thread(
+        target=_beat_when_answered, args=(heartbeat, _near(host), port, over), daemon=True
+    )
+    probe.start()
+    try:
+        server.serve()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        over.set()
+
+
+def _near(host: str) -> str:
+    """Return an address of this machine at which a server of all addresses answers."""
+    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 – it is looked up
+
+
+def _beat_when_answered(heartbeat: Heartbeat, host: str, port: int, over: threading.Event) -> None:
+    """Ask a server for something small each second, and beat when it has answered."""
+    while not over.is_set():
+        connection = http.client.HTTPConnection(host, port, timeout=_PROBE_LIMIT_SECONDS)
+        with suppress(OSError, http.client.HTTPException):  # no answer, so no beat
+            connection.request("GET", "/", headers={"Host": f"localhost:{port}"})
+            connection.getresponse().read()
+            heartbeat.beat("serving")
+        connection.close()
+        over.wait(_PROBE_SECONDS)
+
+
+if __name__ == "__main__":
+    main()
