@@ -1,8 +1,11 @@
 """What tests of the bus share: keys, a message of each kind, and a clock that is moved by hand."""
 
+import resource
+import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from esper.bus.bus import Bus, BusUnavailableError, Stream
@@ -122,3 +125,16 @@ def told(bus: Bus, stream: Stream) -> list[tuple[Envelope, Message]]:
         envelope = open_envelope(delivery.message, KEYRING)
         found.append((envelope, message_in(envelope)))
     return found
+
+
+@contextmanager
+def files_of_at_most(num_bytes: int) -> Iterator[None]:
+    """Let the system refuse to let a file grow further, as it does on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)

@@ -3,20 +3,18 @@
 import errno
 import os
 import random
-import resource
 import signal
 import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bus_machinery import files_of_at_most
 from esper.bus.spool import Spool
 from processes import TESTS
 
@@ -152,19 +150,6 @@ def test_what_is_lost_while_it_is_kept_is_counted(tmp_path: Path) -> None:
     oldest.unlink()
     assert spool.first(limit=5) == ([b"second"], 1)
     assert drained(spool) == [b"second", b"third"]
-
-
-@contextmanager
-def files_of_at_most(num_bytes: int) -> Iterator[None]:
-    """Let the system refuse to let a file grow further, as it does on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, ignored)
 
 
 def test_what_the_disk_does_not_take_is_dropped_whole_and_counted(tmp_path: Path) -> None:

@@ -20,13 +20,17 @@ class Backoff:
     def __init__(self, draw: Callable[[], float] | None = None) -> None:
         self._draw = random.Random().random if draw is None else draw  # noqa: S311
         self._next_seconds = _FIRST_SECONDS
+        self.failures = 0
+        """Since it worked last."""
 
     def failed(self) -> float:
         """Return the seconds to wait now."""
+        self.failures += 1
         seconds = self._next_seconds
         self._next_seconds = min(2.0 * seconds, _LONGEST_SECONDS)
         return seconds * (0.5 + 0.5 * self._draw())
 
     def works(self) -> None:
         """Begin with the shortest wait again."""
+        self.failures = 0
         self._next_seconds = _FIRST_SECONDS

@@ -1,0 +1,105 @@
+"""A folder of mirrors, one for each run that is told of."""
+
+import logging
+import os
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+
+from esper.bus.envelope import MessageRefusedError, Refusal
+from esper.bus.messages import RunMessage
+from esper.bus.mirror import Mirror, NoMirrorError, Taken, Told
+
+_MAX_NAME_BYTES = 255
+_PASSED_OVER = None
+
+_LOG = logging.getLogger(__name__)
+
+
+class Mirrors:
+    """Opens mirrors as they are needed, and closes those that were not needed for longest.
+
+    A run that is trained on this machine into the same folder is no mirror, and is passed over. For
+    one thread.
+
+    Args:
+        folder: That mirrors are in; is made if there is something to store.
+        max_open: Mirrors; each holds some files open, and is "running" to those who look at it.
+    """
+
+    def __init__(self, folder: Path, *, max_open: int = 64) -> None:
+        self._folder = folder
+        self._max_open = max_open
+        self._open: OrderedDict[str, Mirror | None] = OrderedDict()
+        """Those used last at the end; None is no mirror."""
+
+    def __len__(self) -> int:
+        return sum(mirror is not None for mirror in self._open.values())
+
+    def take(self, run: str, told: Sequence[Told]) -> Taken | None:
+        """Store what is new of a run's messages; None if they are passed over.
+
+        Args:
+            run: An id that `check_name` has let pass.
+            told: Of that run.
+
+        Raises:
+            RunFolderError: Another process writes the mirror.
+            OSError: Nothing was stored.
+            sqlite3.Error: Nothing was stored.
+        """
+        mirror = self._mirror(run, told)
+        if mirror is _PASSED_OVER:
+            return None
+        try:
+            return mirror.take(told)
+        except BaseException:
+            self._drop(run)  # it is opened anew, and perhaps works then
+            raise
+
+    def close(self) -> None:
+        """Let go of all files."""
+        while self._open:
+            self._drop(next(iter(self._open)))
+
+    def _mirror(self, run: str, told: Sequence[Told]) -> Mirror | None:
+        found = self._open.get(run)
+        if found is not None and not found.is_in_place:
+            self._drop(run)  # somebody has removed the folder
+        if run not in self._open:
+            while len(self._open) >= self._max_open:
+                self._drop(next(iter(self._open)))
+            self._open[run] = self._opened(run, told)
+        self._open.move_to_end(run)
+        return self._open[run]
+
+    def _opened(self, run: str, told: Sequence[Told]) -> Mirror | None:
+        first = next((one.message for one in told if isinstance(one.message, RunMessage)), None)
+        try:
+            return Mirror(self._folder / run, first)
+        except NoMirrorError as error:
+            _LOG.warning("what run %s tells is not stored: %s", run, error)
+            return _PASSED_OVER
+
+    def _drop(self, run: str) -> None:
+        mirror = self._open.pop(run)
+        if mirror is not None:
+            mirror.close()
+
+
+def check_name(run: str) -> None:
+    """Raise unless a run's id can be the name of a folder that people see, and of nothing else.
+
+    Raises:
+        MessageRefusedError: It leads elsewhere, is hidden, or has characters that no name has.
+    """
+    if (
+        not run
+        or not run.isprintable()
+        or run.startswith(".")
+        or any(sign in run for sign in "/\\")
+        or len(os.fsencode(run)) > _MAX_NAME_BYTES
+    ):
+        raise MessageRefusedError(
+            Refusal.WRONG_RUN, f"no folder can have the name of run {run[:80]!r}"
+        )

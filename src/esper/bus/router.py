@@ -1,0 +1,244 @@
+"""Brings what runs tell to where people look at it."""
+
+import logging
+import sqlite3
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor, as_completed
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from esper.bus.backoff import Backoff
+from esper.bus.bus import (
+    EMERGENCY,
+    TELEMETRY,
+    Bus,
+    BusUnavailableError,
+    Delivery,
+    Stream,
+    Subscription,
+)
+from esper.bus.envelope import MessageRefusedError, open_envelope
+from esper.bus.messages import message_in
+from esper.bus.mirror import Told, check_telling
+from esper.bus.mirrors import Mirrors, check_name
+from esper.lifecycle.record import Record
+from esper.signing import Keyring
+from esper.telemetry.run_store import RunFolderError
+
+BATCH_MESSAGES = 500
+"""Received at once; those of one run are stored in one transaction."""
+
+_WAIT_SECONDS = 0.5
+_IDLE_SECONDS = 30.0
+_LOOK_SECONDS = 0.05
+"""Between two looks whether to end, in a pause."""
+
+_LOG = logging.getLogger(__name__)
+
+
+class RouterFacts(Record):
+    """What a router has done since it was started."""
+
+    stored: int = 0
+    again: int = 0
+    """Came more than once, and are stored once."""
+    missed: int = 0
+    """Were lost on their way: later ones of the same run have come."""
+    refused: int = 0
+    """Could not be trusted or read, and are dead letters."""
+    passed_over: int = 0
+    """Are of runs that have a folder here which is no mirror."""
+    runs: int = 0
+    """Whose mirrors are open now."""
+
+
+class Router:
+    """Verifies what runs tell, and stores it in mirrors: run folders that all who read such read.
+
+    Emergencies have a thread of their own. A message is acknowledged when it is stored; however
+    often it comes, and whenever this process is killed, it is stored once. How old a message is
+    does not matter, it may have waited for the bus; who has signed it does.
+
+    There may be one router for a group at a time: a new one takes at once what another held.
+
+    Args:
+        bus: May be away.
+        keyring: Verifies.
+        folder: That mirrors are in, each under its run's id.
+        group: Of the bus; a router of another one gets all messages, too.
+        consumer: Its name in the group.
+        max_open: Mirrors.
+    """
+
+    def __init__(
+        self,
+        bus: Bus,
+        keyring: Keyring,
+        folder: Path,
+        *,
+        group: str = "router",
+        consumer: str = "router",
+        max_open: int = 64,
+    ) -> None:
+        self._bus = bus
+        self._keyring = keyring
+        self._mirrors = Mirrors(folder, max_open=max_open)
+        self._group = group
+        self._consumer = consumer
+        self._counts: Counter[str] = Counter()
+        self._lock = threading.Lock()
+        """Of the counts."""
+        self._runs = 0
+
+    def facts(self) -> RouterFacts:
+        """Return what was done so far."""
+        with self._lock:
+            return RouterFacts(**self._counts, runs=self._runs)
+
+    def run(self, stop: threading.Event) -> None:
+        """Route until told to stop.
+
+        Raises:
+            BusRefusedError: The server will not have it.
+        """
+        over = threading.Event()
+
+        def ended() -> bool:
+            return stop.is_set() or over.is_set()
+
+        # All mirrors are written by one thread: a connection of SQLite's belongs to one.
+        with ThreadPoolExecutor(1, "esper-mirrors") as writer:
+            with ThreadPoolExecutor(2, "esper-router") as readers:
+                routes = [
+                    readers.submit(self._route, stream, writer, ended)
+                    for stream in (EMERGENCY, TELEMETRY)
+                ]
+                for _ in as_completed(routes):
+                    over.set()  # also where one has failed
+            writer.submit(self._mirrors.close).result()
+        for route in routes:
+            route.result()
+
+    def _route(self, stream: Stream, writer: Executor, ended: Callable[[], bool]) -> None:
+        backoff = Backoff()
+        subscription: Subscription | None = None
+        while not ended():
+            try:
+                if subscription is None:
+                    subscription = self._bus.subscribe(
+                        stream,
+                        group=self._group,
+                        consumer=self._consumer,
+                        idle_seconds=_IDLE_SECONDS,
+                    )
+                    subscription.reclaim()  # what a router held that has died, or this one
+                received = subscription.receive(limit=BATCH_MESSAGES, wait_seconds=_WAIT_SECONDS)
+                self._deal_with(received, stream, subscription, writer, ended)
+                if backoff.failures:
+                    _LOG.warning("%s is read again", stream.name)
+                backoff.works()
+            except BusUnavailableError as error:
+                subscription = None
+                if not backoff.failures:
+                    _LOG.warning("%s, tried again until it works", error)
+                _pause(backoff, ended)
+        if subscription is not None:
+            with suppress(BusUnavailableError):
+                subscription.close()
+
+    def _deal_with(
+        self,
+        received: Sequence[Delivery],
+        stream: Stream,
+        subscription: Subscription,
+        writer: Executor,
+        ended: Callable[[], bool],
+    ) -> None:
+        """Store messages and acknowledge them; those that cannot be stored now wait."""
+        runs: dict[str, _Batch] = {}
+        refused: list[tuple[Delivery, str]] = []
+        for delivery in received:
+            try:
+                told = self._opened(delivery, stream)
+            except MessageRefusedError as error:
+                refused.append((delivery, f"{error.refusal}: {error}"))
+            else:
+                batch = runs.setdefault(told.envelope.run, _Batch())
+                batch.entries.append(delivery.entry)
+                batch.told.append(told)
+        backoff = Backoff()
+        while runs:
+            done, errors = writer.submit(self._store, runs).result()
+            subscription.acknowledge([entry for run in done for entry in runs[run].entries])
+            for run, problem in errors.items():
+                if not backoff.failures:
+                    _LOG.warning("what run %s tells cannot be stored now: %s", run, problem)
+            runs = {run: runs[run] for run, problem in errors.items() if _may_pass(problem)}
+            if runs:
+                if ended():
+                    return  # it is delivered again
+                subscription.renew([entry for batch in runs.values() for entry in batch.entries])
+                _pause(backoff, ended)
+        for delivery, reason in refused:
+            subscription.refuse(delivery, reason)
+            self._count(refused=1)
+
+    def _opened(self, delivery: Delivery, stream: Stream) -> Told:
+        """Return what a message says of which run.
+
+        Raises:
+            MessageRefusedError: It cannot be trusted, read or stored.
+        """
+        envelope = open_envelope(delivery.message, self._keyring)
+        check_name(envelope.run)
+        message = check_telling(envelope, message_in(envelope))
+        return Told(stream=stream, envelope=envelope, message=message)
+
+    def _store(self, runs: Mapping[str, "_Batch"]) -> tuple[list[str], dict[str, Exception]]:
+        """Return the runs whose messages are stored, and why others are not."""
+        done: list[str] = []
+        errors: dict[str, Exception] = {}
+        for run, batch in runs.items():
+            try:
+                taken = self._mirrors.take(run, batch.told)
+            except (sqlite3.Error, OSError, RunFolderError) as error:
+                errors[run] = error
+                continue
+            done.append(run)
+            if taken is None:
+                self._count(passed_over=len(batch.told))
+            else:
+                self._count(stored=taken.stored, again=taken.again, missed=taken.missed)
+        self._runs = len(self._mirrors)
+        return done, errors
+
+    def _count(self, **more: int) -> None:
+        with self._lock:
+            self._counts.update(more)
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Messages of one run, and the entries that brought them."""
+
+    entries: list[str] = field(default_factory=list)
+    told: list[Told] = field(default_factory=list)
+
+
+def _may_pass(error: Exception) -> bool:
+    """Return whether it is worth waiting for, as a full disk is, while others wait too.
+
+    What is not is delivered again some times, and a dead letter then.
+    """
+    return isinstance(error, (sqlite3.OperationalError, OSError))
+
+
+def _pause(backoff: Backoff, ended: Callable[[], bool]) -> None:
+    """Wait as long as the backoff says, or until the end."""
+    end = time.monotonic() + backoff.failed()
+    while not ended() and time.monotonic() < end:
+        time.sleep(_LOOK_SECONDS)

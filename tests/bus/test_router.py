@@ -1,0 +1,425 @@
+"""What runs tell is stored once in folders that all tools read, and nothing else is."""
+
+import logging
+import sqlite3
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from bus_machinery import KEYRING, OTHER_KEYRING, SKIPPED, files_of_at_most, record, wait_for
+from esper.bus.bus import DEAD_LETTERS, EMERGENCY, TELEMETRY, Bus, Stream
+from esper.bus.dead_letter import DeadLetter
+from esper.bus.envelope import MessageRefusedError, Sealer, open_envelope
+from esper.bus.in_process import InProcessBus
+from esper.bus.link_state import LinkState
+from esper.bus.messages import (
+    EventMessage,
+    HealthMessage,
+    Message,
+    MetricsMessage,
+    RunMessage,
+    StatusMessage,
+    body_of,
+)
+from esper.bus.mirror import Mirror, NoMirrorError, Told, _making, missed_in
+from esper.bus.mirrors import check_name
+from esper.bus.redis_streams import RedisBus
+from esper.bus.router import Router, RouterFacts
+from esper.bus.telemetry_link import TelemetryLink
+from esper.cli.app import app
+from esper.lifecycle.events import EventRecord
+from esper.telemetry import RunReader, RunStore
+from processes import TESTS
+from redis_server import RedisServer
+from tracked_run import CONFIG, tell_run
+
+
+@contextmanager
+def routing(bus: Bus, folder: Path, **options: int) -> Iterator[Router]:
+    router = Router(bus, KEYRING, folder, **options)
+    stop = threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(router.run, stop)
+        try:
+            yield router
+        finally:
+            stop.set()
+            running.result()
+
+
+class Telling:
+    """One attempt of a run, told by hand; batches are what a test makes of them."""
+
+    def __init__(self, run: str = "run") -> None:
+        self.run = run
+        self._sealers = {stream.name: Sealer(KEYRING, run) for stream in (EMERGENCY, TELEMETRY)}
+
+    def sealed(self, stream: Stream, *messages: Message) -> list[bytes]:
+        return [self._sealers[stream.name].seal(body_of(message))[1] for message in messages]
+
+    def told(self, stream: Stream, *messages: Message) -> list[Told]:
+        sealed = self.sealed(stream, *messages)
+        envelopes = [open_envelope(one, KEYRING) for one in sealed]
+        return [
+            Told(stream=stream, envelope=envelope, message=message)
+            for envelope, message in zip(envelopes, messages, strict=True)
+        ]
+
+
+def began(after_step: int = -1, **config: str) -> RunMessage:
+    return RunMessage(config=config, environment={"device": "cpu"}, after_step=after_step)
+
+
+def events(*steps: int, critical: bool = False) -> list[EventMessage]:
+    return [
+        EventMessage(record=record(step, SKIPPED) if critical else record(step)) for step in steps
+    ]
+
+
+def steps_in(folder: Path) -> list[int]:
+    return [row.step for row in RunReader(folder).events()]
+
+
+def reasons(bus: Bus) -> list[str]:
+    letters = bus.latest(DEAD_LETTERS, limit=1000)
+    return [DeadLetter.model_validate_json(letter.message).reason for letter in letters]
+
+
+def test_a_mirror_is_read_as_the_folder_of_the_run_itself(tmp_path: Path) -> None:
+    bus = InProcessBus()
+    own = RunStore(tmp_path / "own", config=CONFIG, environment={"device": "cpu"})
+    with routing(bus, tmp_path / "mirrors") as router:
+        link = TelemetryLink(bus, KEYRING, "run-1", folder=tmp_path / "own", link=LinkState())
+        link.begin(CONFIG, {"device": "cpu"}, -1)
+        for sink in (own, link):
+            tell_run(sink)
+        own.set_status("finished")
+        link.end("finished")
+        assert link.close() == 0
+        wait_for(lambda: router.facts().stored == 2 + len(RunReader(tmp_path / "own").events()) + 4)
+        assert router.facts().runs == 1
+        mirrored = RunReader(tmp_path / "mirrors" / "run-1")
+        assert mirrored.is_written
+    own.close()
+    reader = RunReader(tmp_path / "own")
+    assert sorted(map(repr, mirrored.events())) == sorted(map(repr, reader.events()))
+    normal = [repr(row) for row in reader.events() if row.event.priority == "normal"]
+    assert [repr(row) for row in mirrored.events() if row.event.priority == "normal"] == normal
+    assert [row.value for row in mirrored.metrics(name="top-5 %")] == [0.5]
+    assert repr(mirrored.metrics()) == repr(reader.metrics())
+    assert mirrored.glance().event_counts == reader.glance().event_counts
+    assert (mirrored.status, mirrored.attempt, mirrored.is_written) == ("finished", 1, False)
+    assert (mirrored.config(), mirrored.environment()) == (reader.config(), reader.environment())
+    assert missed_in(tmp_path / "mirrors" / "run-1") == 0
+    assert missed_in(tmp_path / "own") is None
+    shown = CliRunner().invoke(app, ["inspect", str(tmp_path / "mirrors" / "run-1")])
+    assert shown.exit_code == 0, shown.output
+
+
+@pytest.fixture(params=["in process", pytest.param("redis", marks=pytest.mark.redis)])
+def any_bus(request: pytest.FixtureRequest) -> Iterator[Bus]:
+    if request.param == "in process":
+        yield InProcessBus()
+        return
+    with RedisServer() as server:
+        bus = RedisBus(server.url)
+        yield bus
+        bus.close()
+
+
+@pytest.mark.slow
+def test_what_a_stream_lost_while_nobody_read_it_is_counted_exactly(
+    any_bus: Bus, tmp_path: Path
+) -> None:
+    short = Stream(name=TELEMETRY.name, max_length=10_000)
+    telling = Telling()
+    for begin in range(0, 100_000, 1000):
+        any_bus.publish(short, telling.sealed(short, *events(*range(begin, begin + 1000))))
+    with routing(any_bus, tmp_path) as router:
+        wait_for(lambda: router.facts().stored == 10_000, seconds=60.0)
+        facts = router.facts()
+    assert facts == RouterFacts(stored=10_000, missed=90_000, runs=1)
+    assert steps_in(tmp_path / "run") == [*range(90_000, 100_000)]
+    assert missed_in(tmp_path / "run") == 90_000
+    assert RunReader(tmp_path / "run").config() == {}
+
+
+KILLED = """
+import sys, threading
+from pathlib import Path
+from bus_machinery import KEYRING
+from esper.bus.redis_streams import RedisBus
+from esper.bus.router import Router
+
+class Hanging:
+    def __init__(self, subscription):
+        self._subscription = subscription
+    def __getattr__(self, name):
+        return getattr(self._subscription, name)
+    def acknowledge(self, entries):
+        if entries:
+            print("stored", flush=True)
+            threading.Event().wait()
+
+bus = RedisBus(sys.argv[1])
+subscribe = bus.subscribe
+bus.subscribe = lambda *args, **options: Hanging(subscribe(*args, **options))
+Router(bus, KEYRING, Path(sys.argv[2])).run(threading.Event())
+"""
+
+
+@pytest.mark.redis
+def test_a_router_that_is_killed_before_it_acknowledges_doubles_nothing(tmp_path: Path) -> None:
+    with RedisServer() as server:
+        bus = RedisBus(server.url)
+        first = Telling()
+        bus.publish(TELEMETRY, first.sealed(TELEMETRY, began(), *events(*range(300))))
+        second = Telling()
+        bus.publish(TELEMETRY, second.sealed(TELEMETRY, began(99), *events(*range(100, 150))))
+        for _ in range(2):
+            process = subprocess.Popen(
+                [sys.executable, "-c", KILLED, server.url, str(tmp_path)],
+                stdout=subprocess.PIPE,
+                cwd=TESTS,
+            )
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"stored\n"
+            process.kill()
+            process.communicate()
+        expected = [*range(100), *range(100, 150)]
+        assert steps_in(tmp_path / "run") == expected
+        bus.publish(TELEMETRY, second.sealed(TELEMETRY, *events(150)))
+        with routing(bus, tmp_path) as router:
+            wait_for(lambda: router.facts().stored == 1)
+            assert router.facts() == RouterFacts(stored=1, again=352, runs=1)
+        assert steps_in(tmp_path / "run") == [*expected, 150]
+        assert missed_in(tmp_path / "run") == 0
+        bus.close()
+
+
+def test_a_run_that_goes_on_forgets_what_came_later_once_and_in_each_stream_by_itself(
+    tmp_path: Path,
+) -> None:
+    mirror = Mirror(tmp_path / "run")
+    first, second = Telling(), Telling()
+    values = [MetricsMessage(epoch=1, step=step, metrics={"loss": 1.0}) for step in (10, 20)]
+    ended = StatusMessage(status="interrupted")
+    mirror.take(first.told(TELEMETRY, began(task="digits"), *events(5, 15), *values))
+    mirror.take(first.told(EMERGENCY, began(task="digits"), *events(6, 16, critical=True)))
+    again = second.told(EMERGENCY, began(10, task="other"), *events(11, critical=True))
+    mirror.take(again)
+    assert sorted(steps_in(tmp_path / "run")) == [5, 6, 11, 15]
+    mirror.take(first.told(TELEMETRY, *events(17), ended))
+    assert RunReader(tmp_path / "run").status == "interrupted"
+    attempt = RunReader(tmp_path / "run").attempt
+    later = second.told(TELEMETRY, began(10, task="other"), *events(12))
+    mirror.take(later)
+    expected = [5, 6, 11, 12]
+    assert sorted(steps_in(tmp_path / "run")) == expected
+    assert [row.step for row in RunReader(tmp_path / "run").metrics()] == [10]
+    assert RunReader(tmp_path / "run").attempt > attempt > 1
+    assert RunReader(tmp_path / "run").status == "running"
+    assert RunReader(tmp_path / "run").config() == {"task": "digits"}
+    for known in (again, later):
+        taken = mirror.take(known)
+        assert (taken.stored, taken.again) == (0, 2)
+    mirror.close()
+    mirror = Mirror(tmp_path / "run")
+    assert mirror.take(later[:1]).again == 1
+    mirror.close()
+    assert sorted(steps_in(tmp_path / "run")) == expected
+
+
+def test_a_run_whose_first_message_was_lost_in_one_stream_forgets_by_the_other(
+    tmp_path: Path,
+) -> None:
+    mirror = Mirror(tmp_path / "run")
+    first, second = Telling(), Telling()
+    mirror.take(first.told(EMERGENCY, began(task="digits")))
+    mirror.take(first.told(TELEMETRY, began(), *events(5, 15)))
+    mirror.take(second.told(EMERGENCY, began(10), *events(11, critical=True)))
+    lost, *arrived = second.told(TELEMETRY, began(10), *events(12, 13))
+    assert mirror.take(arrived).missed == 1
+    assert sorted(steps_in(tmp_path / "run")) == [5, 11, 12, 13]
+    assert mirror.take([lost]).missed == -1  # late, and without effect by now
+    assert sorted(steps_in(tmp_path / "run")) == [5, 11, 12, 13]
+    mirror.close()
+
+
+def test_a_batch_that_cannot_be_stored_leaves_nothing_and_can_come_again(tmp_path: Path) -> None:
+    mirror = Mirror(tmp_path / "run")
+    told = Telling().told(TELEMETRY, began(), *events(1, 2))
+    broken = MetricsMessage(epoch=1, step=1 << 70, metrics={"loss": 1.0})
+    with pytest.raises(OverflowError):
+        mirror.take([*told, *Telling().told(TELEMETRY, broken)])
+    assert steps_in(tmp_path / "run") == []
+    taken = mirror.take(told)
+    assert (taken.stored, taken.again, taken.missed) == (3, 0, 0)
+    mirror.close()
+
+
+def test_a_full_disk_is_waited_for_and_nothing_is_lost_or_doubled(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    bus, telling = InProcessBus(), Telling()
+    with caplog.at_level(logging.WARNING, logger="esper"), routing(bus, tmp_path) as router:
+        bus.publish(TELEMETRY, telling.sealed(TELEMETRY, began(), *events(0)))
+        wait_for(lambda: router.facts().stored == 2)
+        with files_of_at_most(100_000):
+            bus.publish(TELEMETRY, telling.sealed(TELEMETRY, *events(*range(1, 2001))))
+            wait_for(lambda: bool(caplog.records))
+        wait_for(lambda: router.facts().stored == 2002)
+    assert steps_in(tmp_path / "run") == [*range(2001)]
+    assert len(caplog.records) == 1
+    assert "what run run tells cannot be stored now" in caplog.text
+    assert reasons(bus) == []
+
+
+def test_a_run_of_this_machine_is_left_alone_and_that_is_said_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = RunStore(tmp_path / "local", config={}, environment={})
+    store.publish(record(1))
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "file").write_text("mine")
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    bus = InProcessBus()
+    with caplog.at_level(logging.WARNING, logger="esper"), routing(bus, tmp_path) as router:
+        for run in ("local", "folder", "link", "remote"):
+            telling = Telling(run)
+            for _ in range(3):
+                bus.publish(TELEMETRY, telling.sealed(TELEMETRY, *events(2)))
+        wait_for(lambda: sum(router.facts().model_dump().values()) == 13)
+        assert router.facts() == RouterFacts(stored=3, passed_over=9, runs=1)
+    store.close()
+    assert steps_in(tmp_path / "local") == [1]
+    assert [path.name for path in (tmp_path / "folder").iterdir()] == ["file"]
+    assert not (tmp_path / "elsewhere").exists()
+    assert steps_in(tmp_path / "remote") == [2, 2, 2]
+    assert [entry.getMessage().split()[2] for entry in caplog.records] == [
+        "local",
+        "folder",
+        "link",
+    ]
+
+
+ODD_RUNS = [
+    *("../x", "a/b", "/x", "..", ".", ".hidden", "a\\b", "a\0b", "a\nb", "\u202e", "\x1b[2J"),
+    *(255 * "é", " \u2028"),
+]
+
+
+@pytest.mark.parametrize("run", [*ODD_RUNS, "", 4000 * "x"])
+def test_no_folder_has_an_odd_name(run: str) -> None:
+    with pytest.raises(MessageRefusedError, match="no folder can have the name of run"):
+        check_name(run)
+
+
+@pytest.mark.parametrize("run", ["digits-1", "a.b", "run of é", "~", "-rf"])
+def test_plain_names_stay_in_the_folder(run: str, tmp_path: Path) -> None:
+    check_name(run)
+    mirror = Mirror(tmp_path / run)
+    mirror.close()
+    assert [path.name for path in tmp_path.iterdir()] == [run]
+
+
+def test_what_cannot_be_trusted_read_or_stored_is_a_dead_letter_and_the_rest_is_stored(
+    tmp_path: Path,
+) -> None:
+    bus, telling = InProcessBus(), Telling()
+    health = HealthMessage(service="train", state="running", pid=1, host="here")
+    far = EventRecord(time_seconds=0.0, epoch=0, step=1 << 63, event=SKIPPED)
+    timeless = EventRecord(time_seconds=float("nan"), epoch=0, step=0, event=SKIPPED)
+    (forged,) = telling.sealed(TELEMETRY, *events(1))
+    folder = tmp_path / "deep" / "runs"
+    with routing(bus, folder) as router:
+        bus.publish(
+            TELEMETRY,
+            [
+                forged[:-1] + b" ",
+                b"no message",
+                *telling.sealed(TELEMETRY, began()),
+                Sealer(OTHER_KEYRING, "run").seal(body_of(events(2)[0]))[1],
+                *telling.sealed(TELEMETRY, health, EventMessage(record=far)),
+                *telling.sealed(TELEMETRY, EventMessage(record=timeless), began(1 << 64)),
+                *telling.sealed(TELEMETRY, *events(3)),
+                *(Telling(run).sealed(TELEMETRY, *events(1))[0] for run in ODD_RUNS),
+            ],
+        )
+        wait_for(lambda: router.facts().refused == 8 - 1 + len(ODD_RUNS))
+    assert router.facts().stored == 2
+    assert steps_in(folder / "run") == [3]
+    kinds = [reason.partition(":")[0] for reason in reasons(bus)]
+    assert sorted(kinds) == sorted(
+        [
+            *2 * ["bad_signature"],
+            "malformed",
+            *4 * ["unknown_body"],
+            *len(ODD_RUNS) * ["wrong_run"],
+        ]
+    )
+    assert [path.name for path in tmp_path.rglob("*") if path.is_dir()] == ["deep", "runs", "run"]
+
+
+def test_of_many_runs_few_are_open_and_all_are_stored(tmp_path: Path) -> None:
+    bus = InProcessBus()
+    tellings = [Telling(f"run-{number}") for number in range(12)]
+    most = 0
+    with routing(bus, tmp_path, max_open=3) as router:
+        for step in range(5):
+            for telling in tellings:
+                bus.publish(TELEMETRY, telling.sealed(TELEMETRY, *events(step)))
+            wait_for(lambda step=step: router.facts().stored == 12 * (step + 1))
+            most = max(most, router.facts().runs)
+            links = [path.resolve() for path in Path("/proc/self/fd").iterdir() if path.exists()]
+            databases = {path for path in links if path.name == "run.sqlite"}
+            assert len({path for path in databases if tmp_path in path.parents}) <= 3
+    assert most == 3
+    assert all(steps_in(tmp_path / f"run-{number}") == [*range(5)] for number in range(12))
+
+
+def test_an_emergency_overtakes_what_waits_to_be_stored(tmp_path: Path) -> None:
+    bus, telling = InProcessBus(), Telling()
+    bus.publish(TELEMETRY, telling.sealed(TELEMETRY, began(), *events(*range(20_000))))
+    bus.publish(EMERGENCY, telling.sealed(EMERGENCY, began(), *events(20_000, critical=True)))
+    with routing(bus, tmp_path) as router:
+        wait_for(lambda: router.facts().stored == 20_003, seconds=60.0)
+    assert steps_in(tmp_path / "run").index(20_000) <= 1000
+
+
+def test_a_mirror_whose_folder_somebody_removes_is_made_anew(tmp_path: Path) -> None:
+    bus, telling = InProcessBus(), Telling()
+    with routing(bus, tmp_path) as router:
+        bus.publish(TELEMETRY, telling.sealed(TELEMETRY, began(), *events(1)))
+        wait_for(lambda: router.facts().stored == 2)
+        (tmp_path / "run").rename(tmp_path / "away")
+        bus.publish(TELEMETRY, telling.sealed(TELEMETRY, *events(2)))
+        wait_for(lambda: router.facts().stored == 3)
+    assert steps_in(tmp_path / "run") == [2]
+    assert missed_in(tmp_path / "run") == 2
+    assert steps_in(tmp_path / "away") == [1]
+
+
+def test_what_a_killed_router_was_making_is_made_anew(tmp_path: Path) -> None:
+    making = _making(tmp_path / "run")
+    making.mkdir()
+    (making / "config.json").write_text("{")
+    Mirror(tmp_path / "run", began(task="digits")).close()
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert RunReader(tmp_path / "run").config() == {"task": "digits"}
+
+
+def test_a_folder_that_is_no_mirror_is_never_opened_as_one(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    with pytest.raises(NoMirrorError, match="is there already"):
+        Mirror(tmp_path / "run")
+    (tmp_path / "run" / "run.sqlite").write_bytes(b"no database, but as long as a page has to be")
+    with pytest.raises(sqlite3.DatabaseError):
+        Mirror(tmp_path / "run")
