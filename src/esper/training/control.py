@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from esper.bus.link_state import LinkState
 from esper.lifecycle.actions import Action
 from esper.lifecycle.commands import Act, Command, Outcome, Pause, Resume, Stop
 from esper.lifecycle.events import CommandCarriedOut, CommandRefused
@@ -20,8 +21,13 @@ _LOOK_SECONDS = 0.2
 
 Answer = Callable[[LoggedCommand], None]
 """Is told how a command was settled, by the thread that trains; must not wait."""
-Beat = Callable[[str, int], None]
-"""Is told "running" or "paused", and the step."""
+
+
+class Beat(Protocol):
+    """Gives a sign of life."""
+
+    def __call__(self, state: str, *, step: int) -> None:
+        """Say "running" or "paused", and after which step."""
 
 
 class RunStoppedError(Exception):
@@ -66,11 +72,15 @@ class RunControl:
     Args:
         log: Of this run, open in the thread that trains.
         beat: A sign of life between any two steps.
+        link: Knows whether commands can come; what it has to tell is published between two steps.
     """
 
-    def __init__(self, log: CommandLog, *, beat: Beat | None = None) -> None:
+    def __init__(
+        self, log: CommandLog, *, beat: Beat | None = None, link: LinkState | None = None
+    ) -> None:
         self._log = log
         self._beat = beat
+        self._link = link
         self._lock = threading.Lock()
         self._asked: deque[_Asked] = deque()
         self._unwritten: deque[tuple[_Asked, Outcome, Place]] = deque()
@@ -112,8 +122,7 @@ class RunControl:
         Raises:
             RunStoppedError: The run is to end.
         """
-        if self._beat is not None:
-            self._beat("paused" if self.paused else "running", trainer.growth.step)
+        self._show_life(trainer.growth)
         if self._again:
             self._do_again(trainer)
         if not (self._asked or self._unwritten or self.paused or self._ending):
@@ -133,9 +142,17 @@ class RunControl:
         """
         with self._lock:
             self._ended = True
-        while refuse is not None and self._asked:
+        if self._link is not None:
+            growth.publish(self._link.take_events())
+        self._write(growth)
+        if refuse is None:
+            return
+        refusal = Outcome(done=False, text=refuse)
+        while self._asked:
             asked = self._asked.popleft()
-            self._settle(growth, asked, lambda: Outcome(done=False, text=refuse))
+            self._settle(growth, asked, lambda: refusal)
+            if self._asked and self._asked[0] is asked:
+                return
 
     def state_dict(self) -> dict[str, Any]:
         """Return how many commands the run's state knows of."""
@@ -147,18 +164,26 @@ class RunControl:
         later = [logged for logged in self._log.settled() if (logged.ordinal or 0) > known]
         self._again = deque(_done_actions(later))
 
+    def _show_life(self, growth: Growth) -> None:
+        if self._beat is not None:
+            self._beat("paused" if self.paused else "running", step=growth.step)
+        if self._link is not None and self._link.has_events:
+            growth.publish(self._link.take_events())
+
     def _wait(self, trainer: Controlled) -> None:
         while self.paused:
             self._woken.wait(_LOOK_SECONDS)
             self._woken.clear()
-            if self._beat is not None:
-                self._beat("paused", trainer.growth.step)
+            self._show_life(trainer.growth)
             self._serve(trainer)
 
     def _serve(self, trainer: Controlled) -> None:
         self._write(trainer.growth)
         while self._asked and not self._unwritten:
-            self._carry_out(trainer, self._asked.popleft())
+            asked = self._asked.popleft()
+            self._carry_out(trainer, asked)
+            if self._asked and self._asked[0] is asked:
+                break  # the log cannot be written now
         if self._ending is not None:
             saved = trainer.save() is not None
             step = trainer.growth.step
@@ -189,10 +214,13 @@ class RunControl:
         return Outcome(done=True, text=f"a checkpoint of step {step} is written{ended}")
 
     def _settle(self, growth: Growth, asked: _Asked, do: Callable[[], Outcome]) -> Outcome | None:
-        """Carry one command out and write down what came of it, or let that be done later.
+        """Carry one command out and write down what came of it.
+
+        If the log cannot be written now, a command that was not begun is the next one again, and
+        of one that took effect the outcome is written later.
 
         Returns:
-            The outcome; None if the log cannot be written now, and the command was not begun.
+            The outcome, if it was carried out now.
         """
         place, outcome = Place(growth.step, growth.epoch), None
         try:
