@@ -25,5 +25,10 @@ def last_lines(log: Path, *, limit: int = 8) -> tuple[str, ...]:
     lines = since.splitlines()
     if len(since) < len(end) + 1:
         lines = lines[1:]  # the warden's own
-    told = [line.decode(errors="replace").rstrip()[:_MAX_CHARACTERS] for line in lines]
+    told = [_plain(line.decode(errors="replace")).rstrip()[:_MAX_CHARACTERS] for line in lines]
     return tuple([line for line in told if line][-limit:])
+
+
+def _plain(line: str) -> str:
+    """Return a line without what would steer a terminal."""
+    return "".join(letter if letter.isprintable() else " " for letter in line)

@@ -63,7 +63,7 @@ def _summary(config: ServeConfig) -> str:
 def _programs(config: ServeConfig, base: Path) -> Iterator[Finding]:
     for service in config.service:
         program, about = service.command[0], f"service {service.name}"
-        found = shutil.which(base / program if os.sep in program else program)
+        found = shutil.which(str(base / program) if os.sep in program else program)
         if found is None:
             yield _failure(
                 about,

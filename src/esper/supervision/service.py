@@ -87,6 +87,7 @@ class Service:
             since_seconds=self._since_seconds,
             restarts=self._restarts,
             beat=beat,
+            silent_seconds=self.program.silent_seconds,
             last_exit=self._last_exit,
             last_lines=self._last_lines,
             next_start_seconds=self._next_start_seconds,

@@ -1,6 +1,5 @@
 """How everything that is served stands, in one file that anybody may read."""
 
-from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Literal
@@ -59,6 +58,8 @@ class ServiceStatus(Record):
     """Since the supervisor began."""
     beat: BeatStatus | None = None
     """None of one that gives no signs of life, or has not yet."""
+    silent_seconds: float | None = None
+    """After so long without a sign of life it hangs."""
     last_exit: str | None = None
     """How it ended last."""
     last_lines: tuple[str, ...] = ()
@@ -132,6 +133,11 @@ def read_status(folder: Path) -> ServeStatus:
         raise StatusError(f"{file} cannot be read: {error}") from error
 
 
-def is_unwell(services: Sequence[ServiceStatus]) -> bool:
-    """Return whether something needs a person."""
-    return any(service.state == ServiceState.GIVEN_UP for service in services)
+def needs_a_person(service: ServiceStatus) -> bool:
+    """Return whether a program is given up or silent."""
+    if service.state == ServiceState.GIVEN_UP:
+        return True
+    if service.state != ServiceState.READY or service.beat is None:
+        return False
+    limit = service.silent_seconds
+    return limit is not None and service.beat.age_seconds > limit

@@ -5,6 +5,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import anyio
@@ -165,7 +166,7 @@ class Supervisor:
                 folder=config.folder,
                 restart=config.restart,
                 drain_seconds=config.stop.drain_seconds,
-                blocker=lambda program=program: self._blocker(program),  # type: ignore[misc]
+                blocker=partial(self._blocker, program),
                 changes=self._changes,
             )
             for program in wanted

@@ -1,0 +1,102 @@
+"""How everything stands, as it was told over the bus."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pydantic import JsonValue
+
+from esper.bus.bus import HEALTH, Bus
+from esper.bus.envelope import MessageRefusedError, open_envelope
+from esper.bus.messages import HealthMessage, message_in
+from esper.signing import Keyring
+from esper.supervision.health_teller import HEALTH_SECONDS
+from esper.supervision.status import ServiceState
+
+SILENT_SECONDS = 4.0 * HEALTH_SECONDS
+_ENDED = {ServiceState.STOPPED.value, ServiceState.FINISHED.value}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Health:
+    """What one program, or its supervisor for it, has said last.
+
+    Attributes:
+        source: Run, or supervisor, that says it.
+        service: The program.
+        host: Machine it runs on.
+        pid: 0 where it does not run.
+        state: As it was said.
+        age_seconds: Since then, by the sender's clock and this one.
+        details: More, as its sender likes.
+    """
+
+    source: str
+    service: str
+    host: str
+    pid: int
+    state: str
+    age_seconds: float
+    details: dict[str, JsonValue]
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether it should have said something since."""
+        return self.age_seconds > SILENT_SECONDS and self.state not in _ENDED
+
+    @property
+    def needs_a_person(self) -> bool:
+        """Whether it is given up or silent."""
+        return self.is_silent or self.state == ServiceState.GIVEN_UP
+
+
+@dataclass(frozen=True, kw_only=True)
+class HealthOnBus:
+    """What is known of all.
+
+    Attributes:
+        services: The newest of each, by name.
+        refused: How many messages were not signed by a key here, or could not be read.
+    """
+
+    services: Sequence[Health]
+    refused: int
+
+
+def read_health(bus: Bus, keyring: Keyring, *, now_seconds: float) -> HealthOnBus:
+    """Read what was told last; what no key here has signed is only counted.
+
+    Args:
+        bus: To read.
+        keyring: Verifies.
+        now_seconds: Since the Unix epoch.
+
+    Raises:
+        BusUnavailableError: The server is away.
+        BusRefusedError: It does not let this user in.
+    """
+    newest: dict[tuple[str, str], Health] = {}
+    refused = 0
+    for delivery in bus.latest(HEALTH, limit=HEALTH.max_length or 1):
+        try:
+            envelope = open_envelope(delivery.message, keyring)
+            message = message_in(envelope)
+        except MessageRefusedError:
+            refused += 1
+            continue
+        if not isinstance(message, HealthMessage):
+            refused += 1
+            continue
+        health = Health(
+            source=envelope.run,
+            service=message.service,
+            host=message.host,
+            pid=message.pid,
+            state=message.state,
+            age_seconds=now_seconds - envelope.time_seconds,
+            details=message.details,
+        )
+        known = newest.get((health.source, health.service))
+        if known is None or health.age_seconds <= known.age_seconds:
+            newest[health.source, health.service] = health
+    found = sorted(newest.values(), key=lambda health: (health.source, health.service))
+    return HealthOnBus(services=found, refused=refused)

@@ -1,0 +1,300 @@
+"""`esper serve` with real processes: it boots them, brings them back, and leaves none behind."""
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from esper.supervision.status import ServiceStatus
+from supervised import (
+    BEATING,
+    SERVE,
+    STATUS,
+    STUBBORN,
+    Served,
+    command_line,
+    free_port,
+    processes_with,
+    wait_for,
+)
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not Path("/proc/self/environ").exists(), reason="processes are found in /proc"
+    ),
+]
+
+QUICK = """
+[restart]
+first_seconds = 0.05
+longest_seconds = 0.2
+max_restarts = 3
+[stop]
+drain_seconds = 1
+"""
+BEATER = """
+[[service]]
+name = "beater"
+command = ["PYTHON", "-S", "beating.py"]
+silent_seconds = 1
+"""
+STUBBORN_SERVICE = """
+[[service]]
+name = "stubborn"
+command = ["PYTHON", "-S", "stubborn.py"]
+"""
+
+
+def gone(served: Served) -> Callable[[], bool]:
+    return lambda: not processes_with(served.mark)
+
+
+def test_boots_in_order_each_when_what_it_needs_is_ready_and_drains_in_reverse(
+    tmp_path: Path,
+) -> None:
+    slow = """
+import signal, socket, sys, time
+time.sleep(0.3)
+server = socket.create_server(("127.0.0.1", int(sys.argv[1])))
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+time.sleep(1000)
+"""
+    config = (
+        """
+[[service]]
+name = "first"
+command = ["PYTHON", "-S", "slow.py", "PORT"]
+ready = {port = PORT}
+"""
+        + BEATER
+    )
+    with Served(
+        tmp_path, QUICK + config.replace("PORT", str(free_port())), slow=slow, beating=BEATING
+    ) as served:
+        status = served.wait_for("beater", "ready")
+        assert status.pid is not None
+        assert "beating.py" in command_line(status.pid)
+        order = [(told["about"], told["state"]) for told in served.notices if told.get("state")]
+        assert order == [
+            ("first", "starting"),
+            ("beater", "waiting"),
+            ("first", "ready"),
+            ("beater", "starting"),
+            ("beater", "ready"),
+        ]
+        served.signal(signal.SIGTERM)
+        assert served.ended() == 0
+        order = [(told["about"], told["state"]) for told in served.notices if told.get("state")]
+        assert order[5:] == [
+            ("beater", "stopping"),
+            ("beater", "stopped"),
+            ("first", "stopping"),
+            ("first", "stopped"),
+        ]
+        first = served.service("first")
+        assert first is not None
+        assert first.last_exit == "exit code 0"
+        assert gone(served)()
+
+
+def test_one_that_is_killed_comes_back_after_a_while(tmp_path: Path) -> None:
+    with Served(tmp_path, QUICK + BEATER, beating=BEATING) as served:
+        pid = served.wait_for("beater", "ready").pid
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
+        back = ready_again(served, "beater")
+        assert back.pid != pid
+        assert back.last_exit == "signal 9 (SIGKILL)"
+        assert served.states("beater")[2:] == ["backing off", "starting", "ready"]
+
+
+def test_one_that_dies_again_and_again_is_given_up_with_what_it_said(tmp_path: Path) -> None:
+    config = """
+[[service]]
+name = "broken"
+command = ["sh", "-c", "echo first; echo no such table: seeds >&2; exit 3"]
+"""
+    with Served(tmp_path, QUICK + config + BEATER, beating=BEATING) as served:
+        status = served.wait_for("broken", "given up")
+        assert status.restarts == 3
+        assert status.last_lines == ("first", "no such table: seeds")
+        assert status.reason == "ended with exit code 3; restarted 3 times in a row"
+        told = [n for n in served.notices if n.get("state") == "given up"]
+        assert told[0]["lines"] == ["first", "no such table: seeds"]
+        assert served.run(STATUS).returncode == 1
+
+
+def test_one_that_hangs_is_killed_after_its_silence_and_its_log_says_where(tmp_path: Path) -> None:
+    with Served(tmp_path, QUICK + BEATER, beating=BEATING) as served:
+        pid = served.wait_for("beater", "ready").pid
+        (tmp_path / "hang").touch()
+        back = ready_again(served, "beater")
+        assert back.pid != pid
+        reasons = [told["text"] for told in served.notices if told.get("state") == "stopping"]
+        assert reasons == ["silent for 1 s"]
+        assert 'File "' in (tmp_path / "serve/logs/beater.log").read_text()
+
+
+def test_one_that_does_not_become_ready_is_given_up_and_what_needs_it_never_starts(
+    tmp_path: Path,
+) -> None:
+    config = f"""
+[[service]]
+name = "deaf"
+command = ["sleep", "1000"]
+ready = {{port = {free_port()}}}
+ready_seconds = 0.2
+"""
+    with Served(tmp_path, QUICK + config + BEATER, beating=BEATING) as served:
+        status = served.wait_for("deaf", "given up")
+        assert status.reason == "not ready after 0.2 s; restarted 3 times in a row"
+        assert served.states("beater") == ["waiting"]
+
+
+def test_sigterm_kills_what_does_not_go_in_its_time_and_all_that_it_has_started(
+    tmp_path: Path,
+) -> None:
+    with Served(tmp_path, QUICK + STUBBORN_SERVICE, stubborn=STUBBORN) as served:
+        wait_until_stubborn_is_up(served)
+        began = time.monotonic()
+        served.signal(signal.SIGTERM)
+        assert served.ended() == 0
+        assert 1.0 <= time.monotonic() - began < 5.0
+        assert gone(served)()
+        status = served.service("stubborn")
+        assert status is not None
+        assert status.last_exit == "signal 9 (SIGKILL)"
+
+
+def test_a_second_sigterm_ends_everything_at_once(tmp_path: Path) -> None:
+    slow = QUICK.replace("drain_seconds = 1", "drain_seconds = 1000")
+    with Served(tmp_path, slow + STUBBORN_SERVICE, stubborn=STUBBORN) as served:
+        wait_until_stubborn_is_up(served)
+        served.signal(signal.SIGTERM)
+        served.wait_for("stubborn", "stopping")
+        served.signal(signal.SIGINT)
+        assert served.ended() == 0
+        assert gone(served)()
+
+
+def test_nothing_is_left_of_a_supervisor_that_is_killed(tmp_path: Path) -> None:
+    """Nor of a program that ignores SIGTERM, or has left its session; `esper status` says so."""
+    config = QUICK + BEATER + STUBBORN_SERVICE
+    with Served(tmp_path, config, beating=BEATING, stubborn=STUBBORN) as served:
+        wait_until_stubborn_is_up(served)
+        assert served.run(STATUS).returncode == 0
+        assert len(processes_with(served.mark)) == 7  # itself, two wardens, four of theirs
+        served.signal(signal.SIGKILL)
+        served.ended()
+        wait_for(gone(served), seconds=5.0)
+        told = served.run(STATUS)
+        assert told.returncode == 3
+        assert f"nobody serves: process {served.process.pid} ended" in told.stdout
+
+
+def test_a_supervisor_that_follows_a_killed_one_waits_for_what_it_has_left(tmp_path: Path) -> None:
+    port = free_port()
+    config = STUBBORN_SERVICE + f"ready = {{port = {port}}}\n"
+    listening = STUBBORN.replace(
+        "print(", f"import socket\nserver = socket.create_server(('127.0.0.1', {port}))\nprint("
+    )
+    patient = QUICK.replace("drain_seconds = 1", "drain_seconds = 4")
+    with Served(tmp_path, patient + config, stubborn=listening) as served:
+        pid = served.wait_for("stubborn", "ready").pid
+        served.signal(signal.SIGKILL)
+        served.ended()
+        served.start()
+        new = wait_for(lambda: (s := served.status) and s.pid == served.process.pid and s)
+        served.wait_for("stubborn", "ready")
+        assert new.services[0].pid != pid
+        assert "ended 4 processes of an esper serve before" in served.output
+
+
+def test_a_warden_that_is_killed_takes_its_program_with_it_which_comes_back(
+    tmp_path: Path,
+) -> None:
+    with Served(tmp_path, QUICK + STUBBORN_SERVICE, stubborn=STUBBORN) as served:
+        wait_until_stubborn_is_up(served)
+        before = set(processes_with(served.mark)) - {served.process.pid}
+        (warden,) = (pid for pid in before if "warden.py" in command_line(pid))
+        os.kill(warden, signal.SIGKILL)
+        back = ready_again(served, "stubborn")
+        assert back.last_exit == "its warden was killed"
+        assert not before & set(processes_with(served.mark))
+
+
+def test_sighup_starts_what_is_new_ends_what_is_gone_and_leaves_the_rest_alone(
+    tmp_path: Path,
+) -> None:
+    named = '[[service]]\nname = "{}"\ncommand = ["sleep", "{}"]\n'
+    before = QUICK + BEATER + named.format("changed", 1000) + named.format("gone", 1000)
+    after = QUICK + BEATER + named.format("changed", 2000) + named.format("new", 1000)
+    with Served(tmp_path, before, beating=BEATING) as served:
+        served.wait_for("gone", "ready")
+        old = {name: served.service(name) for name in ("beater", "changed")}
+        served.configure(after)
+        served.signal(signal.SIGHUP)
+        served.wait_for("new", "ready")
+        changed, beater = served.wait_for("changed", "ready"), served.wait_for("beater", "ready")
+        assert beater.pid == old["beater"].pid
+        assert changed.pid != old["changed"].pid
+        assert command_line(changed.pid) == "sleep 2000 "
+        assert served.service("gone") is None
+        assert served.status.reload.text == (
+            "started: new; restarted: changed; ended: gone; as before: beater"
+        )
+
+
+def test_sighup_with_a_wrong_file_says_why_and_changes_nothing(tmp_path: Path) -> None:
+    with Served(tmp_path, QUICK + BEATER, beating=BEATING) as served:
+        pid = served.wait_for("beater", "ready").pid
+        served.configure(QUICK + BEATER.replace("silent_seconds", "silent_second"))
+        served.signal(signal.SIGHUP)
+        reload = wait_for(lambda: (s := served.status) and s.reload)
+        assert not reload.done
+        assert "unknown key 'service[1].silent_second'; did you mean 'service.silent_seconds'?" in (
+            reload.text
+        )
+        assert served.wait_for("beater", "ready").pid == pid
+        assert "did you mean" in served.run(STATUS).stdout
+
+
+def test_sighup_starts_what_was_given_up_again(tmp_path: Path) -> None:
+    config = '[[service]]\nname = "needy"\ncommand = ["sh", "-c", "test -e needed && sleep 1000"]\n'
+    with Served(tmp_path, QUICK + config) as served:
+        served.wait_for("needy", "given up")
+        (tmp_path / "needed").touch()
+        served.signal(signal.SIGHUP)
+        served.wait_for("needy", "ready")
+
+
+def test_a_second_supervisor_of_a_folder_is_refused(tmp_path: Path) -> None:
+    with Served(tmp_path, QUICK + BEATER, beating=BEATING) as served:
+        pid = served.wait_for("beater", "ready").pid
+        second = served.run(SERVE, "esper.toml")
+        assert second.returncode == 2
+        assert "another esper serve has" in second.stderr
+        assert served.wait_for("beater", "ready").pid == pid
+
+
+def wait_until_stubborn_is_up(served: Served) -> None:
+    log = served.folder / "serve/logs/stubborn.log"
+    served.wait_for("stubborn", "ready")
+    wait_for(lambda: "stubborn is up" in log.read_text())
+
+
+def ready_again(served: Served, name: str) -> ServiceStatus:
+    """Wait until a program has been started a second time and is ready."""
+
+    def there() -> ServiceStatus | None:
+        status = served.service(name)
+        again = status is not None and status.restarts == 1 and status.state == "ready"
+        return status if again else None
+
+    found = wait_for(there)
+    assert found is not None
+    return found
