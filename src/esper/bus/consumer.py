@@ -2,8 +2,8 @@
 
 import logging
 import threading
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 
 from esper.bus.backoff import Backoff
 from esper.bus.bus import (
@@ -82,24 +82,17 @@ class Consumer:
         Raises:
             BusRefusedError: The server will not have it.
         """
-        over = threading.Event()
-        renewing = threading.Thread(
-            target=self._renew_until, args=(over,), name=f"renew {self._stream.name}", daemon=True
-        )
-        renewing.start()
-        try:
-            while not stop.is_set():
-                try:
-                    self._work(stop)
-                except BusUnavailableError as error:
-                    self._lost(error)
-                    stop.wait(self._backoff.failed())
-        finally:
-            with suppress(BusUnavailableError):  # what is not acknowledged is delivered again
-                self._settle()
-            over.set()
-            renewing.join()
-            self._leave()
+        with self._renewing():
+            try:
+                while not stop.is_set():
+                    try:
+                        self._work(stop)
+                    except BusUnavailableError as error:
+                        self._lost(error)
+                        stop.wait(self._backoff.failed())
+            finally:
+                with suppress(BusUnavailableError):  # what is not acknowledged is delivered again
+                    self._settle()
 
     def _work(self, stop: threading.Event) -> None:
         """Receive once, and deal with it."""
@@ -168,16 +161,29 @@ class Consumer:
         with self._lock:
             self._held.difference_update(delivery.entry for delivery in deliveries)
 
-    def _renew_until(self, over: threading.Event) -> None:
-        """Renew what is held, now and then."""
-        while not over.wait(self._idle_seconds / _RENEWALS):
-            with self._lock:
-                held = list(self._held)
-            subscription = self._subscription
-            if held and subscription is not None:
-                # The thread that acknowledges tells of an outage
-                with suppress(BusUnavailableError):
-                    subscription.renew(held)
+    @contextmanager
+    def _renewing(self) -> Iterator[None]:
+        """Renew what is held, now and then, and leave the group at the end."""
+        over = threading.Event()
+
+        def renew() -> None:
+            while not over.wait(self._idle_seconds / _RENEWALS):
+                with self._lock:
+                    held = list(self._held)
+                subscription = self._subscription
+                if held and subscription is not None:
+                    # The thread that acknowledges tells of an outage
+                    with suppress(BusUnavailableError):
+                        subscription.renew(held)
+
+        thread = threading.Thread(target=renew, name=f"renew {self._stream.name}", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+            self._leave()
 
     def _leave(self) -> None:
         self._held.clear()
