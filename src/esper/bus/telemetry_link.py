@@ -197,8 +197,6 @@ class TelemetryLink:
             self._keep()
             self._link.failed(concern, error)
             self._try_again = time.monotonic() + self._backoff.failed()
-        else:
-            self._backoff.works()
 
     def _send(self, lane: TelemetryLane) -> bool:
         """Send one batch, and return whether there was one."""
@@ -212,8 +210,14 @@ class TelemetryLink:
                 return False
             lane.sent()
             self._link.lost(lane.take_lost())
-        self._link.works(lane.stream.name)
+        self._works(lane.stream.name)
         return True
+
+    def _works(self, concern: str) -> None:
+        if self._backoff.failures:
+            self._keep()  # so that what was lost meanwhile is known before the outage is over
+            self._backoff.works()
+        self._link.works(concern)
 
     def _send_health(self) -> None:
         health = self._health
@@ -221,7 +225,7 @@ class TelemetryLink:
             self._bus.publish(HEALTH, [self._health_sealer.seal(body_of(health))[1]])
             if self._health is health:
                 self._health = None
-            self._link.works(HEALTH.name)
+            self._works(HEALTH.name)
 
     def _keep(self) -> None:
         """Put what is in flight or waits into the spools."""
