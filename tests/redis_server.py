@@ -31,6 +31,10 @@ class RedisServer:
         password: That clients must give.
         settings: Any others, as in redis.conf.
 
+    Attributes:
+        port: That it listens on.
+        folder: Its data and its log.
+
     Example:
         with RedisServer(fsync="always") as server:
             bus = RedisBus(server.url)
@@ -47,10 +51,10 @@ class RedisServer:
     ) -> None:
         self.password = password
         self.port = 0
-        self._folder = Path(tempfile.mkdtemp(prefix="esper-redis-"))
+        self.folder = Path(tempfile.mkdtemp(prefix="esper-redis-"))
         self._settings = {
             "bind": "127.0.0.1",
-            "dir": str(self._folder),
+            "dir": str(self.folder),
             "save": "",
             "appendonly": "no" if fsync is None else "yes",
             "appendfsync": fsync or "no",
@@ -73,7 +77,7 @@ class RedisServer:
     @property
     def log(self) -> str:
         """What it has printed."""
-        return (self._folder / "log").read_text(errors="replace")
+        return (self.folder / "log").read_text(errors="replace")
 
     def start(self) -> None:
         """Start it, with the port and data that it had; returns when it answers."""
@@ -91,7 +95,7 @@ class RedisServer:
     def stop(self) -> None:
         """End it if it runs, and forget its data."""
         self.kill()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def kill(self) -> None:
         """End it with SIGKILL if it runs; its data stay as they are on the disk."""
@@ -138,7 +142,7 @@ class RedisServer:
             for name, value in {**self._settings, "port": str(port)}.items()
             for word in (f"--{name}", value)
         ]
-        with (self._folder / "log").open("ab") as log:
+        with (self.folder / "log").open("ab") as log:
             process = subprocess.Popen([program, *options], stdout=log, stderr=log)
         self._process = process
         end = time.monotonic() + _START_SECONDS
