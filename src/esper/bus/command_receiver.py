@@ -13,6 +13,7 @@ from pathlib import Path
 from esper.bus.backoff import Backoff
 from esper.bus.bus import (
     Bus,
+    BusRefusedError,
     BusUnavailableError,
     Delivery,
     Subscription,
@@ -128,7 +129,7 @@ class CommandReceiver:
                         subscription.renew(held)
                         renewed = time.monotonic()
                     self._take_all(subscription, log)
-                except (BusUnavailableError, sqlite3.Error) as error:
+                except (BusUnavailableError, BusRefusedError, sqlite3.Error) as error:
                     self._link.failed(_CONCERN, error)
                     if ending:
                         return

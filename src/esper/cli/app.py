@@ -11,6 +11,7 @@ from esper.cli.grow import grow
 from esper.cli.inspecting import inspect
 from esper.cli.report import report
 from esper.cli.resume import resume
+from esper.cli.send import send
 
 app = typer.Typer(
     name="esper",
@@ -24,6 +25,7 @@ app.command()(resume)
 app.command()(compare)
 app.command()(inspect)
 app.command()(report)
+app.command()(send)
 app.command()(dashboard)
 app.command()(blueprints)
 app.command("compile")(compile_)

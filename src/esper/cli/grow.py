@@ -3,8 +3,11 @@
 import json
 import re
 import shutil
+import signal
 import sys
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,7 +30,11 @@ from esper.tasks.own import OWN_SCHEME
 from esper.tasks.task import TaskDataError
 from esper.telemetry.run_store import RunFolderError, RunReader
 from esper.training.checkpoints import CheckpointError
+from esper.training.control import RunStoppedError
 from esper.training.run_cost import RunCost
+
+EXIT_TERMINATED = 128 + signal.SIGTERM
+"""As a shell has it of a program that the signal has ended."""
 
 _KNOWN_TASKS = (*TASKS, *SCHEMES, OWN_SCHEME)
 _MAX_TASK_CHARACTERS = 80
@@ -114,7 +121,10 @@ def grow(
     view = choose_view(console, settings.task, quiet=quiet, as_json=as_json)
 
     beside = views_beside(console, settings.task, silent=quiet or as_json)
-    networks = _train_grown(settings, folder, view, beside if audit else None)
+    try:
+        networks = _train_grown(settings, folder, view, beside if audit else None)
+    except RunStoppedError as stopped:
+        raise tell_stopped(stopped, folder, quiet=quiet, as_json=as_json) from stopped
     if control:
         networks = {"host alone": train_control(settings, beside), **networks}
     reader = RunReader(folder)
@@ -237,11 +247,59 @@ def note_trackers(run: GrowingRun, view: RunView) -> None:
 
 
 def train(run: GrowingRun, view: RunView) -> RunCost:
-    """Train a run to its end, and return what it has cost."""
+    """Train a run to its end, and return what it has cost.
+
+    Raises:
+        RunStoppedError: It was told to end before, by a command or SIGTERM.
+    """
     view.follow(run)
-    for report in run.reports:
-        view.epoch(report, run.growth.slots)
+    with _ended_by_sigterm(run):
+        for report in run.reports:
+            view.epoch(report, run.growth.slots)
     return run.growth.meter.cost
+
+
+@contextmanager
+def _ended_by_sigterm(run: GrowingRun) -> Iterator[None]:
+    """Let SIGTERM end the run between two steps, with a checkpoint; a second one ends it at once.
+
+    Only a run that can be controlled, in the main thread, which alone may take signals.
+    """
+    control = run.trainer.control
+    if control is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(*_: object) -> None:
+        control.end("SIGTERM")
+        signal.signal(signal.SIGTERM, before)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def tell_stopped(
+    stopped: RunStoppedError, folder: Path, *, quiet: bool, as_json: bool
+) -> typer.Exit:
+    """Tell that a run has ended before its end, and return what ends the program.
+
+    Returns:
+        With code 0 if it was told to by a command, as by SIGTERM otherwise.
+    """
+    onward = f"{program()} resume {folder}"
+    console = Console()
+    if as_json:
+        told = {"kind": "stopped", "by": stopped.by, "step": stopped.step, "folder": str(folder)}
+        console.out(json.dumps({**told, "saved": stopped.saved}), highlight=False)
+    elif quiet:
+        console.out(str(folder), highlight=False)
+    else:
+        how = "go on with" if stopped.saved else "no checkpoint could be written; begin anew with"
+        console.print(f"{stopped}; {how}: {onward}", markup=False, highlight=False, soft_wrap=True)
+    return typer.Exit(0 if stopped.commanded else EXIT_TERMINATED)
 
 
 def conclude(

@@ -12,6 +12,8 @@ from esper.cli.grow import (
     choose_view,
     conclude,
     note_trackers,
+    program,
+    tell_stopped,
     train,
     train_control,
     views_beside,
@@ -24,6 +26,7 @@ from esper.seeds.registry import BlueprintError
 from esper.tasks.task import TaskDataError
 from esper.telemetry.run_store import RunFolderError, RunReader
 from esper.training.checkpoints import CheckpointError
+from esper.training.control import RunStoppedError
 
 _CANNOT_GO_ON = (
     BlueprintError,
@@ -71,8 +74,12 @@ def resume(
                             f"{torch.__version__}: the rest may differ in rounding"
                         )
                 note_trackers(growing, view)
+                if growing.trainer.control is not None and growing.trainer.control.paused:
+                    view.note(f"paused, as it was told to be; {program()} send {run} resume")
                 train(growing, view)
             networks: dict[str, Network] = {"grown": (growing.param_count(), growing.finish())}
+    except RunStoppedError as stopped:
+        raise tell_stopped(stopped, run, quiet=quiet, as_json=as_json) from stopped
     except _CANNOT_GO_ON as error:
         raise typer.BadParameter(str(error)) from error
     if control:

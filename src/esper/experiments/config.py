@@ -5,9 +5,11 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
+from urllib.parse import urlsplit
 
 from pydantic import Field, FiniteFloat, ValidationError, model_validator
 
+from esper.bus.command_receiver import DEFAULT_WINDOW_SECONDS
 from esper.lifecycle.record import Record
 from esper.policies.depth_schedule import (
     SLOPE,
@@ -60,6 +62,38 @@ class CompileConfig(Record):
     )
 
 
+class BusConfig(Record):
+    """Where a run listens for commands and tells of itself; see docs/operate.md.
+
+    A password is never written here, as settings are kept in the run folder: it is read from the
+    environment variable ESPER_BUS_PASSWORD.
+    """
+
+    commands: str | None = None
+    """Address of the server, as redis://127.0.0.1:6379/0; None connects the run with nothing."""
+    telemetry: str | None = None
+    """Of the one that takes events and metrics; None is the same."""
+    key_file: Path | None = None
+    """Signs and verifies; None is the user's own."""
+    window_seconds: Annotated[FiniteFloat, Field(gt=0.0)] = DEFAULT_WINDOW_SECONDS
+    """How far apart a command may be sent and received."""
+
+    @model_validator(mode="after")
+    def _is_whole(self) -> "BusConfig":
+        if self.telemetry is not None and self.commands is None:
+            raise ValueError(
+                "bus.telemetry is set, and bus.commands is not; set bus.commands, alone if one "
+                "server does for both"
+            )
+        for name, address in (("commands", self.commands), ("telemetry", self.telemetry)):
+            if address is not None and urlsplit(address).password is not None:
+                raise ValueError(
+                    f"bus.{name} holds a password, which would be kept in the run folder; take it "
+                    "out, and set the environment variable ESPER_BUS_PASSWORD"
+                )
+        return self
+
+
 class RunConfig(Record):
     """A run, fully specified; kept as config.json in the run folder."""
 
@@ -85,6 +119,7 @@ class RunConfig(Record):
     compile: CompileConfig = CompileConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
+    bus: BusConfig = BusConfig()
     trainer: TrainerConfig
     slot: SlotConfig
     heuristic: HeuristicConfig

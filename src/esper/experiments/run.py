@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from esper.compilation import CompiledHost, CompileService
 from esper.compilation.artefact_store import ArtefactStore
 from esper.compilation.inductor_cache import CacheFolderError, user_cache_folder
+from esper.experiments.bus_connection import BusConnection
 from esper.experiments.config import CheckpointConfig, CompileConfig, RunConfig, SettingsError
 from esper.lifecycle.events import RunFinished, RunStarted
 from esper.policies.depth_schedule import SLOPE, DepthSchedulePolicy, slope_policy
@@ -27,6 +28,7 @@ from esper.slots.slot_set import SlotSet
 from esper.tasks.named import named_task
 from esper.tasks.task import TaskSetup
 from esper.telemetry.environment import describe_environment
+from esper.telemetry.heartbeat import Heartbeat
 from esper.telemetry.run_store import (
     CHECKPOINTS_FOLDER,
     RUN_FILES,
@@ -41,6 +43,7 @@ from esper.telemetry.sink import Sink
 from esper.telemetry.tracker import Tracker, TrackerError
 from esper.telemetry.tracking import TRACKER_FOLDERS, open_trackers
 from esper.training.checkpoints import Checkpoints, FoundCheckpoint
+from esper.training.control import RunControl, RunStoppedError
 from esper.training.growth import Growth
 from esper.training.policy import FrugalPolicy, Policy
 from esper.training.precision import matmul_settings, set_matmul_precision
@@ -66,6 +69,8 @@ class GrowingRun:
     """Where `finish` keeps the weights; None keeps none."""
     finished: bool = False
     """Whether `finish` was called; what comes after it is no part of the run."""
+    connection: BusConnection | None = None
+    """With the bus; None where the run is connected with nothing."""
 
     @property
     def reports(self) -> Iterator[EpochReport]:
@@ -241,8 +246,8 @@ def stored_run(
 
     Raises:
         RunFolderError: The folder holds a run already.
-        SettingsError: As `prepare`, compiled graphs cannot be kept, or a tracker cannot be opened;
-            there is no folder then.
+        SettingsError: As `prepare`, compiled graphs cannot be kept, the bus is set wrongly, or a
+            tracker cannot be opened; there is no folder then.
         CheckpointError: Checkpoints cannot be written.
     """
     _set_process(config)
@@ -254,8 +259,9 @@ def stored_run(
     }
     with _compile_service(config.compile) as service:
         run = prepare(config, run_id=folder.name, setup=setup, service=service)
+        run.connection = _connection(config)
         store, run.trackers = _new_folder(config, folder, environment)
-        with _in_folder(run, store, sinks):
+        with _in_folder(run, store, sinks, after_step=-1):
             run.trainer.keeper = _checkpoints(config.checkpoint, folder)
             yield run
 
@@ -294,11 +300,12 @@ def resumed_run(folder: Path, sinks: Sequence[Sink] = ()) -> Iterator[GrowingRun
         store = ReopenedRunStore(folder, after_step=after_step)
         run.trainer.keeper, run.resumed = checkpoints, found
         try:
+            run.connection = _connection(config)
             run.trackers = _trackers(config, folder, after_step=after_step)
         except BaseException:
             _close(run, store, "failed")
             raise
-        with _in_folder(run, store, sinks):
+        with _in_folder(run, store, sinks, after_step=after_step):
             if found is not None:
                 found.give_to(run.trainer)
             yield run
@@ -357,17 +364,23 @@ def _checkpoints(config: CheckpointConfig, folder: Path) -> Checkpoints | None:
 
 
 @contextmanager
-def _in_folder(run: GrowingRun, store: RunStore, sinks: Sequence[Sink]) -> Iterator[None]:
+def _in_folder(
+    run: GrowingRun, store: RunStore, sinks: Sequence[Sink], *, after_step: int
+) -> Iterator[None]:
     """Let a run write into its folder, and close it with a status however the run ends."""
     run.growth.sinks.extend([store, *run.trackers, *sinks])
     run.weights_file = store.folder / WEIGHTS_FILE
+    run.run_id = store.run_id
     status: RunStatus = "failed"
     try:
+        _control(run, store, after_step=after_step)
         yield
         status = "finished"
     except BaseException as error:
         if run.finished:
             status = "finished"
+        elif isinstance(error, RunStoppedError):
+            status = "stopped" if error.commanded else "interrupted"
         elif isinstance(error, KeyboardInterrupt):
             status = "interrupted"
         raise
@@ -375,16 +388,38 @@ def _in_folder(run: GrowingRun, store: RunStore, sinks: Sequence[Sink]) -> Itera
         _close(run, store, status)
 
 
+def _control(run: GrowingRun, store: RunStore, *, after_step: int) -> None:
+    """Let a run be told what to do: what it was told before, and what the bus brings."""
+    heartbeat, connection = Heartbeat.from_environment(), run.connection
+    control = RunControl(
+        store.commands,
+        beat=heartbeat.beat if heartbeat.is_supervised else None,
+        link=None if connection is None else connection.link,
+    )
+    run.trainer.control = control
+    if connection is None:
+        control.paused = False  # nobody could end it
+        return
+    connection.open(RunReader(store.folder), run.growth, control, after_step=after_step)
+
+
 def _close(run: GrowingRun, store: RunStore, status: RunStatus) -> None:
     """Close trackers and folder; what cannot be closed, or was lost before, is told."""
-    guard = run.growth.sink_guard
+    guard, connection, control = run.growth.sink_guard, run.connection, run.trainer.control
     with ExitStack() as last_first:  # all of it, also where closing one is interrupted
         last_first.callback(guard.attempt, store, lambda store: store.close())
+        if connection is not None:
+            last_first.callback(connection.close, status)
         last_first.callback(lambda: run.growth.publish(guard.losses))
         for tracker in reversed(run.trackers):
             last_first.callback(run.growth.sinks.remove, tracker)
             last_first.callback(guard.attempt, tracker, lambda tracker: tracker.close(status))
         last_first.callback(guard.attempt, store, lambda store: store.set_status(status))
+        if connection is not None:
+            last_first.callback(connection.stop_receiving)
+        if control is not None:
+            refusal = "the run has finished" if status == "finished" else None
+            last_first.callback(control.close, run.growth, refuse=refusal)
 
 
 def _new_folder(
@@ -422,6 +457,15 @@ def _undo(folder: Path, before: set[Path] | None) -> None:
     if before is None:
         with suppress(OSError):  # somebody else has put something there
             folder.rmdir()
+
+
+def _connection(config: RunConfig) -> BusConnection | None:
+    """Return a run's connection with the bus, not open yet; None if it is to have none.
+
+    Raises:
+        SettingsError: It cannot be made.
+    """
+    return BusConnection(config.bus) if config.bus.commands else None
 
 
 def _trackers(config: RunConfig, folder: Path, after_step: int | None = None) -> list[Tracker]:

@@ -1,11 +1,16 @@
 """Events in words, for whoever watches a run."""
 
+from esper.lifecycle.commands import Act, Command
 from esper.lifecycle.events import (
     ActionRefused,
     ArtefactRefused,
     BreakerChanged,
+    BusLost,
+    BusRegained,
     CheckpointDamaged,
     CheckpointFailed,
+    CommandCarriedOut,
+    CommandRefused,
     CompileFailed,
     Event,
     EventRecord,
@@ -52,7 +57,8 @@ def in_words(record: EventRecord) -> str | None:
         return f"{event.blueprint} in {event.slot} passed {event.result.gate}" if told else None
     if isinstance(event, StepSkipped):
         return f"step {record.step} skipped: {event.reason}"
-    return _of_a_seed_in_trouble(event) or _of_the_run(event) or _of_the_compiler(event)
+    seed, run = _of_a_seed_in_trouble(event), _of_the_run(event)
+    return seed or run or _of_whoever_steers(event) or _of_the_compiler(event)
 
 
 def percent(fraction: float | None) -> str:
@@ -81,7 +87,7 @@ def _of_a_seed_in_trouble(event: Event) -> str | None:
     if isinstance(event, BreakerChanged) and event.to_state == "open":
         return f"{event.breaker} is not built for a while, after {event.failures} failures"
     if isinstance(event, ActionRefused):
-        return f"an action of the policy was refused: {event.reason}"
+        return f"an action was refused: {event.reason}"
     return None
 
 
@@ -99,6 +105,28 @@ def _of_the_run(event: Event) -> str | None:
     if isinstance(event, SinkLossesCounted):
         return f"{event.sink} failed {event.lost_calls} times in this run; what it has is not whole"
     return None
+
+
+def _of_whoever_steers(event: Event) -> str | None:
+    if isinstance(event, CommandCarriedOut):
+        return f"{command_words(event.command)}, asked by {event.sender}: {event.text}"
+    if isinstance(event, CommandRefused):
+        words = command_words(event.command)
+        return f"{words}, asked by {event.sender}, was refused: {event.reason}"
+    if isinstance(event, BusLost):
+        return f"the bus is lost ({event.concern}), training goes on: {event.error}"
+    if isinstance(event, BusRegained):
+        lost = f", {event.lost_messages} messages found no room" if event.lost_messages else ""
+        return f"the bus is back after {event.seconds:.1f} s{lost}"
+    return None
+
+
+def command_words(command: Command) -> str:
+    """Return a command as it is given to `esper send`, without what it leaves to its slot."""
+    if not isinstance(command, Act):
+        return command.command
+    action = command.action.model_dump(mode="json", exclude_defaults=True)
+    return " ".join([command.action.operation, *(str(value) for value in action.values())])
 
 
 def _of_the_compiler(event: Event) -> str | None:

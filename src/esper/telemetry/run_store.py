@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import secrets
 import sqlite3
 import time
 from collections.abc import Collection, Iterator, Mapping
@@ -32,6 +33,7 @@ RUN_FILES = (
 
 _READ_TIMEOUT_SECONDS = 0.5
 _LOCK_WAITS = 5
+_ID_BYTES = 4
 _LOCK_WAIT_SECONDS = 0.02
 
 _FORGET_EVENTS = "DELETE FROM events WHERE step > ?"
@@ -113,6 +115,12 @@ class RunStore:
             self._set("store_version", str(STORE_VERSION))
             self._set("attempt", "1")
             self._set("status", "running")
+            self._set("id", f"{folder.absolute().name}-{secrets.token_hex(_ID_BYTES)}")
+
+    @property
+    def run_id(self) -> str:
+        """The run's own: its folder's first name, and what no other run of that name has."""
+        return RunReader(self.folder).run_id
 
     def _open(self, folder: Path) -> None:
         self.folder = folder
@@ -326,6 +334,11 @@ class RunReader:
         Rows are only ever added as long as this stays the same.
         """
         return int(self._value("attempt") or 1)
+
+    @property
+    def run_id(self) -> str:
+        """What the run is called where there are others, as on a bus."""
+        return self._value("id") or self.folder.absolute().name
 
     @property
     def is_written(self) -> bool:
