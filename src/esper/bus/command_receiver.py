@@ -1,13 +1,12 @@
 """Brings commands from the bus to a run, and its answers back."""
 
-import math
 import queue
 import sqlite3
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from esper.bus.backoff import Backoff
@@ -40,7 +39,6 @@ DEFAULT_WINDOW_SECONDS = 300.0
 
 _GROUP = "run"
 _CONSUMER = "job"
-_LIMIT = 100
 _WAIT_SECONDS = 0.2
 _IDLE_SECONDS = 30.0
 _RENEW_SECONDS = 10.0
@@ -50,12 +48,26 @@ Answer = Callable[[LoggedCommand], None]
 Ask = Callable[[LoggedCommand, Answer], bool]
 
 
+@dataclass(kw_only=True)
+class _InHand:
+    """The command that is being dealt with."""
+
+    delivery: Delivery
+    renewed: float
+    """Monotonic seconds, when nobody else could take it for so long."""
+    settled: LoggedCommand | None = None
+    """Once there is something to answer."""
+    refusal: str | None = None
+    """Why it is a dead letter besides."""
+
+
 class CommandReceiver:
     """Receives a run's commands in a thread of its own, as long as its context is open.
 
-    A command is verified, bound to this run, and fresh when it first came; that is written to the
-    run's log before anything else. It is acknowledged once it was settled and answered. One that
-    comes again is answered from the log and never carried out again.
+    One command is dealt with after the other. It is verified, bound to this run, and fresh when it
+    first came; that is written to the run's log before anything else. It is acknowledged once it
+    was settled and answered. One that comes again is answered from the log, and never carried out
+    again.
 
     Args:
         bus: Has the run's commands; may be away.
@@ -90,13 +102,10 @@ class CommandReceiver:
         self._clock = clock
         self._sealer = Sealer(keyring, run, clock=clock)
         self._settled: queue.SimpleQueue[LoggedCommand] = queue.SimpleQueue()
-        """To be answered."""
-        self._entries: dict[str, list[str]] = {}
-        """Of commands that are not settled, or not answered, yet: what brought them."""
+        """What the run has carried out, to be answered."""
+        self._in_hand: _InHand | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._receive, name="esper-commands", daemon=True)
-        self._backlog: deque[Delivery] = deque()
-        """Received, and not looked at yet."""
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -109,7 +118,7 @@ class CommandReceiver:
             self._thread.join()
 
     def _receive(self) -> None:
-        backoff, renewed = Backoff(), -math.inf
+        backoff = Backoff()
         subscription: Subscription | None = None
         log: CommandLog | None = None
         with ExitStack() as stack:
@@ -120,20 +129,17 @@ class CommandReceiver:
                         log = stack.enter_context(CommandLog.open(self._database_file))
                     if subscription is None:
                         subscription = self._subscribed()
-                    self._answer(subscription)
+                    if self._in_hand is not None:
+                        self._see_to(self._in_hand, subscription, wait=not ending)
+                    elif not ending:
+                        self._take_one(subscription, log)
                     if ending:
                         subscription.close()
                         return
-                    if time.monotonic() - renewed > _RENEW_SECONDS:
-                        held = [entry for entries in self._entries.values() for entry in entries]
-                        subscription.renew(held)
-                        renewed = time.monotonic()
-                    self._take_all(subscription, log)
                 except (BusUnavailableError, BusRefusedError, sqlite3.Error) as error:
                     self._link.failed(_CONCERN, error)
                     if ending:
                         return
-                    renewed = -math.inf  # before anything is taken for abandoned
                     self._stop.wait(backoff.failed())
                 else:
                     self._link.works(_CONCERN)
@@ -146,37 +152,41 @@ class CommandReceiver:
         subscription.reclaim()  # of a process that had this run before, and has died
         return subscription
 
-    def _take_all(self, subscription: Subscription, log: CommandLog) -> None:
-        if not self._backlog:
-            received = subscription.receive(limit=_LIMIT, wait_seconds=_WAIT_SECONDS)
-            self._backlog.extend(received)
-        while self._backlog:
-            self._take(self._backlog[0], subscription, log)
-            self._backlog.popleft()
-
-    def _take(self, delivery: Delivery, subscription: Subscription, log: CommandLog) -> None:
-        try:
-            envelope, said = self._opened(delivery)
-        except MessageRefusedError as error:
-            subscription.refuse(delivery, f"{error.refusal}: {error}")
-            return
-        now = self._clock()
-        logged = log.receive(envelope.id, said.sender, said.command, received_seconds=now)
-        if logged.outcome is None and envelope.id not in self._entries:
-            refusal = self._begin(envelope, logged)
-            if refusal is not None:
-                with log.settling(logged.id, Place(0, 0)) as outcomes:
-                    outcomes.append(Outcome(done=False, text=refusal))
-                settled = log.find(logged.id)
-                assert settled is not None
-                self._settled.put(settled)
-                subscription.refuse(delivery, refusal)
+    def _see_to(self, in_hand: "_InHand", subscription: Subscription, *, wait: bool) -> None:
+        """Answer the command in hand if it is settled, and say that it is worked on if not."""
+        if in_hand.settled is None:
+            try:
+                in_hand.settled = self._settled.get(timeout=_WAIT_SECONDS if wait else 0.0)
+            except queue.Empty:
+                if time.monotonic() - in_hand.renewed > _RENEW_SECONDS:
+                    subscription.renew([in_hand.delivery.entry])
+                    in_hand.renewed = time.monotonic()
                 return
-        entries = self._entries.setdefault(envelope.id, [])
-        if delivery.entry not in entries:
-            entries.append(delivery.entry)
-        if logged.outcome is not None:
-            self._settled.put(logged)
+        self._answer(in_hand.settled)
+        if in_hand.refusal is None:
+            subscription.acknowledge([in_hand.delivery.entry])
+        else:
+            subscription.refuse(in_hand.delivery, in_hand.refusal)
+        self._in_hand = None
+
+    def _take_one(self, subscription: Subscription, log: CommandLog) -> None:
+        """Take one command in hand, so that a process that dies of it uses up no other's tries."""
+        for delivery in subscription.receive(limit=1, wait_seconds=_WAIT_SECONDS):
+            try:
+                envelope, said = self._opened(delivery)
+            except MessageRefusedError as error:
+                subscription.refuse(delivery, f"{error.refusal}: {error}")
+                continue
+            now = self._clock()
+            logged = log.receive(envelope.id, said.sender, said.command, received_seconds=now)
+            in_hand = _InHand(delivery=delivery, renewed=time.monotonic())
+            if logged.outcome is not None:
+                in_hand.settled = logged
+            else:
+                in_hand.refusal = self._begin(envelope, logged)
+                if in_hand.refusal is not None:
+                    in_hand.settled = _refused(logged, in_hand.refusal, log)
+            self._in_hand = in_hand
 
     def _opened(self, delivery: Delivery) -> tuple[Envelope, CommandMessage]:
         """Return a command that may be trusted, if not yet whether it is fresh.
@@ -205,26 +215,23 @@ class CommandReceiver:
             return f"{error.refusal}: {error}"
         return None if self._ask(logged, self._settled.put) else "the run has ended"
 
-    def _answer(self, subscription: Subscription) -> None:
-        """Answer what is settled, then acknowledge it; what fails in between is answered again."""
-        while True:
-            try:
-                logged = self._settled.get_nowait()
-            except queue.Empty:
-                return
-            assert logged.outcome is not None
-            assert logged.place is not None
-            answer = AnswerMessage(
-                command_id=logged.id,
-                outcome=logged.outcome,
-                step=logged.place.step,
-                epoch=logged.place.epoch,
-            )
-            try:
-                _, sealed = self._sealer.seal(body_of(answer))
-                self._bus.publish(answers_from(self._run), [sealed])
-                subscription.acknowledge(self._entries.get(logged.id, []))
-            except BusUnavailableError:
-                self._settled.put(logged)
-                raise
-            self._entries.pop(logged.id, None)
+    def _answer(self, logged: LoggedCommand) -> None:
+        assert logged.outcome is not None
+        assert logged.place is not None
+        answer = AnswerMessage(
+            command_id=logged.id,
+            outcome=logged.outcome,
+            step=logged.place.step,
+            epoch=logged.place.epoch,
+        )
+        _, sealed = self._sealer.seal(body_of(answer))
+        self._bus.publish(answers_from(self._run), [sealed])
+
+
+def _refused(logged: LoggedCommand, reason: str, log: CommandLog) -> LoggedCommand:
+    """Settle a command that is not carried out."""
+    with log.settling(logged.id, Place(0, 0)) as outcomes:
+        outcomes.append(Outcome(done=False, text=reason))
+    settled = log.find(logged.id)
+    assert settled is not None
+    return settled

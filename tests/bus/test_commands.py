@@ -1,0 +1,224 @@
+"""A command is verified, carried out once, answered, and never again."""
+
+import random
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from commanded import KEYRING, CountedRun, effect, effects_in
+from esper.bus import (
+    DEAD_LETTERS,
+    Bus,
+    BusUnavailableError,
+    CommandMessage,
+    DeadLetter,
+    InProcessBus,
+    Sealer,
+    answers_from,
+    body_of,
+    commands_for,
+    message_in,
+    open_envelope,
+)
+from esper.bus.command_sender import CommandSender, NoAnswerError
+from esper.bus.redis_streams import RedisBus
+from esper.lifecycle.actions import Germinate
+from esper.lifecycle.commands import Act, Pause
+from esper.signing import Keyring
+from redis_server import RedisServer
+
+RUN = "run"
+
+
+@pytest.fixture(params=["in process", pytest.param("redis", marks=pytest.mark.redis)])
+def bus(request: pytest.FixtureRequest) -> Iterator[Bus]:
+    if request.param == "in process":
+        yield InProcessBus()
+        return
+    with RedisServer() as server:
+        opened = RedisBus(server.url)
+        yield opened
+        opened.close()
+
+
+def sealed(name: str, *, run: str = RUN, keyring: Keyring = KEYRING, **when: Any) -> bytes:
+    message = CommandMessage(sender="ann@lab", command=effect(name))
+    return Sealer(keyring, run, **when).seal(body_of(message))[1]
+
+
+def answers(bus: Bus) -> list[Any]:
+    found = bus.after(answers_from(RUN), None, limit=100_000, wait_seconds=0.0)
+    return [message_in(open_envelope(delivery.message, KEYRING)) for delivery in found]
+
+
+def dead(bus: Bus) -> list[DeadLetter]:
+    found = bus.after(DEAD_LETTERS, None, limit=100_000, wait_seconds=0.0)
+    return [DeadLetter.model_validate_json(delivery.message) for delivery in found]
+
+
+def settle(folder: Path, bus: Bus, done: Callable[[], bool], **how: Any) -> None:
+    run = CountedRun(folder, bus, run=RUN, **how)
+    run.step_until(done)
+    run.close()
+
+
+def test_a_command_is_carried_out_and_answered(bus: Bus, tmp_path: Path) -> None:
+    heard: list[Any] = []
+    sender = CommandSender(bus, KEYRING, RUN, sender="ann@lab")
+    asking = threading.Thread(
+        target=lambda: heard.append(sender.send(effect("first"), wait_seconds=30.0))
+    )
+    asking.start()
+    settle(tmp_path, bus, lambda: bool(heard))
+    asking.join()
+    assert heard[0].outcome.done
+    assert "first germinated in slot" in heard[0].outcome.text
+    assert effects_in(tmp_path) == ["first"]
+
+
+def test_commands_keep_their_order(bus: Bus, tmp_path: Path) -> None:
+    names = [f"n{number}" for number in range(60)]
+    bus.publish(commands_for(RUN), [sealed(name) for name in names])
+    settle(tmp_path, bus, lambda: len(answers(bus)) == 60)
+    assert effects_in(tmp_path) == names
+
+
+def test_a_thousand_replays_are_answered_and_never_carried_out(bus: Bus, tmp_path: Path) -> None:
+    message = sealed("once")
+    bus.publish(commands_for(RUN), [message] * 500)
+    settle(tmp_path, bus, lambda: len(answers(bus)) == 500)
+    bus.publish(commands_for(RUN), [message] * 500)
+    settle(tmp_path, bus, lambda: len(answers(bus)) == 1000)
+    assert effects_in(tmp_path) == ["once"]
+    assert {answer.outcome.done for answer in answers(bus)} == {True}
+    assert dead(bus) == []
+
+
+def test_what_cannot_be_trusted_is_a_dead_letter_with_the_reason(bus: Bus, tmp_path: Path) -> None:
+    good = sealed("good")
+    flipped = []
+    for index in range(len(good)):
+        changed = bytearray(good)
+        changed[index] ^= 1 << random.Random(index).randrange(8)
+        flipped.append(bytes(changed))
+    other_key = Keyring([secrets.token_bytes(32)])
+    others = {
+        sealed("b", run="another run"): "wrong_run",
+        sealed("c", keyring=other_key): "bad_signature",
+        Sealer(KEYRING, RUN).seal(b'{"kind":"command"}')[1]: "unknown_body",
+        Sealer(KEYRING, RUN).seal(b'{"kind":"status","status":"failed"}')[1]: "unknown_body",
+        b"": "malformed",
+        b"\xff" * 2_000_000: "too_large",
+    }
+    published = [*flipped, *others]
+    bus.publish(commands_for(RUN), published)
+    bus.publish(commands_for(RUN), [good])
+    settle(tmp_path, bus, lambda: bool(answers(bus)))
+    letters = dead(bus)
+    assert [letter.content for letter in letters] == published
+    reasons = [letter.reason.partition(":")[0] for letter in letters]
+    assert reasons[len(flipped) :] == list(others.values())
+    assert set(reasons[: len(flipped)]) <= {"malformed", "bad_signature", "unknown_version"}
+    assert effects_in(tmp_path) == ["good"]
+
+
+def test_freshness_is_judged_when_a_command_first_comes(bus: Bus, tmp_path: Path) -> None:
+    """The clock goes on while the process is away: what it had received is still good."""
+    now = 1_000_000.0
+    sent = {"old": -301, "early": 301, "good": -299}
+    for name, ago in sent.items():
+        bus.publish(commands_for(RUN), [sealed(name, clock=lambda ago=ago: now + ago)])
+    settle(tmp_path, bus, lambda: len(answers(bus)) == 3, clock=lambda: now)
+    assert effects_in(tmp_path) == ["good"]
+    assert [letter.reason.partition(":")[0] for letter in dead(bus)] == ["stale", "stale"]
+    assert "301 s before" in dead(bus)[0].reason
+    bus.publish(commands_for(RUN), [sealed("late", clock=lambda: now)])
+    run = CountedRun(tmp_path, bus, run=RUN, clock=lambda: now + 10)
+    with run.receiver.running():  # received, and the process ends before the next step
+        ends = time.monotonic() + 30
+        while not run.control._asked and time.monotonic() < ends:
+            run.control._woken.wait(0.05)
+    run.close()
+    assert run.control._asked
+    settle(tmp_path, bus, lambda: len(answers(bus)) == 4, clock=lambda: now + 5000)
+    assert effects_in(tmp_path) == ["good", "late"]
+
+
+def test_a_command_that_kills_the_process_five_times_is_given_up_and_no_other(
+    bus: Bus, tmp_path: Path
+) -> None:
+    bus.publish(commands_for(RUN), [sealed("deadly"), sealed("next")])
+    for _ in range(5):
+        run = CountedRun(tmp_path, bus, run=RUN)
+        with run.receiver.running():
+            ends = time.monotonic() + 30
+            while not run.control._asked and time.monotonic() < ends:
+                run.control._woken.wait(0.05)
+        assert [asked.logged.command for asked in run.control._asked] == [effect("deadly")]
+        run.close()
+    settle(tmp_path, bus, lambda: bool(answers(bus)))
+    assert effects_in(tmp_path) == ["next"]
+    (letter,) = dead(bus)
+    assert letter.deliveries == 5
+
+
+def test_a_run_that_is_away_is_not_waited_for_forever(bus: Bus) -> None:
+    sender = CommandSender(bus, KEYRING, RUN, sender="ann@lab")
+    with pytest.raises(NoAnswerError, match=r"run run has not answered within 0\.1 s"):
+        sender.send(Pause(), wait_seconds=0.1)
+
+
+@pytest.mark.redis
+def test_a_server_that_goes_away_in_the_middle_of_a_command(tmp_path: Path) -> None:
+    """Killed while the command is worked on: it is done once, told once lost and once regained."""
+    with RedisServer(fsync="always") as server:
+        bus, asked = RedisBus(server.url), RedisBus(server.url)
+        run = CountedRun(tmp_path, bus, run=RUN)
+        heard: list[Any] = []
+        sender = CommandSender(asked, KEYRING, RUN, sender="ann@lab")
+        asking = threading.Thread(
+            target=lambda: heard.append(sender.send(effect("once"), wait_seconds=60.0))
+        )
+        apply = run.growth.apply
+
+        def kill_then_apply(action: Germinate) -> Any:
+            server.kill()
+            return apply(action)
+
+        run.growth.apply = kill_then_apply
+        asking.start()
+        back = threading.Event()
+
+        def over() -> bool:
+            if not back.is_set() and effects_in(tmp_path):
+                ends = time.monotonic() + 30
+                while not run.link.has_events and time.monotonic() < ends:
+                    back.wait(0.01)
+                server.start()
+                back.set()
+            return bool(heard)
+
+        run.step_until(over)
+        asking.join()
+        assert effects_in(tmp_path) == ["once"]
+        assert heard[0].outcome.done
+        assert [event.type for event in run.link.take_events()] == ["bus_lost", "bus_regained"]
+        run.close()
+        bus.close()
+        asked.close()
+
+
+@pytest.mark.redis
+def test_a_server_that_is_away_is_an_error_of_the_sender(tmp_path: Path) -> None:
+    with RedisServer() as server:
+        bus = RedisBus(server.url)
+        server.kill()
+        sender = CommandSender(bus, KEYRING, RUN, sender="ann@lab")
+        with pytest.raises(BusUnavailableError):
+            sender.send(Act(action=Germinate(slot="a", blueprint="b")), wait_seconds=0.3)
+        bus.close()
