@@ -10,9 +10,9 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from esper.supervision.config import ServeConfig, ServeConfigError, load_serve_config
+from esper.supervision.config import DASHBOARD, ServeConfig, ServeConfigError, load_serve_config
+from esper.supervision.finding import Finding
 from esper.supervision.notice import SERVE, Notice
-from esper.supervision.status import Finding
 
 _NOT_READY = 1
 _PACKAGES = {"anyio": "serve", "redis": "redis", "hiredis": "redis"}
@@ -23,7 +23,6 @@ _STATE_STYLES = {
     "given up": "red",
     "backing off": "yellow",
 }
-_NAME_COLUMNS = 14
 
 
 def serve(
@@ -62,8 +61,9 @@ def serve(
         ) from error
     # Until it can be obeyed: a file that is read again before it was read once changes nothing.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    view = _View(as_json=as_json)
     found = _loaded(config)
+    names = [DASHBOARD, *(part.name for part in found.service), *(part.name for part in found.job)]
+    view = _View(max(map(len, names)), as_json=as_json)
     base = config.absolute().parent
     if check:
         findings = preflight(found, base, already_served=is_served(found.folder))
@@ -99,20 +99,27 @@ def _failures(findings: list[Finding]) -> bool:
 
 
 class _View:
-    """Prints what happens, in lines for a person or for a program."""
+    """Prints what happens, in lines for a person or for a program.
 
-    def __init__(self, *, as_json: bool) -> None:
+    Args:
+        name_columns: Width of the longest name.
+        as_json: Whether it is for a program.
+    """
+
+    def __init__(self, name_columns: int, *, as_json: bool) -> None:
+        self._name_columns = name_columns
         self._console = Console()
         self._as_json = as_json
 
     def findings(self, findings: list[Finding]) -> None:
         """Print what was found before the start."""
+        width = max(len(finding.about) for finding in findings)
         for finding in findings:
             if self._as_json:
                 self._print_json(finding.model_dump_json())
                 continue
             line = Text(f"{finding.level:<8}", _FINDING_STYLES[finding.level])
-            line.append(f"{finding.about:<{_NAME_COLUMNS}} ", style="bold")
+            line.append(f"{finding.about:<{width}}  ", style="bold")
             line.append(finding.text, style="not bold")
             self._console.print(line, highlight=False, soft_wrap=True)
 
@@ -122,15 +129,15 @@ class _View:
             self._print_json(notice.model_dump_json())
             return
         clock = time.strftime("%H:%M:%S", time.localtime(notice.time_seconds))
-        line = Text(f"{clock} ", style="dim")
-        line.append(f"{notice.about:<{_NAME_COLUMNS}} ", style="bold not dim")
+        line = Text(f"{clock}  ", style="dim")
+        line.append(f"{notice.about:<{self._name_columns}}  ", style="bold not dim")
         if notice.state is not None:
             line.append(notice.state, style=_STATE_STYLES.get(notice.state, "not dim"))
         if notice.text:
             line.append(f"{': ' if notice.state else ''}{notice.text}", style="not dim")
         self._console.print(line, highlight=False, soft_wrap=True)
         for printed in notice.lines:
-            shown = Text(f"{'':{_NAME_COLUMNS}} {'':8}| {printed}", style="dim")
+            shown = Text(f"{'':{self._name_columns + 11}}| {printed}", style="dim")
             self._console.print(shown, highlight=False, soft_wrap=True)
 
     def _print_json(self, line: str) -> None:

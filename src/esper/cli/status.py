@@ -118,7 +118,7 @@ def _print_head(
     else:
         line = Text(f"process {found.pid} serves{', and ends' if found.ending else ''}")
     console.print(line, f"{found.config} on {found.host}", sep="; ", highlight=False)
-    if found.bus not in (None, "told"):
+    if served and found.bus not in (None, "told"):
         console.print(f"bus: {found.bus}", style="yellow", highlight=False)
     for finding in found.preflight:
         if finding.level == "warning":

@@ -8,6 +8,7 @@ has answered a request that this program makes.
 import argparse
 import http.client
 import json
+import signal
 import sys
 import threading
 from collections.abc import Sequence
@@ -16,9 +17,13 @@ from pathlib import Path
 
 import torch
 
+from esper.bus.bus import EMERGENCY, TELEMETRY
+from esper.bus.router import Router
+from esper.experiments.bus_connection import open_run_bus
 from esper.experiments.config import SettingsError, load_run_config
+from esper.signing import Keyring
+from esper.supervision.beating_bus import BeatingBus
 from esper.supervision.config import DASHBOARD, ROUTER
-from esper.supervision.routing import route
 from esper.telemetry.heartbeat import Heartbeat
 
 CHECK = "check"
@@ -115,6 +120,30 @@ def _beat_when_answered(heartbeat: Heartbeat, host: str, port: int, over: thread
             heartbeat.beat("serving")
         connection.close()
         over.wait(_PROBE_SECONDS)
+
+
+def route(address: str, folder: Path, key_file: Path | None) -> None:
+    """Route what runs tell until SIGTERM.
+
+    Raises:
+        KeyFileError: The keys cannot be read.
+        ModuleNotFoundError: The extra is not installed.
+        ValueError: The address is none.
+        BusRefusedError: The server will not have it.
+    """
+    heartbeat = Heartbeat.from_environment()
+    keyring = Keyring.of_user() if key_file is None else Keyring.from_file(key_file)
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    bus = open_run_bus(address)
+
+    def beat(state: str) -> None:
+        heartbeat.beat(state, **router.facts().model_dump())
+
+    router = Router(BeatingBus(bus, (EMERGENCY, TELEMETRY), beat), keyring, folder)
+    router.run(stop)
+    bus.close()
 
 
 if __name__ == "__main__":

@@ -11,22 +11,17 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
-from urllib.parse import urlsplit
 
-from esper.bus.bus import BusRefusedError, BusUnavailableError
-from esper.bus.redis_streams import RedisBus
-from esper.experiments.bus_connection import open_run_bus
 from esper.signing import KeyFileError, Keyring
+from esper.supervision.bus_servers import LOOPBACK, servers_found
 from esper.supervision.children import CHECK
 from esper.supervision.config import BusConfig, DashboardConfig, JobConfig, ServeConfig
+from esper.supervision.finding import Finding, failure, ok, warning
 from esper.supervision.program import job_arguments
-from esper.supervision.status import Finding
 
 _MIN_FREE_BYTES = 1 << 30
 _JOB_SECONDS = 300.0
 _DASHBOARD_PACKAGES = ("plotly", "starlette", "uvicorn")
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
-_DEFAULT_PORT = 6379
 
 
 def preflight(config: ServeConfig, base: Path, *, already_served: bool = False) -> list[Finding]:
@@ -40,13 +35,13 @@ def preflight(config: ServeConfig, base: Path, *, already_served: bool = False) 
     Effects: the user's own key file is made if it is needed and not there. A process is started for
     each job, which loads its settings and tries its device.
     """
-    findings = [_ok("config", _summary(config))]
+    findings = [ok("config", _summary(config))]
     findings += _programs(config, base)
-    findings += keys_found(config.bus)
+    findings += _keys(config.bus)
     findings += servers_found(config)
     findings += _disk(config)
     if already_served:
-        findings.append(_ok("ports", "not tried: it is served now"))
+        findings.append(ok("ports", "not tried: it is served now"))
     else:
         findings += _ports(config)
     return [*findings, *_jobs(config)]
@@ -65,12 +60,12 @@ def _programs(config: ServeConfig, base: Path) -> Iterator[Finding]:
         program, about = service.command[0], f"service {service.name}"
         found = shutil.which(str(base / program) if os.sep in program else program)
         if found is None:
-            yield _failure(
+            yield failure(
                 about,
                 f"there is no program {program!r}; install it, or give its whole path",
             )
         else:
-            yield _ok(about, found)
+            yield ok(about, found)
     if config.dashboard is not None:
         yield from _dashboard(config.dashboard)
 
@@ -78,7 +73,7 @@ def _programs(config: ServeConfig, base: Path) -> Iterator[Finding]:
 def _dashboard(config: DashboardConfig) -> Iterator[Finding]:
     missing = [name for name in _DASHBOARD_PACKAGES if find_spec(name) is None]
     if missing:
-        yield _failure(
+        yield failure(
             "dashboard",
             f"it needs {', '.join(missing)}: pip install 'esper-lite[dashboard]'",
         )
@@ -88,98 +83,26 @@ def _dashboard(config: DashboardConfig) -> Iterator[Finding]:
     try:
         token = find_token(config.token_file)
     except (TokenError, OSError) as error:
-        yield _failure("dashboard", str(error))
+        yield failure("dashboard", str(error))
         return
-    if token is None and config.host not in _LOOPBACK:
-        yield _warning(
+    if token is None and config.host not in LOOPBACK:
+        yield warning(
             "dashboard",
             f"{config.host} is not of this machine alone and there is no token_file: a token "
             "is made at each start, and printed into its log",
         )
 
 
-def keys_found(bus: BusConfig | None) -> Iterator[Finding]:
-    """Yield whether the keys for the bus can be used."""
+def _keys(bus: BusConfig | None) -> Iterator[Finding]:
     if bus is None:
         return
     try:
         ring = Keyring.of_user() if bus.key_file is None else Keyring.from_file(bus.key_file)
     except KeyFileError as error:
-        yield _failure("keys", str(error))
+        yield failure("keys", str(error))
     else:
         place = bus.key_file or "the user's own keyring"
-        yield _ok("keys", f"{place}, keys: {len(ring.keys)}")
-
-
-def servers_found(config: ServeConfig, *, own_too: bool = False) -> Iterator[Finding]:
-    """Yield how the servers of the bus are set up.
-
-    Args:
-        config: Names them.
-        own_too: Whether also those that are among the services, and run by now.
-    """
-    bus = config.bus
-    if bus is None:
-        return
-    roles = {"commands": bus.commands, "telemetry": bus.telemetry_url}
-    for role, address in roles.items():
-        if role == "telemetry" and address == bus.commands:
-            continue
-        own = _own_service(config, address)
-        if own is not None and not own_too:
-            text = f"service {own} will serve it"
-            yield _ok(f"bus {role}", text)
-        else:
-            yield from _server(role, address)
-    if _instance(bus.commands) == _instance(bus.telemetry_url) and (own_too or not own):
-        yield _warning(
-            "bus",
-            "one server takes commands and telemetry: much telemetry can hold up commands, and "
-            "fill the memory that they need; give telemetry one of its own",
-        )
-
-
-def _server(role: str, address: str) -> Iterator[Finding]:
-    about = f"bus {role}"
-    try:
-        bus = open_run_bus(address)
-        assert isinstance(bus, RedisBus)
-        facts = bus.server_facts()
-    except (BusRefusedError, BusUnavailableError, ModuleNotFoundError, ValueError) as error:
-        yield _failure(about, str(error))
-        return
-    bus.close()
-    yield _ok(about, f"{bus.address}, Redis {facts.version}")
-    if role == "commands" and not (facts.append_only and facts.append_fsync == "always"):
-        yield _warning(
-            about,
-            "a command can be lost if its machine loses power: it does not run with "
-            "appendonly yes and appendfsync always",
-        )
-    if facts.max_memory_bytes and facts.max_memory_policy != "noeviction":
-        yield _warning(
-            about,
-            f"it may throw away messages when its memory is full: maxmemory-policy is "
-            f"{facts.max_memory_policy}, and should be noeviction",
-        )
-
-
-def _own_service(config: ServeConfig, address: str) -> str | None:
-    """Return the service that is at an address, if it is one of those to be served."""
-    kind, host, port = _instance(address)
-    if kind == "unix" or host not in _LOOPBACK:
-        return None
-    ready = {service.ready.port: service.name for service in config.service if service.ready}
-    return ready.get(port)
-
-
-def _instance(address: str) -> tuple[str, str, int]:
-    """Return what tells a server from others, whatever database of it an address names."""
-    parts = urlsplit(address)
-    if parts.scheme == "unix":
-        return "unix", parts.path, 0
-    host = parts.hostname or ""
-    return "tcp", _LOOPBACK[0] if host in _LOOPBACK else host, parts.port or _DEFAULT_PORT
+        yield ok("keys", f"{place}, keys: {len(ring.keys)}")
 
 
 def _disk(config: ServeConfig) -> Iterator[Finding]:
@@ -194,7 +117,7 @@ def _disk(config: ServeConfig) -> Iterator[Finding]:
             with tempfile.TemporaryFile(dir=place):
                 pass
         except OSError as error:
-            yield _failure(about, f"{folder} cannot be written: {error.strerror}")
+            yield failure(about, f"{folder} cannot be written: {error.strerror}")
             continue
         device = place.stat().st_dev
         if device in seen:
@@ -203,9 +126,9 @@ def _disk(config: ServeConfig) -> Iterator[Finding]:
         free = shutil.disk_usage(place).free
         text = f"{free / 1e9:.1f} GB free at {place}"
         if free < _MIN_FREE_BYTES:
-            yield _warning("disk", f"{text}; runs and logs may fill it")
+            yield warning("disk", f"{text}; runs and logs may fill it")
         else:
-            yield _ok("disk", text)
+            yield ok("disk", text)
 
 
 def _ports(config: ServeConfig) -> Iterator[Finding]:
@@ -219,9 +142,9 @@ def _ports(config: ServeConfig) -> Iterator[Finding]:
     for about, (host, port) in places.items():
         problem = _port_problem(host, port)
         if problem is None:
-            yield _ok(about, f"port {port} is free")
+            yield ok(about, f"port {port} is free")
         else:
-            yield _failure(about, f"port {port} of {host}: {problem}")
+            yield failure(about, f"port {port} of {host}: {problem}")
 
 
 def _port_problem(host: str, port: int) -> str | None:
@@ -258,22 +181,10 @@ def _job(job: JobConfig, bus: BusConfig | None) -> Finding:
     except subprocess.CalledProcessError as error:
         last = error.stderr.decode(errors="replace").strip().splitlines()[-1:]
         text = f"it cannot be looked at: {' '.join(last)}"
-        return _failure(about, text)
+        return failure(about, text)
     except (OSError, subprocess.TimeoutExpired, ValueError) as error:
-        return _failure(about, f"it cannot be looked at: {error}")
+        return failure(about, f"it cannot be looked at: {error}")
     if told["problem"] is not None:
-        return _failure(about, told["problem"])
+        return failure(about, told["problem"])
     text = f"{job.task} on {told['device']}, into {job.folder}"
-    return _ok(about, text)
-
-
-def _ok(about: str, text: str) -> Finding:
-    return Finding(level="ok", about=about, text=text)
-
-
-def _warning(about: str, text: str) -> Finding:
-    return Finding(level="warning", about=about, text=text)
-
-
-def _failure(about: str, text: str) -> Finding:
-    return Finding(level="failure", about=about, text=text)
+    return ok(about, text)

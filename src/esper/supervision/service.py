@@ -75,7 +75,7 @@ class Service:
 
     def status(self) -> ServiceStatus:
         """Return how it stands."""
-        beat = self._beat
+        beat = None if self._child is None else self._beat
         if beat is not None:
             beat = beat.model_copy(update={"age_seconds": time.monotonic() - self._beat_seconds})
         return ServiceStatus(

@@ -1,5 +1,6 @@
-"""How everything that is served stands, in one file that anybody may read."""
+"""How everything that is served stands, in one file."""
 
+import os
 from enum import StrEnum
 from pathlib import Path
 from typing import Literal
@@ -7,6 +8,7 @@ from typing import Literal
 from pydantic import Field, JsonValue, ValidationError
 
 from esper.lifecycle.record import Record
+from esper.supervision.finding import Finding
 
 STATUS_FILE = "status.json"
 
@@ -57,7 +59,7 @@ class ServiceStatus(Record):
     restarts: int = 0
     """Since the supervisor began."""
     beat: BeatStatus | None = None
-    """None of one that gives no signs of life, or has not yet."""
+    """None of one that gives no signs of life, or does not run."""
     silent_seconds: float | None = None
     """After so long without a sign of life it hangs."""
     last_exit: str | None = None
@@ -67,14 +69,6 @@ class ServiceStatus(Record):
     next_start_seconds: float | None = None
     """Since the Unix epoch."""
     log: str
-
-
-class Finding(Record):
-    """One thing that was looked at before anything was started."""
-
-    level: Literal["ok", "warning", "failure"]
-    about: str
-    text: str
 
 
 class ReloadStatus(Record):
@@ -114,7 +108,10 @@ def write_status(status: ServeStatus, folder: Path) -> None:
         OSError: It cannot be written.
     """
     new = folder / f".{STATUS_FILE}.new"
-    new.write_text(status.model_dump_json(indent=1), encoding="utf-8")
+    # Readable by its owner alone: a program's last lines may hold a token.
+    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
+        stream.write(status.model_dump_json(indent=1))
     new.replace(folder / STATUS_FILE)
 
 

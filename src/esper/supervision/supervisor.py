@@ -12,15 +12,16 @@ import anyio
 import anyio.to_thread
 
 from esper.supervision import warden
+from esper.supervision.bus_servers import own_servers_found, own_services
 from esper.supervision.changes import Changes
 from esper.supervision.child import marks_of
 from esper.supervision.config import ServeConfig, ServeConfigError, load_serve_config
+from esper.supervision.finding import Finding
 from esper.supervision.health_teller import HealthTeller
 from esper.supervision.notice import SERVE, Notice
 from esper.supervision.program import Program, programs
 from esper.supervision.service import Service
 from esper.supervision.status import (
-    Finding,
     Kind,
     ReloadStatus,
     ServeStatus,
@@ -87,6 +88,7 @@ class Supervisor:
         async with anyio.create_task_group() as running:
             self._running = running
             running.start_soon(self._keep_status)
+            running.start_soon(self._look_at_own_servers)
             self._start(programs(self._config, self._file.parent))
             await self._ending.wait()
             self._tell(Notice(about=SERVE, text="ends: jobs first, then what they need"))
@@ -174,6 +176,18 @@ class Supervisor:
         for name, service in self._services.items():
             if name not in known:
                 self._running.start_soon(service.run)
+
+    async def _look_at_own_servers(self) -> None:
+        """Look at the servers of the bus that are among the services, once they are ready."""
+        if not own_services(self._config):
+            return
+        services = [s for s in self._services.values() if s.program.kind == "service"]
+        while any(service.state != ServiceState.READY for service in services):
+            await self._changes.next()
+        for finding in await anyio.to_thread.run_sync(own_servers_found, self._config):
+            self._preflight += (finding,)
+            if finding.level != "ok":
+                self._tell(Notice(about=finding.about, text=f"{finding.level}: {finding.text}"))
 
     async def _stop(self, services: Sequence[Service]) -> None:
         """End programs in their order, those of one kind at once; services one after another."""

@@ -101,8 +101,14 @@ class BoundedLog:
             self._stream = self._opened()
         self._stream.write(output)
 
+    def close(self) -> None:
+        """Let go of the file."""
+        self._stream.close()
+
     def _opened(self) -> IO[bytes]:
-        return self._file.open("ab", buffering=0)
+        # Readable by its owner alone: a program may print a token.
+        descriptor = os.open(self._file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        return os.fdopen(descriptor, "ab", buffering=0)
 
 
 class Warden:
@@ -151,7 +157,8 @@ class Warden:
         for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, lambda *_: None)  # not ignored: the program would inherit that
         output, printing = os.pipe()
-        self._write_log(f"{_now()} {' '.join(self._command)}\n".encode(), head=True)
+        shown = " ".join(" ".join(self._command).split())
+        self._write_log(f"{_now()} {shown}\n".encode(errors="replace"), head=True)
         try:
             self._program = subprocess.Popen(  # noqa: S603 – of the supervisor's own file
                 self._command,
@@ -173,6 +180,7 @@ class Warden:
         with suppress(BlockingIOError):  # somebody who is not ours may hold the other end
             while printed := os.read(output, _READ_BYTES):
                 self._write_log(printed)
+        self._log.close()
         self._tell(ended=self._program.returncode)
         os.killpg(0, signal.SIGKILL)
 

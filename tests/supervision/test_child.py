@@ -1,0 +1,160 @@
+"""A program under its warden: how it ends is known, what it prints is kept, nothing is left."""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import anyio
+import anyio.to_thread
+import pytest
+
+from esper.supervision import child as child_module
+from esper.supervision.child import Child, Ending
+from esper.supervision.log_tail import last_lines
+from esper.supervision.warden import HEAD, BoundedLog, marked_processes
+from supervised import STUBBORN, wait_for
+
+pytestmark = pytest.mark.skipif(
+    not Path("/proc/self/environ").exists(), reason="processes are found in /proc"
+)
+
+
+def new_child(folder: Path, *command: str, drain_seconds: float = 10.0) -> Child:
+    return Child(
+        "tried",
+        command,
+        working=folder,
+        folder=folder,
+        log=folder / "tried.log",
+        drain_seconds=drain_seconds,
+    )
+
+
+def python(script: str) -> tuple[str, ...]:
+    return (sys.executable, "-S", "-c", script)
+
+
+def ending_of(folder: Path, *command: str) -> Ending:
+    async def run() -> Ending:
+        child = new_child(folder, *command)
+        ending = await child.ended()
+        child.close()
+        return ending
+
+    return anyio.run(run)
+
+
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        (python(""), "exit code 0"),
+        (python("raise SystemExit(7)"), "exit code 7"),
+        (python("import os; os.kill(os.getpid(), 11)"), "signal 11 (SIGSEGV)"),
+        (("no-such-program",), "no-such-program cannot be started: No such file or directory"),
+    ],
+)
+def test_how_a_program_has_ended_is_known(
+    tmp_path: Path, command: tuple[str, ...], told: str
+) -> None:
+    assert str(ending_of(tmp_path, *command)) == told
+
+
+def test_what_it_prints_is_appended_to_its_log_which_others_cannot_read(tmp_path: Path) -> None:
+    for word in ("first", "second"):
+        script = f"import sys; print('{word}'); print('\\x1b[31mred', file=sys.stderr)"
+        ending_of(tmp_path, *python(script))
+    log = tmp_path / "tried.log"
+    assert log.read_text().count(HEAD.decode()) == 2
+    assert "first\n" in log.read_text()
+    assert last_lines(log) == ("second", " [31mred")
+    assert log.stat().st_mode & 0o777 == 0o600
+
+
+def test_what_a_program_leaves_running_when_it_ends_is_killed(tmp_path: Path) -> None:
+    ending_of(tmp_path, *python(STUBBORN.replace("time.sleep(1000)\n", "")))
+    assert "stubborn is up" in (tmp_path / "tried.log").read_text()
+    assert marked_processes([f"ESPER_SERVE_FOLDER={tmp_path}"]) == []
+
+
+def test_a_program_has_time_to_end_and_what_it_has_started_too(tmp_path: Path) -> None:
+    """Only the program itself is asked: it has use for its workers until then."""
+    script = """
+import signal, subprocess, sys, time
+worker = subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(1000)"])
+def end(*_):
+    print("worker still there:", worker.poll() is None, flush=True)
+    sys.exit(5)
+signal.signal(signal.SIGTERM, end)
+print("up", flush=True)
+time.sleep(1000)
+"""
+
+    log = tmp_path / "tried.log"
+    log.touch()
+
+    async def run() -> Ending:
+        child = new_child(tmp_path, *python(script))
+        await anyio.to_thread.run_sync(wait_for, lambda: last_lines(log) == ("up",))
+        ending = await child.ended_by_order()
+        child.close()
+        return ending
+
+    assert anyio.run(run).code == 5
+    assert last_lines(log) == ("up", "worker still there: True")
+    assert marked_processes([f"ESPER_SERVE_FOLDER={tmp_path}"]) == []
+
+
+def test_a_warden_that_does_not_answer_is_killed_with_all_it_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(child_module, "_WARDEN_SECONDS", 0.2)
+    log = tmp_path / "tried.log"
+    log.touch()
+
+    async def run() -> Ending:
+        child = new_child(tmp_path, *python(STUBBORN), drain_seconds=0.1)
+        await anyio.to_thread.run_sync(wait_for, lambda: last_lines(log) == ("stubborn is up",))
+        (warden,) = (
+            pid
+            for pid in marked_processes([f"ESPER_SERVE_FOLDER={tmp_path}"])
+            if b"warden.py" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        )
+        os.kill(warden, signal.SIGSTOP)
+        ending = await child.ended_by_order()
+        child.close()
+        return ending
+
+    assert anyio.run(run).problem == "its warden was killed"
+    assert marked_processes([f"ESPER_SERVE_FOLDER={tmp_path}"]) == []
+
+
+def test_no_pipe_is_left_open(tmp_path: Path) -> None:
+    ending_of(tmp_path, *python(""))
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    for _ in range(3):
+        ending_of(tmp_path, *python(""))
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+def test_a_log_is_bounded_and_one_old_one_is_kept(tmp_path: Path) -> None:
+    log = BoundedLog(tmp_path / "log", 1000)
+    for number in range(100):
+        log.write(f"{number:049}\n".encode())
+    log.close()
+    old, new = (tmp_path / "log.1").read_text(), (tmp_path / "log").read_text()
+    assert len(old) == 1000
+    assert len(new) <= 1000
+    assert (old + new).split() == [f"{number:049}" for number in range(60, 100)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["log", "log.1"]
+
+
+def test_a_program_prints_far_more_than_its_log_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(child_module, "LOG_BYTES", 100_000)
+    script = "for number in range(100_000): print(f'{number:09}')"
+    assert ending_of(tmp_path, *python(script)).code == 0
+    sizes = [(tmp_path / name).stat().st_size for name in ("tried.log", "tried.log.1")]
+    assert all(size <= 100_000 for size in sizes)
+    assert last_lines(tmp_path / "tried.log")[-1] == "000099999"
