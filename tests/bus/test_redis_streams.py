@@ -137,9 +137,12 @@ def test_a_server_that_does_not_answer_is_taken_to_be_away(server: RedisServer) 
             began = time.monotonic()
             with pytest.raises(BusUnavailableError, match=r"[Tt]imeout|timed out"):
                 call()
-            assert time.monotonic() - began < LONG_SECONDS, name
+            assert time.monotonic() - began < 4.0, name
         server.go_on()
         bus.publish(KEPT, [b"again"])
+        bus.ping()
+        # It may have been taken after all, but was not sent twice
+        assert messages(bus.latest(KEPT, limit=9)).count(b"message") <= 1
 
 
 def test_waiting_for_longer_than_the_timeout_is_no_timeout(server: RedisServer) -> None:
