@@ -117,7 +117,8 @@ def _print_head(
         line = Text(f"process {found.pid} serves, and was silent for {_ago(age)}", "red")
     else:
         line = Text(f"process {found.pid} serves{', and ends' if found.ending else ''}")
-    console.print(line, f"{found.config} on {found.host}", sep="; ", highlight=False)
+    console.print(line)
+    console.print(f"{found.config} on {found.host}", highlight=False, soft_wrap=True)
     if served and found.bus not in (None, "told"):
         console.print(f"bus: {found.bus}", style="yellow", highlight=False)
     for finding in found.preflight:
