@@ -99,12 +99,17 @@ class Served:
     def environment(self) -> dict[str, str]:
         return {**os.environ, MARK: self.mark, "COLUMNS": "200", "OMP_NUM_THREADS": "1"}
 
-    def start(self) -> None:
+    def start(self, output: int | None = None) -> None:
+        """Start it.
+
+        Args:
+            output: Descriptor that it prints to; None is the file that `output` reads.
+        """
         with (self.folder / "out").open("ab") as out:
             self.process = subprocess.Popen(
                 [sys.executable, "-c", SERVE, "esper.toml", "--json"],
                 cwd=self.folder,
-                stdout=out,
+                stdout=out if output is None else output,
                 stderr=subprocess.STDOUT,
                 env=self.environment,
             )

@@ -38,14 +38,13 @@ def load(folder: Path, text: str) -> str:
         (JOB + "[stop]\ndrain_seconds = -1\n", "stop.drain_seconds: Input should be greater"),
         (JOB + "[restart]\nmax_restart = 3\n", "did you mean 'restart.max_restarts'?"),
         (JOB + '[bus]\ncommands = "redis://u:secret@h"\n', "ESPER_BUS_PASSWORD"),
+        (JOB + '[bus]\ncommands = "redis://h:99999"\n', "bus: Port out of range"),
         ('[[service]]\nname = "s"\ncommand = []\n', "service[1].command: "),
         ('[[service]]\nname = "s"\n', "service[1].command is missing"),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path: Path, text: str, told: str) -> None:
-    reason = load(tmp_path, text)
-    assert told in reason
-    assert "secret" not in reason or "secret@" in text
+    assert told in load(tmp_path, text)
 
 
 def test_a_password_is_not_repeated(tmp_path: Path) -> None:

@@ -281,6 +281,23 @@ def test_a_second_supervisor_of_a_folder_is_refused(tmp_path: Path) -> None:
         assert served.wait_for("beater", "ready").pid == pid
 
 
+def test_all_goes_on_where_nobody_reads_any_more_what_serve_prints(tmp_path: Path) -> None:
+    served = Served(tmp_path, QUICK + BEATER, beating=BEATING)
+    reading, writing = os.pipe()
+    served.start(output=writing)
+    os.close(writing)
+    try:
+        pid = served.wait_for("beater", "ready").pid
+        os.close(reading)
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
+        assert ready_again(served, "beater").pid != pid
+        served.signal(signal.SIGTERM)
+        assert served.ended() == 0
+    finally:
+        served.__exit__()
+
+
 def wait_until_stubborn_is_up(served: Served) -> None:
     log = served.folder / "serve/logs/stubborn.log"
     served.wait_for("stubborn", "ready")

@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -124,7 +125,13 @@ class _View:
             self._console.print(line, highlight=False, soft_wrap=True)
 
     def notice(self, notice: Notice) -> None:
-        """Print that something has changed."""
+        """Print that something has changed; where that cannot be, all goes on."""
+        # Nobody reads it any more, which rich would end the program for, or a disk is full: what
+        # is served does not depend on it, and status.json tells the same.
+        with suppress(OSError, SystemExit):
+            self._print(notice)
+
+    def _print(self, notice: Notice) -> None:
         if self._as_json:
             self._print_json(notice.model_dump_json())
             return

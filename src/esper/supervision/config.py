@@ -50,9 +50,13 @@ class BusConfig(Record):
     """None is the user's own keyring."""
 
     @model_validator(mode="after")
-    def _holds_no_password(self) -> Self:
+    def _can_be_read_and_hold_no_password(self) -> Self:
         for name, url in (("commands", self.commands), ("telemetry", self.telemetry)):
-            if url is not None and urlsplit(url).password is not None:
+            if url is None:
+                continue
+            parts = urlsplit(url)
+            _ = parts.port  # raises where it is none
+            if parts.password is not None:
                 raise ValueError(
                     f"{name} holds a password, which every user of this machine would see among "
                     "the running programs; take it out, and set the environment variable "
