@@ -109,12 +109,9 @@ class Sealer:
         """
         self._sealed += 1
         id_ = f"{self._producer}-{self._sealed}"
-        seconds = int(self._clock())
-        signature = self._keyring.signature(_signed(id_, self._run, seconds, body))
-        message = b"%s %s %s %d %s\n%s" % (
-            *(_VERSION, id_.encode(), self._run, seconds),
-            *(signature.encode(), body),
-        )
+        head = id_.encode(), self._run, b"%d" % int(self._clock())
+        signature = self._keyring.signature(_signed(*head, body)).encode()
+        message = b"%s %s %s %s %s\n%s" % (_VERSION, *head, signature, body)
         if len(message) > MAX_MESSAGE_BYTES:
             raise ValueError(
                 f"a message of {len(message)} bytes is larger than the {MAX_MESSAGE_BYTES} that "
@@ -142,18 +139,20 @@ def open_envelope(message: bytes, keyring: Keyring) -> Envelope:
     found = _HEAD.fullmatch(head)
     if found is None or not newline:
         raise MessageRefusedError(Refusal.MALFORMED, f"it has no head: {head[:80]!r}")
-    if found["version"] != _VERSION:
+    version, id_, run, seconds, signature = found.groups()
+    if version != _VERSION:
         raise MessageRefusedError(
             Refusal.UNKNOWN_VERSION,
-            f"its version is {found['version'].decode()}, and this esper reads {_VERSION.decode()}",
+            f"its version is {version.decode()}, and this esper reads {_VERSION.decode()}",
         )
-    id_, run, seconds = found["id"].decode(), found["run"], int(found["time"])
-    signature = found["signature"].decode()
-    if not keyring.verifies(_signed(id_, run, seconds, body), signature):
+    if not keyring.verifies(_signed(id_, run, seconds, body), signature.decode()):
         raise MessageRefusedError(
-            Refusal.BAD_SIGNATURE, f"no key here has signed message {id_}; are the keys the same?"
+            Refusal.BAD_SIGNATURE,
+            f"no key here has signed message {id_.decode()}; are the keys the same?",
         )
-    return Envelope(id=id_, run=unquote(run.decode()), time_seconds=seconds, body=body)
+    return Envelope(
+        id=id_.decode(), run=unquote(run.decode()), time_seconds=int(seconds), body=body
+    )
 
 
 def check_run(envelope: Envelope, run: str) -> None:
@@ -189,8 +188,8 @@ def check_fresh(envelope: Envelope, *, received_seconds: float, window_seconds: 
         )
 
 
-def _signed(id_: str, run: bytes, seconds: int, body: bytes) -> bytes:
-    return b"%s.%s.%d.%s" % (id_.encode(), run, seconds, body)
+def _signed(id_: bytes, run: bytes, seconds: bytes, body: bytes) -> bytes:
+    return b"%s.%s.%s.%s" % (id_, run, seconds, body)
 
 
 def _escaped(run: str) -> bytes:

@@ -15,7 +15,7 @@ from pydantic import Field, ValidationError
 
 from esper.bus.bus import EMERGENCY, TELEMETRY, Stream
 from esper.bus.envelope import Envelope, MessageRefusedError, Refusal
-from esper.bus.messages import EventMessage, MetricsMessage, RunMessage, StatusMessage
+from esper.bus.messages import EventMessage, Message, MetricsMessage, RunMessage, StatusMessage
 from esper.bus.sequences import SequenceTracker
 from esper.lifecycle.events import Priority
 from esper.lifecycle.record import Record
@@ -205,25 +205,26 @@ class Mirror(RunStore):
         return state, SequenceTracker.load(state.sequences)
 
 
-def check_telling(envelope: Envelope, message: Any) -> Telling:
+def check_telling(envelope: Envelope, message: Message) -> Telling:
     """Return what a message says of a run, if a run folder can hold it.
 
     Raises:
         MessageRefusedError: It says something else, or has numbers that no database takes.
     """
-    if not isinstance(message, Telling):
-        raise _refused(envelope, f"is no telemetry: {message.kind}")
-    numbers: tuple[float, ...] = ()
     if isinstance(message, EventMessage):
         record = message.record
-        numbers = (record.epoch, record.step)
         if math.isnan(record.time_seconds):
             raise _refused(envelope, "has no time")
+        numbers = (record.epoch, record.step)
     elif isinstance(message, MetricsMessage):
         numbers = (message.epoch, message.step)
     elif isinstance(message, RunMessage):
-        numbers = (message.after_step,)
-    if any(abs(number) > _MAX_INTEGER for number in numbers):
+        numbers = (message.after_step, 0)
+    elif isinstance(message, StatusMessage):
+        numbers = (0, 0)
+    else:
+        raise _refused(envelope, f"is no telemetry: {message.kind}")
+    if max(numbers) > _MAX_INTEGER or min(numbers) < -_MAX_INTEGER:
         raise _refused(envelope, f"has numbers beyond 63 bits: {numbers}")
     return message
 

@@ -4,6 +4,7 @@ import logging
 import os
 from collections import OrderedDict
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 
 from esper.bus.envelope import MessageRefusedError, Refusal
@@ -87,6 +88,7 @@ class Mirrors:
             mirror.close()
 
 
+@lru_cache(maxsize=1_000)
 def check_name(run: str) -> None:
     """Raise unless a run's id can be the name of a folder that people see, and of nothing else.
 
