@@ -3,7 +3,7 @@
 import sqlite3
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -124,8 +124,11 @@ class CountedRun:
 
 
 def effects_in(folder: Path) -> list[str]:
-    """Return what has taken effect, in its order."""
-    with sqlite3.connect(folder / DATABASE_FILE) as database:
+    """Return what has taken effect, in its order.
+
+    Closed at once: a fork that inherits an open database loses its locks when it collects it.
+    """
+    with closing(sqlite3.connect(folder / DATABASE_FILE)) as database:
         database.execute(EFFECTS)
         return [name for (name,) in database.execute("SELECT name FROM effects ORDER BY rowid")]
 
