@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types imports chromium unit picture benchmarks clean
+.PHONY: help demo test lint types imports chromium redis unit picture benchmarks clean
 
 help:
 	@echo "make demo        grow a network on handwritten digits, and watch it"
@@ -55,8 +55,18 @@ chromium:
 			&& exit 0; fi; \
 	echo "no Chromium, and none could be installed: browser tests will be skipped"
 
+# Tests marked redis start Debian's redis-server; without one they are skipped, and say so. RUNLEVEL
+# keeps Debian from starting a server of its own.
+redis:
+	@command -v redis-server >/dev/null && exit 0; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		echo "installing redis-server for the tests of the bus (once)"; \
+		{ apt-get update -qq && RUNLEVEL=1 apt-get install -y -qq --no-install-recommends \
+			redis-server; } >/dev/null && exit 0; fi; \
+	echo "no redis-server, and none could be installed: redis tests will be skipped"
+
 # One thread per process: two test processes share two cores.
-unit: $(VENV)/.dev chromium
+unit: $(VENV)/.dev chromium redis
 	ESPER_ARTEFACTS=$${ESPER_ARTEFACTS:-build/artefacts} OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
 picture: $(VENV)/.runtime
@@ -64,7 +74,7 @@ picture: $(VENV)/.runtime
 		--png docs/grown_run.png --only loss --only quality-accuracy --only lanes
 
 # What takes hours comes from the runs that are kept; what is a ratio of times is measured anew.
-benchmarks: $(VENV)/.dev chromium
+benchmarks: $(VENV)/.dev chromium redis
 	for folder in benchmarks/results/compare-*; do $(BIN)/esper inspect $$folder || exit 1; done
 	$(BIN)/python benchmarks/useless_seeds.py --cache benchmarks/results/useless_seeds.jsonl
 	$(BIN)/python benchmarks/seed_objective.py --cache benchmarks/results/seed_objective.jsonl
@@ -79,6 +89,8 @@ benchmarks: $(VENV)/.dev chromium
 	$(BIN)/python benchmarks/isolation_monitor.py
 	$(BIN)/python benchmarks/snapshot_cost.py
 	$(BIN)/python benchmarks/dashboard_load.py
+	$(BIN)/python benchmarks/bus_priority.py
+	$(BIN)/python benchmarks/bus_throughput.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info src/*.egg-info .mypy_cache .ruff_cache .pytest_cache
