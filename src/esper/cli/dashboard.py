@@ -1,10 +1,17 @@
 """`esper dashboard`: follow and compare runs in a browser."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+
+from esper.bus.command_sender import this_user
+from esper.experiments.bus_connection import open_run_bus
+from esper.signing import Keyring
+
+if TYPE_CHECKING:
+    from esper.dashboard import CommandChannel
 
 DEFAULT_PORT = 8265
 
@@ -30,6 +37,17 @@ def dashboard(
             "neither, one is made if it is needed, and printed in the address."
         ),
     ] = None,
+    bus: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Address of the bus that runs listen to: whoever may open the page may then "
+            "pause, stop, advance, commit and prune.",
+        ),
+    ] = None,
+    key_file: Annotated[
+        Path | None, typer.Option(help="Keys that runs take commands by; default your own.")
+    ] = None,
 ) -> None:
     """Show the runs in FOLDER on a local web page, as they go on, until Ctrl-C."""
     try:
@@ -48,8 +66,11 @@ def dashboard(
     if folder.exists() and not folder.is_dir():
         raise typer.BadParameter(f"{folder} is no folder")
     try:
-        server = DashboardServer(folder, host=host, port=port, token=find_token(token_file))
-    except (AddressError, TokenError, OSError) as error:
+        channel = None if bus is None else _channel(folder, bus, key_file)
+        server = DashboardServer(
+            folder, host=host, port=port, token=find_token(token_file), channel=channel
+        )
+    except (AddressError, TokenError, OSError, ModuleNotFoundError, ValueError) as error:
         raise typer.BadParameter(str(error)) from error
     allow_many_files()
     address = server.address
@@ -69,3 +90,17 @@ def dashboard(
         server.serve()
     except KeyboardInterrupt:
         console.print("ended", highlight=False)
+
+
+def _channel(folder: Path, bus: str, key_file: Path | None) -> "CommandChannel":
+    """Return what passes commands on.
+
+    Raises:
+        ModuleNotFoundError: Redis' client is not installed.
+        ValueError: The address is none, or the keys cannot be read.
+    """
+    from esper.dashboard.bus_channel import BusCommandChannel  # noqa: PLC0415 – an optional extra
+
+    keyring = Keyring.of_user() if key_file is None else Keyring.from_file(key_file)
+    sender = f"{this_user()}, by the dashboard"
+    return BusCommandChannel(folder, open_run_bus(bus), keyring, sender=sender)

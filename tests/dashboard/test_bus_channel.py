@@ -1,0 +1,77 @@
+"""What a person asks in the page reaches a run over the bus, and its answer comes back."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from commanded import KEYRING, CountedRun
+from esper.bus import Bus, InProcessBus
+from esper.dashboard.bus_channel import BusCommandChannel
+from esper.dashboard.commands import Command, CommandRefusedError
+from esper.telemetry.command_log import CommandLog, LoggedCommand
+from esper.telemetry.run_store import DATABASE_FILE, RunReader
+
+
+@contextmanager
+def stepping(folder: Path, bus: Bus) -> Iterator[CountedRun]:
+    """Let a run step in a thread of its own, by the id that its folder holds."""
+    made, over = threading.Event(), threading.Event()
+    runs: list[CountedRun] = []
+
+    def step() -> None:
+        CountedRun(folder, bus).close()
+        run = CountedRun(folder, bus, run=RunReader(folder).run_id)
+        runs.append(run)
+        made.set()
+        run.step_until(over.is_set)
+        run.store.set_status("finished")
+        run.close()
+
+    thread = threading.Thread(target=step)
+    thread.start()
+    try:
+        assert made.wait(30)
+        yield runs[0]
+    finally:
+        over.set()
+        thread.join()
+
+
+def channel(root: Path, bus: Bus, *, wait_seconds: float = 30.0) -> BusCommandChannel:
+    return BusCommandChannel(root, bus, KEYRING, sender="ann", wait_seconds=wait_seconds)
+
+
+def test_what_is_asked_in_the_page_is_done_by_that_run_and_answered(tmp_path: Path) -> None:
+    bus = InProcessBus()
+    passing = channel(tmp_path, bus)
+    with stepping(tmp_path / "one", bus) as one, stepping(tmp_path / "two", bus) as two:
+        assert {offer.name for offer in passing.offers("one") if offer.target == "run"} == {
+            *("pause", "resume", "checkpoint", "stop"),
+        }
+        with pytest.raises(CommandRefusedError, match="the run was not paused"):
+            passing.send(Command(run="one", action="resume", slot=None))
+        with pytest.raises(CommandRefusedError, match="no checkpoint could be written"):
+            passing.send(Command(run="two", action="stop", slot=None))
+        settled = [logged.sender for run in (one, two) for logged in logged_of(run)]
+        assert settled == ["ann", "ann"]
+    assert passing.offers("one") == ()
+
+
+def test_a_run_that_nobody_trains_is_told_as_such(tmp_path: Path) -> None:
+    bus = InProcessBus()
+    passing = channel(tmp_path, bus, wait_seconds=0.05)
+    with stepping(tmp_path / "one", bus):
+        pass
+    with pytest.raises(CommandRefusedError, match=r"has not answered within 0\.05 s"):
+        passing.send(Command(run="one", action="pause", slot=None))
+    with pytest.raises(CommandRefusedError, match="there is no run elsewhere"):
+        passing.send(Command(run="elsewhere", action="pause", slot=None))
+    assert passing.offers("elsewhere") == ()
+
+
+def logged_of(run: CountedRun) -> list[LoggedCommand]:
+    with CommandLog.open(run.store.folder / DATABASE_FILE) as log:
+        return list(log.settled())
