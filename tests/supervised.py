@@ -39,10 +39,13 @@ signal.signal(signal.SIGTERM, signal.SIG_IGN)
 sleeping = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(1000)"
 subprocess.Popen([sys.executable, "-S", "-c", sleeping])
 subprocess.Popen([sys.executable, "-S", "-c", sleeping], start_new_session=True)
+bare = subprocess.Popen([sys.executable, "-S", "-c", sleeping], env={})
+with open("bare", "w") as file:
+    file.write(str(bare.pid))
 print("stubborn is up", flush=True)
 time.sleep(1000)
 """
-"""Ignores SIGTERM, and so do a process that it starts and one that leaves its session."""
+"""Ignores SIGTERM, and so do what it starts: one leaves its session, one has no environment."""
 
 
 def wait_for(condition: Callable[[], Found], seconds: float = WAIT_SECONDS) -> Found:

@@ -50,7 +50,14 @@ command = ["PYTHON", "-S", "stubborn.py"]
 
 
 def gone(served: Served) -> Callable[[], bool]:
-    return lambda: not processes_with(served.mark)
+    """Return whether nothing is left, the process that has no environment included."""
+    bare = served.folder / "bare"
+
+    def is_gone() -> bool:
+        left = bare.exists() and Path(f"/proc/{bare.read_text()}/exe").exists()
+        return not left and not processes_with(served.mark)
+
+    return is_gone
 
 
 def test_boots_in_order_each_when_what_it_needs_is_ready_and_drains_in_reverse(
@@ -98,7 +105,7 @@ ready = {port = PORT}
         first = served.service("first")
         assert first is not None
         assert first.last_exit == "exit code 0"
-        assert gone(served)()
+        wait_for(gone(served), seconds=5.0)
 
 
 def test_one_that_is_killed_comes_back_after_a_while(tmp_path: Path) -> None:
@@ -126,6 +133,23 @@ command = ["sh", "-c", "echo first; echo no such table: seeds >&2; exit 3"]
         told = [n for n in served.notices if n.get("state") == "given up"]
         assert told[0]["lines"] == ["first", "no such table: seeds"]
         assert served.run(STATUS).returncode == 1
+
+
+def test_one_that_is_well_in_between_is_never_given_up(tmp_path: Path) -> None:
+    config = QUICK.replace("max_restarts = 3", "max_restarts = 1\nhealthy_seconds = 0.05")
+    with Served(tmp_path, config + BEATER, beating=BEATING) as served:
+        for restarts in range(4):
+            status = wait_for(
+                lambda restarts=restarts: (
+                    (s := served.service("beater"))
+                    and s.restarts == restarts
+                    and s.beat is not None
+                    and (s.beat.step or 0) > 3
+                    and s
+                )
+            )
+            assert status.pid is not None
+            os.kill(status.pid, signal.SIGKILL)
 
 
 def test_one_that_hangs_is_killed_after_its_silence_and_its_log_says_where(tmp_path: Path) -> None:
@@ -164,7 +188,7 @@ def test_sigterm_kills_what_does_not_go_in_its_time_and_all_that_it_has_started(
         served.signal(signal.SIGTERM)
         assert served.ended() == 0
         assert 1.0 <= time.monotonic() - began < 5.0
-        assert gone(served)()
+        wait_for(gone(served), seconds=5.0)
         status = served.service("stubborn")
         assert status is not None
         assert status.last_exit == "signal 9 (SIGKILL)"
@@ -178,7 +202,7 @@ def test_a_second_sigterm_ends_everything_at_once(tmp_path: Path) -> None:
         served.wait_for("stubborn", "stopping")
         served.signal(signal.SIGINT)
         assert served.ended() == 0
-        assert gone(served)()
+        wait_for(gone(served), seconds=5.0)
 
 
 def test_nothing_is_left_of_a_supervisor_that_is_killed(tmp_path: Path) -> None:
@@ -196,22 +220,50 @@ def test_nothing_is_left_of_a_supervisor_that_is_killed(tmp_path: Path) -> None:
         assert f"nobody serves: process {served.process.pid} ended" in told.stdout
 
 
-def test_a_supervisor_that_follows_a_killed_one_waits_for_what_it_has_left(tmp_path: Path) -> None:
+def test_a_program_does_not_outlive_its_warden_and_its_supervisor(tmp_path: Path) -> None:
+    with Served(tmp_path, QUICK + BEATER, beating=BEATING) as served:
+        served.wait_for("beater", "ready")
+        beater = served.service("beater")
+        assert beater is not None
+        for pid in set(processes_with(served.mark)) - {beater.pid}:
+            os.kill(pid, signal.SIGKILL)
+        served.ended()
+        wait_for(gone(served), seconds=5.0)
+
+
+def test_a_supervisor_that_follows_a_killed_one_lets_its_programs_end_first(
+    tmp_path: Path,
+) -> None:
+    """They still have the port that it needs, and a checkpoint to write."""
     port = free_port()
-    config = STUBBORN_SERVICE + f"ready = {{port = {port}}}\n"
-    listening = STUBBORN.replace(
-        "print(", f"import socket\nserver = socket.create_server(('127.0.0.1', {port}))\nprint("
-    )
-    patient = QUICK.replace("drain_seconds = 1", "drain_seconds = 4")
-    with Served(tmp_path, patient + config, stubborn=listening) as served:
-        pid = served.wait_for("stubborn", "ready").pid
+    saving = f"""
+import signal, socket, sys, time
+server = socket.create_server(("127.0.0.1", {port}))
+def end(*_):
+    time.sleep(3.0)
+    open("saved", "w").close()
+    sys.exit(0)
+signal.signal(signal.SIGTERM, end)
+time.sleep(1000)
+"""
+    config = f"""
+[stop]
+drain_seconds = 10
+[[service]]
+name = "saving"
+command = ["PYTHON", "-S", "saving.py"]
+ready = {{port = {port}}}
+"""
+    with Served(tmp_path, config, saving=saving) as served:
+        pid = served.wait_for("saving", "ready").pid
         served.signal(signal.SIGKILL)
         served.ended()
         served.start()
         new = wait_for(lambda: (s := served.status) and s.pid == served.process.pid and s)
-        served.wait_for("stubborn", "ready")
         assert new.services[0].pid != pid
-        assert "ended 4 processes of an esper serve before" in served.output
+        served.wait_for("saving", "ready")
+        assert (tmp_path / "saved").exists()
+        assert "ended 2 processes of an esper serve before" in served.output
 
 
 def test_a_warden_that_is_killed_takes_its_program_with_it_which_comes_back(
