@@ -12,6 +12,8 @@ from esper.cli.inspecting import inspect
 from esper.cli.report import report
 from esper.cli.resume import resume
 from esper.cli.send import send
+from esper.cli.serve import serve
+from esper.cli.status import status
 
 app = typer.Typer(
     name="esper",
@@ -26,6 +28,8 @@ app.command()(compare)
 app.command()(inspect)
 app.command()(report)
 app.command()(send)
+app.command()(serve)
+app.command()(status)
 app.command()(dashboard)
 app.command()(blueprints)
 app.command("compile")(compile_)
