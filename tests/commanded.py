@@ -91,7 +91,7 @@ class CountedRun:
         )
         self.growth: Any = CountedGrowth(self.store, process)
         self.control = RunControl(self.store.commands)
-        self.control.load_state_dict({"num_settled": 10**9})  # a row outlives the process
+        self.control.load_state_dict({"num_settled": 10**9, "unwritten": []})  # a row outlives the process
         self.link = LinkState()
         self.receiver = CommandReceiver(
             bus,

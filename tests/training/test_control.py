@@ -15,7 +15,13 @@ from torch.nn.functional import mse_loss
 import esper
 from esper.lifecycle.actions import Advance, Commit, Germinate, Prune, SetAlphaTarget
 from esper.lifecycle.commands import Act, Command, Pause, Resume, SaveCheckpoint, Stop
-from esper.lifecycle.events import CommandCarriedOut, CommandRefused, RunWentBack, SeedGerminated
+from esper.lifecycle.events import (
+    ActionRefused,
+    CommandCarriedOut,
+    CommandRefused,
+    RunWentBack,
+    SeedGerminated,
+)
 from esper.telemetry.command_log import CommandLog, LoggedCommand
 from esper.telemetry.run_store import DATABASE_FILE, RunReader, RunStore
 from esper.training.control import RunControl, RunStoppedError
@@ -326,6 +332,12 @@ def test_a_log_that_cannot_be_written_delays_and_doubles_nothing(
     assert sender.told("2-1").startswith("refused: ")
     assert len(problem.recorder.of(SeedGerminated)) == 1
     assert [logged.id for logged in log.settled()] == ["2-0", "2-1"]
+    again = Sender(log)
+    other, resumed = controlled(again, epochs=1)
+    resumed.load_state_dict(sender.states[6])
+    resumed.fit()
+    assert again.losses == {step: loss for step, loss in sender.losses.items() if step > 6}
+    assert other.recorder.of(ActionRefused) == [], "it is not germinated again"
 
 
 def test_what_was_not_carried_out_by_the_end_is_refused() -> None:

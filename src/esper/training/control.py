@@ -4,6 +4,7 @@ import sqlite3
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -155,13 +156,32 @@ class RunControl:
                 return
 
     def state_dict(self) -> dict[str, Any]:
-        """Return how many commands the run's state knows of."""
-        return {"num_settled": self._num_settled}
+        """Return which commands the run's state knows of."""
+        unwritten = [
+            {"id": asked.logged.id, "outcome": outcome.model_dump(mode="json"), "place": [*place]}
+            for asked, outcome, place in self._unwritten
+        ]
+        return {"num_settled": self._num_settled, "unwritten": unwritten}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Let all be done again that was done after the state was taken."""
-        known = state["num_settled"]
-        later = [logged for logged in self._log.settled() if (logged.ordinal or 0) > known]
+        """Let all be done again that was done after the state was taken.
+
+        Raises:
+            sqlite3.Error: The state knows of a command that the log cannot take.
+        """
+        for carried_out in state["unwritten"]:
+            place = Place(*carried_out["place"])
+            with (
+                suppress(AlreadySettledError),
+                self._log.settling(carried_out["id"], place) as outcomes,
+            ):
+                outcomes.append(Outcome.from_dump(carried_out["outcome"]))
+        known = {carried_out["id"] for carried_out in state["unwritten"]}
+        later = [
+            logged
+            for logged in self._log.settled()
+            if (logged.ordinal or 0) > state["num_settled"] and logged.id not in known
+        ]
         self._again = deque(_done_actions(later))
 
     def _show_life(self, growth: Growth) -> None:
