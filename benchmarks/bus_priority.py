@@ -253,8 +253,8 @@ def main() -> None:
         )
     console.print(table)
     console.print(
-        f"at 99 %, one stream for both is {slow[2] / slow[0]:,.0f} times as slow as a process each, "
-        f"{slow[2] / slow[1]:,.0f} times as slow as a thread each"
+        f"at 99 %, one stream takes {slow[2] / slow[0]:,.0f} times as long as a process each, "
+        f"{slow[2] / slow[1]:,.0f} times as long as a thread each"
     )
 
 
