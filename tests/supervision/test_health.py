@@ -126,6 +126,21 @@ def test_a_server_that_is_away_or_hangs_holds_up_nobody_and_hears_the_newest_sta
     assert not [thread for thread in threading.enumerate() if thread.name == "esper-health"]
 
 
+def test_what_was_being_told_when_the_server_went_is_not_told_after_what_is_newer(
+    server: RedisServer,
+) -> None:
+    server.pause()
+    telling = teller(server)
+    telling.tell([service("a", ServiceState.STARTING)])
+    wait_for(lambda: telling._newest is None)  # it is being sent
+    telling.tell([service("a", ServiceState.READY)])
+    server.kill()
+    server.start()
+    wait_for(lambda: states(server))
+    telling.close()
+    assert states(server) == {"a": "ready"}
+
+
 @pytest.mark.slow
 def test_serve_goes_on_without_its_bus_and_status_reads_what_it_told(
     tmp_path: Path, server: RedisServer

@@ -221,11 +221,10 @@ def test_nothing_is_left_of_a_supervisor_that_is_killed(tmp_path: Path) -> None:
 
 
 def test_a_program_does_not_outlive_its_warden_and_its_supervisor(tmp_path: Path) -> None:
-    with Served(tmp_path, QUICK + BEATER, beating=BEATING) as served:
-        served.wait_for("beater", "ready")
-        beater = served.service("beater")
-        assert beater is not None
-        for pid in set(processes_with(served.mark)) - {beater.pid}:
+    config = '[[service]]\nname = "sleeper"\ncommand = ["sleep", "1000"]\n'
+    with Served(tmp_path, QUICK + config) as served:
+        sleeper = served.wait_for("sleeper", "ready").pid
+        for pid in set(processes_with(served.mark)) - {sleeper}:
             os.kill(pid, signal.SIGKILL)
         served.ended()
         wait_for(gone(served), seconds=5.0)

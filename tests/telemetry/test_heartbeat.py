@@ -78,6 +78,12 @@ def test_nobody_who_reads_is_no_error(pipe: tuple[int, int]) -> None:
     assert not heartbeat.is_supervised
 
 
+def test_the_variable_is_taken_out_of_the_environment(pipe: tuple[int, int]) -> None:
+    environment = {HEARTBEAT_VARIABLE: str(pipe[1])}
+    assert Heartbeat.from_environment(environment).is_supervised
+    assert environment == {}
+
+
 @pytest.mark.parametrize("named", ["", "x", "²", "-1", "987654", "9" * 30])
 def test_what_is_no_pipe_is_not_written_to(named: str) -> None:
     assert not Heartbeat.from_environment({HEARTBEAT_VARIABLE: named}).is_supervised
