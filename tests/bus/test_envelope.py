@@ -164,21 +164,16 @@ def test_parts_of_a_message_cannot_be_shifted_into_one_another() -> None:
             Refusal.BAD_SIGNATURE,
             Refusal.MALFORMED,
         )
-    id_text = "0" * 16 + "-1"
-    assert signed_parts(id_text, "a.b", "c") != signed_parts(id_text, "a", "b.c")
 
 
-def signed_parts(id_: str, run: str, body: str) -> bytes:
-    """Return what is signed, as a keyring gets it."""
-
-    class Noting(Keyring):
-        def signature(self, message: bytes) -> str:
-            noted.append(message)
-            return super().signature(message)
-
-    noted: list[bytes] = []
-    Sealer(Noting([b"a key of 24 bytes or more"]), run, clock=Clock(0.0)).seal(body.encode())
-    return noted[0].partition(b".")[2]
+def test_a_dot_in_a_run_is_not_one_between_two_parts() -> None:
+    """Of run "a.5" at 1000000 with body "x" the signature must not hold for "a" at 5."""
+    head, _, body = sealed(b"x", "a.5").partition(b"\n")
+    version, id_, _, time, signature = head.split(b" ")
+    for run, dotted in ((b"a", b"5"), (b"a.5", time)):
+        rest = time + b"." + body if dotted != time else body
+        altered = b" ".join((version, id_, run, dotted, signature)) + b"\n" + rest
+        assert refusal_of(altered) is Refusal.BAD_SIGNATURE
 
 
 @pytest.mark.parametrize("run", ["x", MAX_RUN_CHARACTERS * "\N{GRINNING FACE}"])

@@ -93,8 +93,10 @@ def test_a_full_spool_keeps_the_newest_and_counts_the_others(tmp_path: Path) -> 
         if start == 2500:  # what is sent is not dropped
             sent = len(spool.first(limit=3)[0])
             spool.sent(sent)
+    num_kept = len(spool)
     left = drained(spool)
     assert sent == 3
+    assert num_kept == len(left)
     assert left == messages[-len(left) :]
     assert dropped == 5000 - len(left) - sent
     assert 60_000 < sum(map(len, left)) + 8 * len(left) <= 64_000
