@@ -110,7 +110,7 @@ def out_of_memory(server: RedisServer) -> Iterator[None]:
 @contextmanager
 def out_of_disk(server: RedisServer) -> Iterator[None]:
     """Of a snapshot that cannot be written, whereupon Redis takes nothing any more."""
-    in_its_way = server._folder / "dump.rdb"
+    in_its_way = server.folder / "dump.rdb"
     in_its_way.mkdir()
     snapshot(server, "err")
     yield
