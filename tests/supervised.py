@@ -16,8 +16,7 @@ from esper.supervision.status import ServeStatus, ServiceStatus, StatusError, re
 Found = TypeVar("Found")
 WAIT_SECONDS = 60.0
 MARK = "ESPER_TEST_MARK"
-SERVE = "import typer; from esper.cli.serve import serve; typer.run(serve)"
-STATUS = "import typer; from esper.cli.status import status; typer.run(status)"
+SERVE, STATUS = "serve", "status"
 
 BEATING = """
 import json, os, sys, time
@@ -110,7 +109,7 @@ class Served:
         """
         with (self.folder / "out").open("ab") as out:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", SERVE, "esper.toml", "--json"],
+                [sys.executable, "-m", "esper", SERVE, "esper.toml", "--json"],
                 cwd=self.folder,
                 stdout=out if output is None else output,
                 stderr=subprocess.STDOUT,
@@ -129,10 +128,10 @@ class Served:
                 continue
         self.process.wait()
 
-    def run(self, program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-        """Run SERVE or STATUS beside it."""
+    def run(self, command: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Run another command of esper beside it."""
         return subprocess.run(
-            [sys.executable, "-c", program, *arguments],
+            [sys.executable, "-m", "esper", command, *arguments],
             cwd=self.folder,
             capture_output=True,
             text=True,

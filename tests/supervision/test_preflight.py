@@ -86,11 +86,12 @@ def test_several_failures_are_told_at_once(tmp_path: Path) -> None:
             "job a",
             "device cuda:7 cannot be used: ",
         ),
-        (f'[dashboard]\nport = {free_port()}\ntoken_file = "none"\n', "dashboard", "No such file"),
+        ('[dashboard]\nport = PORT\ntoken_file = "none"\n', "dashboard", "No such file"),
         ('[dashboard]\nhost = "no.such.host.invalid"\n', "dashboard", "port 8265 of no.such"),
     ],
 )
 def test_each_failure_is_named(tmp_path: Path, text: str, about: str, told: str) -> None:
+    text = text.replace("PORT", str(free_port()))
     findings = [finding for finding in bad(tmp_path, text) if finding[0] == "failure"]
     assert [one[1] for one in findings] == [about]
     assert told in findings[0][2]

@@ -2,8 +2,6 @@
 
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -61,18 +59,6 @@ def steps(served: Served, name: str) -> int:
     return 0 if beat is None else beat.step or 0
 
 
-def esper(served: Served, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "esper", *arguments],
-        cwd=served.folder,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-        env=served.environment,
-    )
-
-
 def status_of(run: Path) -> str | None:
     return RunReader(run).status if (run / "run.sqlite").exists() else None
 
@@ -108,7 +94,7 @@ def test_jobs_train_are_shown_stopped_by_command_drained_and_go_on_after_a_resta
         wait_for(lambda: mirrored("long") and mirrored("endless"))
         wait_for(lambda: shown() == {mirrored("long"), mirrored("endless")})
 
-        done = esper(served, "send", "runs/endless", "stop")
+        done = served.run("send", "runs/endless", "stop")
         assert done.returncode == 0, done.stderr
         stopped = served.wait_for("endless", "stopped")
         assert stopped.last_exit == "exit code 0"
