@@ -13,6 +13,7 @@ from esper.bus.envelope import Envelope, open_envelope
 from esper.bus.in_process import InProcessBus
 from esper.bus.messages import (
     AnswerMessage,
+    BundleMessage,
     CommandMessage,
     EventMessage,
     HealthMessage,
@@ -118,13 +119,21 @@ class GatedBus(InProcessBus):
         return super().publish(stream, messages)
 
 
-def told(bus: Bus, stream: Stream) -> list[tuple[Envelope, Message]]:
-    """Return everything that a stream holds, verified."""
-    found = []
-    for delivery in bus.latest(stream, limit=1_000_000):
-        envelope = open_envelope(delivery.message, KEYRING)
-        found.append((envelope, message_in(envelope)))
-    return found
+def envelopes(bus: Bus, stream: Stream) -> list[Envelope]:
+    """Return all that a stream holds, verified."""
+    found = bus.latest(stream, limit=1_000_000)
+    return [open_envelope(delivery.message, KEYRING) for delivery in found]
+
+
+def told(bus: Bus, stream: Stream) -> list[Message]:
+    """Return everything that a stream tells, verified, message by message."""
+    return [one for envelope in envelopes(bus, stream) for one in all_in(envelope)]
+
+
+def all_in(envelope: Envelope) -> tuple[Message, ...]:
+    """Return the one message or the several that an envelope holds."""
+    message = message_in(envelope)
+    return message.messages if isinstance(message, BundleMessage) else (message,)
 
 
 @contextmanager

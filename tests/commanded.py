@@ -91,7 +91,8 @@ class CountedRun:
         )
         self.growth: Any = CountedGrowth(self.store, process)
         self.control = RunControl(self.store.commands)
-        self.control.load_state_dict({"num_settled": 10**9, "unwritten": []})  # a row outlives the process
+        # A row outlives the process, so that there is nothing to be done again
+        self.control.load_state_dict({"num_settled": 10**9, "unwritten": []})
         self.link = LinkState()
         self.receiver = CommandReceiver(
             bus,

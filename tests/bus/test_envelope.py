@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bus_machinery import KEYRING, MESSAGES, OTHER_KEYRING, Clock
+from bus_machinery import KEYRING, MESSAGES, OTHER_KEYRING, Clock, record
 from esper.bus.envelope import (
     MAX_MESSAGE_BYTES,
     MAX_RUN_CHARACTERS,
@@ -20,9 +20,10 @@ from esper.bus.envelope import (
     Sealer,
     check_fresh,
     check_run,
+    messages_in,
     open_envelope,
 )
-from esper.bus.messages import EventMessage, Message, body_of, message_in
+from esper.bus.messages import EventMessage, Message, body_of, bundle_of, message_in
 from esper.signing import Keyring
 
 SOURCES = Path(__file__).parents[2] / "src" / "esper"
@@ -47,7 +48,7 @@ def test_what_was_sealed_is_read_back(message: Message) -> None:
     id_, data = sealer.seal(body_of(message))
     envelope = open_envelope(data, KEYRING)
     assert (envelope.id, envelope.run, envelope.time_seconds) == (id_, "run", 1234)
-    assert (envelope.producer, envelope.sequence) == (id_[:16], 2)
+    assert (envelope.producer, envelope.numbers) == (id_[:16], range(2, 3))
     assert body_of(message_in(envelope)) == body_of(message)
     check_run(envelope, "run")
 
@@ -207,7 +208,7 @@ def test_what_was_left_out_shows_in_the_sequence() -> None:
     sealer = Sealer(KEYRING, "run")
     sealer.seal(b"")
     sealer.skip(3)
-    assert open_envelope(sealer.seal(b"")[1], KEYRING).sequence == 5
+    assert open_envelope(sealer.seal(b"")[1], KEYRING).numbers == range(5, 6)
 
 
 def test_an_event_without_a_schema_version_is_refused() -> None:
@@ -382,3 +383,19 @@ def test_a_planted_comparison_is_found(planted: str) -> None:
 def test_what_tells_nothing_may_be_compared() -> None:
     harmless = "len(token) == 32 or token is None or TOKEN_NAME in environment or tokens == 3"
     assert not compared(ast.parse(harmless))
+
+
+@pytest.mark.parametrize("claimed", [1, 2, 4], ids=str)
+def test_a_bundle_holds_as_many_messages_as_its_numbers_say(claimed: int) -> None:
+    events = [EventMessage(record=record(step)) for step in range(3)]
+    body = bundle_of([body_of(event) for event in events])
+    sealer = Sealer(KEYRING, "run")
+    sealer.skip(6)
+    _, good = sealer.seal(body, messages=3)
+    envelope = open_envelope(good, KEYRING)
+    assert envelope.numbers == range(7, 10)
+    assert messages_in(good) == 3
+    assert message_in(envelope).messages == tuple(events)
+    _, wrong = sealer.seal(body, messages=claimed)
+    with pytest.raises(MessageRefusedError, match=f"holds {claimed} messages, and has 3"):
+        message_in(open_envelope(wrong, KEYRING))

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from bus_machinery import KEYRING, PRUNED, SKIPPED, record, wait_for
+from bus_machinery import KEYRING, PRUNED, SKIPPED, all_in, record, wait_for
 from esper.bus.bus import EMERGENCY, TELEMETRY, Stream
 from esper.bus.envelope import open_envelope
 from esper.bus.link_state import LinkState
-from esper.bus.messages import EventMessage, message_in
+from esper.bus.messages import EventMessage
 from esper.bus.mirror import missed_in
 from esper.bus.redis_streams import RedisBus
 from esper.bus.router import Router
@@ -40,9 +40,11 @@ class NotingBus(RedisBus):
     def publish(self, stream: Stream, messages: Sequence[bytes]) -> Sequence[str]:
         entries = super().publish(stream, messages)
         for message in messages:
-            said = message_in(open_envelope(message, KEYRING))
-            if isinstance(said, EventMessage):
-                self.acknowledged.append(said.record.step)
+            self.acknowledged += [
+                said.record.step
+                for said in all_in(open_envelope(message, KEYRING))
+                if isinstance(said, EventMessage)
+            ]
         return entries
 
 

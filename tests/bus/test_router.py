@@ -27,8 +27,10 @@ from esper.bus.messages import (
     RunMessage,
     StatusMessage,
     body_of,
+    bundle_of,
+    message_in,
 )
-from esper.bus.mirror import Mirror, NoMirrorError, Told, _making, missed_in
+from esper.bus.mirror import Mirror, NoMirrorError, Taken, Told, _making, missed_in
 from esper.bus.mirrors import check_name
 from esper.bus.redis_streams import RedisBus
 from esper.bus.router import Router, RouterFacts
@@ -423,3 +425,22 @@ def test_a_folder_that_is_no_mirror_is_never_opened_as_one(tmp_path: Path) -> No
     (tmp_path / "run" / "run.sqlite").write_bytes(b"no database, but as long as a page has to be")
     with pytest.raises(sqlite3.DatabaseError):
         Mirror(tmp_path / "run")
+
+
+def test_of_several_messages_in_one_envelope_each_is_stored_once(tmp_path: Path) -> None:
+    mirror = Mirror(tmp_path / "run")
+    sealer = Sealer(KEYRING, "run")
+
+    def bundle(*messages: Message) -> Told:
+        sealed = sealer.seal(bundle_of([body_of(one) for one in messages]), messages=len(messages))
+        envelope = open_envelope(sealed[1], KEYRING)
+        return Told(stream=TELEMETRY, envelope=envelope, message=message_in(envelope))
+
+    values = MetricsMessage(epoch=1, step=2, metrics={"loss": 1.0})
+    first, lost, last = bundle(*events(1, 2), values), bundle(*events(3, 4)), bundle(*events(5, 6))
+    assert mirror.take([first, last]) == Taken(stored=5, again=0, missed=2)
+    assert mirror.take([first]) == Taken(stored=0, again=3, missed=0)
+    assert mirror.take([lost]) == Taken(stored=2, again=0, missed=-2)
+    mirror.close()
+    assert steps_in(tmp_path / "run") == [1, 2, 5, 6, 3, 4]
+    assert [row.value for row in RunReader(tmp_path / "run").metrics()] == [1.0]

@@ -38,10 +38,10 @@ def answers_from(run: str) -> Stream:
     return Stream(name=f"answers:{_plain(run)}", max_length=1_000)
 
 
-EMERGENCY = Stream(name="emergency", max_length=100_000)
+EMERGENCY = Stream(name="emergency", max_length=50_000)
 """Events that a person must see at once, of all runs."""
-TELEMETRY = Stream(name="telemetry", max_length=100_000)
-"""All other events and metrics, of all runs."""
+TELEMETRY = Stream(name="telemetry", max_length=50_000)
+"""All other events and metrics, of all runs; several in one envelope where there are many."""
 HEALTH = Stream(name="health", max_length=2_000)
 """Signs of life of all services."""
 DEAD_LETTERS = Stream(name="dead", max_length=10_000)

@@ -12,13 +12,19 @@ from esper.signing import Keyring
 
 MAX_MESSAGE_BYTES = 1 << 20
 """Of a whole message."""
+MAX_BODY_BYTES = MAX_MESSAGE_BYTES - 4096
+"""With any run's id a message is not too large then."""
 MAX_RUN_CHARACTERS = 255
 
 _VERSION = b"esper1"
 _HEAD = re.compile(
-    rb"(?P<version>[\x21-\x7e]{1,16}) (?P<id>[0-9a-f]{16}-[1-9][0-9]{0,18}) "
+    rb"(?P<version>[\x21-\x7e]{1,16}) "
+    rb"(?P<id>[0-9a-f]{16}-[1-9][0-9]{0,17}(?:-[1-9][0-9]{0,17})?) "
     rb"(?P<run>[!-~]{1,3060}) (?P<time>0|[1-9][0-9]{0,11}) (?P<signature>[0-9a-f]{64})"
 )
+
+
+_RANGE = re.compile(rb"[!-~]{1,16} [0-9a-f]{16}-([1-9][0-9]{0,17})-([1-9][0-9]{0,17}) ")
 
 
 class Refusal(StrEnum):
@@ -50,7 +56,8 @@ class Envelope:
     """A message whose signature was verified.
 
     Attributes:
-        id: `PRODUCER-SEQUENCE`; no other message has it.
+        id: `PRODUCER-NUMBER`, or `PRODUCER-FIRST-LAST` of several messages in one envelope; no
+            other one has it.
         run: What it is about, or for.
         time_seconds: When it was sealed, by the sender's clock; seconds since the Unix epoch.
         body: JSON.
@@ -67,9 +74,10 @@ class Envelope:
         return self.id.partition("-")[0]
 
     @property
-    def sequence(self) -> int:
-        """How many that sealer had made then, this one included: one that is missing was lost."""
-        return int(self.id.partition("-")[2])
+    def numbers(self) -> range:
+        """Which of that sealer's messages are in it, counted from 1; what never comes was lost."""
+        numbers = self.id.split("-")[1:]
+        return range(int(numbers[0]), int(numbers[-1]) + 1)
 
 
 class Sealer:
@@ -101,14 +109,19 @@ class Sealer:
         self._producer = secrets.token_hex(8)
         self._sealed = 0
 
-    def seal(self, body: bytes) -> tuple[str, bytes]:
-        """Return a new message's id, and the message.
+    def seal(self, body: bytes, *, messages: int = 1) -> tuple[str, bytes]:
+        """Return a new envelope's id, and the envelope.
+
+        Args:
+            body: JSON.
+            messages: How many there are in it; see `BundleMessage`.
 
         Raises:
             ValueError: It would be larger than any receiver takes.
         """
-        self._sealed += 1
-        id_ = f"{self._producer}-{self._sealed}"
+        first, self._sealed = self._sealed + 1, self._sealed + messages
+        last = f"-{self._sealed}" if messages > 1 else ""
+        id_ = f"{self._producer}-{first}{last}"
         head = id_.encode(), self._run, b"%d" % int(self._clock())
         signature = self._keyring.signature(_signed(*head, body)).encode()
         message = b"%s %s %s %s %s\n%s" % (_VERSION, *head, signature, body)
@@ -153,6 +166,12 @@ def open_envelope(message: bytes, keyring: Keyring) -> Envelope:
     return Envelope(
         id=id_.decode(), run=unquote(run.decode()), time_seconds=int(seconds), body=body
     )
+
+
+def messages_in(envelope: bytes) -> int:
+    """Return how many messages an envelope says that it holds, unverified; 1 of other bytes."""
+    found = _RANGE.match(envelope)
+    return 1 if found is None else max(1, int(found[2]) - int(found[1]) + 1)
 
 
 def check_run(envelope: Envelope, run: str) -> None:

@@ -1,5 +1,6 @@
 """What messages on the bus say: the bodies of envelopes."""
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, JsonValue, TypeAdapter, ValidationError
@@ -57,6 +58,14 @@ class MetricsMessage(Record):
     metrics: dict[str, float]
 
 
+class BundleMessage(Record):
+    """What happened and was measured in a run, several at once: signed and sent for less."""
+
+    kind: Literal["bundle"] = "bundle"
+    messages: tuple[Annotated[EventMessage | MetricsMessage, Field(discriminator="kind")], ...]
+    """As many as the envelope's numbers say."""
+
+
 class StatusMessage(Record):
     """How a run ended, or how it stands."""
 
@@ -82,6 +91,7 @@ Message = Annotated[
     | RunMessage
     | EventMessage
     | MetricsMessage
+    | BundleMessage
     | StatusMessage
     | HealthMessage,
     Field(discriminator="kind"),
@@ -106,12 +116,22 @@ def message_in(envelope: Envelope) -> Any:
     except (ValidationError, RecursionError) as error:
         text = str(error).replace("\n", " ")
         raise _unknown(envelope, text[:500]) from error
-    if (
-        isinstance(message, EventMessage)
-        and "schema_version" not in message.record.model_fields_set
-    ):
-        raise _unknown(envelope, "the event has no schema_version")
+    told = message.messages if isinstance(message, BundleMessage) else (message,)
+    if len(told) != len(envelope.numbers):
+        raise _unknown(
+            envelope, f"it says that it holds {len(envelope.numbers)} messages, and has {len(told)}"
+        )
+    for one in told:
+        if isinstance(one, EventMessage) and "schema_version" not in one.record.model_fields_set:
+            raise _unknown(envelope, "the event has no schema_version")
     return message
+
+
+def bundle_of(bodies: Sequence[bytes]) -> bytes:
+    """Return the bodies of events and metrics as the body of one envelope."""
+    if len(bodies) == 1:
+        return bodies[0]
+    return b'{"kind":"bundle","messages":[%s]}' % b",".join(bodies)
 
 
 def _unknown(envelope: Envelope, text: str) -> MessageRefusedError:

@@ -15,7 +15,14 @@ from pydantic import Field, ValidationError
 
 from esper.bus.bus import EMERGENCY, TELEMETRY, Stream
 from esper.bus.envelope import Envelope, MessageRefusedError, Refusal
-from esper.bus.messages import EventMessage, Message, MetricsMessage, RunMessage, StatusMessage
+from esper.bus.messages import (
+    BundleMessage,
+    EventMessage,
+    Message,
+    MetricsMessage,
+    RunMessage,
+    StatusMessage,
+)
 from esper.bus.sequences import SequenceTracker
 from esper.lifecycle.events import Priority
 from esper.lifecycle.record import Record
@@ -27,7 +34,7 @@ from esper.telemetry.run_store import (
     RunStore,
 )
 
-Telling = RunMessage | EventMessage | MetricsMessage | StatusMessage
+Telling = RunMessage | EventMessage | MetricsMessage | BundleMessage | StatusMessage
 """What a run tells of itself."""
 
 _KEY = "mirror"
@@ -131,9 +138,9 @@ class Mirror(RunStore):
             with self._transaction():
                 for one in told:
                     if self._take(one):
-                        stored += 1
+                        stored += len(one.envelope.numbers)
                     else:
-                        again += 1
+                        again += len(one.envelope.numbers)
                 self._set(_KEY, self._now().model_dump_json())
         except BaseException:
             self._state, self._sequences = self._loaded()
@@ -152,16 +159,17 @@ class Mirror(RunStore):
         """Store a message, and return whether it is new."""
         envelope, message, stream = told.envelope, told.message, told.stream.name
         known = self._sequences.knows(envelope.producer)
-        if not self._sequences.take(envelope.producer, envelope.sequence):
+        if not self._sequences.take(envelope.producer, envelope.numbers):
             return False
         if not known:
             self._begin_attempt(stream, message if isinstance(message, RunMessage) else None)
-        if isinstance(message, EventMessage):
-            self.publish(message.record)
-        elif isinstance(message, MetricsMessage):
-            self.measure(message.epoch, message.step, message.metrics)
-        elif isinstance(message, StatusMessage):
-            self.set_status(message.status)
+        for one in message.messages if isinstance(message, BundleMessage) else (message,):
+            if isinstance(one, EventMessage):
+                self.publish(one.record)
+            elif isinstance(one, MetricsMessage):
+                self.measure(one.epoch, one.step, one.metrics)
+            elif isinstance(one, StatusMessage):
+                self.set_status(one.status)
         return True
 
     def _begin_attempt(self, stream: str, message: RunMessage | None) -> None:
@@ -211,6 +219,10 @@ def check_telling(envelope: Envelope, message: Message) -> Telling:
     Raises:
         MessageRefusedError: It says something else, or has numbers that no database takes.
     """
+    if isinstance(message, BundleMessage):
+        for one in message.messages:
+            check_telling(envelope, one)
+        return message
     if isinstance(message, EventMessage):
         record = message.record
         if math.isnan(record.time_seconds):

@@ -210,7 +210,7 @@ class Router:
                 continue
             done.append(run)
             if taken is None:
-                self._count(passed_over=len(batch.told))
+                self._count(passed_over=sum(len(told.envelope.numbers) for told in batch.told))
             else:
                 self._count(stored=taken.stored, again=taken.again, missed=taken.missed)
         self._runs = len(self._mirrors)

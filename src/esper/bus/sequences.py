@@ -23,19 +23,21 @@ class SequenceTracker:
         self._producers: dict[str, _Sequence] = {}
         self._missing = 0
 
-    def take(self, producer: str, sequence: int) -> bool:
-        """Remember that a message has come, and return whether it is new.
+    def take(self, producer: str, numbers: range) -> bool:
+        """Remember that messages have come together, and return whether they are new.
+
+        They are not, and nothing is remembered, if one of them has come before.
 
         Raises:
-            ValueError: The sequence number is below 1.
+            ValueError: There are none, or a number is below 1.
         """
-        if sequence < 1:
-            raise ValueError(f"sequence numbers count from 1, got {sequence} of {producer}")
+        if not numbers or numbers.step != 1 or numbers[0] < 1:
+            raise ValueError(f"sequence numbers count from 1, got {numbers} of {producer}")
         known = self._producers.get(producer)
         if known is None:
             known = self._producers[producer] = _Sequence()
         before = known.missing
-        new = known.take(sequence, self._max_gaps)
+        new = known.take(numbers[0], numbers[-1], self._max_gaps)
         self._missing += known.missing - before
         return new
 
@@ -72,32 +74,33 @@ class _Sequence:
         self._last = [0] if last is None else [*last]
         self.missing = missing
 
-    def take(self, number: int, max_gaps: int) -> bool:
+    def take(self, begin: int, end: int, max_gaps: int) -> bool:
+        """Take the numbers from `begin` to `end`, both included."""
         first, last = self._first, self._last
-        if number == last[-1] + 1:  # nearly all of them
-            last[-1] = number
+        if begin == last[-1] + 1:  # nearly all of them
+            last[-1] = end
             return True
-        if number > last[-1]:
-            self.missing += number - last[-1] - 1
-            first.append(number)
-            last.append(number)
+        if begin > last[-1]:
+            self.missing += begin - last[-1] - 1
+            first.append(begin)
+            last.append(end)
             if len(first) > max_gaps + 1:
                 del first[1], last[0]
             return True
-        index = bisect_right(first, number) - 1
-        if number <= last[index]:
+        index = bisect_right(first, begin) - 1
+        if begin <= last[index] or (index + 1 < len(first) and end >= first[index + 1]):
             return False
-        self.missing -= 1
-        follows, leads = number == last[index] + 1, number == first[index + 1] - 1
+        self.missing -= end - begin + 1
+        follows, leads = begin == last[index] + 1, end == first[index + 1] - 1
         if follows and leads:
             del first[index + 1], last[index]
         elif follows:
-            last[index] = number
+            last[index] = end
         elif leads:
-            first[index + 1] = number
+            first[index + 1] = begin
         else:
-            first.insert(index + 1, number)
-            last.insert(index + 1, number)
+            first.insert(index + 1, begin)
+            last.insert(index + 1, end)
             if len(first) > max_gaps + 1:
                 del first[1], last[0]
         return True

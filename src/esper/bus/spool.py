@@ -1,4 +1,4 @@
-"""Messages that could not be sent, on the disk until they can."""
+"""What could not be sent, on the disk until it can."""
 
 import os
 import struct
@@ -9,6 +9,8 @@ from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
+from esper.bus.envelope import messages_in
+
 MAX_SPOOL_BYTES = 64 << 20
 
 _HEAD = struct.Struct("<II")
@@ -18,7 +20,9 @@ _SUFFIX = ".spool"
 
 
 class Spool:
-    """Keeps messages in their order in a folder of a bounded size; for one thread at a time.
+    """Keeps envelopes in their order in a folder of a bounded size; for one thread at a time.
+
+    What is counted is the messages in them, as each says how many it holds.
 
     They outlive the process: whoever opens the folder next finds what was not `sent`, and perhaps
     again what was sent last. A message that a killed process was writing is cut off. When the
@@ -62,15 +66,15 @@ class Spool:
         batch: list[bytes] = []
         num_bytes = 0
         for message in messages:
-            record = _HEAD.pack(len(message), zlib.crc32(message)) + message
-            if len(record) > self._max_bytes:
-                dropped += 1
+            size = _HEAD.size + len(message)
+            if size > self._max_bytes:
+                dropped += messages_in(message)
                 continue
-            if batch and num_bytes + len(record) > self._segment_bytes:
+            if batch and num_bytes + size > self._segment_bytes:
                 dropped += self._write(batch)
                 batch, num_bytes = [], 0
-            batch.append(record)
-            num_bytes += len(record)
+            batch.append(message)
+            num_bytes += size
         return dropped + (self._write(batch) if batch else 0)
 
     def first(self, *, limit: int) -> tuple[list[bytes], int]:
@@ -89,8 +93,7 @@ class Spool:
     def sent(self, count: int) -> None:
         """Keep so many of the oldest no longer; they are from `first`, nothing came between."""
         segment = self._segments[0]
-        segment.forget(count)
-        self._messages -= count
+        self._messages -= segment.forget(count)
         if not segment.messages:
             self._remove_first()
 
@@ -100,16 +103,19 @@ class Spool:
             os.close(self._descriptor)
             self._descriptor = None
 
-    def _write(self, records: Sequence[bytes]) -> int:
-        """Write a few records into one segment, and return how many messages were dropped."""
-        data = b"".join(records)
+    def _write(self, messages: Sequence[bytes]) -> int:
+        """Write a few into one segment, and return how many messages were dropped."""
+        data = b"".join(
+            part for one in messages for part in (_HEAD.pack(len(one), zlib.crc32(one)), one)
+        )
+        count = sum(map(messages_in, messages))
         dropped = 0
         while self._segments and self._num_bytes + len(data) > self._max_bytes:
             dropped += self._remove_first()
         try:
             descriptor = self._opened(len(data))
         except OSError:
-            return dropped + len(records)
+            return dropped + count
         segment = self._segments[-1]
         try:
             _write_whole(descriptor, data)
@@ -118,11 +124,11 @@ class Spool:
                 os.ftruncate(descriptor, segment.num_bytes)
             except OSError:
                 self.close()  # what follows half a record could not be read
-            return dropped + len(records)
+            return dropped + count
         segment.num_bytes += len(data)
-        segment.messages += len(records)
+        segment.messages += count
         self._num_bytes += len(data)
-        self._messages += len(records)
+        self._messages += count
         return dropped
 
     def _opened(self, more_bytes: int) -> int:
@@ -164,8 +170,8 @@ class _Segment:
         self.num_bytes = 0
         self.messages = 0
         self._sent_bytes = 0
-        self._read_bytes: list[int] = []
-        """Of each message that was read last, with its head."""
+        self._read: list[tuple[int, int]] = []
+        """Of each envelope that was read last, its bytes with their head, and its messages."""
 
     def scan(self) -> None:
         """Find what a file of another process holds, and cut off what is not whole.
@@ -173,8 +179,9 @@ class _Segment:
         Raises:
             OSError: It cannot be read.
         """
-        sizes = [_HEAD.size + len(message) for message in _messages(self.path.read_bytes())]
-        self.num_bytes, self.messages = sum(sizes), len(sizes)
+        found = [*_messages(self.path.read_bytes())]
+        self.num_bytes = sum(_HEAD.size + len(message) for message in found)
+        self.messages = sum(map(messages_in, found))
         with suppress(OSError):  # it is not read any further in any case
             os.truncate(self.path, self.num_bytes)
 
@@ -187,15 +194,17 @@ class _Segment:
         except OSError:
             content = b""
         messages = [*islice(_messages(content), limit)]
-        self._read_bytes = [_HEAD.size + len(message) for message in messages]
+        self._read = [(_HEAD.size + len(one), messages_in(one)) for one in messages]
         return messages
 
-    def forget(self, count: int) -> None:
-        """Take note that the first of the messages that were read last are sent."""
-        assert count <= len(self._read_bytes)
-        self._sent_bytes += sum(self._read_bytes[:count])
-        self.messages -= count
-        del self._read_bytes[:count]
+    def forget(self, count: int) -> int:
+        """Take note that the first of what was read last is sent; return how many messages."""
+        assert count <= len(self._read)
+        self._sent_bytes += sum(num_bytes for num_bytes, _ in self._read[:count])
+        messages = sum(messages for _, messages in self._read[:count])
+        self.messages -= messages
+        del self._read[:count]
+        return messages
 
 
 def _found(folder: Path) -> tuple[deque[_Segment], int]:

@@ -3,16 +3,25 @@
 import logging
 import threading
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from esper.bus.bus import Stream
-from esper.bus.envelope import Sealer
-from esper.bus.messages import EventMessage, Message, MetricsMessage, RunMessage, body_of
+from esper.bus.envelope import MAX_BODY_BYTES, Sealer
+from esper.bus.messages import (
+    EventMessage,
+    Message,
+    MetricsMessage,
+    RunMessage,
+    body_of,
+    bundle_of,
+)
 from esper.bus.spool import Spool
 from esper.lifecycle.events import EventRecord
 
 BATCH_MESSAGES = 500
 """Sent at once: a later emergency waits for no more than that."""
+_BUNDLE_BYTES = 1 << 13
+"""Of the messages in one envelope, unless it holds but one."""
 
 Measured = tuple[int, int, Mapping[str, float]]
 """Epoch, step, and named values."""
@@ -116,25 +125,44 @@ class TelemetryLane:
             self._lost += overflow
             if not items:
                 break
-            messages += [message for item in items if (message := self._seal(item)) is not None]
+            messages += self._bundled(items)
         return messages
 
-    def _seal(self, item: Item) -> bytes | None:
-        """Return an item as a message; what cannot be one is lost, and the first is told of."""
-        body = None
-        try:
-            body = body_of(_message(item))
-            return self._sealer.seal(body)[1]
-        except ValueError as error:
+    def _bundled(self, items: Iterable[Item]) -> Iterator[bytes]:
+        """Yield items in envelopes, as many in one as fit; what cannot be sent is lost."""
+        bodies: list[bytes] = []
+        num_bytes = 0
+        for item in items:
+            body = self._body(item)
+            alone = body is None or not isinstance(item, (EventRecord, tuple))
+            if bodies and (alone or body is None or num_bytes + len(body) > _BUNDLE_BYTES):
+                yield self._sealer.seal(bundle_of(bodies), messages=len(bodies))[1]
+                bodies, num_bytes = [], 0
             if body is None:
                 self._sealer.skip(1)
-            self._lost += 1
-            if not self._told_unsendable:
-                self._told_unsendable = True
-                kind = item.event.type if isinstance(item, EventRecord) else type(item).__name__
-                # not the error's text, which quotes values
-                _LOG.warning("%s cannot be sent: %s", kind, type(error).__name__)
-            return None
+            elif alone:
+                yield self._sealer.seal(body)[1]
+            else:
+                bodies.append(body)
+                num_bytes += len(body)
+        if bodies:
+            yield self._sealer.seal(bundle_of(bodies), messages=len(bodies))[1]
+
+    def _body(self, item: Item) -> bytes | None:
+        """Return an item as the body of an envelope; None if it cannot be, the first is told of."""
+        try:
+            body = body_of(_message(item))
+            if len(body) <= MAX_BODY_BYTES:
+                return body
+            problem = f"it has {len(body)} bytes"
+        except ValueError as error:
+            problem = type(error).__name__  # not its text, which quotes values
+        self._lost += 1
+        if not self._told_unsendable:
+            self._told_unsendable = True
+            kind = item.event.type if isinstance(item, EventRecord) else type(item).__name__
+            _LOG.warning("%s cannot be sent: %s", kind, problem)
+        return None
 
 
 def _message(item: Item) -> Message:

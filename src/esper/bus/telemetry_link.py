@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from esper.bus.backoff import Backoff
 from esper.bus.bus import EMERGENCY, HEALTH, TELEMETRY, Bus
-from esper.bus.envelope import MAX_MESSAGE_BYTES, Sealer
+from esper.bus.envelope import MAX_BODY_BYTES, Sealer
 from esper.bus.link_state import LinkState
 from esper.bus.messages import HealthMessage, RunMessage, StatusMessage, body_of
 from esper.bus.spool import MAX_SPOOL_BYTES, Spool
@@ -25,8 +25,6 @@ SPOOL_FOLDER = "spool"
 _MAX_QUEUED = 10_000
 _PAUSE_SECONDS = 0.2
 """Between two looks: normal events wait for each other so long, so that a step is seldom woken."""
-_HEAD_BYTES = 4096
-"""More than the head of an envelope."""
 
 
 class TelemetryLink:
@@ -114,10 +112,10 @@ class TelemetryLink:
                 f"a run is told of in JSON values, which these are not: {', '.join(places[:5])}"
             ) from None
         num_bytes = len(body_of(message))
-        if num_bytes > MAX_MESSAGE_BYTES - _HEAD_BYTES:
+        if num_bytes > MAX_BODY_BYTES:
             raise ValueError(
                 f"config and environment have {num_bytes} bytes as JSON, and a message holds "
-                f"{MAX_MESSAGE_BYTES - _HEAD_BYTES}"
+                f"{MAX_BODY_BYTES}"
             )
         for lane in (self._emergency, self._telemetry):
             lane.put(message)
