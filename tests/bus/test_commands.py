@@ -5,6 +5,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -67,18 +68,28 @@ def settle(folder: Path, bus: Bus, done: Callable[[], bool], **how: Any) -> None
     run.close()
 
 
-def test_a_command_is_carried_out_and_answered(bus: Bus, tmp_path: Path) -> None:
-    heard: list[Any] = []
-    sender = CommandSender(bus, KEYRING, RUN, sender="ann@lab")
-    asking = threading.Thread(
-        target=lambda: heard.append(sender.send(effect("first"), wait_seconds=30.0))
-    )
-    asking.start()
-    settle(tmp_path, bus, lambda: bool(heard))
-    asking.join()
-    assert heard[0].outcome.done
-    assert "first germinated in slot" in heard[0].outcome.text
-    assert effects_in(tmp_path) == ["first"]
+def test_commands_are_carried_out_and_each_sender_hears_what_came_of_its_own(
+    bus: Bus, tmp_path: Path
+) -> None:
+    names = ("first", "second", "third")
+    heard: dict[str, Any] = {}
+
+    def ask(name: str) -> None:
+        sender = CommandSender(bus, KEYRING, RUN, sender="ann@lab")
+        heard[name] = sender.send(effect(name), wait_seconds=30.0)
+
+    with ThreadPoolExecutor(len(names)) as asking:
+        asked = [asking.submit(ask, name) for name in names]
+        waiting = lambda: bus.latest(commands_for(RUN), limit=len(names))  # noqa: E731
+        while len(waiting()) < len(names):
+            time.sleep(0.001)
+        settle(tmp_path, bus, lambda: len(heard) == len(names))
+        for one in asked:
+            one.result()
+    for name, answer in heard.items():
+        assert answer.outcome.done
+        assert f"{name} germinated in slot" in answer.outcome.text
+    assert sorted(effects_in(tmp_path)) == sorted(names)
 
 
 def test_commands_keep_their_order(bus: Bus, tmp_path: Path) -> None:
