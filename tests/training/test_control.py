@@ -40,6 +40,7 @@ class Sender:
     script: Mapping[int, Sequence[Command]] = field(default_factory=dict)
     answers: dict[str, LoggedCommand] = field(default_factory=dict)
     states: dict[int, Any] = field(default_factory=dict)
+    between_epochs: dict[int, Any] = field(default_factory=dict)
     losses: dict[int, float] = field(default_factory=dict)
     saves: list[int] = field(default_factory=list)
     can_save: bool = True
@@ -62,7 +63,8 @@ class Sender:
         if logged.outcome is None:
             assert trainer.control.ask(logged, lambda done: self.answers.update({id_: done}))
 
-    def after_epoch(self, trainer: esper.Trainer) -> None: ...
+    def after_epoch(self, trainer: esper.Trainer) -> None:
+        self.between_epochs[trainer.growth.step] = trainer.state_dict()
 
     def save(self, trainer: esper.Trainer) -> Path | None:
         if self.can_save:
@@ -140,7 +142,7 @@ SCRIPT = {
     4: [GERMINATE],
     9: [Act(action=Prune(slot="embed", reason="of no use"))],
     16: [Pause(), Resume()],
-    36: [GERMINATE],
+    32: [GERMINATE],
     40: [Act(action=Commit(slot="embed")), SaveCheckpoint()],
 }
 """Before, at and after the ends of epochs of 16 steps; the slot is embargoed for an epoch."""
@@ -160,7 +162,10 @@ def test_a_run_that_goes_on_from_any_state_is_commanded_as_it_was(
         *("done", "done", "done", "done"),
         *("done", "refused", "done"),
     ]
-    for step, state in sender.states.items():
+    assert {logged.place for logged in sender.answers.values()} >= {
+        (32, 2 if interval is None else 5)
+    }
+    for step, state in [*sender.states.items(), *sender.between_epochs.items()]:
         again = Sender(sender.log)
         other, resumed = controlled(again, epochs=4, **settings)
         resumed.load_state_dict(state)
