@@ -5,15 +5,17 @@ import sqlite3
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from bus_machinery import KEYRING, OTHER_KEYRING, SKIPPED, files_of_at_most, record, wait_for
+from commanded import KEYRING as COMMAND_KEYRING
+from commanded import CountedRun
 from esper.bus.bus import DEAD_LETTERS, EMERGENCY, TELEMETRY, Bus, Stream
 from esper.bus.dead_letter import DeadLetter
 from esper.bus.envelope import MessageRefusedError, Sealer, open_envelope
@@ -36,6 +38,8 @@ from esper.bus.redis_streams import RedisBus
 from esper.bus.router import Router, RouterFacts
 from esper.bus.telemetry_link import TelemetryLink
 from esper.cli.app import app
+from esper.dashboard.bus_channel import BusCommandChannel
+from esper.dashboard.commands import Command, CommandRefusedError
 from esper.lifecycle.events import EventRecord
 from esper.telemetry import RunReader, RunStore
 from processes import TESTS
@@ -282,6 +286,82 @@ def test_a_full_disk_is_waited_for_and_nothing_is_lost_or_doubled(
     assert len(caplog.records) == 1
     assert "what run run tells cannot be stored now" in caplog.text
     assert reasons(bus) == []
+
+
+def make_empty(folder: Path) -> None:
+    (folder / "run.sqlite").touch()
+
+
+def make_a_database_of_something_else(folder: Path) -> None:
+    with closing(sqlite3.connect(folder / "run.sqlite")) as database:
+        database.execute("CREATE TABLE other (key TEXT)")
+
+
+def make_a_mirror_that_cannot_be_locked(folder: Path) -> None:
+    folder.rmdir()
+    Mirror(folder).close()
+    (folder / ".lock").unlink()
+    (folder / ".lock").mkdir()
+
+
+@pytest.mark.parametrize(
+    ("make", "passed_over"),
+    [
+        (make_empty, 2),
+        (make_a_database_of_something_else, 2),
+        (make_a_mirror_that_cannot_be_locked, 0),
+    ],
+)
+def test_a_folder_that_cannot_be_written_holds_up_no_other_run(
+    make: Callable[[Path], None], passed_over: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "bad").mkdir()
+    make(tmp_path / "bad")
+    bus, bad, good = InProcessBus(), Telling("bad"), Telling("good")
+    with caplog.at_level(logging.WARNING, logger="esper"), routing(bus, tmp_path) as router:
+        bus.publish(TELEMETRY, bad.sealed(TELEMETRY, *events(1, 2)))
+        wait_for(lambda: "bad" in caplog.text)
+        bus.publish(TELEMETRY, good.sealed(TELEMETRY, *events(1, 2, 3)))
+        wait_for(lambda: router.facts().stored == 3, seconds=10.0)
+        assert router.facts().passed_over == passed_over
+    assert steps_in(tmp_path / "good") == [1, 2, 3]
+
+
+def test_a_folder_of_mirrors_that_cannot_be_made_is_waited_for_and_nothing_is_lost(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    bus, telling = InProcessBus(), Telling()
+    (tmp_path / "mirrors").touch()
+    folder = tmp_path / "mirrors"
+    with caplog.at_level(logging.WARNING, logger="esper"), routing(bus, folder) as router:
+        bus.publish(TELEMETRY, telling.sealed(TELEMETRY, *events(1, 2)))
+        wait_for(lambda: "cannot be stored now" in caplog.text)
+        folder.unlink()
+        wait_for(lambda: router.facts().stored == 2, seconds=10.0)
+    assert steps_in(folder / "run") == [1, 2]
+
+
+def test_a_run_is_commanded_by_way_of_its_mirror(tmp_path: Path) -> None:
+    bus, made, over = InProcessBus(), threading.Event(), threading.Event()
+
+    def step() -> None:
+        run = CountedRun(tmp_path / "own", bus, run="run-1234")
+        made.set()
+        run.step_until(over.is_set)
+        run.close()
+
+    Mirror(tmp_path / "mirrors" / "run-1234").close()
+    assert RunReader(tmp_path / "mirrors" / "run-1234").run_id == "run-1234"
+    with ThreadPoolExecutor(1) as pool:
+        stepping = pool.submit(step)
+        assert made.wait(30.0)
+        channel = BusCommandChannel(tmp_path / "mirrors", bus, COMMAND_KEYRING, sender="ann")
+        try:
+            with pytest.raises(CommandRefusedError, match="the run was not paused"):
+                channel.send(Command(run="run-1234", action="resume", slot=None))
+        finally:
+            over.set()
+        stepping.result()
 
 
 def test_a_run_of_this_machine_is_left_alone_and_that_is_said_once(

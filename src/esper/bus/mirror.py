@@ -45,6 +45,7 @@ _FORGET_EVENTS = {
     TELEMETRY.name: "DELETE FROM events WHERE step > ? AND priority = ?",
 }
 _FORGET_METRICS = "DELETE FROM metrics WHERE step > ?"
+_HAS_RUN_TABLE = "SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = 'run'"
 
 
 class _State(Record):
@@ -106,7 +107,7 @@ class Mirror(RunStore):
     stream has told of the same attempt holds.
 
     Args:
-        folder: Of this run; is made if it is not there.
+        folder: Of this run, whose id is its name; is made if it is not there.
         first: What is known of the run; may come later.
 
     Raises:
@@ -257,6 +258,8 @@ def missed_in(folder: Path) -> int | None:
 
 
 def _state_in(database: sqlite3.Connection, folder: Path) -> _State | None:
+    if database.execute(_HAS_RUN_TABLE).fetchone() is None:
+        return None  # an empty file, or a database of something else
     row = database.execute("SELECT value FROM run WHERE key = ?", (_KEY,)).fetchone()
     try:
         return None if row is None else _State.model_validate_json(row[0])
@@ -278,7 +281,11 @@ def _make(folder: Path, first: RunMessage | None) -> None:
     RunStore(making, config=config, environment=environment).close()
     state = _State(told_of=first is not None)
     with closing(sqlite3.connect(making / DATABASE_FILE)) as database, database:
-        database.execute("INSERT INTO run VALUES (?, ?)", (_KEY, state.model_dump_json()))
+        # The run's own id, by which it is commanded, and not one of the folder it is made in.
+        database.executemany(
+            "INSERT OR REPLACE INTO run VALUES (?, ?)",
+            [(_KEY, state.model_dump_json()), ("id", folder.name)],
+        )
     making.rename(folder)
 
 

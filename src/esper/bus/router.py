@@ -1,7 +1,9 @@
 """Brings what runs tell to where people look at it."""
 
+import errno
 import logging
 import sqlite3
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -36,6 +38,18 @@ _WAIT_SECONDS = 0.5
 _IDLE_SECONDS = 30.0
 _LOOK_SECONDS = 0.05
 """Between two looks whether to end, in a pause."""
+
+_PASSING_CODES = {
+    *(sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED),
+    sqlite3.SQLITE_NOMEM,
+}
+"""Of SQLite: what a full disk, a lock or the like makes of any database."""
+_PRIMARY_CODE = 0xFF
+"""The bits of an extended result code of SQLite that say what it is a kind of."""
+_PASSING_ERRNOS = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EMFILE, errno.ENFILE),
+    *(errno.ENOMEM, errno.EAGAIN, errno.EBUSY),
+}
 
 _LOG = logging.getLogger(__name__)
 
@@ -86,6 +100,7 @@ class Router:
     ) -> None:
         self._bus = bus
         self._keyring = keyring
+        self._folder = folder
         self._mirrors = Mirrors(folder, max_open=max_open)
         self._group = group
         self._consumer = consumer
@@ -158,7 +173,11 @@ class Router:
         writer: Executor,
         ended: Callable[[], bool],
     ) -> None:
-        """Store messages and acknowledge them; those that cannot be stored now wait."""
+        """Store messages and acknowledge them; those that cannot be stored now wait.
+
+        What is wrong with one run's folder alone holds up nobody else: its messages are left, to be
+        delivered again some times, and are dead letters then.
+        """
         runs: dict[str, _Batch] = {}
         refused: list[tuple[Delivery, str]] = []
         for delivery in received:
@@ -177,7 +196,11 @@ class Router:
             for run, problem in errors.items():
                 if not backoff.failures:
                     _LOG.warning("what run %s tells cannot be stored now: %s", run, problem)
-            runs = {run: runs[run] for run, problem in errors.items() if _may_pass(problem)}
+            runs = {
+                run: runs[run]
+                for run, problem in errors.items()
+                if _may_pass(problem) or not _can_be_written(self._folder)
+            }
             if runs:
                 if ended():
                     return  # it is delivered again
@@ -230,11 +253,21 @@ class _Batch:
 
 
 def _may_pass(error: Exception) -> bool:
-    """Return whether it is worth waiting for, as a full disk is, while others wait too.
+    """Return whether it is worth waiting for, as a full disk is, while others wait too."""
+    if isinstance(error, OSError):
+        return error.errno in _PASSING_ERRNOS
+    code: int = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_OK)  # not of each error
+    return code & _PRIMARY_CODE in _PASSING_CODES
 
-    What is not is delivered again some times, and a dead letter then.
-    """
-    return isinstance(error, (sqlite3.OperationalError, OSError))
+
+def _can_be_written(folder: Path) -> bool:
+    """Return whether a file can be made in a folder; if not, no run can be stored there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError:
+        return False
+    return True
 
 
 def _pause(backoff: Backoff, ended: Callable[[], bool]) -> None:
