@@ -92,7 +92,7 @@ class CountedRun:
         self.growth: Any = CountedGrowth(self.store, process)
         self.control = RunControl(self.store.commands)
         # A row outlives the process, so that there is nothing to be done again
-        self.control.load_state_dict({"num_settled": 10**9, "unwritten": []})
+        self.control.load_state_dict({"num_settled": 10**9, "again": [], "unwritten": []})
         self.link = LinkState()
         self.receiver = CommandReceiver(
             bus,

@@ -1,6 +1,27 @@
 """Which bus an address means."""
 
+from urllib.parse import parse_qs, urlsplit
+
 from esper.bus.bus import Bus
+
+
+def check_no_password(name: str, url: str) -> None:
+    """Raise if an address that others will see holds a password.
+
+    Args:
+        name: Of the setting.
+        url: Its value.
+
+    Raises:
+        ValueError: It does; or its parts cannot be told.
+    """
+    parts = urlsplit(url)
+    _ = parts.port  # raises where it is none
+    if parts.password is not None or "password" in parse_qs(parts.query, keep_blank_values=True):
+        raise ValueError(
+            f"{name} holds a password, which others would see in the run folder and among the "
+            "running programs; take it out, and set the environment variable ESPER_BUS_PASSWORD"
+        )
 
 
 def open_bus(url: str, *, password: str | None = None) -> Bus:

@@ -55,10 +55,12 @@ class _InHand:
     delivery: Delivery
     renewed: float
     """Monotonic seconds, when nobody else could take it for so long."""
+    begun: bool = False
+    """Whether it was looked at: it is asked for, settled or refused then."""
     settled: LoggedCommand | None = None
     """Once there is something to answer."""
     refusal: str | None = None
-    """Why it is a dead letter besides."""
+    """Why it is a dead letter."""
 
 
 class CommandReceiver:
@@ -104,46 +106,69 @@ class CommandReceiver:
         self._settled: queue.SimpleQueue[LoggedCommand] = queue.SimpleQueue()
         """What the run has carried out, to be answered."""
         self._in_hand: _InHand | None = None
+        self._refuse_rest = False
+        self._deadline = 0.0
+        """Monotonic seconds, to end."""
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._receive, name="esper-commands", daemon=True)
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Receive while the block runs, then answer what is settled if the bus is there."""
-        self._thread.start()
+        """Receive while the block runs."""
+        self.start()
         try:
             yield
         finally:
-            self._stop.set()
-            self._thread.join()
+            self.stop(refuse_rest=False)
+
+    def start(self) -> None:
+        """Begin to receive."""
+        self._thread.start()
+
+    def stop(self, *, refuse_rest: bool, limit_seconds: float = 2.0) -> None:
+        """Answer what is settled, and end, if the bus permits it in time.
+
+        Args:
+            refuse_rest: Whether nobody will ever carry out what is in the stream: then it is
+                refused, else it waits for the process that goes on with the run.
+            limit_seconds: To wait for the bus.
+        """
+        self._refuse_rest = refuse_rest
+        self._deadline = time.monotonic() + limit_seconds
+        self._stop.set()
+        self._thread.join(limit_seconds)
 
     def _receive(self) -> None:
         backoff = Backoff()
         subscription: Subscription | None = None
         log: CommandLog | None = None
         with ExitStack() as stack:
-            while True:
-                ending = self._stop.is_set()
+            while not self._stop.is_set() or time.monotonic() < self._deadline:
                 try:
-                    if log is None:
-                        log = stack.enter_context(CommandLog.open(self._database_file))
-                    if subscription is None:
-                        subscription = self._subscribed()
-                    if self._in_hand is not None:
-                        self._see_to(self._in_hand, subscription, wait=not ending)
-                    elif not ending:
-                        self._take_one(subscription, log)
-                    if ending:
+                    log = log or stack.enter_context(CommandLog.open(self._database_file))
+                    subscription = subscription or self._subscribed()
+                    if not self._go_on(subscription, log):
                         subscription.close()
                         return
                 except (BusUnavailableError, BusRefusedError, sqlite3.Error) as error:
                     self._link.failed(_CONCERN, error)
-                    if ending:
-                        return
-                    self._stop.wait(backoff.failed())
+                    if subscription is not None:
+                        subscription.reclaim()  # something may have come, and not been heard of
+                except Exception as error:  # noqa: BLE001 – whatever it is, others can be received
+                    self._link.failed(_CONCERN, error)
+                    self._give_up(error)
                 else:
                     self._link.works(_CONCERN)
                     backoff.works()
+                    continue
+                if self._stop.wait(backoff.failed()):
+                    return
+
+    def _give_up(self, error: Exception) -> None:
+        """Let the command in hand be a dead letter."""
+        if self._in_hand is not None:
+            self._in_hand.begun, self._in_hand.settled = True, None
+            self._in_hand.refusal = f"it failed here: {type(error).__name__}"
 
     def _subscribed(self) -> Subscription:
         subscription = self._bus.subscribe(
@@ -152,41 +177,57 @@ class CommandReceiver:
         subscription.reclaim()  # of a process that had this run before, and has died
         return subscription
 
-    def _see_to(self, in_hand: "_InHand", subscription: Subscription, *, wait: bool) -> None:
-        """Answer the command in hand if it is settled, and say that it is worked on if not."""
-        if in_hand.settled is None:
+    def _go_on(self, subscription: Subscription, log: CommandLog) -> bool:
+        """Take a command in hand, or see to the one that is; return whether there may be more.
+
+        One at a time, so that a process that dies of it uses up no other's deliveries.
+        """
+        ending = self._stop.is_set()
+        if self._in_hand is None and (self._refuse_rest or not ending):
+            wait_seconds = 0.0 if ending else _WAIT_SECONDS
+            for delivery in subscription.receive(limit=1, wait_seconds=wait_seconds):
+                self._in_hand = _InHand(delivery=delivery, renewed=time.monotonic())
+        if self._in_hand is None:
+            return not ending
+        self._see_to(self._in_hand, subscription, log)
+        return self._refuse_rest or not ending
+
+    def _see_to(self, in_hand: _InHand, subscription: Subscription, log: CommandLog) -> None:
+        if not in_hand.begun:
+            self._begin(in_hand, log)
+            in_hand.begun = True
+        if in_hand.settled is None and in_hand.refusal is None:
             try:
-                in_hand.settled = self._settled.get(timeout=_WAIT_SECONDS if wait else 0.0)
+                in_hand.settled = self._settled.get(timeout=_WAIT_SECONDS)
             except queue.Empty:
                 if time.monotonic() - in_hand.renewed > _RENEW_SECONDS:
                     subscription.renew([in_hand.delivery.entry])
                     in_hand.renewed = time.monotonic()
                 return
-        self._answer(in_hand.settled)
+        if in_hand.settled is not None:
+            self._answer(in_hand.settled)
         if in_hand.refusal is None:
             subscription.acknowledge([in_hand.delivery.entry])
         else:
             subscription.refuse(in_hand.delivery, in_hand.refusal)
         self._in_hand = None
 
-    def _take_one(self, subscription: Subscription, log: CommandLog) -> None:
-        """Take one command in hand, so that a process that dies of it uses up no other's tries."""
-        for delivery in subscription.receive(limit=1, wait_seconds=_WAIT_SECONDS):
-            try:
-                envelope, said = self._opened(delivery)
-            except MessageRefusedError as error:
-                subscription.refuse(delivery, f"{error.refusal}: {error}")
-                continue
-            now = self._clock()
-            logged = log.receive(envelope.id, said.sender, said.command, received_seconds=now)
-            in_hand = _InHand(delivery=delivery, renewed=time.monotonic())
-            if logged.outcome is not None:
-                in_hand.settled = logged
-            else:
-                in_hand.refusal = self._begin(envelope, logged)
-                if in_hand.refusal is not None:
-                    in_hand.settled = _refused(logged, in_hand.refusal, log)
-            self._in_hand = in_hand
+    def _begin(self, in_hand: _InHand, log: CommandLog) -> None:
+        """Look at a command: let it be carried out, find what came of it, or refuse it."""
+        try:
+            envelope, said = self._opened(in_hand.delivery)
+        except MessageRefusedError as error:
+            in_hand.refusal = f"{error.refusal}: {error}"
+            return
+        now = self._clock()
+        logged = log.receive(envelope.id, said.sender, said.command, received_seconds=now)
+        if logged.outcome is not None:
+            in_hand.settled = logged
+            return
+        refusal = self._ask_for(envelope, logged)
+        if refusal is not None:
+            in_hand.settled = _refused(logged, refusal, log)
+            in_hand.refusal = refusal
 
     def _opened(self, delivery: Delivery) -> tuple[Envelope, CommandMessage]:
         """Return a command that may be trusted, if not yet whether it is fresh.
@@ -203,7 +244,7 @@ class CommandReceiver:
             )
         return envelope, said
 
-    def _begin(self, envelope: Envelope, logged: LoggedCommand) -> str | None:
+    def _ask_for(self, envelope: Envelope, logged: LoggedCommand) -> str | None:
         """Let a command be carried out, or return why it is refused."""
         try:
             check_fresh(

@@ -9,7 +9,7 @@ from esper.bus.backoff import Backoff
 from esper.bus.bus import Bus, BusUnavailableError, answers_from, commands_for
 from esper.bus.envelope import MessageRefusedError, Sealer, check_run, open_envelope
 from esper.bus.messages import AnswerMessage, CommandMessage, body_of, message_in
-from esper.lifecycle.commands import Command
+from esper.lifecycle.commands import MAX_NAME_CHARACTERS, Command
 from esper.signing import Keyring
 
 _LIMIT = 100
@@ -26,7 +26,7 @@ def this_user() -> str:
         user = getpass.getuser()
     except (KeyError, OSError):  # no name for this number, as in containers
         user = "somebody"
-    return f"{user}@{socket.gethostname()}"
+    return f"{user}@{socket.gethostname()}"[-MAX_NAME_CHARACTERS:]
 
 
 class CommandSender:
@@ -38,6 +38,9 @@ class CommandSender:
         run: Its id.
         sender: Who asks, for the run's events.
         clock: Monotonic seconds.
+
+    Raises:
+        ValueError: The sender's name is empty or too long.
     """
 
     def __init__(
@@ -49,6 +52,10 @@ class CommandSender:
         sender: str,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        if not 0 < len(sender) <= MAX_NAME_CHARACTERS:
+            raise ValueError(
+                f"the name of who asks has 1 to {MAX_NAME_CHARACTERS} characters, got {len(sender)}"
+            )
         self._bus = bus
         self._keyring = keyring
         self._run = run

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, JsonValue, TypeAdapter, ValidationError
 
 from esper.bus.envelope import Envelope, MessageRefusedError, Refusal
-from esper.lifecycle.commands import Command, CommandText, Outcome
+from esper.lifecycle.commands import Command, Name, Outcome
 from esper.lifecycle.events import EventRecord
 from esper.lifecycle.record import Record
 from esper.telemetry.run_store import RunStatus
@@ -16,7 +16,7 @@ class CommandMessage(Record):
     """Somebody asks something of a run."""
 
     kind: Literal["command"] = "command"
-    sender: CommandText
+    sender: Name
     """Who, as they call themselves; that they may is what the signature says."""
     command: Command
 
@@ -74,12 +74,12 @@ class StatusMessage(Record):
 
 
 class HealthMessage(Record):
-    """A service is alive."""
+    """How a program stands, as the supervisor that runs it says."""
 
     kind: Literal["health"] = "health"
     service: str
     state: str
-    """Of supervision; a training run that nobody supervises says "running" or "paused"."""
+    """One of supervision's, as "ready" or "given up"."""
     pid: int
     host: str
     details: dict[str, JsonValue] = Field(default_factory=dict)

@@ -8,7 +8,7 @@ import typer
 from pydantic import ValidationError
 from rich.console import Console
 
-from esper.bus.bus import BusUnavailableError
+from esper.bus.bus import BusRefusedError, BusUnavailableError
 from esper.bus.command_sender import CommandSender, NoAnswerError, this_user
 from esper.bus.messages import AnswerMessage
 from esper.experiments.bus_connection import open_run_bus
@@ -78,6 +78,8 @@ def send(
         raise typer.BadParameter(str(error)) from error
     try:
         answer = asking.send(command, wait_seconds=wait)
+    except BusRefusedError as error:
+        raise typer.BadParameter(str(error)) from error
     except (BusUnavailableError, NoAnswerError) as error:
         Console(stderr=True).print(str(error), markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(EXIT_NOT_HEARD) from error

@@ -1,7 +1,6 @@
 """A run's connection with the bus: it is told what to do, and tells of itself."""
 
 import os
-from contextlib import ExitStack
 
 from esper.bus.addresses import open_bus
 from esper.bus.bus import Bus
@@ -15,6 +14,9 @@ from esper.training.control import RunControl
 from esper.training.growth import Growth
 
 PASSWORD_VARIABLE = "ESPER_BUS_PASSWORD"  # noqa: S105 – its name
+
+_CLOSE_SECONDS = 3.0
+"""With what ends receiving, less than a supervisor waits for a run to end."""
 
 
 class BusConnection:
@@ -41,7 +43,7 @@ class BusConnection:
         except (KeyFileError, ModuleNotFoundError, ValueError) as error:
             raise SettingsError(f"bus: {error}") from error
         self._telemetry_link: TelemetryLink | None = None
-        self._receiving = ExitStack()
+        self._receiver: CommandReceiver | None = None
 
     def open(
         self,
@@ -59,7 +61,7 @@ class BusConnection:
             control: Carries out what is received.
             after_step: The last step that the run still knows of; -1 of a new one.
         """
-        receiver = CommandReceiver(
+        self._receiver = CommandReceiver(
             self._commands,
             self._keyring,
             run.run_id,
@@ -73,17 +75,18 @@ class BusConnection:
         )
         self._telemetry_link.begin(run.config(), run.environment(), after_step)
         growth.sinks.append(self._telemetry_link)
-        self._receiving.enter_context(receiver.running())
+        self._receiver.start()
 
-    def stop_receiving(self) -> None:
-        """Answer what is settled, and take no more commands."""
-        self._receiving.close()
+    def stop_receiving(self, *, refuse_rest: bool) -> None:
+        """Answer what is settled, and take no more commands; as `CommandReceiver.stop`."""
+        if self._receiver is not None:
+            self._receiver.stop(refuse_rest=refuse_rest)
 
     def close(self, status: RunStatus) -> None:
         """Send what can be sent, and let go of the servers."""
         if self._telemetry_link is not None:
             self._telemetry_link.end(status)
-            self._telemetry_link.close()
+            self._telemetry_link.close(limit_seconds=_CLOSE_SECONDS)
         for bus in {id(bus): bus for bus in (self._commands, self._telemetry)}.values():
             bus.close()
 

@@ -5,10 +5,10 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
-from urllib.parse import urlsplit
 
-from pydantic import Field, FiniteFloat, ValidationError, model_validator
+from pydantic import AfterValidator, Field, FiniteFloat, ValidationError, model_validator
 
+from esper.bus.addresses import check_no_password
 from esper.bus.command_receiver import DEFAULT_WINDOW_SECONDS
 from esper.lifecycle.record import Record
 from esper.policies.depth_schedule import (
@@ -25,6 +25,9 @@ from esper.telemetry.tracking import TrackingConfig
 from esper.training.trainer import TrainerConfig
 
 _ROUNDING = 1e-9
+
+KeyFile = Annotated[Path, AfterValidator(Path.absolute)]
+"""The same file for whoever goes on with the run, from wherever."""
 
 
 class SettingsError(ValueError):
@@ -53,7 +56,7 @@ class CompileConfig(Record):
     itself, between two steps, and waits."""
     store: str | None = None
     """Folder, or URL of fsspec, of what was compiled; None is a folder in the user's caches."""
-    key_file: Path | None = None
+    key_file: KeyFile | None = None
     """Signs and verifies it; None is the user's own."""
     limit_seconds: Annotated[FiniteFloat, Field(gt=0.0)] = 600.0
     """For the graphs of one seed; then it is given up and the seed runs as it is."""
@@ -73,7 +76,7 @@ class BusConfig(Record):
     """Address of the server, as redis://127.0.0.1:6379/0; None connects the run with nothing."""
     telemetry: str | None = None
     """Of the one that takes events and metrics; None is the same."""
-    key_file: Path | None = None
+    key_file: KeyFile | None = None
     """Signs and verifies; None is the user's own."""
     window_seconds: Annotated[FiniteFloat, Field(gt=0.0)] = DEFAULT_WINDOW_SECONDS
     """How far apart a command may be sent and received."""
@@ -85,12 +88,9 @@ class BusConfig(Record):
                 "bus.telemetry is set, and bus.commands is not; set bus.commands, alone if one "
                 "server does for both"
             )
-        for name, address in (("commands", self.commands), ("telemetry", self.telemetry)):
-            if address is not None and urlsplit(address).password is not None:
-                raise ValueError(
-                    f"bus.{name} holds a password, which would be kept in the run folder; take it "
-                    "out, and set the environment variable ESPER_BUS_PASSWORD"
-                )
+        for name, address in (("bus.commands", self.commands), ("bus.telemetry", self.telemetry)):
+            if address is not None:
+                check_no_password(name, address)
         return self
 
 

@@ -416,7 +416,8 @@ def _close(run: GrowingRun, store: RunStore, status: RunStatus) -> None:
             last_first.callback(guard.attempt, tracker, lambda tracker: tracker.close(status))
         last_first.callback(guard.attempt, store, lambda store: store.set_status(status))
         if connection is not None:
-            last_first.callback(connection.stop_receiving)
+            finished = status == "finished"
+            last_first.callback(connection.stop_receiving, refuse_rest=finished)
         if control is not None:
             refusal = "the run has finished" if status == "finished" else None
             last_first.callback(control.close, run.growth, refuse=refusal)

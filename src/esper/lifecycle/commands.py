@@ -64,4 +64,5 @@ class Outcome(Record):
     """The result, or the reason, for a person."""
 
 
-CommandText = Annotated[str, Field(min_length=1, max_length=200)]
+MAX_NAME_CHARACTERS = 200
+Name = Annotated[str, Field(min_length=1, max_length=MAX_NAME_CHARACTERS)]

@@ -15,6 +15,8 @@ from esper.lifecycle.events import (
     StageChanged,
 )
 
+_MAX_CHARACTERS = 4_000
+
 
 def came_of(events: Sequence[Event]) -> Outcome:
     """Return whether an action had an effect, and its result or the reason why not.
@@ -25,9 +27,10 @@ def came_of(events: Sequence[Event]) -> Outcome:
     refusals = [reason for event in events if (reason := _refusal(event)) is not None]
     effects = [words for event in events if (words := _effect(event)) is not None]
     effects += _stages(events)
-    if refusals and not effects:
-        return Outcome(done=False, text="; ".join(refusals))
-    return Outcome(done=True, text="; ".join([*effects, *refusals]) or "nothing was to be done")
+    told = "; ".join([*effects, *refusals]) or "nothing was to be done"
+    if len(told) > _MAX_CHARACTERS:  # an error may quote whatever was asked
+        told = f"{told[:_MAX_CHARACTERS]} …"
+    return Outcome(done=bool(effects) or not refusals, text=told)
 
 
 def _refusal(event: Event) -> str | None:

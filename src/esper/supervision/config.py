@@ -5,7 +5,6 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Self, get_args
-from urllib.parse import urlsplit
 
 from pydantic import (
     AfterValidator,
@@ -16,6 +15,7 @@ from pydantic import (
     model_validator,
 )
 
+from esper.bus.addresses import check_no_password
 from esper.lifecycle.record import Record
 
 ROUTER = "router"
@@ -51,17 +51,9 @@ class BusConfig(Record):
 
     @model_validator(mode="after")
     def _can_be_read_and_hold_no_password(self) -> Self:
-        for name, url in (("commands", self.commands), ("telemetry", self.telemetry)):
-            if url is None:
-                continue
-            parts = urlsplit(url)
-            _ = parts.port  # raises where it is none
-            if parts.password is not None:
-                raise ValueError(
-                    f"{name} holds a password, which every user of this machine would see among "
-                    "the running programs; take it out, and set the environment variable "
-                    "ESPER_BUS_PASSWORD"
-                )
+        check_no_password("bus.commands", self.commands)
+        if self.telemetry is not None:
+            check_no_password("bus.telemetry", self.telemetry)
         return self
 
     @property

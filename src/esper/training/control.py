@@ -114,8 +114,7 @@ class RunControl:
 
     def end(self, by: str) -> None:
         """Let the run write a checkpoint and end between two steps; a signal may call it."""
-        self._ending = by
-        self._woken.set()
+        self._ending = by  # no more: a signal may come while any lock is held
 
     def between_steps(self, trainer: Controlled) -> None:
         """Carry out what was asked, and wait here as long as the run is paused.
@@ -161,7 +160,8 @@ class RunControl:
             {"id": asked.logged.id, "outcome": outcome.model_dump(mode="json"), "place": [*place]}
             for asked, outcome, place in self._unwritten
         ]
-        return {"num_settled": self._num_settled, "unwritten": unwritten}
+        again = [logged.id for logged in self._again]
+        return {"num_settled": self._num_settled, "again": again, "unwritten": unwritten}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Let all be done again that was done after the state was taken.
@@ -176,13 +176,15 @@ class RunControl:
                 self._log.settling(carried_out["id"], place) as outcomes,
             ):
                 outcomes.append(Outcome.from_dump(carried_out["outcome"]))
+        self._num_settled = state["num_settled"]
+        unknown = set(state["again"])
         known = {carried_out["id"] for carried_out in state["unwritten"]}
-        later = [
+        self._again = deque(
             logged
-            for logged in self._log.settled()
-            if (logged.ordinal or 0) > state["num_settled"] and logged.id not in known
-        ]
-        self._again = deque(_done_actions(later))
+            for logged in _done_actions(self._log.settled())
+            if logged.id in unknown
+            or ((logged.ordinal or 0) > self._num_settled and logged.id not in known)
+        )
 
     def _show_life(self, growth: Growth) -> None:
         if self._beat is not None:
@@ -244,19 +246,16 @@ class RunControl:
         """
         place, outcome = Place(growth.step, growth.epoch), None
         try:
-            with self._log.settling(asked.logged.id, place) as outcomes:
+            with suppress(AlreadySettledError), self._log.settling(asked.logged.id, place) as kept:
                 outcome = do()
-                outcomes.append(outcome)
+                kept.append(outcome)
                 growth.publish([_told(asked.logged, outcome)])
-        except AlreadySettledError:
-            pass
+            self._answer(asked)
         except sqlite3.Error:
             if outcome is None:
                 self._asked.appendleft(asked)
-                return None
-            self._unwritten.append((asked, outcome, place))
-            return outcome
-        self._answer(asked)
+            else:
+                self._unwritten.append((asked, outcome, place))
         return outcome
 
     def _write(self, growth: Growth) -> None:
@@ -264,13 +263,16 @@ class RunControl:
         while self._unwritten:
             asked, outcome, place = self._unwritten[0]
             try:
-                with self._log.settling(asked.logged.id, place) as outcomes:
-                    outcomes.append(outcome)
+                with (
+                    suppress(AlreadySettledError),
+                    self._log.settling(asked.logged.id, place) as kept,
+                ):
+                    kept.append(outcome)
                     growth.publish([_told(asked.logged, outcome)])
+                self._answer(asked)
             except sqlite3.Error:
                 return
             self._unwritten.popleft()
-            self._answer(asked)
 
     def _answer(self, asked: _Asked) -> None:
         settled = self._log.find(asked.logged.id)

@@ -51,6 +51,8 @@ from esper.training.probing import probe_seeds
 from esper.training.run_cost import CostMeter
 from esper.training.step_timer import StepTimer
 
+_NO_OPTIONS = frozenset({"self", "blueprint", "blend_operator", "copy_optimizer_state"})
+"""What germinating takes beside a blueprint's options."""
 _NAMED_PARAMETERS = 5
 """How many of the parameters that a leak reached an event names."""
 
@@ -285,7 +287,8 @@ class Growth:
             gate may still have refused the stage.
         """
         self._timer.pause()
-        self._caused = []
+        caused: list[Event] = []
+        self._caused = caused
         try:
             check_action(self.state(), action)
         except IllegalAction as error:
@@ -294,7 +297,8 @@ class Growth:
             if not isinstance(action, Wait):
                 self.publish([ActionApplied(action=action)])
                 self._carry_out(self.slots[action.slot], action)
-        caused, self._caused = self._caused, None
+        finally:
+            self._caused = None
         return caused
 
     @contextmanager
@@ -387,6 +391,7 @@ class Growth:
 
     def _germinate(self, slot: SeedSlot, action: Germinate) -> None:
         try:
+            _check_options(action)
             events = slot.germinate(
                 action.blueprint,
                 blend_operator=action.blend_operator,
@@ -495,6 +500,17 @@ class Growth:
             before = self._step_seconds_before.get(path)
             if slot.living is not None and now is not None and before:
                 slot.measurements.step_time_ratio = now / before
+
+
+def _check_options(action: Germinate) -> None:
+    """Raise if an option would pass for something else.
+
+    Raises:
+        ValueError: No blueprint can have it.
+    """
+    taken = sorted(_NO_OPTIONS & action.options.keys())
+    if taken:
+        raise ValueError(f"blueprint {action.blueprint!r} has no option {taken[0]!r}")
 
 
 def _entered(events: Sequence[Event], stage: SeedStage) -> bool:
