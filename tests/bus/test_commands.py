@@ -2,6 +2,7 @@
 
 import random
 import secrets
+import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from bus_machinery import Clock, wait_for
 from commanded import KEYRING, CountedRun, effect, effects_in
 from esper.bus import (
     DEAD_LETTERS,
@@ -22,6 +24,7 @@ from esper.bus import (
     Sealer,
     answers_from,
     body_of,
+    command_receiver,
     commands_for,
     message_in,
     open_envelope,
@@ -31,6 +34,7 @@ from esper.bus.redis_streams import RedisBus
 from esper.lifecycle.actions import Germinate
 from esper.lifecycle.commands import Act, Pause
 from esper.signing import Keyring
+from esper.telemetry.command_log import CommandLog, LoggedCommand
 from redis_server import RedisServer
 
 RUN = "run"
@@ -234,3 +238,109 @@ def test_a_server_that_is_away_is_an_error_of_the_sender(tmp_path: Path) -> None
         with pytest.raises(BusUnavailableError):
             sender.send(Act(action=Germinate(slot="a", blueprint="b")), wait_seconds=0.3)
         bus.close()
+
+
+def test_a_run_that_has_finished_refuses_everything_that_is_left(bus: Bus, tmp_path: Path) -> None:
+    bus.publish(commands_for(RUN), [sealed(name) for name in ("a", "b", "c")])
+    run = CountedRun(tmp_path, bus, run=RUN)
+    run.receiver.start()
+    wait_for(lambda: bool(run.control._asked))
+    run.control.close(run.growth, refuse="the run has finished")
+    run.receiver.stop(refuse_rest=True, limit_seconds=30.0)
+    run.close()
+    told = [answer.outcome for answer in answers(bus)]
+    assert [outcome.done for outcome in told] == [False, False, False]
+    assert {outcome.text for outcome in told} == {"the run has finished", "the run has ended"}
+    assert effects_in(tmp_path) == []
+
+
+def test_a_run_that_is_to_go_on_leaves_to_its_next_process_what_is_left(
+    bus: Bus, tmp_path: Path
+) -> None:
+    bus.publish(commands_for(RUN), [sealed(name) for name in ("a", "b", "c")])
+    run = CountedRun(tmp_path, bus, run=RUN)
+    with run.receiver.running():
+        wait_for(lambda: bool(run.control._asked))
+        run.control.close(run.growth, refuse=None)
+    run.close()
+    assert answers(bus) == []
+    settle(tmp_path, bus, lambda: len(answers(bus)) == 3)
+    assert effects_in(tmp_path) == ["a", "b", "c"]
+
+
+def test_a_log_that_is_full_for_a_moment_changes_no_order(
+    bus: Bus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    receive, failures = CommandLog.receive, iter([True, True])
+
+    def failing(self: CommandLog, *args: Any, **kwargs: Any) -> Any:
+        if next(failures, False):
+            raise sqlite3.OperationalError("database or disk is full")
+        return receive(self, *args, **kwargs)
+
+    monkeypatch.setattr(CommandLog, "receive", failing)
+    bus.publish(commands_for(RUN), [sealed(name) for name in ("a", "b", "c")])
+    began = time.monotonic()
+    settle(tmp_path, bus, lambda: len(answers(bus)) == 3)
+    assert effects_in(tmp_path) == ["a", "b", "c"]
+    assert time.monotonic() - began < 10.0
+
+
+def test_a_command_that_cannot_be_dealt_with_is_a_dead_letter_and_others_go_on(
+    bus: Bus, tmp_path: Path
+) -> None:
+    bus.publish(commands_for(RUN), [sealed("bad"), sealed("good")])
+    run = CountedRun(tmp_path, bus, run=RUN)
+    answer, failures = run.receiver._answer, iter([True])
+
+    def failing(logged: LoggedCommand) -> None:
+        if next(failures, False):
+            raise RuntimeError("a defect")
+        answer(logged)
+
+    run.receiver._answer = failing  # type: ignore[method-assign]
+    run.step_until(lambda: bool(answers(bus)))
+    run.close()
+    assert effects_in(tmp_path) == ["bad", "good"]
+    assert [letter.reason for letter in dead(bus)] == ["it failed here: RuntimeError"]
+
+
+def test_a_command_that_takes_long_is_taken_by_nobody_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command_receiver, "_RENEW_SECONDS", 0.0)
+    clock = Clock()
+    bus = InProcessBus(clock)
+    bus.publish(commands_for(RUN), [sealed("slow")])
+    run = CountedRun(tmp_path, bus, run=RUN)
+    other = bus.subscribe(commands_for(RUN), group="run", consumer="other", idle_seconds=30.0)
+    with run.receiver.running():
+        wait_for(lambda: bool(run.control._asked))
+        for _ in range(10):
+            before = run.receiver._in_hand.renewed if run.receiver._in_hand else 0.0
+            clock.seconds += 20.0
+            wait_for(lambda before=before: run.receiver._in_hand.renewed > before)  # type: ignore[union-attr]
+            assert other.receive(limit=1, wait_seconds=0.0) == []
+    run.close()
+
+
+@pytest.mark.redis
+def test_a_server_that_hangs_holds_up_no_end(tmp_path: Path) -> None:
+    with RedisServer() as server:
+        bus = RedisBus(server.url)
+        run = CountedRun(tmp_path, bus, run=RUN)
+        run.receiver.start()
+        server.pause()
+        began = time.monotonic()
+        run.receiver.stop(refuse_rest=True, limit_seconds=1.0)
+        assert time.monotonic() - began < 2.0
+        server.go_on()
+        run.receiver._thread.join(30.0)
+        run.close()
+        bus.close()
+
+
+@pytest.mark.parametrize("name", ["", 201 * "x"], ids=["none", "too long"])
+def test_a_sender_has_a_name(name: str) -> None:
+    with pytest.raises(ValueError, match="has 1 to 200 characters"):
+        CommandSender(InProcessBus(), KEYRING, RUN, sender=name)

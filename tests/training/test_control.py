@@ -114,9 +114,13 @@ def test_a_command_is_carried_out_after_the_step_and_told_with_who_asked() -> No
             Act(action=Germinate(slot="embed", blueprint="mlp", options={"bogus": 1})),
             "could not germinate in embed",
         ),
+        (
+            Act(action=Germinate(slot="embed", blueprint="mlp", options={"blueprint": "x"})),
+            "blueprint 'mlp' has no option 'blueprint'",
+        ),
         (Resume(), "the run was not paused"),
     ],
-    ids=["stage", "slot", "blueprint", "options", "not paused"],
+    ids=["stage", "slot", "blueprint", "options", "an argument's name", "not paused"],
 )
 def test_what_is_not_possible_is_refused_with_the_reason_and_changes_nothing(
     command: Command, reason: str
@@ -175,6 +179,25 @@ def test_a_run_that_goes_on_from_any_state_is_commanded_as_it_was(
     other, anew = controlled(Sender(sender.log), epochs=4, **settings)
     anew.fit()
     assert _weights(other) == _weights(problem), "without any state"
+
+
+def test_what_was_not_done_again_before_a_second_crash_is_done_after_it() -> None:
+    """A state that is taken on the way to a lost action knows that it has not been there yet."""
+    sender = Sender(CommandLog.in_memory(), {10: [GERMINATE]})
+    problem, trainer = controlled(sender, epochs=1)
+    trainer.fit()
+    again = Sender(sender.log, {6: [Act(action=Prune(slot="embed"))]})
+    _, resumed = controlled(again, epochs=1)
+    resumed.load_state_dict(sender.states[5])
+    resumed.fit()
+    assert again.told("6-0").startswith("refused: "), "which is settled on the way"
+    for step in (6, 8, 10, 11):
+        last = Sender(sender.log)
+        other, once_more = controlled(last, epochs=1)
+        once_more.load_state_dict(again.states[step])
+        once_more.fit()
+        assert last.losses == {s: loss for s, loss in sender.losses.items() if s > step}, step
+        assert _weights(other) == _weights(problem), step
 
 
 def test_a_run_that_goes_back_is_commanded_again() -> None:
