@@ -21,7 +21,6 @@ from esper.bus.bus import (
     answers_from,
     commands_for,
 )
-from esper.bus.consumer import Consumer
 from esper.bus.dead_letter import DeadLetter
 from esper.bus.envelope import (
     Envelope,
@@ -59,7 +58,6 @@ __all__ = [
     "BusRefusedError",
     "BusUnavailableError",
     "CommandMessage",
-    "Consumer",
     "DeadLetter",
     "Delivery",
     "Envelope",
