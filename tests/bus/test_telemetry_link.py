@@ -9,11 +9,10 @@ from typing import Any
 import pytest
 
 from bus_machinery import KEYRING, PRUNED, SKIPPED, GatedBus, envelopes, record, told, wait_for
-from esper.bus.bus import EMERGENCY, HEALTH, TELEMETRY, Stream
+from esper.bus.bus import EMERGENCY, TELEMETRY, Stream
 from esper.bus.link_state import LinkState
 from esper.bus.messages import (
     EventMessage,
-    HealthMessage,
     MetricsMessage,
     RunMessage,
     StatusMessage,
@@ -285,27 +284,26 @@ def test_a_run_that_cannot_be_told_of_is_refused_at_once_and_without_its_values(
         link.begin({"long": (1 << 20) * "x"}, {}, -1)
 
 
-def test_of_signs_of_life_only_the_latest_is_sent(bus: GatedBus, open_link: Open) -> None:
-    def health(step: int) -> HealthMessage:
-        details = {"step": step}
-        return HealthMessage(service="train", state="running", pid=1, host="here", details=details)
-
-    state = LinkState()
-    link = open_link(link=state)
-    bus.away = True
-    link.beat(health(0))
-    wait_for(lambda: state.has_events)
-    for step in range(1, 100):
-        link.beat(health(step))
-    bus.away = False
-    wait_for(lambda: len(told(bus, HEALTH)) == 1)
-    wait_for(lambda: len(state.take_events()) == 2)
-    link.beat(health(100))
-    link.close()
-    assert told(bus, HEALTH) == [health(99), health(100)]
-
-
 def test_a_normal_event_is_sent_although_nobody_flushes(bus: GatedBus, open_link: Open) -> None:
     link = open_link()
     link.publish(record(1, PRUNED))
     wait_for(lambda: steps_told(bus, TELEMETRY) == [1], seconds=5.0)
+
+
+def test_an_outage_is_over_although_what_failed_was_lost_and_only_the_rest_is_sent(
+    bus: GatedBus, open_link: Open, tmp_path: Path
+) -> None:
+    (tmp_path / "spool").touch()  # so that nothing can be kept
+    state = LinkState()
+    link = open_link(link=state)
+    bus.away = True
+    link.publish(record(1, SKIPPED))
+    wait_for(lambda: state.has_events)
+    bus.away = False
+    link.publish(record(2))
+    wait_for(lambda: steps_told(bus, TELEMETRY) == [2])
+    wait_for(lambda: len(state._events) == 2, seconds=5.0)
+    lost, regained = state.take_events()
+    assert isinstance(lost, BusLost)
+    assert isinstance(regained, BusRegained)
+    assert regained.lost_messages == 1

@@ -9,10 +9,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from esper.bus.backoff import Backoff
-from esper.bus.bus import EMERGENCY, HEALTH, TELEMETRY, Bus
+from esper.bus.bus import EMERGENCY, TELEMETRY, Bus
 from esper.bus.envelope import MAX_BODY_BYTES, Sealer
 from esper.bus.link_state import LinkState
-from esper.bus.messages import HealthMessage, RunMessage, StatusMessage, body_of
+from esper.bus.messages import RunMessage, StatusMessage, body_of
 from esper.bus.spool import MAX_SPOOL_BYTES, Spool
 from esper.bus.telemetry_lane import BATCH_MESSAGES, TelemetryLane
 from esper.lifecycle.events import EventRecord, Priority
@@ -73,8 +73,6 @@ class TelemetryLink:
             )
             for stream in (EMERGENCY, TELEMETRY)
         )
-        self._health_sealer = Sealer(keyring, run, clock=clock)
-        self._health: HealthMessage | None = None
         self._backoff = Backoff()
         self._try_again = 0.0
         """Monotonic seconds; before it the bus is left alone."""
@@ -138,11 +136,6 @@ class TelemetryLink:
         """Let what was taken be sent now; does not wait for it."""
         self._wake.set()
 
-    def beat(self, health: HealthMessage) -> None:
-        """Let a sign of life be sent; one that was not sent before the next is not needed."""
-        self._health = health
-        self._wake.set()
-
     def end(self, status: RunStatus) -> None:
         """Say how the run has ended; after everything else is told of it."""
         self._telemetry.put(StatusMessage(status=status))
@@ -182,15 +175,16 @@ class TelemetryLink:
         """Send all there is, emergencies first; if that fails, keep it and wait a while."""
         concern = ""
         try:
-            more = True
-            while more and not (self._closing and time.monotonic() > self._deadline):
+            arrived = True
+            while arrived and not (self._closing and time.monotonic() > self._deadline):
+                arrived = False
                 concern = EMERGENCY.name
                 while self._send(self._emergency):
-                    pass
-                concern = HEALTH.name
-                self._send_health()
+                    arrived = True
                 concern = TELEMETRY.name
-                more = self._send(self._telemetry)
+                arrived = self._send(self._telemetry) or arrived
+                if arrived:
+                    self._works()
         except Exception as error:  # noqa: BLE001 – whatever a bus raises, training goes on
             self._keep()
             self._link.failed(concern, error)
@@ -208,22 +202,15 @@ class TelemetryLink:
                 return False
             lane.sent()
             self._link.lost(lane.take_lost())
-        self._works(lane.stream.name)
         return True
 
-    def _works(self, concern: str) -> None:
+    def _works(self) -> None:
+        """Take note that the bus takes everything, also of a way that has nothing left to send."""
         if self._backoff.failures:
             self._keep()  # so that what was lost meanwhile is known before the outage is over
             self._backoff.works()
-        self._link.works(concern)
-
-    def _send_health(self) -> None:
-        health = self._health
-        if health is not None:
-            self._bus.publish(HEALTH, [self._health_sealer.seal(body_of(health))[1]])
-            if self._health is health:
-                self._health = None
-            self._works(HEALTH.name)
+        for lane in (self._emergency, self._telemetry):
+            self._link.works(lane.stream.name)
 
     def _keep(self) -> None:
         """Put what is in flight or waits into the spools."""
