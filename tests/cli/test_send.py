@@ -201,8 +201,9 @@ def test_the_answer_as_json(folder: Path) -> None:
         (("run", "prune", "a", "--set", "bogus=1"), "bogus: Extra inputs are not permitted"),
         (("elsewhere", "pause"), "elsewhere is no run folder"),
         (("run", "pause", "--bus", "http://x"), "begins with redis://"),
+        (("run", "pause", "--sender", 201 * "x"), "has 1 to 200 characters, got 201"),
     ],
-    ids=["command", "arguments", "too many", "value", "field", "folder", "address"],
+    ids=["command", "arguments", "too many", "value", "field", "folder", "address", "sender"],
 )
 def test_what_cannot_be_sent_says_why(
     folder: Path, arguments: tuple[str, ...], message: str
