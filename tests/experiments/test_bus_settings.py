@@ -26,7 +26,7 @@ def test_a_password_is_refused_and_not_repeated(key: str, address: str) -> None:
 
 
 def test_telemetry_alone_is_refused() -> None:
-    with pytest.raises(SettingsError, match="bus.telemetry is set, and bus.commands is not"):
+    with pytest.raises(SettingsError, match=r"bus\.telemetry is set, and bus\.commands is not"):
         load_run_config("digits", None, ["bus.telemetry=redis://h/0"], {})
 
 

@@ -15,7 +15,7 @@ from esper.bus.messages import HealthMessage, body_of
 from esper.bus.redis_streams import RedisBus
 from esper.signing import Keyring
 from esper.supervision.health_reader import HealthOnBus, read_health
-from esper.supervision.health_teller import HealthTeller
+from esper.supervision.health_teller import HealthTeller, source_of
 from esper.supervision.status import ServiceState, ServiceStatus
 from redis_server import NO_SERVER, PROGRAM, RedisServer
 from supervised import STATUS, Served, wait_for
@@ -73,6 +73,17 @@ def test_a_change_is_told_at_once_and_the_newest_state_is_what_is_read(
     wait_for(lambda: states(server) == {"a": "ready", "b": "given up"})
     telling.close()
     assert [one.needs_a_person for one in health(server).services] == [False, True]
+
+
+def test_two_supervisors_of_one_machine_do_not_hide_each_other(server: RedisServer) -> None:
+    folders = (Path("/one/serve"), Path("/two/serve"), Path(f"/{300 * 'x'}/{250 * 'y'}"))
+    for folder in folders:
+        telling = HealthTeller(RedisBus(server.url), Sealer(RING, source_of(folder)))
+        telling.tell([service("router")])
+        telling.close()
+    found = health(server).services
+    assert [one.service for one in found] == 3 * ["router"]
+    assert sum(":serve-" in one.source for one in found) == 2
 
 
 def test_forged_ones_are_not_shown_but_counted(server: RedisServer) -> None:

@@ -34,6 +34,7 @@ def load(folder: Path, text: str) -> str:
         (JOB.replace('"a"', '"router"'), "['router'] are esper's own"),
         (JOB.replace('"a"', '"../a"'), "job[1].name: String should match pattern"),
         (JOB + "[router]\n", "[router] takes what comes over the bus"),
+        (JOB + "[dashboard]\ncommands = true\n", "[dashboard] commands go over the bus"),
         (JOB + "[restart]\nlongest_seconds = 0.5\n", "must not be less than first_seconds"),
         (JOB + "[stop]\ndrain_seconds = -1\n", "stop.drain_seconds: Input should be greater"),
         (JOB + "[restart]\nmax_restart = 3\n", "did you mean 'restart.max_restarts'?"),

@@ -2,10 +2,12 @@
 
 import os
 import signal
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import httpx
 import pytest
 
 from esper.supervision.status import ServiceStatus
@@ -298,6 +300,87 @@ def test_sighup_starts_what_is_new_ends_what_is_gone_and_leaves_the_rest_alone(
         assert served.status.reload.text == (
             "started: new; restarted: changed; ended: gone; as before: beater"
         )
+
+
+def test_sighup_hands_new_waits_to_what_goes_on(tmp_path: Path) -> None:
+    with Served(tmp_path, QUICK + BEATER, beating=BEATING) as served:
+        pid = served.wait_for("beater", "ready").pid
+        assert pid is not None
+        served.configure(QUICK.replace("max_restarts = 3", "max_restarts = 0") + BEATER)
+        served.signal(signal.SIGHUP)
+        wait_for(lambda: (s := served.status) and s.reload)
+        assert served.wait_for("beater", "ready").pid == pid
+        os.kill(pid, signal.SIGKILL)
+        assert served.wait_for("beater", "given up").restarts == 0
+
+
+def with_bus(folder: Path) -> str:
+    """Return a bus at which nobody answers, and keep a key for it."""
+    (folder / "keys").write_text("k" * 40)
+    (folder / "keys").chmod(0o600)
+    return f'[bus]\ncommands = "redis://127.0.0.1:{free_port()}/0"\nkey_file = "keys"\n'
+
+
+def test_sighup_may_take_the_bus_away_before_its_server_is_ready(tmp_path: Path) -> None:
+    bus = with_bus(tmp_path)
+    port = int(bus.partition("/0")[0].rpartition(":")[2])
+    late = f"""
+[[service]]
+name = "late"
+command = ["sleep", "1000"]
+ready = {{port = {port}}}
+"""
+    with Served(tmp_path, QUICK + bus + late) as served:
+        served.wait_for("late", "starting")
+        served.configure(QUICK + late)
+        served.signal(signal.SIGHUP)
+        wait_for(lambda: (s := served.status) and s.reload)
+        with socket.create_server(("127.0.0.1", port)):
+            served.wait_for("late", "ready")
+            served.configure(QUICK + late + BEATER)
+            (tmp_path / "beating.py").write_text(BEATING)
+            served.signal(signal.SIGHUP)
+            served.wait_for("beater", "ready")
+
+
+def test_a_job_goes_on_with_the_settings_of_its_folder_and_that_is_what_sighup_tells(
+    tmp_path: Path,
+) -> None:
+    job = """
+[[job]]
+name = "digits"
+task = "digits"
+folder = "runs/digits"
+set = ["trainer.epochs=EPOCHS", "count_flops=false"]
+"""
+    (tmp_path / "runs" / "digits").mkdir(parents=True)
+    (tmp_path / "runs" / "digits" / "config.json").touch()  # of a process that was killed
+    with Served(tmp_path, QUICK + job.replace("EPOCHS", "100000")) as served:
+        pid = served.wait_for("digits", "ready").pid
+        served.configure(QUICK + job.replace("EPOCHS", "5"))
+        served.signal(signal.SIGHUP)
+        reload = wait_for(lambda: (s := served.status) and s.reload)
+        assert reload.text == (
+            "as before: digits; "
+            "with the settings of its folder, as only a new run takes others: digits"
+        )
+        assert served.wait_for("digits", "ready").pid == pid
+
+
+@pytest.mark.parametrize("commands", [True, False])
+def test_the_page_commands_runs_only_where_the_file_says_so(tmp_path: Path, commands: bool) -> None:
+    port = free_port()
+    config = f"""
+[dashboard]
+folder = "runs"
+port = {port}
+commands = {str(commands).lower()}
+"""
+    (tmp_path / "runs").mkdir()
+    with Served(tmp_path, QUICK + with_bus(tmp_path) + config) as served:
+        served.wait_for("dashboard", "ready")
+        session = httpx.get(f"http://127.0.0.1:{port}/api/session").json()
+        assert (session["command_token"] is not None) == commands
 
 
 def test_sighup_with_a_wrong_file_says_why_and_changes_nothing(tmp_path: Path) -> None:

@@ -14,17 +14,23 @@ import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from esper.bus.bus import EMERGENCY, TELEMETRY
+from esper.bus.command_sender import this_user
 from esper.bus.router import Router
 from esper.experiments.bus_connection import open_run_bus
 from esper.experiments.config import SettingsError, load_run_config
+from esper.lifecycle.commands import MAX_NAME_CHARACTERS
 from esper.signing import Keyring
 from esper.supervision.beating_bus import BeatingBus
 from esper.supervision.config import DASHBOARD, ROUTER
 from esper.telemetry.heartbeat import Heartbeat
+
+if TYPE_CHECKING:
+    from esper.dashboard import CommandChannel
 
 CHECK = "check"
 
@@ -45,6 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     dashboard.add_argument("--host", required=True)
     dashboard.add_argument("--port", type=int, required=True)
     dashboard.add_argument("--token-file", type=Path)
+    dashboard.add_argument("--bus")
+    dashboard.add_argument("--key-file", type=Path)
     check = kinds.add_parser(CHECK)
     check.add_argument("task")
     check.add_argument("--config", type=Path)
@@ -53,7 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if given.kind == ROUTER:
         route(given.bus, given.folder, given.key_file)
     elif given.kind == DASHBOARD:
-        show(given.folder, given.host, given.port, given.token_file)
+        channel = None if given.bus is None else _channel(given.folder, given.bus, given.key_file)
+        show(given.folder, given.host, given.port, given.token_file, channel)
     else:
         sys.stdout.write(json.dumps(looked_at(given.task, given.config, given.set)))
 
@@ -73,8 +82,21 @@ def looked_at(task: str, file: Path | None, settings: Sequence[str]) -> dict[str
     return {"device": config.device, "problem": None}
 
 
-def show(folder: Path, host: str, port: int, token_file: Path | None) -> None:
+def show(
+    folder: Path,
+    host: str,
+    port: int,
+    token_file: Path | None,
+    channel: "CommandChannel | None" = None,
+) -> None:
     """Serve the dashboard until SIGTERM.
+
+    Args:
+        folder: That the runs are in.
+        host: Address to serve on.
+        port: To serve on.
+        token_file: Holds the token that the page asks for; None asks for none on this machine.
+        channel: Takes commands to runs; None lets people only look.
 
     Raises:
         ModuleNotFoundError: The extra is not installed.
@@ -87,7 +109,9 @@ def show(folder: Path, host: str, port: int, token_file: Path | None) -> None:
     )
 
     heartbeat = Heartbeat.from_environment()
-    server = DashboardServer(folder, host=host, port=port, token=find_token(token_file))
+    server = DashboardServer(
+        folder, host=host, port=port, token=find_token(token_file), channel=channel
+    )
     allow_many_files()
     address = server.address
     sys.stdout.write(f"{address.url_with_token if address.generated else address.url}\n")
@@ -103,6 +127,13 @@ def show(folder: Path, host: str, port: int, token_file: Path | None) -> None:
         pass
     finally:
         over.set()
+
+
+def _channel(folder: Path, address: str, key_file: Path | None) -> "CommandChannel":
+    from esper.dashboard.bus_channel import BusCommandChannel  # noqa: PLC0415 – an optional extra
+
+    sender = f"{this_user()}, by the dashboard"[-MAX_NAME_CHARACTERS:]
+    return BusCommandChannel(folder, open_run_bus(address), _keyring(key_file), sender=sender)
 
 
 def _near(host: str) -> str:
@@ -132,7 +163,7 @@ def route(address: str, folder: Path, key_file: Path | None) -> None:
         BusRefusedError: The server will not have it.
     """
     heartbeat = Heartbeat.from_environment()
-    keyring = Keyring.of_user() if key_file is None else Keyring.from_file(key_file)
+    keyring = _keyring(key_file)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
@@ -144,6 +175,10 @@ def route(address: str, folder: Path, key_file: Path | None) -> None:
     router = Router(BeatingBus(bus, (EMERGENCY, TELEMETRY), beat), keyring, folder)
     router.run(stop)
     bus.close()
+
+
+def _keyring(file: Path | None) -> Keyring:
+    return Keyring.of_user() if file is None else Keyring.from_file(file)
 
 
 if __name__ == "__main__":

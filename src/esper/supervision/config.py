@@ -70,6 +70,8 @@ class DashboardConfig(Record):
     port: Port = 8265
     token_file: PlacedPath | None = None
     """Needed where host is not of this machine alone."""
+    commands: bool = False
+    """Whether who may open the page may command runs, over the bus."""
     silent_seconds: Seconds = 30.0
 
 
@@ -172,6 +174,8 @@ class ServeConfig(Record):
             raise ValueError("each job needs a folder of its own, and two share one")
         if self.router is not None and self.bus is None:
             raise ValueError("[router] takes what comes over the bus; add [bus], or leave it out")
+        if self.dashboard is not None and self.dashboard.commands and self.bus is None:
+            raise ValueError("[dashboard] commands go over the bus; add [bus], or leave them out")
         if not (names or self.router or self.dashboard):
             raise ValueError("there is nothing to serve; add a [[job]], [[service]] or [dashboard]")
         return self

@@ -1,15 +1,17 @@
 """Tells over the bus how everything that is served stands."""
 
+import os
 import socket
 import threading
 import time
 from collections.abc import Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Self
 
 from esper.bus.backoff import Backoff
 from esper.bus.bus import HEALTH, Bus, BusRefusedError, BusUnavailableError
-from esper.bus.envelope import Sealer
+from esper.bus.envelope import MAX_RUN_CHARACTERS, Sealer
 from esper.bus.messages import HealthMessage, body_of
 from esper.experiments.bus_connection import open_run_bus
 from esper.signing import Keyring
@@ -18,6 +20,8 @@ from esper.supervision.status import ServiceStatus
 
 HEALTH_SECONDS = 5.0
 _CLOSE_SECONDS = 2.0
+_HASH_CHARACTERS = 8
+_SHOWN_CHARACTERS = MAX_RUN_CHARACTERS - 1 - _HASH_CHARACTERS
 
 
 class HealthTeller:
@@ -55,8 +59,7 @@ class HealthTeller:
         if config is None:
             return None
         keyring = keyring_of(config)
-        sealer = Sealer(keyring, f"serve:{socket.gethostname()}:{folder.name}")
-        return cls(open_run_bus(config.telemetry_url), sealer)
+        return cls(open_run_bus(config.telemetry_url), Sealer(keyring, source_of(folder)))
 
     @property
     def condition(self) -> str:
@@ -117,6 +120,13 @@ class HealthTeller:
             details=details,
         )
         return self._sealer.seal(body_of(message))[1]
+
+
+def source_of(folder: Path) -> str:
+    """Return what a supervisor is called on the bus: no other one of this machine is called so."""
+    place = str(folder.absolute())
+    shown = f"serve:{socket.gethostname()}:{folder.absolute().name}"[:_SHOWN_CHARACTERS]
+    return f"{shown}-{sha256(os.fsencode(place)).hexdigest()[:_HASH_CHARACTERS]}"
 
 
 def keyring_of(config: BusConfig) -> Keyring:

@@ -1,7 +1,9 @@
 """What a supervisor runs: commands, and when they are ready or hang."""
 
+import sqlite3
 import sys
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from esper.supervision.config import (
     ServiceConfig,
 )
 from esper.supervision.status import Kind
-from esper.telemetry.run_store import DATABASE_FILE, RunReader, is_written
+from esper.telemetry.run_store import DATABASE_FILE, RUN_FILES, RunReader, is_written
 
 _ESPER = (sys.executable, "-m", "esper")
 _CHILDREN = (sys.executable, "-m", "esper.supervision.children")
@@ -71,6 +73,14 @@ class Program:
     silent_seconds: float | None = None
     run: Run | None = None
 
+    def differs_only_in_settings(self, other: "Program") -> bool:
+        """Return whether another one is the same job, but for what a run of it begins with."""
+        return (
+            self.run is not None
+            and self.command != other.command
+            and replace(self, command=other.command) == other
+        )
+
 
 class RunState(StrEnum):
     """What is to be done with the run of a job."""
@@ -91,7 +101,7 @@ def state_of(run: Run) -> RunState:
     """
     if is_written(run.folder):
         return RunState.BUSY
-    if not (run.folder / DATABASE_FILE).exists():
+    if _is_half_made(run.folder):
         return RunState.NEW
     status = RunReader(run.folder).status
     if status == "finished":
@@ -99,6 +109,41 @@ def state_of(run: Run) -> RunState:
     if status == "stopped" and not run.resume_stopped:
         return RunState.STOPPED
     return RunState.UNFINISHED
+
+
+def clear_half_made(folder: Path) -> bool:
+    """Remove what a process that was killed had only begun to make of a run.
+
+    Else nobody could begin it: a folder that holds some of its files is refused. Where there is
+    anything else, nothing is removed.
+
+    Returns:
+        Whether there was something.
+
+    Raises:
+        OSError: It cannot be removed.
+    """
+    if not folder.is_dir() or is_written(folder) or not _is_half_made(folder):
+        return False
+    there = {path.name for path in folder.iterdir()}
+    if not there or not there <= set(RUN_FILES):
+        return False
+    for name in there:
+        (folder / name).unlink()
+    return True
+
+
+def _is_half_made(folder: Path) -> bool:
+    """Return whether a folder has no database of a run, or one that nothing was written into."""
+    file = folder / DATABASE_FILE
+    if not file.exists():
+        return True
+    try:
+        with closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True)) as database:
+            (tables,) = database.execute("SELECT count(*) FROM sqlite_master").fetchone()
+    except sqlite3.Error:
+        return False  # whoever reads it is told what is wrong
+    return not tables
 
 
 def programs(config: ServeConfig, base: Path) -> list[Program]:
@@ -112,7 +157,7 @@ def programs(config: ServeConfig, base: Path) -> list[Program]:
     if config.router is not None and config.bus is not None:
         found.append(_router(config.router, config.bus, base))
     if config.dashboard is not None:
-        found.append(_dashboard(config.dashboard, base))
+        found.append(_dashboard(config.dashboard, config.bus, base))
     return [*found, *(_job(job, config.bus, base) for job in config.job)]
 
 
@@ -141,11 +186,13 @@ def _router(router: RouterConfig, bus: BusConfig, base: Path) -> Program:
     )
 
 
-def _dashboard(dashboard: DashboardConfig, base: Path) -> Program:
+def _dashboard(dashboard: DashboardConfig, bus: BusConfig | None, base: Path) -> Program:
     command = [*_CHILDREN, DASHBOARD, "--folder", str(dashboard.folder)]
     command += ["--host", dashboard.host, "--port", str(dashboard.port)]
     if dashboard.token_file is not None:
         command += ["--token-file", str(dashboard.token_file)]
+    if dashboard.commands and bus is not None:
+        command += ["--bus", bus.commands, *_key_file("--key-file", bus)]
     return Program(
         name=DASHBOARD,
         kind="dashboard",

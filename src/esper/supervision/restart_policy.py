@@ -26,6 +26,10 @@ class RestartPolicy:
         self.restarts = 0
         """In a row."""
 
+    def configure(self, config: RestartConfig) -> None:
+        """Go by other numbers from the next death on."""
+        self._config = config
+
     def became_ready(self) -> None:
         """Take note that the program can be used from now on."""
         self._ready_seconds = self._clock()

@@ -12,7 +12,7 @@ from esper.supervision.changes import Changes
 from esper.supervision.child import Child, Ending
 from esper.supervision.config import RestartConfig
 from esper.supervision.log_tail import last_lines
-from esper.supervision.program import Program, RunState, state_of
+from esper.supervision.program import Program, RunState, clear_half_made, state_of
 from esper.supervision.restart_policy import RestartPolicy
 from esper.supervision.status import BeatStatus, ServiceState, ServiceStatus
 from esper.telemetry.run_store import RunFolderError
@@ -115,6 +115,18 @@ class Service:
         self._scope.cancel()
         await self._over.wait()
 
+    def configure(self, program: Program, restart: RestartConfig, drain_seconds: float) -> None:
+        """Take what a file that was read again says; it holds from the next start or death on.
+
+        Args:
+            program: The same, but for how its run would begin.
+            restart: When it is started again.
+            drain_seconds: How long it may take to end.
+        """
+        self.program = program
+        self._policy.configure(restart)
+        self._drain_seconds = drain_seconds
+
     def kill(self) -> None:
         """Let it end at once."""
         if self._child is not None:
@@ -131,7 +143,7 @@ class Service:
             await self._changes.next()
         try:
             command = await self._command()
-        except RunFolderError as error:
+        except (RunFolderError, OSError) as error:
             return self._died(str(error))
         if command is None:
             return None
@@ -161,7 +173,12 @@ class Service:
         if state == RunState.STOPPED:
             self._enter(ServiceState.STOPPED, "by a command; resume_stopped lets it go on")
             return None
-        return self.program.command if state == RunState.NEW else run.resume
+        if state != RunState.NEW:
+            return run.resume
+        if await anyio.to_thread.run_sync(clear_half_made, run.folder):
+            removed = f"removed what a process had only begun to make in {run.folder}"
+            self._enter(ServiceState.STARTING, removed)
+        return self.program.command
 
     def _new_child(self, command: tuple[str, ...]) -> Child:
         self._hangs = None

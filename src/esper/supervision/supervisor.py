@@ -5,6 +5,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -12,14 +13,14 @@ import anyio
 import anyio.to_thread
 
 from esper.supervision import warden
-from esper.supervision.bus_servers import own_servers_found, own_services
+from esper.supervision.bus_servers import own_servers_found
 from esper.supervision.changes import Changes
 from esper.supervision.child import marks_of
 from esper.supervision.config import ServeConfig, ServeConfigError, load_serve_config
 from esper.supervision.finding import Finding
 from esper.supervision.health_teller import HealthTeller
 from esper.supervision.notice import SERVE, Notice
-from esper.supervision.program import Program, programs
+from esper.supervision.program import Program, RunState, programs, state_of
 from esper.supervision.service import Service
 from esper.supervision.status import (
     Kind,
@@ -28,12 +29,15 @@ from esper.supervision.status import (
     ServiceState,
     write_status,
 )
+from esper.telemetry.run_store import RunFolderError
 
 _DRAIN_ORDER: tuple[Kind, ...] = ("job", "router", "dashboard", "service")
 """The router outlives the jobs, so that their last words are routed."""
 _STATUS_SECONDS = 1.0
 _LEFT_BEHIND_SECONDS = 0.05
 """Between two looks at what an earlier supervisor has left."""
+
+_BY_FOLDER = "with the settings of its folder, as only a new run takes others"
 
 
 class Supervisor:
@@ -136,13 +140,20 @@ class Supervisor:
     async def _change_to(self, config: ServeConfig) -> str:
         """End, restart and start what a config asks for, and return what that was."""
         wanted = programs(config, self._file.parent)
-        same = {
-            program.name: self._services[program.name]
-            for program in wanted
-            if program.name in self._services
-            and self._services[program.name].program == program
-            and self._services[program.name].state != ServiceState.GIVEN_UP
-        }
+        begun = await anyio.to_thread.run_sync(_begun, wanted)
+        same: dict[str, Service] = {}
+        by_folder = set()
+        for program in wanted:
+            service = self._services.get(program.name)
+            if service is None:
+                continue
+            only_settings = service.program.differs_only_in_settings(program)
+            if program.name in begun and service.program.command != program.command:
+                by_folder.add(program.name)
+            goes_on = service.program == program or (only_settings and program.name in begun)
+            if goes_on and service.state != ServiceState.GIVEN_UP:
+                same[program.name] = service
+                service.configure(program, config.restart, config.stop.drain_seconds)
         before = set(self._services)
         await self._stop([s for name, s in self._services.items() if name not in same])
         if self._ending.is_set():
@@ -155,6 +166,7 @@ class Supervisor:
             ("restarted", (names & before) - set(same)),
             ("ended", before - names),
             ("as before", set(same)),
+            (_BY_FOLDER, by_folder),
         )
         return "; ".join(f"{word}: {', '.join(sorted(some))}" for word, some in parts if some)
 
@@ -179,10 +191,11 @@ class Supervisor:
 
     async def _look_at_own_servers(self) -> None:
         """Look at the servers of the bus that are among the services, once they are ready."""
-        if not own_services(self._config):
-            return
-        services = [s for s in self._services.values() if s.program.kind == "service"]
-        while any(service.state != ServiceState.READY for service in services):
+        while any(  # looked up anew, as the file may be read again meanwhile
+            service.state != ServiceState.READY
+            for service in self._services.values()
+            if service.program.kind == "service"
+        ):
             await self._changes.next()
         for finding in await anyio.to_thread.run_sync(own_servers_found, self._config):
             self._preflight += (finding,)
@@ -255,6 +268,17 @@ class Supervisor:
             self._status_problem = str(error)
         else:
             self._status_problem = None
+
+
+def _begun(wanted: Sequence[Program]) -> set[str]:
+    """Return the jobs whose runs have begun: they go on as their folders say."""
+    begun = set()
+    for program in wanted:
+        if program.run is not None:
+            with suppress(RunFolderError, OSError):  # which is said when the job starts
+                if state_of(program.run) != RunState.NEW:
+                    begun.add(program.name)
+    return begun
 
 
 async def serve_until_signal(supervisor: Supervisor) -> None:
