@@ -5,16 +5,23 @@ import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from shutil import which
 from typing import Any
 
 import pytest
 import torch
+
+from redis_server import NO_SERVER, PROGRAM
 
 SMALL = dict(CHANNELS=8, IMAGES=2, SIDE=8, WIDTH=16, TOKENS=8, SEQUENCES=2, DEPTH=3)  # noqa: C408
 SMALL_SLOT_OVERHEAD = {**SMALL, "BLOCK_STEPS": 2, "CALLS": 2, "ROUNDS": 3, "BACKEND": "eager"}
 needs_transformers = pytest.mark.skipif(
     not find_spec("transformers"), reason="needs esper-lite[hf]"
 )
+on_redis = [
+    pytest.mark.redis,
+    pytest.mark.skipif(which(PROGRAM) is None, reason=NO_SERVER),
+]
 
 pytestmark = [
     # torch's own tracer instantiates, and looks at, what it warns of
@@ -66,6 +73,16 @@ def _fresh_compiler() -> Iterator[None]:
             "blended",
         ),
         ("snapshot_cost", ("--tasks", "teacher", "--steps", "8"), {"TURN_STEPS": 2}, "teacher"),
+        pytest.param(
+            *("bus_priority", ("--emergencies", "3"), {}, "one stream for both"), marks=on_redis
+        ),
+        pytest.param(
+            "bus_throughput",
+            ("--events", "500", "--rounds", "1", "--steps", "5"),
+            {"REMEMBERED": (100, 500)},
+            "at once, with storing",
+            marks=on_redis,
+        ),
     ],
 )
 def test_a_benchmark_prints_its_table(
