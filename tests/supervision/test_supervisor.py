@@ -1,6 +1,7 @@
 """`esper serve` with real processes: it boots them, brings them back, and leaves none behind."""
 
 import os
+import shutil
 import signal
 import socket
 import time
@@ -11,6 +12,7 @@ import httpx
 import pytest
 
 from esper.supervision.status import ServiceStatus
+from redis_server import NO_SERVER, PROGRAM, RedisServer
 from supervised import (
     BEATING,
     SERVE,
@@ -314,16 +316,16 @@ def test_sighup_hands_new_waits_to_what_goes_on(tmp_path: Path) -> None:
         assert served.wait_for("beater", "given up").restarts == 0
 
 
-def with_bus(folder: Path) -> str:
-    """Return a bus at which nobody answers, and keep a key for it."""
+def with_bus(folder: Path, url: str) -> str:
+    """Return what a config says of a bus, and keep a key for it."""
     (folder / "keys").write_text("k" * 40)
     (folder / "keys").chmod(0o600)
-    return f'[bus]\ncommands = "redis://127.0.0.1:{free_port()}/0"\nkey_file = "keys"\n'
+    return f'[bus]\ncommands = "{url}"\nkey_file = "keys"\n'
 
 
 def test_sighup_may_take_the_bus_away_before_its_server_is_ready(tmp_path: Path) -> None:
-    bus = with_bus(tmp_path)
-    port = int(bus.partition("/0")[0].rpartition(":")[2])
+    port = free_port()
+    bus = with_bus(tmp_path, f"redis://127.0.0.1:{port}/0")
     late = f"""
 [[service]]
 name = "late"
@@ -367,6 +369,8 @@ set = ["trainer.epochs=EPOCHS", "count_flops=false"]
         assert served.wait_for("digits", "ready").pid == pid
 
 
+@pytest.mark.redis
+@pytest.mark.skipif(shutil.which(PROGRAM) is None, reason=NO_SERVER)
 @pytest.mark.parametrize("commands", [True, False])
 def test_the_page_commands_runs_only_where_the_file_says_so(tmp_path: Path, commands: bool) -> None:
     port = free_port()
@@ -377,7 +381,10 @@ port = {port}
 commands = {str(commands).lower()}
 """
     (tmp_path / "runs").mkdir()
-    with Served(tmp_path, QUICK + with_bus(tmp_path) + config) as served:
+    with (
+        RedisServer() as server,
+        Served(tmp_path, QUICK + with_bus(tmp_path, server.url) + config) as served,
+    ):
         served.wait_for("dashboard", "ready")
         session = httpx.get(f"http://127.0.0.1:{port}/api/session").json()
         assert (session["command_token"] is not None) == commands
