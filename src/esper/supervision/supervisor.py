@@ -4,7 +4,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -113,6 +113,7 @@ class Supervisor:
     async def reload(self) -> None:
         """Read the file again; start what is new, end what is gone, restart what has changed.
 
+        A job whose run has begun goes on with the settings that it began with, and that is told.
         What was given up is started again too. A file that is wrong changes nothing, and is told.
         """
         async with self._reloading:
@@ -141,24 +142,26 @@ class Supervisor:
         """End, restart and start what a config asks for, and return what that was."""
         wanted = programs(config, self._file.parent)
         begun = await anyio.to_thread.run_sync(_begun, wanted)
-        same: dict[str, Service] = {}
-        by_folder = set()
-        for program in wanted:
-            service = self._services.get(program.name)
-            if service is None:
-                continue
-            only_settings = service.program.differs_only_in_settings(program)
-            if program.name in begun and service.program.command != program.command:
-                by_folder.add(program.name)
-            goes_on = service.program == program or (only_settings and program.name in begun)
-            if goes_on and service.state != ServiceState.GIVEN_UP:
-                same[program.name] = service
-                service.configure(program, config.restart, config.stop.drain_seconds)
+        same = {
+            program.name: self._services[program.name]
+            for program in wanted
+            if program.name in self._services and self._goes_on(program, begun)
+        }
+        by_folder = {
+            program.name
+            for program in wanted
+            if program.name in begun & set(self._services)
+            and program.command != self._services[program.name].program.command
+        }
         before = set(self._services)
         await self._stop([s for name, s in self._services.items() if name not in same])
         if self._ending.is_set():
             return "nothing was started, as esper serve ends"
         self._services = same
+        for program in wanted:
+            if program.name in same:
+                restart, drain_seconds = config.restart, config.stop.drain_seconds
+                same[program.name].configure(program, restart, drain_seconds)
         self._start(wanted)
         names = {program.name for program in wanted}
         parts = (
@@ -169,6 +172,14 @@ class Supervisor:
             (_BY_FOLDER, by_folder),
         )
         return "; ".join(f"{word}: {', '.join(sorted(some))}" for word, some in parts if some)
+
+    def _goes_on(self, program: Program, begun: Collection[str]) -> bool:
+        """Return whether what runs of a program needs no restart to be as it is wanted now."""
+        service = self._services[program.name]
+        if service.state == ServiceState.GIVEN_UP:
+            return False
+        only_settings = service.program.differs_only_in_settings(program)
+        return service.program == program or (only_settings and program.name in begun)
 
     def _start(self, wanted: Sequence[Program]) -> None:
         """Start what is not there yet."""
