@@ -8,13 +8,17 @@ import sqlite3
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from esper.lifecycle.events import EventRecord, SeedPruned, StepSkipped
 from esper.lifecycle.stages import SeedStage
+from esper.report import run_page
 from esper.telemetry import DATABASE_FILE, RunFolderError, RunReader, RunStore
-from esper.telemetry.run_store import ReopenedRunStore, RunGlance
+from esper.telemetry.run_store import ReopenedRunStore, RunGlance, RunStatus
+
+ROOT = Path(__file__).parents[2]
 
 PRUNED = EventRecord(
     time_seconds=1.5,
@@ -257,3 +261,12 @@ def test_other_store_version_is_refused_with_both_versions(tmp_path: Path) -> No
     database.close()
     with pytest.raises(RunFolderError, match=r"version 99.*version 1"):
         RunReader(tmp_path)
+
+
+@pytest.mark.parametrize("status", get_args(RunStatus))
+def test_every_status_is_known_to_what_shows_runs(status: str) -> None:
+    """A word that only the store knows would be shown grey, and counted nowhere."""
+    pages = ROOT / "src" / "esper" / "dashboard" / "static"
+    assert f'"{status}"' in (pages / "overview.js").read_text(encoding="utf-8")
+    assert f'[data-status="{status}"]' in (pages / "dashboard.css").read_text(encoding="utf-8")
+    assert status in run_page._STATUSES

@@ -36,9 +36,9 @@ class RunRow:
     """What the list shows of a run.
 
     Attributes:
-        status: "running", "finished", "failed", "interrupted"; "killed" if nobody writes a run that
-            is not over; "starting" while its folder is being made, "unreadable" if it cannot be
-            read, for which `problem` says why.
+        status: "running", "finished", "failed", "interrupted", "stopped"; "killed" if nobody writes
+            a run that is not over; "starting" while its folder is being made, "unreadable" if it
+            cannot be read, for which `problem` says why.
         resume: The command that resumes the run.
         unit: What `epoch` counts; `epochs` is how many there will be, if that is known.
         loss: Held out, the last; `trend` is all of it in few points.

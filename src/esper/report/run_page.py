@@ -16,7 +16,13 @@ from esper.report.story import GateVisit, RunStory, SeedStory, tell
 from esper.telemetry.run_store import MetricRow, RunReader
 
 _OUTCOMES = {"committed": "good", "pruned": "bad", "still growing": "warn"}
-_STATUSES = {"finished": "good", "failed": "bad", "running": "warn", "interrupted": "warn"}
+_STATUSES = {
+    "finished": "good",
+    "failed": "bad",
+    "running": "warn",
+    "interrupted": "warn",
+    "stopped": "warn",
+}
 
 
 def run_report(reader: RunReader, *, references: Sequence[Reference] = ()) -> str:

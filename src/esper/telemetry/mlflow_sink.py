@@ -30,7 +30,11 @@ _NEEDS_MLFLOW = "MlflowSink needs MLflow: pip install 'esper-lite[mlflow]'"
 _REFUSED_CHARACTERS = re.compile(r"[^A-Za-z0-9_./ :-]")
 _MAX_PARAM_CHARACTERS = 6000
 """What MLflow takes in one value."""
-_ENDINGS: Mapping[RunStatus, str] = {"finished": "FINISHED", "interrupted": "KILLED"}
+_ENDINGS: Mapping[RunStatus, str] = {
+    "finished": "FINISHED",
+    "interrupted": "KILLED",
+    "stopped": "KILLED",
+}
 
 _MAX_LINES = 5000
 """Of the file of events, which is sent whole at each flush."""

@@ -122,7 +122,7 @@ class WandbSink(Tracker):
         try:
             self.flush()
         finally:
-            self.run.finish(exit_code=0 if status == "finished" else 1)
+            self.run.finish(exit_code=0 if status in ("finished", "stopped") else 1)
 
     def _log(self, epoch: int, step: int, values: Mapping[str, float]) -> None:
         if values:

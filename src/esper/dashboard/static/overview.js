@@ -5,8 +5,8 @@ import { element, fill } from "./dom.js";
 import * as format from "./format.js";
 import { statusOf } from "./run_list.js";
 
-const ORDER = ["running", "finished", "failed", "interrupted", "killed", "starting", "unreadable"];
-const STOPPED = new Set(["failed", "interrupted", "killed"]);
+const STOPPED = ["failed", "interrupted", "stopped", "killed"];
+const ORDER = ["running", "finished", ...STOPPED, "starting", "unreadable"];
 const MAX_NAMED = 8;
 
 export class Overview {
@@ -24,7 +24,7 @@ export class Overview {
     }
     const newest = rows.toSorted((one, other) => other.started_seconds - one.started_seconds);
     const running = newest.filter((row) => row.status === "running").slice(0, MAX_NAMED);
-    const stopped = newest.filter((row) => STOPPED.has(row.status)).slice(0, MAX_NAMED);
+    const stopped = newest.filter((row) => STOPPED.includes(row.status)).slice(0, MAX_NAMED);
     const sum = (kind) => rows.reduce((total, row) => total + row[kind], 0);
     const tiles = [
       ...ORDER.map((status) => [status, rows.filter((row) => row.status === status).length]),
