@@ -1,5 +1,6 @@
 """Sinks for events and metrics, and the run folder."""
 
+from esper.telemetry.command_log import CommandLog
 from esper.telemetry.environment import describe_environment
 from esper.telemetry.mlflow_sink import MlflowSink
 from esper.telemetry.prometheus_sink import PrometheusSink
@@ -21,6 +22,7 @@ from esper.telemetry.wandb_sink import WandbSink
 __all__ = [
     "DATABASE_FILE",
     "WEIGHTS_FILE",
+    "CommandLog",
     "MetricRow",
     "MlflowSink",
     "PrometheusSink",

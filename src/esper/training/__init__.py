@@ -1,6 +1,7 @@
 """The growth engine, the training loop around it and the governor (design name: Tolaria)."""
 
 from esper.training.checkpoints import CheckpointError, CheckpointInfo, Checkpoints
+from esper.training.control import RunControl, RunStoppedError
 from esper.training.ema import EMA
 from esper.training.governor import Governor, GovernorConfig
 from esper.training.growth import Growth
@@ -30,6 +31,8 @@ __all__ = [
     "HeldOut",
     "Keeper",
     "Policy",
+    "RunControl",
+    "RunStoppedError",
     "Trainer",
     "TrainerConfig",
     "TrainingDivergedError",
