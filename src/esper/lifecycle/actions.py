@@ -151,6 +151,10 @@ class GrowthState(Record):
     train_losses: tuple[float, ...] = ()
     """Mean training loss of each epoch so far; empty where the loop does not tell it."""
     slots: tuple[SlotState, ...] = ()
+    param_count: Annotated[int, Field(ge=0)] = 0
+    """Of the network as it is now, living seeds included."""
+    host_param_count: Annotated[int, Field(ge=0)] = 0
+    """Of the network before anything grew."""
 
     def slot(self, path: str) -> SlotState:
         """Return the state of the slot at `path`.

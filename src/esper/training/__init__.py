@@ -13,7 +13,7 @@ from esper.training.pretrained import from_pretrained, save_pretrained
 from esper.training.probing import AMPLITUDES, probe_seeds
 from esper.training.safeguard import TrainingDivergedError
 from esper.training.sealed_folder import DamagedFolderError
-from esper.training.trainer import EpochReport, Keeper, Trainer, TrainerConfig
+from esper.training.trainer import DecisionDue, EpochReport, Keeper, Trainer, TrainerConfig
 
 __all__ = [
     "AMPLITUDES",
@@ -22,6 +22,7 @@ __all__ = [
     "CheckpointInfo",
     "Checkpoints",
     "DamagedFolderError",
+    "DecisionDue",
     "EpochReport",
     "Evaluate",
     "FrugalPolicy",

@@ -108,6 +108,8 @@ class Growth:
         self.losses: list[float] = []
         """Held-out loss after each epoch."""
         self.train_losses: list[float] = []
+        self.awaits_decision = False
+        """Whether a look was taken that is not concluded yet."""
         self._clock = clock
         self._caused: list[Event] | None = None
         """What the action that is being carried out has caused so far; None where none is."""
@@ -185,12 +187,69 @@ class Growth:
 
         Effects: waits for the device. Structure may change: the next backward must be a new step.
         """
+        metrics = self.look(evaluate, train_loss=train_loss)
+        self.conclude()
+        return metrics
+
+    def look(self, evaluate: Evaluate, *, train_loss: float | None = None) -> dict[str, float]:
+        """Evaluate and measure the seeds: the first half of `after_epoch`.
+
+        For a loop that lets somebody else decide: `state` is then what there is to decide by, and
+        `conclude` must follow before the next step.
+
+        Args:
+            evaluate: As `after_epoch`.
+            train_loss: The same.
+
+        Returns:
+            The metrics.
+
+        Raises:
+            TypeError: `evaluate` returned no loss.
+            RuntimeError: The last look was not concluded.
+
+        Effects: waits for the device.
+        """
+        if self.awaits_decision:
+            raise RuntimeError(
+                "growth has looked already and nothing was decided; call growth.conclude(actions) "
+                "once after each growth.look(…), with [] to wait"
+            )
         if train_loss is not None:
             self.train_losses.append(train_loss)
         with self.meter.decision():
-            return self._decide(evaluate)
+            metrics = self._look(evaluate)
+        self.awaits_decision = True
+        return metrics
 
-    def _decide(self, evaluate: Evaluate) -> dict[str, float]:
+    def conclude(self, actions: Sequence[Action] | None = None) -> None:
+        """Carry out what is decided, and let the epoch end: the second half of `after_epoch`.
+
+        Args:
+            actions: In this order; None asks the policy. Where several processes train one model,
+                all of them must pass the same.
+
+        Raises:
+            RuntimeError: There was no look since the last time.
+
+        Effects: structure may change: the next backward must be a new step.
+        """
+        if not self.awaits_decision:
+            raise RuntimeError(
+                "nothing is to be decided now; call growth.look(evaluate) first, or "
+                "growth.after_epoch(evaluate), which does both"
+            )
+        with self.meter.decision():
+            for action in self._decided() if actions is None else actions:
+                self.apply(action)
+            self.awaits_decision = False
+            self.publish(self.slots.end_epoch())
+            if self.compiled is not None and isinstance(self.policy, ForesightedPolicy):
+                self.compiled.foresee(self.policy.upcoming(self.state()))
+            self._compile_seeds()
+            self.sink_guard.flush()
+
+    def _look(self, evaluate: Evaluate) -> dict[str, float]:
         self._timer.pause()
         replication = self.slots.replication
         if replication is not None:  # before anything is attached
@@ -217,13 +276,6 @@ class Growth:
         median = self._timer.median_seconds
         timing = {} if median is None else {"step_seconds": median}
         self.measure({**metrics, **timing})
-        for action in self._decided():
-            self.apply(action)
-        self.publish(self.slots.end_epoch())
-        if self.compiled is not None and isinstance(self.policy, ForesightedPolicy):
-            self.compiled.foresee(self.policy.upcoming(self.state()))
-        self._compile_seeds()
-        self.sink_guard.flush()
         return metrics
 
     def _compile_seeds(self) -> None:
@@ -277,7 +329,15 @@ class Growth:
             losses=tuple(self.losses),
             train_losses=tuple(self.train_losses),
             slots=tuple(slot.state() for slot in self.slots.values()),
+            **self._param_counts(),
         )
+
+    def _param_counts(self) -> dict[str, int]:
+        """Return the parameters of the network now, and before anything grew."""
+        branches = [slot.branches for slot in self.slots.values()]
+        grown = sum(p.numel() for some in branches for p in some.parameters())
+        total = sum(parameter.numel() for parameter in self.slots.model.parameters())
+        return {"param_count": total, "host_param_count": total - grown}
 
     def apply(self, action: Action) -> Sequence[Event]:
         """Carry out one action if it is legal now, and publish what happened.
@@ -348,6 +408,7 @@ class Growth:
         self._step_seconds_before = dict(state["step_seconds_before"])
         self._timer.restart()
         self._steps_change = False
+        self.awaits_decision = False
 
     @property
     def sinks(self) -> list[Sink]:

@@ -3,6 +3,7 @@
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
@@ -72,6 +73,14 @@ class EpochReport:
     """As last evaluated."""
     cost: RunCost
     """Since the run began."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecisionDue:
+    """All is measured, and it is to be decided what grows; `Growth.state` tells by what."""
+
+    metrics: dict[str, float]
+    """As just evaluated."""
 
 
 class Keeper(Protocol):
@@ -185,14 +194,28 @@ class Trainer:
             RunStoppedError: Somebody has asked for it, by `control`.
             TrainingDivergedError: Going back did not help.
         """
+        for stop in self.stops():
+            if isinstance(stop, EpochReport):
+                yield stop
+            else:
+                self.growth.conclude()
+
+    def stops(self) -> Iterator[EpochReport | DecisionDue]:
+        """Train, stopping at each decision and after each epoch, so that the caller can decide.
+
+        At a `DecisionDue` the caller must call `growth.conclude(actions)` before it goes on; `run`
+        lets the policy decide there, and is the same to the bit where the actions are.
+
+        Raises:
+            RuntimeError: The caller goes on without a decision.
+            RunStoppedError: As `run`.
+            TrainingDivergedError: The same.
+        """
         while self.epoch < self.config.epochs:
             self.growth.meter.start()
             self._obey()
-            try:
-                report = self._train_epoch()
-            except _WentBack:
-                continue
-            yield report
+            with suppress(_WentBack):
+                yield from self._train_epoch()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the whole run between two steps, model and optimizer included.
@@ -260,7 +283,7 @@ class Trainer:
         self._optimizer.zero_grad(set_to_none=True)
         self._in_path = self._seeds_in_path()
 
-    def _train_epoch(self) -> EpochReport:
+    def _train_epoch(self) -> Iterator[EpochReport | DecisionDue]:
         interval = self.config.decision_interval_steps
         self._keep_snapshot()
         for group in self._accumulation_groups():
@@ -269,14 +292,14 @@ class Trainer:
             if self.governor.at_a_loss:
                 self._intervene(group)
             if interval is not None and self.growth.step % interval == 0:
-                self._decide()
+                yield from self._decide()
             self.settle()
             self._keep_snapshot()
             self._obey()
             if self.keeper is not None:
                 self.keeper.after_step(self)
         if interval is None:
-            self._decide()
+            yield from self._decide()
             self.settle()
         if self.config.scheduler_interval == "epoch":
             self._step_scheduler()
@@ -291,7 +314,7 @@ class Trainer:
         self.growth.measure(measured)
         if self.keeper is not None:
             self.keeper.after_epoch(self)
-        return EpochReport(
+        yield EpochReport(
             epoch=self.epoch,
             epochs=self.config.epochs,
             step=self.growth.step,
@@ -378,10 +401,16 @@ class Trainer:
             with slot.left_out():
                 return loss, total()
 
-    def _decide(self) -> None:
+    def _decide(self) -> Iterator[DecisionDue]:
         train_loss = _mean(self._undecided)
         self._undecided = []
-        self._metrics = self.growth.after_epoch(self._evaluate, train_loss=train_loss)
+        self._metrics = self.growth.look(self._evaluate, train_loss=train_loss)
+        yield DecisionDue(metrics=dict(self._metrics))
+        if self.growth.awaits_decision:
+            raise RuntimeError(
+                "nothing was decided; call growth.conclude(actions) at each DecisionDue, with [] "
+                "to wait, or let the policy decide: for report in trainer.run()"
+            )
 
     def _step_scheduler(self) -> None:
         if isinstance(self._scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):

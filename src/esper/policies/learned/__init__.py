@@ -1,0 +1,1 @@
+"""Policies that were learned: what they see, what they may do, and how they are kept."""
