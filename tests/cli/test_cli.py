@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 
-from esper.experiments.config import known_keys
+from esper.experiments.config import RunConfig
+from esper.experiments.settings import known_keys
 from esper.lifecycle.events import RunFinished, TwinFinished
 from esper.telemetry import WEIGHTS_FILE, RunReader
 
@@ -294,4 +295,4 @@ def test_doctor_tells_where_no_checkpoint_can_be_written(tmp_path: Path) -> None
 
 
 def test_known_keys_reach_into_nested_settings() -> None:
-    assert {"task", "slot.thresholds.trial_epochs", "trainer.epochs"} <= set(known_keys())
+    assert {"task", "slot.thresholds.trial_epochs", "trainer.epochs"} <= set(known_keys(RunConfig))

@@ -10,8 +10,9 @@ import torch
 from typer.testing import CliRunner
 
 from esper.cli.app import app
-from esper.experiments.config import RunConfig, SettingsError, load_run_config
+from esper.experiments.config import RunConfig, load_run_config
 from esper.experiments.run import prepare
+from esper.experiments.settings import SettingsError
 from esper.lifecycle.events import SeedGerminated
 from esper.telemetry import WEIGHTS_FILE, RunReader
 

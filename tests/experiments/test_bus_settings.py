@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from esper.experiments.config import SettingsError, load_run_config
+from esper.experiments.config import load_run_config
+from esper.experiments.settings import SettingsError
 
 
 @pytest.mark.parametrize(

@@ -21,8 +21,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import esper.experiments.run as experiments_run
 from esper.experiments.comparison.config import CompareConfig
-from esper.experiments.config import RunConfig, SettingsError, load_run_config
+from esper.experiments.config import RunConfig, load_run_config
 from esper.experiments.run import build_setup, resumed_run, stored_run
+from esper.experiments.settings import SettingsError
 from esper.lifecycle.events import SeedGerminated, SinkFailed, SinkLossesCounted
 from esper.lifecycle.words import notable
 from esper.telemetry import (

@@ -317,6 +317,7 @@ def test_policies_are_made_by_name():
     made = {name: named_policy(name, random_seed=5) for name in POLICY_NAMES}
     assert {name: type(policy) for name, policy in made.items()} == {
         "heuristic": HeuristicPolicy,
+        "ucb1": HeuristicPolicy,
         "schedule": DepthSchedulePolicy,
         "slope": DepthSchedulePolicy,
         "random": RandomPolicy,
@@ -333,7 +334,7 @@ def test_an_unknown_policy_is_refused_with_the_nearest_and_all_names():
     with pytest.raises(ValueError, match=r"no policy 'heuristics'; did you mean 'heuristic'\?"):
         named_policy("heuristics", random_seed=0)
     with pytest.raises(
-        ValueError, match=r"no policy 'x'; policies: heuristic, schedule, slope, random, none"
+        ValueError, match=r"no policy 'x'; policies: heuristic, ucb1, schedule, slope, random, none"
     ):
         named_policy("x", random_seed=0)
 

@@ -9,6 +9,7 @@ from esper.cli.dashboard import dashboard
 from esper.cli.doctor import doctor
 from esper.cli.grow import grow
 from esper.cli.inspecting import inspect
+from esper.cli.policy import policy
 from esper.cli.report import report
 from esper.cli.resume import resume
 from esper.cli.send import send
@@ -27,6 +28,7 @@ app.command()(resume)
 app.command()(compare)
 app.command()(inspect)
 app.command()(report)
+app.add_typer(policy)
 app.command()(send)
 app.command()(serve)
 app.command()(status)

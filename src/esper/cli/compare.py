@@ -34,9 +34,9 @@ from esper.experiments.comparison import (
     holds_comparison,
     run_missing,
 )
-from esper.experiments.config import RunConfig, SettingsError, load_run_config
-from esper.experiments.run import usable_device
-from esper.policies.named import POLICY_NAMES
+from esper.experiments.config import RunConfig, load_run_config
+from esper.experiments.run import chosen_policy, usable_device
+from esper.experiments.settings import SettingsError
 from esper.report import draw_charts
 from esper.tasks.task import TaskDataError
 
@@ -176,8 +176,10 @@ def _run_config(
 
 def _settings(run: RunConfig, **chosen: Any) -> CompareConfig:
     for name in (run.policy, *chosen["policies"]):
-        if name not in POLICY_NAMES:
-            raise typer.BadParameter(f"no policy {name!r}; policies: {', '.join(POLICY_NAMES)}")
+        try:
+            chosen_policy(run.model_copy(update={"policy": name}))
+        except SettingsError as error:
+            raise typer.BadParameter(str(error)) from error
     try:
         return CompareConfig(run=run, **chosen)
     except ValidationError as error:

@@ -19,8 +19,9 @@ from esper.compilation.compile_job import CompileJob, JobError
 from esper.compilation.compiled_host import seed_options
 from esper.compilation.feature_guards import FeatureGuards, dtype_named
 from esper.compilation.inductor_cache import CacheFolderError
-from esper.experiments.config import CompileConfig, SettingsError
+from esper.experiments.config import CompileConfig
 from esper.experiments.run import artefact_store
+from esper.experiments.settings import SettingsError
 from esper.lifecycle.learning import Isolation
 from esper.seeds.registry import Family
 from esper.slots.config import SlotConfig

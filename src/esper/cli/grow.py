@@ -20,8 +20,15 @@ from esper.cli.report import leave_report
 from esper.cli.tables import networks_table, print_compiled, print_seeds, print_twin
 from esper.cli.views import JsonView, LinesView, QuietView, RunView
 from esper.experiments.audit import ForkPoint, Twin, prepare_twin
-from esper.experiments.config import RunConfig, SettingsError, load_run_config
-from esper.experiments.run import GrowingRun, build_setup, prepare, stored_run
+from esper.experiments.config import RunConfig, load_run_config
+from esper.experiments.run import (
+    GrowingRun,
+    build_setup,
+    chosen_policy,
+    prepare,
+    stored_run,
+)
+from esper.experiments.settings import SettingsError
 from esper.policies.named import NEVER, POLICY_NAMES
 from esper.report.story import RunStory, tell
 from esper.tasks.collection.address import SCHEMES, SETTINGS_HELP
@@ -57,7 +64,10 @@ def grow(
     ] = None,
     policy: Annotated[
         str | None,
-        typer.Option(help=f"Who decides: {', '.join(POLICY_NAMES)}; default the task's own."),
+        typer.Option(
+            help=f"Who decides: {', '.join(POLICY_NAMES)}, or the file of a learned policy; "
+            "default the task's own."
+        ),
     ] = None,
     epochs: Annotated[
         int | None, typer.Option(min=1, help="How many; growth is decided after each.")
@@ -134,10 +144,10 @@ def grow(
 
 
 def _check(settings: RunConfig, *, audit: bool) -> None:
-    if settings.policy not in POLICY_NAMES:
-        raise typer.BadParameter(
-            f"no policy {settings.policy!r}; policies: {', '.join(POLICY_NAMES)}"
-        )
+    try:
+        chosen_policy(settings)
+    except SettingsError as error:
+        raise typer.BadParameter(str(error)) from error
     if audit and settings.policy == NEVER:
         raise typer.BadParameter("--audit asks whether growth paid, and the policy never grows")
     if audit and not settings.count_flops:

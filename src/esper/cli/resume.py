@@ -19,8 +19,9 @@ from esper.cli.grow import (
     views_beside,
 )
 from esper.cli.report import leave_report
-from esper.experiments.config import RunConfig, SettingsError
+from esper.experiments.config import RunConfig
 from esper.experiments.run import resumed_run
+from esper.experiments.settings import SettingsError
 from esper.report.story import tell
 from esper.seeds.registry import BlueprintError
 from esper.tasks.task import TaskDataError

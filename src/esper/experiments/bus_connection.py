@@ -7,7 +7,8 @@ from esper.bus.bus import Bus
 from esper.bus.command_receiver import CommandReceiver
 from esper.bus.link_state import LinkState
 from esper.bus.telemetry_link import TelemetryLink
-from esper.experiments.config import BusConfig, SettingsError
+from esper.experiments.config import BusConfig
+from esper.experiments.settings import SettingsError
 from esper.signing import KeyFileError, Keyring
 from esper.telemetry.run_store import DATABASE_FILE, RunReader, RunStatus
 from esper.training.control import RunControl

@@ -1,15 +1,14 @@
 """Everything that a run can be told, from a file, from `key=value` settings, from options."""
 
-import difflib
-import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, FiniteFloat, ValidationError, model_validator
 
 from esper.bus.addresses import check_no_password
 from esper.bus.command_receiver import DEFAULT_WINDOW_SECONDS
+from esper.experiments.settings import SettingsError, explain, merge, parse_setting, read_settings
 from esper.lifecycle.record import Record
 from esper.policies.depth_schedule import (
     SLOPE,
@@ -17,7 +16,8 @@ from esper.policies.depth_schedule import (
     DepthSchedulePolicy,
     slope_policy,
 )
-from esper.policies.heuristic import HeuristicConfig, HeuristicPolicy
+from esper.policies.heuristic import UCB1_POLICY, HeuristicConfig, HeuristicPolicy
+from esper.policies.named import is_policy_file
 from esper.slots.config import SlotConfig
 from esper.tasks.named import named_task
 from esper.tasks.task import Task
@@ -30,8 +30,9 @@ KeyFile = Annotated[Path, AfterValidator(Path.absolute)]
 """The same file for whoever goes on with the run, from wherever."""
 
 
-class SettingsError(ValueError):
-    """A setting, a file of settings or a task's name is wrong; the message says which and why."""
+def _of_anywhere(policy: str) -> str:
+    """Return a policy's name, or its file for whoever goes on with the run, from wherever."""
+    return str(Path(policy).absolute()) if is_policy_file(policy) else policy
 
 
 class CheckpointConfig(Record):
@@ -98,7 +99,8 @@ class RunConfig(Record):
     """A run, fully specified; kept as config.json in the run folder."""
 
     task: str
-    policy: str = HeuristicPolicy.name
+    policy: Annotated[str, AfterValidator(_of_anywhere)] = HeuristicPolicy.name
+    """Name of a policy, or a file that `esper policy train` has written."""
     random_seed: int = 0
     learning_rate: float
     weight_decay: float = 0.01
@@ -152,6 +154,7 @@ class RunConfig(Record):
             _check_growth_times(self, "earliest_fraction and latest_fraction", earliest, latest)
         patience = {
             HeuristicPolicy.name: ("heuristic", self.heuristic.patience_epochs),
+            UCB1_POLICY: ("heuristic", self.heuristic.patience_epochs),
             DepthSchedulePolicy.name: ("depth_schedule", schedule.patience_epochs),
             SLOPE: ("depth_schedule", schedule.patience_epochs),
         }
@@ -222,87 +225,11 @@ def load_run_config(
     except (ValueError, ModuleNotFoundError) as error:
         raise SettingsError(str(error)) from error
     if file is not None:
-        _merge(merged, _read(file))
+        merge(merged, read_settings(file))
     for setting in settings:
-        _merge(merged, _parse_setting(setting))
-    _merge(merged, {key: value for key, value in options.items() if value is not None})
+        merge(merged, parse_setting(setting, RunConfig))
+    merge(merged, {key: value for key, value in options.items() if value is not None})
     try:
         return RunConfig.model_validate(merged)
     except ValidationError as error:
-        raise SettingsError(_explain(error)) from error
-
-
-def _merge(base: dict[str, Any], update: Mapping[str, Any]) -> None:
-    for key, value in update.items():
-        if isinstance(value, Mapping) and isinstance(base.get(key), dict):
-            _merge(base[key], value)
-        else:
-            base[key] = value
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise SettingsError(f"config file {file} cannot be read: {error}") from error
-    except tomllib.TOMLDecodeError as error:
-        raise SettingsError(f"config file {file} is not TOML: {error}") from error
-
-
-def _parse_setting(setting: str) -> dict[str, Any]:
-    key, separator, text = setting.partition("=")
-    if not separator or not key:
-        raise SettingsError(f"a setting is key=value, got {setting!r}")
-    try:
-        value: Any = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = None if text == "none" and _may_be_none(key) else text
-    for part in reversed(key.split(".")):
-        value = {part: value}
-    assert isinstance(value, dict)
-    return value
-
-
-def _may_be_none(key: str) -> bool:
-    """Whether a dotted key takes None, which TOML has no word for, and no word "none"."""
-    record: Any = RunConfig
-    for part in key.split("."):
-        fields = getattr(record, "model_fields", {})
-        if part not in fields:
-            return False
-        record = fields[part].annotation
-    kinds = get_args(record)
-    takes_words = any(isinstance(kind, type) and issubclass(kind, str) for kind in kinds)
-    return type(None) in kinds and not takes_words
-
-
-def _explain(error: ValidationError) -> str:
-    lines = []
-    for issue in error.errors():
-        path = ".".join(str(part) for part in issue["loc"])
-        if issue["type"] == "extra_forbidden":
-            nearest = difflib.get_close_matches(path, known_keys(), n=1)
-            hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-            lines.append(f"unknown key {path!r}{hint}")
-        elif issue["type"] == "value_error":  # says itself what came
-            message = str(issue["ctx"]["error"])
-            lines.append(f"{path}: {message}" if path else message)
-        else:
-            lines.append(f"{path}: {issue['msg']} (got {issue['input']!r})")
-    return "; ".join(lines)
-
-
-def known_keys() -> list[str]:
-    """Return every key that a config may hold, dotted."""
-    return list(_keys(RunConfig, ""))
-
-
-def _keys(record: type[Record], prefix: str) -> list[str]:
-    keys = []
-    for name, info in record.model_fields.items():
-        nested = info.annotation
-        if isinstance(nested, type) and issubclass(nested, Record):
-            keys += _keys(nested, f"{prefix}{name}.")
-        else:
-            keys.append(f"{prefix}{name}")
-    return keys
+        raise SettingsError(explain(error, RunConfig)) from error

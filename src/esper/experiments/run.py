@@ -16,11 +16,13 @@ from esper.compilation import CompiledHost, CompileService
 from esper.compilation.artefact_store import ArtefactStore
 from esper.compilation.inductor_cache import CacheFolderError, user_cache_folder
 from esper.experiments.bus_connection import BusConnection
-from esper.experiments.config import CheckpointConfig, CompileConfig, RunConfig, SettingsError
+from esper.experiments.config import CheckpointConfig, CompileConfig, RunConfig
+from esper.experiments.settings import SettingsError
 from esper.lifecycle.events import RunFinished, RunStarted
 from esper.policies.depth_schedule import SLOPE, DepthSchedulePolicy, slope_policy
-from esper.policies.heuristic import HeuristicPolicy
-from esper.policies.named import named_policy
+from esper.policies.heuristic import UCB1_POLICY, HeuristicPolicy, ucb1_policy
+from esper.policies.learned.learned_policy import LearnedPolicy
+from esper.policies.named import is_policy_file, named_policy
 from esper.signing import Keyring
 from esper.slots.attach import attach
 from esper.slots.nested import to_device
@@ -201,7 +203,7 @@ def prepare(
         fused=True,
     )
     total_steps = num_steps(config, setup)
-    policy = policy or _policy(config)
+    policy = policy or chosen_policy(config)
     growth = Growth(
         slots,
         optimizer,
@@ -498,11 +500,23 @@ def learning_rate_factor(config: RunConfig, total_steps: int) -> Callable[[int],
     return factor
 
 
-def _policy(config: RunConfig) -> Policy:
+def chosen_policy(config: RunConfig) -> Policy:
+    """Return the policy that a run names, fresh.
+
+    Raises:
+        SettingsError: There is none of that name, or the file holds none that can be used here.
+    """
     if config.policy == HeuristicPolicy.name:
         return HeuristicPolicy(config.heuristic)
+    if config.policy == UCB1_POLICY:
+        return ucb1_policy(config.heuristic)
     if config.policy == DepthSchedulePolicy.name:
         return DepthSchedulePolicy(config.depth_schedule)
     if config.policy == SLOPE:
         return slope_policy(config.depth_schedule)
-    return named_policy(config.policy, random_seed=config.random_seed)
+    try:
+        if is_policy_file(config.policy):
+            return LearnedPolicy.load(config.policy, random_seed=config.random_seed)
+        return named_policy(config.policy, random_seed=config.random_seed)
+    except ValueError as error:
+        raise SettingsError(str(error)) from error

@@ -64,6 +64,30 @@ class TwinFinished(_Event):
     """Operations of the twin, as a share of the run's."""
 
 
+class RewardGiven(_Event):
+    """What came of a decision was weighed, for somebody who learns to decide."""
+
+    type: Literal["reward_given"] = "reward_given"
+    components: dict[str, float]
+    """By name; see docs/policies.md."""
+    total: float
+    """Their sum."""
+
+
+class EnvironmentRestarted(_Event):
+    """A process that let a host train for a policy to learn by has ended, and was started again."""
+
+    type: Literal["environment_restarted"] = "environment_restarted"
+    reason: str
+    """Which one, and why."""
+    num_restarts: int
+    """Of all so far, this one included, since this process began or went on with the training."""
+
+    @property
+    def priority(self) -> Priority:
+        return Priority.WARNING
+
+
 class StageChanged(_Event):
     """A slot's seed moved to another stage."""
 
@@ -527,6 +551,8 @@ Event = Annotated[
     RunStarted
     | RunFinished
     | TwinFinished
+    | RewardGiven
+    | EnvironmentRestarted
     | StageChanged
     | GateEvaluated
     | SeedGerminated

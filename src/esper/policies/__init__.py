@@ -1,28 +1,38 @@
 """Policies that decide when and where to grow (design names: Tamiyo, Simic)."""
 
+from esper.policies.chooser import Candidate, Chooser, EvenChooser, UCB1Chooser
 from esper.policies.depth_schedule import DepthScheduleConfig, DepthSchedulePolicy, slope_policy
-from esper.policies.heuristic import HeuristicConfig, HeuristicPolicy
+from esper.policies.heuristic import HeuristicConfig, HeuristicPolicy, ucb1_policy
 from esper.policies.named import POLICY_NAMES, named_policy
 from esper.policies.random import RandomPolicy
 from esper.policies.replay import ReplayPolicy
 from esper.policies.schedule import SchedulePolicy
 from esper.policies.tending import asked_to_be_weighed, tend
 from esper.policies.timing import FractionTiming, GrowthTiming, SlopeTiming
+from esper.policies.ucb1 import UCB1, PlayedArm, regret_bound
 
 __all__ = [
     "POLICY_NAMES",
+    "UCB1",
+    "Candidate",
+    "Chooser",
     "DepthScheduleConfig",
     "DepthSchedulePolicy",
+    "EvenChooser",
     "FractionTiming",
     "GrowthTiming",
     "HeuristicConfig",
     "HeuristicPolicy",
+    "PlayedArm",
     "RandomPolicy",
     "ReplayPolicy",
     "SchedulePolicy",
     "SlopeTiming",
+    "UCB1Chooser",
     "asked_to_be_weighed",
     "named_policy",
+    "regret_bound",
     "slope_policy",
     "tend",
+    "ucb1_policy",
 ]

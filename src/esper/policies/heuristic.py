@@ -16,7 +16,11 @@ from esper.lifecycle.actions import (
 )
 from esper.lifecycle.record import Record
 from esper.lifecycle.stages import LIVING_STAGES
+from esper.policies.chooser import Candidate, Chooser, EvenChooser, UCB1Chooser
 from esper.policies.tending import asked_to_be_weighed, tend
+
+UCB1_POLICY = "ucb1"
+"""Name of the heuristic that learns which blueprints pay."""
 
 Count = Annotated[int, Field(ge=0)]
 Fraction = Annotated[FiniteFloat, Field(ge=0.0, le=1.0)]
@@ -53,18 +57,27 @@ class HeuristicPolicy:
     Slots and blueprints are tried evenly: the pair tried least goes first, and what has been
     committed anywhere is preferred to what has not. A pair that was refused too often since the
     last commit is left alone.
+
+    Args:
+        config: Settings.
+        chooser: Which of the pairs that may be tried goes first; None tries them evenly, as above.
     """
 
     name = "heuristic"
     reads_losses = True
 
-    def __init__(self, config: HeuristicConfig | None = None) -> None:
+    def __init__(
+        self, config: HeuristicConfig | None = None, *, chooser: Chooser | None = None
+    ) -> None:
         self.config = config or HeuristicConfig()
+        self.chooser = chooser or EvenChooser()
         self._tried: Counter[tuple[str, str]] = Counter()
         self._refused: Counter[tuple[str, str]] = Counter()
         self._committed: Counter[str] = Counter()
         self._last_committed: dict[str, int] = {}
         self._living: dict[str, str] = {}
+        self._contributions: dict[str, float | None] = {}
+        """Of what lives, as last seen."""
 
     def weighs(self, state: GrowthState) -> Sequence[str]:
         """Return every slot whose next gate may ask."""
@@ -92,16 +105,21 @@ class HeuristicPolicy:
 
     def upcoming(self, state: GrowthState) -> Sequence[Germinate]:
         """Return what it would try next, in that order."""
-        return [Germinate(slot=slot, blueprint=name) for slot, name in self._ranked(state)]
+        return [
+            Germinate(slot=candidate.slot.path, blueprint=candidate.blueprint)
+            for candidate in self._ranked(state)
+        ]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what has been tried, refused and committed so far."""
+        """Return what has been tried, refused and committed so far, and the chooser's part."""
         return {
             "tried": [[*pair, count] for pair, count in self._tried.items()],
             "refused": [[*pair, count] for pair, count in self._refused.items()],
             "committed": dict(self._committed),
             "last_committed": dict(self._last_committed),
             "living": dict(self._living),
+            "contributions": dict(self._contributions),
+            "chooser": dict(self.chooser.state_dict()),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -111,6 +129,8 @@ class HeuristicPolicy:
         self._committed = Counter(state["committed"])
         self._last_committed = dict(state["last_committed"])
         self._living = dict(state["living"])
+        self._contributions = dict(state["contributions"])
+        self.chooser.load_state_dict(state["chooser"])
 
     def _may_germinate(self, state: GrowthState) -> bool:
         config = self.config
@@ -130,21 +150,34 @@ class HeuristicPolicy:
         ranked = self._ranked(state)
         if not ranked:
             return None
-        slot, blueprint = ranked[0]
-        self._tried[slot, blueprint] += 1
-        self._living[slot] = blueprint
-        return Germinate(slot=slot, blueprint=blueprint)
+        path, blueprint = ranked[0].slot.path, ranked[0].blueprint
+        self._tried[path, blueprint] += 1
+        self._living[path] = blueprint
+        return Germinate(slot=path, blueprint=blueprint)
 
-    def _ranked(self, state: GrowthState) -> list[tuple[str, str]]:
+    def _ranked(self, state: GrowthState) -> Sequence[Candidate]:
         """Return the slots and blueprints that may be tried, the first choice first."""
-        pairs = [
-            (slot.path, blueprint)
+        candidates = [
+            self._candidate(slot, blueprint)
             for slot in state.slots
             if Operation.GERMINATE in legal_operations(slot)
             for blueprint in self._candidates(slot)
             if not self._given_up(slot.path, blueprint)
         ]
-        return sorted(pairs, key=lambda pair: (self._tried[pair], -self._committed[pair[1]]))
+        growing = [
+            self._candidate(slot, self._living[slot.path])
+            for slot in state.slots
+            if slot.path in self._living
+        ]
+        return self.chooser.ranked(candidates, growing=growing)
+
+    def _candidate(self, slot: SlotState, blueprint: str) -> Candidate:
+        return Candidate(
+            slot=slot,
+            blueprint=blueprint,
+            tried=self._tried[slot.path, blueprint],
+            committed=self._committed[blueprint],
+        )
 
     def _given_up(self, path: str, blueprint: str) -> bool:
         limit = self.config.max_refusals
@@ -166,15 +199,44 @@ class HeuristicPolicy:
             )
 
     def _note_ends(self, state: GrowthState) -> None:
-        """Count what became of the seeds that do not live any more."""
+        """Count what became of the seeds that do not live any more, and tell the chooser."""
         commits = [
             slot for slot in state.slots if slot.committed > self._last_committed.get(slot.path, 0)
         ]
         for slot in commits:
-            self._committed[self._living.pop(slot.path, "")] += 1
+            blueprint = self._living.pop(slot.path, None)
+            if blueprint is not None:
+                self._committed[blueprint] += 1
+                contribution = self._contributions.pop(slot.path, None)
+                self.chooser.note_commit(self._candidate(slot, blueprint), contribution)
         for slot in state.slots:
             self._last_committed[slot.path] = slot.committed
-            if slot.path in self._living and slot.stage not in LIVING_STAGES:
-                self._refused[slot.path, self._living.pop(slot.path)] += 1
+            if slot.path not in self._living:
+                continue
+            if slot.stage in LIVING_STAGES:
+                self._contributions[slot.path] = slot.contribution_fraction
+                continue
+            blueprint = self._living.pop(slot.path)
+            self._contributions.pop(slot.path, None)
+            self._refused[slot.path, blueprint] += 1
+            self.chooser.note_refusal(self._candidate(slot, blueprint))
         if commits:
             self._refused.clear()
+
+
+def ucb1_policy(
+    config: HeuristicConfig | None = None, *, chooser: UCB1Chooser | None = None
+) -> HeuristicPolicy:
+    """Return the policy called "ucb1": the heuristic, with UCB1 for what it tries first.
+
+    All else is the heuristic's, `max_refusals` too: it is there since each try is another chance to
+    pass by luck, and UCB1, which has no arm for growing nothing, goes on trying where nothing pays.
+    With `max_refusals=None` UCB1 alone decides, and what is refused is tried ever more rarely.
+
+    Args:
+        config: Of the heuristic.
+        chooser: With another exploration, or with books to go on from; None is a new one.
+    """
+    policy = HeuristicPolicy(config, chooser=chooser or UCB1Chooser())
+    policy.name = UCB1_POLICY
+    return policy

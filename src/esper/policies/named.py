@@ -9,7 +9,7 @@ from esper.policies.depth_schedule import (
     DepthSchedulePolicy,
     slope_policy,
 )
-from esper.policies.heuristic import HeuristicPolicy
+from esper.policies.heuristic import UCB1_POLICY, HeuristicPolicy, ucb1_policy
 from esper.policies.random import RandomPolicy
 from esper.policies.schedule import SchedulePolicy
 from esper.training.policy import Policy
@@ -19,6 +19,7 @@ NEVER = "none"
 
 _MAKERS: Mapping[str, Callable[[int], Policy]] = {
     "heuristic": lambda _: HeuristicPolicy(),
+    UCB1_POLICY: lambda _: ucb1_policy(),
     "schedule": lambda _: DepthSchedulePolicy(),
     SLOPE: lambda _: slope_policy(DepthScheduleConfig()),
     "random": RandomPolicy,
@@ -26,6 +27,14 @@ _MAKERS: Mapping[str, Callable[[int], Policy]] = {
 }
 POLICY_NAMES: tuple[str, ...] = tuple(_MAKERS)
 """Names of the policies that need no further arguments."""
+
+
+POLICY_FILE_SUFFIX = ".safetensors"
+
+
+def is_policy_file(policy: str) -> bool:
+    """Whether a policy is named by the file that it was learned into."""
+    return policy.endswith(POLICY_FILE_SUFFIX)
 
 
 def named_policy(name: str, *, random_seed: int) -> Policy:
@@ -38,5 +47,8 @@ def named_policy(name: str, *, random_seed: int) -> Policy:
     if maker is None:
         nearest = difflib.get_close_matches(name, POLICY_NAMES, n=1)
         hint = f" did you mean {nearest[0]!r}?" if nearest else ""
-        raise ValueError(f"no policy {name!r};{hint} policies: {', '.join(POLICY_NAMES)}")
+        raise ValueError(
+            f"no policy {name!r};{hint} policies: {', '.join(POLICY_NAMES)}, or a file "
+            f"NAME{POLICY_FILE_SUFFIX}, as esper policy train writes"
+        )
     return maker(random_seed)

@@ -22,7 +22,8 @@ from esper.bus.bus import EMERGENCY, TELEMETRY
 from esper.bus.command_sender import this_user
 from esper.bus.router import Router
 from esper.experiments.bus_connection import open_run_bus
-from esper.experiments.config import SettingsError, load_run_config
+from esper.experiments.config import load_run_config
+from esper.experiments.settings import SettingsError
 from esper.lifecycle.commands import MAX_NAME_CHARACTERS
 from esper.signing import Keyring
 from esper.supervision.beating_bus import BeatingBus

@@ -1,24 +1,17 @@
 """Making the missing runs, several processes at a time."""
 
-import multiprocessing
-import os
 import statistics
-import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 from esper.experiments.comparison.config import CompareConfig
 from esper.experiments.comparison.folder import ComparisonFolder
 from esper.experiments.comparison.plan import Comparison
 from esper.experiments.comparison.runs import RunRequest, RunResult, execute
-
-
-class WorkerDiedError(RuntimeError):
-    """A process that made a run was ended from outside; what was finished is kept."""
+from esper.experiments.worker_pool import WorkerDiedError, worker_pool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +62,7 @@ def run_missing(
     def outlook() -> Outlook:
         return _outlook(comparison, tuple(running.values()), seconds, processes)
 
-    with _pool(processes) as pool:
+    with worker_pool(processes) as pool:
         while True:
             under_way = {request.key for request in running.values()}
             waiting = [r for r in comparison.missing() if r.key not in under_way]
@@ -126,33 +119,3 @@ def _result_of(future: Future[RunResult], request: RunRequest) -> RunResult:
             f"{request.learning_rate:g}, {request.epochs} epochs"
         )
         raise
-
-
-@contextmanager
-def _pool(processes: int) -> Iterator[ProcessPoolExecutor]:
-    """A pool whose processes end with this block, and with this process if it is killed."""
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_end_with_parent)
-    others = multiprocessing.active_children()
-    try:
-        yield pool
-    except BaseException:
-        pool.shutdown(wait=False, cancel_futures=True)
-        for child in multiprocessing.active_children():
-            if child not in others:
-                child.terminate()
-        raise
-    else:
-        pool.shutdown()
-
-
-def _end_with_parent() -> None:
-    """Let this process end when the one that started it does, however that ends."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()

@@ -1,0 +1,98 @@
+"""Settings from files, `key=value` words and options, merged and explained."""
+
+import difflib
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import ValidationError
+
+from esper.lifecycle.record import Record
+
+
+class SettingsError(ValueError):
+    """A setting, a file of settings or a task's name is wrong; the message says which and why."""
+
+
+def merge(base: dict[str, Any], update: Mapping[str, Any]) -> None:
+    """Write `update` over `base`, mappings key by key."""
+    for key, value in update.items():
+        if isinstance(value, Mapping) and isinstance(base.get(key), dict):
+            merge(base[key], value)
+        else:
+            base[key] = value
+
+
+def read_settings(file: Path) -> dict[str, Any]:
+    """Return the settings in a TOML file.
+
+    Raises:
+        SettingsError: It cannot be read.
+    """
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SettingsError(f"config file {file} cannot be read: {error}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise SettingsError(f"config file {file} is not TOML: {error}") from error
+
+
+def parse_setting(setting: str, record: type[Record]) -> dict[str, Any]:
+    """Return what `key=value` says, in the layout of `record`.
+
+    Raises:
+        SettingsError: It is not of that form.
+    """
+    key, separator, text = setting.partition("=")
+    if not separator or not key:
+        raise SettingsError(f"a setting is key=value, got {setting!r}")
+    try:
+        value: Any = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = None if text == "none" and _may_be_none(key, record) else text
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    assert isinstance(value, dict)
+    return value
+
+
+def _may_be_none(key: str, record: Any) -> bool:
+    """Whether a dotted key takes None, which TOML has no word for, and no word "none"."""
+    for part in key.split("."):
+        fields = getattr(record, "model_fields", {})
+        if part not in fields:
+            return False
+        record = fields[part].annotation
+    kinds = get_args(record)
+    takes_words = any(isinstance(kind, type) and issubclass(kind, str) for kind in kinds)
+    return type(None) in kinds and not takes_words
+
+
+def explain(error: ValidationError, record: type[Record]) -> str:
+    """Return in words what is wrong with settings, the nearest key that exists included."""
+    lines = []
+    for issue in error.errors():
+        path = ".".join(str(part) for part in issue["loc"])
+        if issue["type"] == "extra_forbidden":
+            nearest = difflib.get_close_matches(path, known_keys(record), n=1)
+            hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+            lines.append(f"unknown key {path!r}{hint}")
+        elif issue["type"] == "value_error":  # says itself what came
+            message = str(issue["ctx"]["error"])
+            lines.append(f"{path}: {message}" if path else message)
+        else:
+            lines.append(f"{path}: {issue['msg']} (got {issue['input']!r})")
+    return "; ".join(lines)
+
+
+def known_keys(record: type[Record], prefix: str = "") -> list[str]:
+    """Return every key that a record may hold, dotted."""
+    keys = []
+    for name, info in record.model_fields.items():
+        nested = info.annotation
+        if isinstance(nested, type) and issubclass(nested, Record):
+            keys += known_keys(nested, f"{prefix}{name}.")
+        else:
+            keys.append(f"{prefix}{name}")
+    return keys

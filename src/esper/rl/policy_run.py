@@ -1,0 +1,333 @@
+"""Training a policy on a task, in a folder: what is chosen, what is kept, what comes out."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from pydantic import ValidationError, model_validator
+
+from esper.experiments.config import RunConfig, load_run_config
+from esper.experiments.settings import (
+    SettingsError,
+    explain,
+    merge,
+    parse_setting,
+    read_settings,
+)
+from esper.lifecycle.events import EnvironmentRestarted, EventRecord
+from esper.lifecycle.record import Record
+from esper.policies.learned import ActionChoices, NetworkConfig, save_policy
+from esper.rl.env import GrowthEnv
+from esper.rl.fragment_worker import CollectionSettings
+from esper.rl.learner_state import LearnerStates
+from esper.rl.masked_policy import MaskedRecurrentPolicy
+from esper.rl.policy_training import PolicyTraining, PolicyTrainingConfig, TrainingReport
+from esper.rl.process_workers import ProcessWorkers
+from esper.rl.ray_workers import RayWorkers
+from esper.rl.rewards import RewardConfig
+from esper.rl.task_runs import TaskRuns
+from esper.rl.workers import Workers
+from esper.telemetry.environment import describe_environment
+from esper.telemetry.run_store import ReopenedRunStore, RunReader, RunStatus, RunStore
+from esper.telemetry.sink import Sink
+
+POLICY_FILE = "policy.safetensors"
+STATES_FOLDER = "learner"
+_KIND = "policy_training"
+
+
+class PolicyRunConfig(Record):
+    """Everything that the training of a policy can be told; in config.json of its folder."""
+
+    run: RunConfig
+    """Of the runs that are its episodes, but for the random seed."""
+    training: PolicyTrainingConfig = PolicyTrainingConfig()
+    rewards: RewardConfig = RewardConfig()
+    network: NetworkConfig = NetworkConfig()
+    actions: ActionChoices = ActionChoices()
+    ray: str | None = None
+    """Address of the Ray cluster that the environments run on, "local" for one of this machine;
+    None runs them in processes of this machine."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.training.gamma != self.rewards.gamma:
+            raise ValueError(
+                f"training.gamma is {self.training.gamma}, and rewards.gamma {self.rewards.gamma}: "
+                "shaping leaves what is best as it is with the learner's own discount only; set "
+                "both alike"
+            )
+        if self.rewards.compute_rent > 0.0 and not self.run.count_flops:
+            raise ValueError(
+                "rewards.compute_rent is paid for operations, which are not counted; add "
+                "count_flops=true"
+            )
+        return self
+
+
+SECTIONS = tuple(name for name in PolicyRunConfig.model_fields if name != "run")
+"""Of settings; every other key is one of the runs."""
+
+
+def load_policy_run_config(
+    task: str, file: Path | None, settings: Sequence[str], options: Mapping[str, Any]
+) -> PolicyRunConfig:
+    """Merge the task's defaults, a TOML file, `key=value` settings and options, later ones last.
+
+    A key that begins with one of `SECTIONS` is of the training, any other of its runs. Operations
+    are not counted unless asked for, as counting takes time.
+
+    Raises:
+        SettingsError: As `esper.experiments.load_run_config`.
+    """
+    of_runs, mine = _split(settings)
+    chosen: dict[str, Any] = {}
+    merged: dict[str, Any] = {}
+    if file is not None:
+        for key, value in read_settings(file).items():
+            merge(merged if key in SECTIONS else chosen, {key: value})
+    for setting in mine:
+        merge(merged, parse_setting(setting, PolicyRunConfig))
+    merge(merged, {key: value for key, value in options.items() if key in SECTIONS})
+    merge(chosen, {key: value for key, value in options.items() if key not in SECTIONS})
+    run = load_run_config(task, None, ["count_flops=false", *of_runs], chosen)
+    try:
+        return PolicyRunConfig.model_validate({**merged, "run": run})
+    except ValidationError as error:
+        raise SettingsError(explain(error, PolicyRunConfig)) from error
+
+
+def _split(settings: Sequence[str]) -> tuple[list[str], list[str]]:
+    mine = [setting for setting in settings if setting.split("=")[0].split(".")[0] in SECTIONS]
+    return [setting for setting in settings if setting not in mine], mine
+
+
+@dataclass(frozen=True)
+class MakeGrowthEnv:
+    """Makes the environment of a training, in whatever process."""
+
+    config: PolicyRunConfig
+
+    def __call__(self) -> GrowthEnv:
+        """Return a fresh environment.
+
+        Effects: sets the process's number of threads to one.
+        """
+        torch.set_num_threads(1)
+        config = self.config
+        return GrowthEnv(TaskRuns(config.run), rewards=config.rewards, choices=config.actions)
+
+
+@dataclass(kw_only=True)
+class PolicyRun:
+    """A training that is open: iterate `reports`, then `finish`."""
+
+    config: PolicyRunConfig
+    folder: Path
+    training: PolicyTraining
+    workers: Workers
+    sinks: Sequence[Sink]
+    resumed_at: int | None = None
+    """Timesteps that it goes on from."""
+    finished: bool = False
+    num_told: int = 0
+    """How many restarts of environments were told."""
+
+    @property
+    def policy_file(self) -> Path:
+        """Where the policy is, from the first rollout on."""
+        return self.folder / POLICY_FILE
+
+    def reports(self) -> Iterator[TrainingReport]:
+        """Train, a rollout at each step, and write the policy after each."""
+        for report in self.training.rollouts():
+            self._tell(report)
+            self._save(report)
+            yield report
+        self.finished = True
+
+    def _tell(self, report: TrainingReport) -> None:
+        for problem in self.workers.problems[self.num_told :]:
+            self.num_told += 1
+            event = EnvironmentRestarted(reason=problem, num_restarts=self.num_told)
+            record = EventRecord(
+                time_seconds=time.time(), epoch=report.rollout, step=report.timesteps, event=event
+            )
+            for sink in self.sinks:
+                sink.publish(record)
+
+    def _save(self, report: TrainingReport) -> None:
+        policy = self.training.learner.policy
+        assert isinstance(policy, MaskedRecurrentPolicy)
+        run = self.config.run
+        save_policy(
+            self.policy_file,
+            policy.actor(),
+            trained_on={
+                "task": run.task,
+                "epochs": run.trainer.epochs,
+                "decision_interval_steps": run.trainer.decision_interval_steps,
+                "timesteps": report.timesteps,
+                "mean_return": report.mean_return,
+                "random_seed": self.config.training.random_seed,
+            },
+        )
+
+
+@contextmanager
+def new_policy_run(
+    config: PolicyRunConfig, folder: Path, sinks: Sequence[Sink] = ()
+) -> Iterator[PolicyRun]:
+    """Open a training in a new folder, and close it with a status however it ends.
+
+    Raises:
+        RunFolderError: The folder holds a run already.
+        SettingsError, TaskDataError, ModuleNotFoundError: The task's runs cannot be made; there is
+            no folder then.
+        ValueError: The host has no slot, or no blueprint fits one; there is no folder then.
+    """
+    options = _options(config)
+    store = RunStore(
+        folder,
+        config=_for_viewers(config),
+        environment={
+            **describe_environment(torch.device("cpu")),
+            "random_seed": config.training.random_seed,
+        },
+    )
+    with _closed(store) as done, _workers(config, options) as workers:
+        yield (run := _policy_run(config, folder, store, workers, options, sinks))
+        done(run)
+
+
+@contextmanager
+def resumed_policy_run(
+    folder: Path, sinks: Sequence[Sink] = (), *, total_steps: int | None = None
+) -> Iterator[PolicyRun]:
+    """Go on with a training that was stopped, from its newest state that is whole.
+
+    Args:
+        folder: Of the training.
+        sinks: Receive every further event and metric, besides the folder.
+        total_steps: Up to where; None is as it was begun.
+
+    Raises:
+        RunFolderError: It is no folder of a run, or another process writes it.
+        SettingsError: It holds no training of a policy, or the task's runs cannot be made.
+        LearnerStateError: There is no state to go on from.
+    """
+    config = policy_run_config(folder)
+    if total_steps is not None:
+        training = config.training.model_copy(update={"total_steps": total_steps})
+        config = config.model_copy(update={"training": training})
+    options = _options(config)
+    with _workers(config, options) as workers:
+        after = LearnerStates(folder / STATES_FOLDER).newest().info.num_timesteps
+        store = ReopenedRunStore(folder, after_step=after)
+        with _closed(store) as done:
+            run = _policy_run(config, folder, store, workers, options, sinks)
+            run.resumed_at = run.training.resume()
+            yield run
+            done(run)
+
+
+def policy_run_config(folder: Path) -> PolicyRunConfig:
+    """Return the settings of the training in a folder.
+
+    Raises:
+        RunFolderError: It is no folder of a run.
+        SettingsError: It holds no training of a policy, or one of another version.
+    """
+    kept = RunReader(folder).config()
+    if _KIND not in kept:
+        raise SettingsError(
+            f"{folder} holds a run of {kept.get('task')}, and no training of a policy; go on with "
+            "it by esper resume"
+        )
+    try:
+        return PolicyRunConfig.model_validate(kept[_KIND])
+    except ValidationError as error:
+        raise SettingsError(f"{folder} is of another version: {error}") from error
+
+
+def _options(config: PolicyRunConfig) -> dict[str, Any]:
+    """Return what the policy's class is told, of the task's host."""
+    env = MakeGrowthEnv(config)()
+    blueprints = env.coder.blueprints
+    env.close()
+    return {"blueprints": blueprints, "choices": config.actions, "network": config.network}
+
+
+def _settings(config: PolicyRunConfig, options: Mapping[str, Any]) -> CollectionSettings:
+    return config.training.collection(MaskedRecurrentPolicy, options)
+
+
+@contextmanager
+def _workers(config: PolicyRunConfig, options: Mapping[str, Any]) -> Iterator[Workers]:
+    settings, number = _settings(config, options), config.training.num_workers
+    make_env = MakeGrowthEnv(config)
+    workers: Workers
+    if config.ray is None:
+        workers = ProcessWorkers(make_env, settings, num_workers=number)
+    else:
+        address = None if config.ray == "local" else config.ray
+        workers = RayWorkers(make_env, settings, num_workers=number, address=address)
+    try:
+        yield workers
+    finally:
+        workers.close()
+
+
+def _policy_run(
+    config: PolicyRunConfig,
+    folder: Path,
+    store: RunStore,
+    workers: Workers,
+    options: Mapping[str, Any],
+    sinks: Sequence[Sink],
+) -> PolicyRun:
+    everything = [store, *sinks]
+    training = PolicyTraining(
+        config.training,
+        _settings(config, options),
+        MakeGrowthEnv(config),
+        workers,
+        sinks=everything,
+        keep=folder / STATES_FOLDER,
+    )
+    return PolicyRun(
+        config=config, folder=folder, training=training, workers=workers, sinks=everything
+    )
+
+
+@contextmanager
+def _closed(store: RunStore) -> Iterator[Callable[[PolicyRun], None]]:
+    status: RunStatus = "failed"
+
+    def done(run: PolicyRun) -> None:
+        nonlocal status
+        status = "finished" if run.finished else "interrupted"
+
+    try:
+        yield done
+    except KeyboardInterrupt:
+        status = "interrupted"
+        raise
+    finally:
+        store.set_status(status)
+        store.close()
+
+
+def _for_viewers(config: PolicyRunConfig) -> dict[str, Any]:
+    """Return settings with what every viewer of run folders looks for."""
+    return {
+        "task": config.run.task,
+        "policy": "being learned",
+        "random_seed": config.training.random_seed,
+        "learning_rate": config.training.learning_rate,
+        _KIND: config.model_dump(mode="json"),
+    }
