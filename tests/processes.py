@@ -55,6 +55,7 @@ def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
         env={
             **os.environ,
             "OMP_NUM_THREADS": "1",
+            "PYTHONFAULTHANDLER": "1",  # tells where a process was that gloo has aborted
             "GLOO_SOCKET_IFNAME": "lo",
             # Started again by torchrun, gloo else connects to addresses of processes that died.
             "TORCH_GLOO_LAZY_INIT": "1",

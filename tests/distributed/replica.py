@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 import esper
 from esper.compilation import CompiledHost
 from esper.lifecycle.actions import Action, Germinate, GrowthState, Prune
-from esper.slots.replication import LostReplicaError
+from esper.slots.replication import LostReplicaError, ReplicasDisagreeError
 from esper.slots.sharded import whole
 from esper.training import Checkpoints
 
@@ -209,7 +209,7 @@ class Told:
 
 def plant(scenario: str, folder: Path, trainer: esper.Trainer, rank: int) -> None:
     """Let one process differ from the others, or die, when a decision falls due."""
-    decide = trainer.growth.after_epoch
+    look_around = trainer.growth.look
     started_again = (folder / "checkpoints" / "latest").exists()
 
     def differ(*args: Any, **kwargs: Any) -> Any:
@@ -223,9 +223,9 @@ def plant(scenario: str, folder: Path, trainer: esper.Trainer, rank: int) -> Non
         ):
             print(f"dies at {time.monotonic()}", flush=True)  # noqa: T201
             os._exit(7)
-        return decide(*args, **kwargs)
+        return look_around(*args, **kwargs)
 
-    trainer.growth.after_epoch = differ  # type: ignore[method-assign]
+    trainer.growth.look = differ  # type: ignore[method-assign]
     if scenario == "spoilt":
         look, losses = trainer.governor.look, []
 
@@ -290,11 +290,35 @@ def main() -> None:
         end = Watch(folder, rank)
         end.after_step(trainer)
         end.after_epoch(trainer)
+
+
+def leave(code: int) -> None:
+    """End this process at once.
+
+    Threads of gloo now and then abort one that ends in the usual way (pytorch/pytorch#190489). As
+    none does, a process that ends by SIGABRT was amid its work: gloo aborts one that is sent more
+    than it expects, which is what two do whose collectives are not the same.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def run() -> None:
+    """Run `main`; of several processes, end each by `leave`."""
+    try:
+        main()
+    except Exception as error:
+        if not dist.is_initialized():
+            raise
+        sys.excepthook(type(error), error, error.__traceback__)
+        if isinstance(error, ReplicasDisagreeError):
+            dist.barrier()  # all have been told, and torchrun kills the others once one has ended
+        leave(1)
     if dist.is_initialized():
         dist.barrier()
-        sys.stdout.flush()
-        os._exit(0)  # threads of gloo now and then abort a process that ends in the usual way
+        leave(0)
 
 
 if __name__ == "__main__":
-    main()
+    run()

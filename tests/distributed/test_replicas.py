@@ -35,7 +35,8 @@ def test_gradients_and_weights_are_those_of_one_process_with_all_batches(
     together.mkdir()
     alone.mkdir()
     done = torchrun(REPLICA, str(together), scenario, processes=processes)
-    assert done.returncode == 0, done.stderr[-3000:]
+    # All of it: torchrun's own words come last, and why the first process ended comes first.
+    assert done.returncode == 0, done.stderr
     reference = run_python(str(REPLICA), str(alone), scenario, str(processes))
     assert reference.returncode == 0, reference.stderr[-3000:]
     wanted = safetensors.torch.load_file(alone / "rank0.safetensors")
@@ -59,7 +60,7 @@ def test_processes_that_disagree_are_stopped_before_anything_is_attached(tmp_pat
 
 def test_all_processes_go_back_where_the_losses_of_one_are_bad(tmp_path: Path) -> None:
     done = torchrun(REPLICA, str(tmp_path), "spoilt")
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.stderr
     told = [(tmp_path / f"told{rank}").read_text() for rank in (0, 1)]
     assert told[0] == told[1]
     assert told[0].count("step_skipped") == 3
@@ -116,9 +117,10 @@ def test_a_run_that_torchrun_starts_again_finishes_as_if_nothing_had_happened(
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     whole.mkdir()
     killed.mkdir()
-    assert torchrun(REPLICA, str(whole), f"{kind}behind").returncode == 0
+    done = torchrun(REPLICA, str(whole), f"{kind}behind")
+    assert done.returncode == 0, done.stderr
     again = torchrun(REPLICA, str(killed), f"{kind}die", restarts=2)
-    assert again.returncode == 0, again.stderr[-3000:]
+    assert again.returncode == 0, again.stderr
     assert "dies at" in again.stdout
     wanted = safetensors.torch.load_file(whole / "rank0.safetensors")
     for rank in range(2):

@@ -444,7 +444,7 @@ def test_each_component_is_what_its_formula_says() -> None:
     )
 
 
-@given(reward_configs, st.sampled_from(Operation), losses)
+@given(reward_configs, st.sampled_from(Operation), losses | st.just(math.nan))
 def test_the_components_add_up_to_the_total_and_survive_an_event(
     config: RewardConfig, operation: Operation, final_loss: float
 ) -> None:

@@ -159,7 +159,8 @@ class GrowthEpisode:
         growth, cost = self.growth, self.growth.meter.cost.training
         fractions = []
         for slot in growth.slots.values():
-            fractions.append(slot.measurements.contribution_fraction)
+            if slot.living is not None:
+                fractions.append(slot.measurements.contribution_fraction)
             fractions += [seed.contribution_fraction for seed in slot.committed]
         flops = host_flops = None
         if cost.flops is not None and growth.step > self._steps_before:
@@ -169,9 +170,13 @@ class GrowthEpisode:
                 self._host_step_flops = flops / steps
             host_flops = self._host_step_flops * steps
             self._flops_before, self._steps_before = cost.flops, growth.step
+        elif self._host_step_flops is not None:  # it diverged at once: no step, and no rent
+            flops = host_flops = self._host_step_flops
         return Standing(
             held_out_loss=growth.losses[-1],
-            contribution_fractions=tuple(share for share in fractions if share is not None),
+            contribution_fractions=tuple(
+                share for share in fractions if share is not None and math.isfinite(share)
+            ),
             param_count=growth.state().param_count,
             flops=flops,
             host_flops=host_flops,

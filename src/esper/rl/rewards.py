@@ -238,7 +238,7 @@ def compute_rent(config: RewardConfig, episode: Episode, standing: Standing) -> 
 def intervention_cost(config: RewardConfig, operations: Sequence[Operation]) -> float:
     """Return -weight for each operation but WAIT, which is free."""
     asked = sum(operation is not Operation.WAIT for operation in operations)
-    return -config.intervention * asked
+    return config.intervention * -asked  # a free one is 0.0, not -0.0
 
 
 def terminal_bonus(config: RewardConfig, episode: Episode, final_loss: float) -> float:
