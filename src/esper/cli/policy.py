@@ -61,6 +61,10 @@ def train(
         int | None, typer.Option(min=1, help="Length of an episode; growth is decided after each.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Fixes weights and episodes.")] = None,
+    imitate: Annotated[
+        str | None,
+        typer.Option(metavar="NAME|FILE", help="First learn to do what this policy does."),
+    ] = None,
     ray: Annotated[
         str | None,
         typer.Option(
@@ -91,7 +95,15 @@ def train(
         if task is None:
             if out is None:
                 raise typer.BadParameter("name a task, or a folder to go on in: --out FOLDER")
-            _refuse(workers=workers, epochs=epochs, seed=seed, ray=ray, config=config, set_=set_)
+            _refuse(
+                workers=workers,
+                epochs=epochs,
+                seed=seed,
+                imitate=imitate,
+                ray=ray,
+                config=config,
+                set_=set_,
+            )
             with policy_run.resumed_policy_run(out, total_steps=steps) as run:
                 _train(run, view, console, quiet=quiet, as_json=as_json)
             return
@@ -100,6 +112,7 @@ def train(
         options: dict[str, Any] = {
             "training": {key: value for key, value in training.items() if value is not None},
             **({} if ray is None else {"ray": ray}),
+            **({} if imitate is None else {"demonstrations": {"policy": imitate}}),
             **({} if epochs is None else {"trainer": {"epochs": epochs}}),
         }
         settings = policy_run.load_policy_run_config(task, config, set_ or [], options)
@@ -119,6 +132,8 @@ def _train(
     reports = []
     try:
         with view:
+            for number, likelihood in enumerate(run.imitate(), start=1):
+                view.imitation(number, likelihood)
             for report in run.reports():
                 reports.append(report)
                 view.rollout(report)

@@ -25,9 +25,10 @@ from esper.tasks.named import named_task
 if TYPE_CHECKING:
     from esper.rl.evaluation import Evaluation, EvaluationConfig, PolicyRun
     from esper.rl.policy_run import PolicyRunConfig
-    from esper.rl.policy_training import TrainingReport
+    from esper.rl.training_report import TrainingReport
 
 _WINDOW_ROLLOUTS = 5
+_EVERY_PASSES = 10
 
 
 class _View:
@@ -87,6 +88,12 @@ class TrainingView(_View):
             self._bar_task = self._bar.add_task(
                 "decisions", total=training.total_steps, completed=resumed_at or 0
             )
+
+    def imitation(self, number: int, likelihood: float) -> None:
+        """Show a pass over what was demonstrated."""
+        self._json({"kind": "imitation", "pass": number, "log_likelihood": likelihood})
+        if number % _EVERY_PASSES == 0 or number == 1:
+            self._line(f"imitating, pass {number}: log-likelihood {likelihood:.3f}")
 
     def rollout(self, report: "TrainingReport") -> None:
         """Show a rollout."""

@@ -21,15 +21,17 @@ from esper.experiments.settings import (
 from esper.lifecycle.events import EnvironmentRestarted, EventRecord
 from esper.lifecycle.record import Record
 from esper.policies.learned import ActionChoices, NetworkConfig, save_policy
+from esper.rl.demonstrations import DemonstrationConfig, demonstrations, imitate
 from esper.rl.env import GrowthEnv
 from esper.rl.fragment_worker import CollectionSettings
 from esper.rl.learner_state import LearnerStates
 from esper.rl.masked_policy import MaskedRecurrentPolicy
-from esper.rl.policy_training import PolicyTraining, PolicyTrainingConfig, TrainingReport
+from esper.rl.policy_training import PolicyTraining, PolicyTrainingConfig
 from esper.rl.process_workers import ProcessWorkers
 from esper.rl.ray_workers import RayWorkers
 from esper.rl.rewards import RewardConfig
 from esper.rl.task_runs import TaskRuns
+from esper.rl.training_report import TrainingReport
 from esper.rl.workers import Workers
 from esper.telemetry.environment import describe_environment
 from esper.telemetry.run_store import ReopenedRunStore, RunReader, RunStatus, RunStore
@@ -49,6 +51,8 @@ class PolicyRunConfig(Record):
     rewards: RewardConfig = RewardConfig()
     network: NetworkConfig = NetworkConfig()
     actions: ActionChoices = ActionChoices()
+    demonstrations: DemonstrationConfig | None = None
+    """What is imitated first; None begins with a policy that knows nothing."""
     ray: str | None = None
     """Address of the Ray cluster that the environments run on, "local" for one of this machine;
     None runs them in processes of this machine."""
@@ -141,6 +145,25 @@ class PolicyRun:
     def policy_file(self) -> Path:
         """Where the policy is, from the first rollout on."""
         return self.folder / POLICY_FILE
+
+    def imitate(self) -> Iterator[float]:
+        """Learn from demonstrations, if there are to be some and nothing was learned yet.
+
+        Yields:
+            After each pass, the mean log-likelihood of a demonstrated action.
+        """
+        config = self.config.demonstrations
+        if config is None or self.resumed_at is not None:
+            return
+        shown = demonstrations(
+            config,
+            self.config.run,
+            MakeGrowthEnv(self.config),
+            processes=self.config.training.num_workers,
+        )
+        policy = self.training.learner.policy
+        assert isinstance(policy, MaskedRecurrentPolicy)
+        yield from imitate(policy, shown, config, gamma=self.config.training.gamma)
 
     def reports(self) -> Iterator[TrainingReport]:
         """Train, a rollout at each step, and write the policy after each."""

@@ -29,6 +29,7 @@ from esper.policies.learned.network import (
     NetworkConfig,
     SeenHost,
     split_features,
+    start_lstm,
 )
 from esper.policies.learned.policy_file import (
     PolicyDocument,
@@ -70,4 +71,5 @@ __all__ = [
     "relative_size",
     "save_policy",
     "split_features",
+    "start_lstm",
 ]

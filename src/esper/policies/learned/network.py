@@ -22,8 +22,9 @@ NUM_SLOT_FEATURES = len(SLOT_FEATURES) + 1
 _UNKNOWN = 0
 """Number of every name that was not met in training."""
 _LAST_GAIN = 0.01
-"""By what the usual weights of a last layer are multiplied, so that the first policy is nearly
-uniform over what is legal."""
+"""Of the weights of a last layer, so that the first policy is nearly uniform over what is legal."""
+_NUM_GATES, _FORGET_GATE = 4, 1
+"""Of torch's LSTM: input, forget, cell, output."""
 
 Memory = tuple[Tensor, Tensor]
 """Hidden and cell state of the LSTM, each of shape `1 N D`."""
@@ -97,7 +98,7 @@ class HostEncoder(nn.Module):
         self.slot = _two_layers(NUM_SLOT_FEATURES, width)
         self.attention = nn.MultiheadAttention(width, config.num_attention_heads, batch_first=True)
         self.norm = nn.LayerNorm(width)
-        self.summary = nn.Sequential(nn.Linear(2 * width, width), nn.Tanh())
+        self.summary = nn.Sequential(_hidden(2 * width, width), nn.Tanh())
 
     def forward(self, seen: SeenHost) -> tuple[Tensor, Tensor]:
         """Return the summary, `N D`, and the tokens, `N S D`."""
@@ -124,7 +125,11 @@ class ActionHeads(nn.Module):
         self.asked = _two_layers(2 * width, width)
         self.operations = _last(width, len(SLOT_OPERATIONS))
         self.query = _last(width, width)
-        self.size_key = nn.Sequential(nn.Linear(1, width), nn.Tanh(), nn.Linear(width, width))
+        self.size_key = nn.Sequential(
+            nn.Linear(1, width),
+            nn.Tanh(),
+            nn.Linear(width, width, bias=False),  # it would shift all logits of a slot alike
+        )
         self.name_key = nn.Embedding(1 + num_names, width, padding_idx=_UNKNOWN)
         self.others = nn.ModuleDict(
             {
@@ -195,6 +200,7 @@ class GrowthNetwork(nn.Module):
         width = self.config.width
         self.encoder = HostEncoder(self.config)
         self.lstm = nn.LSTM(width, width)
+        start_lstm(self.lstm)
         self.heads = ActionHeads(self.config, self.choices, len(self.blueprints))
 
     @classmethod
@@ -244,15 +250,39 @@ class GrowthNetwork(nn.Module):
         return self.heads(latent[0], tokens, seen.sizes, names), memory
 
 
+def start_lstm(lstm: nn.LSTM) -> None:
+    """Give an LSTM first weights with which it keeps what it has seen, in place.
+
+    Each gate's weights are orthogonal, and the forget gates' biases 1.
+
+    Source: Saxe et al. 2014 for orthogonal weights, of the other hidden layers too; Jozefowicz et
+        al. 2015 for the bias. To keep a cue over six decisions was learned in 12,000 steps from 4
+        random seeds of 4; with torch's usual weights in 24,000 from 2 of 4 (tests/cued_growth.py
+        with longer episodes).
+    """
+    for name, parameter in lstm.named_parameters():
+        if name.startswith("weight"):
+            for gate in parameter.detach().chunk(_NUM_GATES):
+                nn.init.orthogonal_(gate)
+        else:
+            nn.init.zeros_(parameter)
+            if name.startswith("bias_ih"):
+                nn.init.ones_(parameter.detach().chunk(_NUM_GATES)[_FORGET_GATE])
+
+
 def _two_layers(num_inputs: int, width: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Linear(num_inputs, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh()
-    )
+    return nn.Sequential(_hidden(num_inputs, width), nn.Tanh(), _hidden(width, width), nn.Tanh())
+
+
+def _hidden(num_inputs: int, num_outputs: int) -> nn.Linear:
+    layer = nn.Linear(num_inputs, num_outputs)
+    nn.init.orthogonal_(layer.weight, gain=2.0**0.5)
+    nn.init.zeros_(layer.bias)
+    return layer
 
 
 def _last(num_inputs: int, num_outputs: int) -> nn.Linear:
     layer = nn.Linear(num_inputs, num_outputs)
-    with torch.no_grad():
-        layer.weight.mul_(_LAST_GAIN)
-        layer.bias.zero_()
+    nn.init.orthogonal_(layer.weight, gain=_LAST_GAIN)
+    nn.init.zeros_(layer.bias)
     return layer

@@ -1,0 +1,198 @@
+"""Learning first from what another policy does, so that learning from rewards begins there."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field, FiniteFloat
+from sb3_contrib.common.recurrent.type_aliases import RNNStates
+from torch import Tensor
+
+from esper.experiments.config import RunConfig
+from esper.experiments.run import chosen_policy
+from esper.experiments.worker_pool import worker_pool
+from esper.lifecycle.actions import Action, Advance, GrowthState, IllegalAction, check_action
+from esper.lifecycle.record import Record
+from esper.policies.heuristic import HeuristicPolicy
+from esper.rl.env import GrowthEnv
+from esper.rl.fragment_worker import MakeEnv
+from esper.rl.masked_policy import MaskedRecurrentPolicy
+from esper.slots.config import SlotConfig
+
+AtLeastOne = Annotated[int, Field(ge=1)]
+
+FIRST_RANDOM_SEED = 1_000_000
+"""Of the demonstrated runs, far from those that policies are evaluated with."""
+_VALUE_COEFFICIENT = 0.5
+_MAX_GRADIENT_NORM = 0.5
+
+
+class DemonstrationConfig(Record):
+    """What is imitated, before anything is learned from rewards."""
+
+    policy: str = HeuristicPolicy.name
+    """By name, or a file."""
+    num_episodes: AtLeastOne = 32
+    passes: AtLeastOne = 40
+    """Over all demonstrated episodes."""
+    batch_episodes: AtLeastOne = 8
+    learning_rate: Annotated[FiniteFloat, Field(gt=0.0)] = 1e-3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demonstration:
+    """An episode of T decisions, as the environment showed and took it.
+
+    Attributes:
+        observations: By name, T ….
+        actions: T 6.
+        rewards: T.
+    """
+
+    observations: dict[str, NDArray[Any]]
+    actions: NDArray[np.int64]
+    rewards: NDArray[np.float32]
+
+
+def demonstrations(
+    config: DemonstrationConfig, run: RunConfig, make_env: MakeEnv, *, processes: int
+) -> list[Demonstration]:
+    """Let a policy play episodes.
+
+    Args:
+        config: Says who, and how many.
+        run: Of the episodes' runs, with the policy's own settings.
+        make_env: Makes a `GrowthEnv`, in whatever process.
+        processes: How many play at a time.
+
+    Raises:
+        SettingsError: There is no such policy.
+        ValueError: It takes actions that the environment does not offer.
+    """
+    teaching = run.model_copy(update={"policy": config.policy})
+    chosen_policy(teaching)
+    seeds = range(FIRST_RANDOM_SEED, FIRST_RANDOM_SEED + config.num_episodes)
+    shares = [seeds[index::processes] for index in range(min(processes, len(seeds)))]
+    with worker_pool(processes) as pool:
+        playing = [pool.submit(_play, teaching, make_env, share) for share in shares]
+        return [episode for played in playing for episode in played.result()]
+
+
+def _play(run: RunConfig, make_env: MakeEnv, seeds: Sequence[int]) -> list[Demonstration]:
+    env = make_env()
+    assert isinstance(env, GrowthEnv)
+    return [_episode(run, env, seed) for seed in seeds]
+
+
+def _episode(run: RunConfig, env: GrowthEnv, seed: int) -> Demonstration:
+    teacher = chosen_policy(run.model_copy(update={"random_seed": seed}))
+    observation, _ = env.reset(seed=seed)
+    seen, taken, earned = [], [], []
+    over = False
+    while not over:
+        action = _first_legal(teacher.decide(env.state), env.state)
+        numbers = [0] * len(env.coder.sizes)
+        if action is not None:
+            numbers = env.coder.encode(_with_ramp(action, run.slot))
+        seen.append(observation)
+        taken.append(numbers)
+        observation, reward, over, _, _ = env.step(numbers)
+        earned.append(reward)
+    names = seen[0]
+    return Demonstration(
+        observations={name: np.stack([one[name] for one in seen]) for name in names},
+        actions=np.array(taken, dtype=np.int64),
+        rewards=np.array(earned, dtype=np.float32),
+    )
+
+
+def _first_legal(actions: Sequence[Action], state: GrowthState) -> Action | None:
+    """Return the one action that the environment can take of those that a policy asks for."""
+    for action in actions:
+        try:
+            check_action(state, action)
+        except IllegalAction:
+            continue
+        return action
+    return None
+
+
+def _with_ramp(action: Action, slot: SlotConfig) -> Action:
+    """Return an action that names the ramp that it leaves to the slot."""
+    if not isinstance(action, Advance):
+        return action
+    steps = slot.ramp_steps if action.ramp_steps is None else action.ramp_steps
+    return action.model_copy(
+        update={"ramp_steps": steps, "ramp_curve": action.ramp_curve or slot.ramp_curve}
+    )
+
+
+def imitate(
+    policy: MaskedRecurrentPolicy,
+    shown: Sequence[Demonstration],
+    config: DemonstrationConfig,
+    *,
+    gamma: float,
+) -> Iterator[float]:
+    """Make what was demonstrated likely, and the value what came of it.
+
+    Args:
+        policy: Is trained, by an optimizer of its own.
+        shown: Episodes of the same number of decisions.
+        config: Says for how long.
+        gamma: The learner's discount.
+
+    Yields:
+        After each pass, the mean log-likelihood of a demonstrated action.
+
+    Effects: draws the order of episodes from torch's random stream.
+    """
+    length = len(shown[0].actions)
+    whole = [episode for episode in shown if len(episode.actions) == length]
+    optimizer = torch.optim.Adam(policy.parameters(), lr=config.learning_rate)
+    policy.set_training_mode(True)
+    for _ in range(config.passes):
+        order = torch.randperm(len(whole)).split(config.batch_episodes)
+        likelihoods = []
+        for indices in order:
+            batch = [whole[index] for index in indices.tolist()]
+            likelihood, error = _batch(policy, batch, gamma)
+            optimizer.zero_grad()
+            (_VALUE_COEFFICIENT * error - likelihood).backward()  # type: ignore[no-untyped-call]
+            torch.nn.utils.clip_grad_norm_(policy.parameters(), _MAX_GRADIENT_NORM)
+            optimizer.step()
+            likelihoods.append(likelihood.detach())
+        yield float(torch.stack(likelihoods).mean())
+
+
+def _batch(
+    policy: MaskedRecurrentPolicy, batch: Sequence[Demonstration], gamma: float
+) -> tuple[Tensor, Tensor]:
+    """Return the mean log-likelihood of a batch's actions, and the value's squared error."""
+    device, layers = policy.device, policy.lstm_actor
+    observations = {
+        name: torch.as_tensor(np.concatenate([one.observations[name] for one in batch])).to(device)
+        for name in batch[0].observations
+    }
+    observations = {name: value.float() for name, value in observations.items()}
+    actions = torch.as_tensor(np.concatenate([one.actions for one in batch])).to(device)
+    returns = torch.as_tensor(np.concatenate([_returns(one.rewards, gamma) for one in batch]))
+    start = torch.zeros(layers.num_layers, len(batch), layers.hidden_size, device=device)
+    states = RNNStates((start, start), (start, start))
+    begins = torch.zeros(len(actions), device=device)
+    values, log_prob, _ = policy.evaluate_actions(observations, actions, states, begins)
+    error = torch.nn.functional.mse_loss(values.flatten(), returns.to(device))
+    return log_prob.mean(), error
+
+
+def _returns(rewards: NDArray[np.float32], gamma: float) -> NDArray[np.float32]:
+    """Return from each decision on what was earned, discounted."""
+    returns = np.zeros_like(rewards)
+    coming = 0.0
+    for index in reversed(range(len(rewards))):
+        coming = float(rewards[index]) + gamma * coming
+        returns[index] = coming
+    return returns
