@@ -73,6 +73,7 @@ def _fresh_compiler() -> Iterator[None]:
             "blended",
         ),
         ("snapshot_cost", ("--tasks", "teacher", "--steps", "8"), {"TURN_STEPS": 2}, "teacher"),
+        ("host_parallelism", ("--quick",), {}, "under the random policy: "),
         pytest.param(
             *("bus_priority", ("--emergencies", "3"), {}, "one stream for both"), marks=on_redis
         ),

@@ -25,7 +25,7 @@ LIFE: list[Action] = [
     Germinate(slot="first", blueprint="mlp", blend_operator="gate"),
     Germinate(slot="second", blueprint="lora"),
     Advance(slot="first"),
-    Prune(slot="second", over_steps=10, reason="decided by the policy"),
+    Prune(slot="second", over_steps=20, reason="decided by the policy"),
     Advance(slot="first"),
     Commit(slot="first"),
     Wait(),

@@ -71,7 +71,7 @@ class ActionChoices(Record):
         BlendOperator
     )
     alpha_targets: Annotated[tuple[Fraction, ...], Field(min_length=1)] = (0.5, 1.0)
-    ramp_steps: Annotated[tuple[Steps, ...], Field(min_length=1)] = (0, 10, 50)
+    ramp_steps: Annotated[tuple[Steps, ...], Field(min_length=1)] = (0, 20, 50)
     """Of a ramp of alpha, and of a fade-out."""
     ramp_curves: Annotated[tuple[AlphaCurve, ...], Field(min_length=1)] = tuple(AlphaCurve)
 
