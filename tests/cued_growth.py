@@ -49,19 +49,19 @@ class CuedGrowth(gymnasium.Env):
         return self._observation(), {}
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict]:
-        number = int(action[Head.OPERATION])
+        number, blueprint = int(action[Head.OPERATION]), int(action[Head.BLUEPRINT])
         assert number in self._legal()
         slot, place = divmod(number - 1, len(SLOT_OPERATIONS))
         operation = SLOT_OPERATIONS[place] if number else Operation.WAIT
         reward = 0
         if operation is Operation.GERMINATE:
             self.grown = slot
-            assert (slot, BLUEPRINTS[action[Head.BLUEPRINT]]) != (0, "medium")
-            reward = (slot == self.cue) + (action[Head.BLUEPRINT] == 2 * self.cue)
+            assert (slot, BLUEPRINTS[blueprint]) != (0, "medium")
+            reward = (slot == self.cue) + (blueprint == 2 * self.cue)
         else:
-            assert action[Head.BLUEPRINT] == 0
+            assert blueprint == 0
         if operation is Operation.ADVANCE:
-            reward = action[Head.RAMP_STEPS] == self.cue
+            reward = int(action[Head.RAMP_STEPS]) == self.cue
         self.time += 1
         return self._observation(), float(reward), self.time == EPISODE_STEPS, False, {}
 

@@ -27,7 +27,6 @@ from esper.experiments.comparison import (
     Comparison,
     ComparisonFolder,
     ComparisonFolderError,
-    WorkerDiedError,
     check_runs,
     comparison_charts,
     comparison_title,
@@ -37,6 +36,7 @@ from esper.experiments.comparison import (
 from esper.experiments.config import RunConfig, load_run_config
 from esper.experiments.run import chosen_policy, usable_device
 from esper.experiments.settings import SettingsError
+from esper.experiments.worker_pool import WorkerDiedError
 from esper.report import draw_charts
 from esper.tasks.task import TaskDataError
 

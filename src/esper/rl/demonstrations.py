@@ -161,7 +161,7 @@ def imitate(
             batch = [whole[index] for index in indices.tolist()]
             likelihood, error = _batch(policy, batch, gamma)
             optimizer.zero_grad()
-            (_VALUE_COEFFICIENT * error - likelihood).backward()  # type: ignore[no-untyped-call]
+            (_VALUE_COEFFICIENT * error - likelihood).backward()
             torch.nn.utils.clip_grad_norm_(policy.parameters(), _MAX_GRADIENT_NORM)
             optimizer.step()
             likelihoods.append(likelihood.detach())
@@ -183,7 +183,12 @@ def _batch(
     start = torch.zeros(layers.num_layers, len(batch), layers.hidden_size, device=device)
     states = RNNStates((start, start), (start, start))
     begins = torch.zeros(len(actions), device=device)
-    values, log_prob, _ = policy.evaluate_actions(observations, actions, states, begins)
+    values, log_prob, _ = policy.evaluate_actions(
+        observations,  # type: ignore[arg-type] # the library's own buffers pass mappings, too
+        actions,
+        states,
+        begins,
+    )
     error = torch.nn.functional.mse_loss(values.flatten(), returns.to(device))
     return log_prob.mean(), error
 

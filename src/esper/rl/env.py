@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import gymnasium
 import numpy as np
@@ -16,7 +16,7 @@ from esper.policies.learned.action_coder import ActionChoices, ActionCoder, Head
 from esper.policies.learned.features import feature_names, features
 from esper.rl.growth_episode import GrowthEpisode, MakeHostRun
 from esper.rl.rewards import RewardConfig
-from esper.training.random_states import random_states, set_random_states
+from esper.training.random_states import random_states, random_streams_apart
 
 Observation = dict[str, NDArray[Any]]
 _MAX_RANDOM_SEED = 2**31 - 1
@@ -59,7 +59,7 @@ class GrowthEnv(gymnasium.Env[Observation, NDArray[np.int64]]):
         ValueError: There is no slot, or no blueprint with parameters fits one.
     """
 
-    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["ansi"], "render_fps": 1}
+    metadata = {"render_modes": ["ansi"], "render_fps": 1}  # noqa: RUF012 – as the base has it
 
     def __init__(
         self,
@@ -74,18 +74,17 @@ class GrowthEnv(gymnasium.Env[Observation, NDArray[np.int64]]):
         self.render_mode = render_mode
         self.rewards = rewards or RewardConfig()
         self.make_run = make_run
-        with _streams_restored():
+        with random_streams_apart():
             state = make_run(0).trainer.growth.state()
         self.coder = ActionCoder.of(state, choices)
         self.feature_names = feature_names(self.coder)
         """What each number of the observation's "obs" is."""
         self.action_space = spaces.MultiDiscrete(self.coder.sizes)
-        self.observation_space = spaces.Dict(
-            {
-                "obs": spaces.Box(-1.0, 1.0, (len(self.feature_names),), np.float32),
-                "action_mask": spaces.MultiBinary(sum(self.coder.sizes)),
-            }
-        )
+        seen: dict[str, spaces.Space[Any]] = {
+            "obs": spaces.Box(-1.0, 1.0, (len(self.feature_names),), np.float32),
+            "action_mask": spaces.MultiBinary(sum(self.coder.sizes)),
+        }
+        self.observation_space: spaces.Space[Any] = spaces.Dict(seen)
         self.random_seed: int | None = None
         """Of the episode's run."""
         self._episode: GrowthEpisode | None = None
@@ -110,7 +109,7 @@ class GrowthEnv(gymnasium.Env[Observation, NDArray[np.int64]]):
         drawn = self.np_random.integers(_MAX_RANDOM_SEED)
         self.random_seed = int(drawn) if seed is None else seed
         self._return = 0.0
-        with _streams_restored():
+        with random_streams_apart():
             _seed_streams(self.random_seed)
             self._episode = GrowthEpisode(self.make_run(self.random_seed), self.rewards)
             self._streams = random_states()
@@ -129,7 +128,7 @@ class GrowthEnv(gymnasium.Env[Observation, NDArray[np.int64]]):
         before = episode.state
         numbers = [int(number) for number in action]
         asked = self.coder.decode(numbers, before)
-        with _streams_restored(self._streams):
+        with random_streams_apart(self._streams):
             reward = episode.play([asked])
             self._streams = random_states()
         self._return += reward.total
@@ -152,7 +151,7 @@ class GrowthEnv(gymnasium.Env[Observation, NDArray[np.int64]]):
         masks = self.coder.masks(self._begun().state)
         return np.array([bit for mask in masks for bit in mask], dtype=np.bool_)
 
-    def render(self) -> str | None:  # type: ignore[override]
+    def render(self) -> str | None:
         """Return a line per slot; None without a render mode."""
         if self.render_mode is None:
             return None
@@ -203,7 +202,7 @@ class GrowthEnv(gymnasium.Env[Observation, NDArray[np.int64]]):
 
     def _was_resolved(self, numbers: Sequence[int], asked: Mapping[str, Any]) -> bool:
         named = self.coder.blueprints[numbers[Head.BLUEPRINT]]
-        return asked.get("blueprint", named) != named
+        return bool(asked.get("blueprint", named) != named)
 
     def _refusals(self, episode: GrowthEpisode) -> list[str]:
         """Return why what was asked has not come about."""
@@ -224,20 +223,4 @@ def _seed_streams(random_seed: int) -> None:
     torch.manual_seed(random_seed)
 
 
-class _streams_restored:  # noqa: N801 – reads as the context that it is
-    """Put the process's random streams back, having drawn from others inside."""
-
-    def __init__(self, inside: Mapping[str, Any] | None = None) -> None:
-        self._inside = inside
-        self._outside: Mapping[str, Any] = {}
-
-    def __enter__(self) -> None:
-        self._outside = random_states()
-        if self._inside is not None:
-            set_random_states(self._inside)
-
-    def __exit__(self, *_: object) -> None:
-        set_random_states(self._outside)
-
-
-gymnasium.register(ENV_ID, entry_point=GrowthEnv)
+gymnasium.register(ENV_ID, entry_point="esper.rl.env:GrowthEnv")

@@ -1,7 +1,6 @@
 """One environment, and the library's own collecting of experience in it."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
@@ -18,7 +17,7 @@ from stable_baselines3.common.utils import set_random_seed
 from torch import nn
 
 from esper.rl.fragment import LSTM_ARRAYS, STEP_ARRAYS, FinishedEpisode, Fragment, FragmentOrder
-from esper.training.random_states import random_states, set_random_states
+from esper.training.random_states import random_streams_apart
 
 AnyEnv = gymnasium.Env[Any, Any]
 MakeEnv = Callable[[], AnyEnv]
@@ -127,7 +126,8 @@ class FragmentWorker:
     def __init__(self, make_env: MakeEnv, settings: CollectionSettings, index: int) -> None:
         self._settings = settings
         self._index = index
-        with _streams_of(settings.seed_for(Drawing.BUILDING, index)):
+        with random_streams_apart():
+            set_random_seed(settings.seed_for(Drawing.BUILDING, index))
             self._env = SeededEpisodes(make_env(), settings, index)
             check_spaces(self._env)
             self._collector = _Collector(
@@ -152,7 +152,8 @@ class FragmentWorker:
         """
         place = (self._index, order.number, order.attempt)
         self._env.begin_fragment(order)
-        with _streams_of(self._settings.seed_for(Drawing.ACTIONS, *place)):
+        with random_streams_apart():
+            set_random_seed(self._settings.seed_for(Drawing.ACTIONS, *place))
             self._collector.policy.load_state_dict(safetensors.torch.load(order.weights))
             self._collector.fill(order.num_steps, self._watch)
         buffer = self._collector.rollout_buffer
@@ -229,16 +230,6 @@ class _EpisodeWatch(BaseCallback):
             )
             self._parts = {}
         return True
-
-
-@contextmanager
-def _streams_of(random_seed: int) -> Iterator[None]:
-    outside = random_states()
-    set_random_seed(random_seed)
-    try:
-        yield
-    finally:
-        set_random_states(outside)
 
 
 def _check_finite(fragment: Fragment) -> None:

@@ -2,7 +2,8 @@
 
 import random
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -28,6 +29,22 @@ def random_states() -> dict[str, Any]:
             "cached": cached,
         }
     return states
+
+
+@contextmanager
+def random_streams_apart(inside: Mapping[str, Any] | None = None) -> Iterator[None]:
+    """Put the streams back as they were, whatever the block draws.
+
+    Args:
+        inside: Where they stand when the block begins; None leaves them.
+    """
+    outside = random_states()
+    try:
+        if inside is not None:
+            set_random_states(inside)
+        yield
+    finally:
+        set_random_states(outside)
 
 
 def set_random_states(states: Mapping[str, Any]) -> None:

@@ -15,7 +15,7 @@ from esper.experiments.comparison.page import (
 )
 from esper.experiments.comparison.plan import Comparison
 from esper.experiments.comparison.runs import RunRequest, RunResult, check_runs
-from esper.experiments.comparison.scheduler import Outlook, WorkerDiedError, run_missing
+from esper.experiments.comparison.scheduler import Outlook, run_missing
 from esper.experiments.comparison.summary import (
     ArmSummary,
     Outcome,
@@ -38,7 +38,6 @@ __all__ = [
     "RunRequest",
     "RunResult",
     "Verdict",
-    "WorkerDiedError",
     "at_equal_flops",
     "check_runs",
     "comparison_charts",

@@ -91,12 +91,14 @@ RUN_FEATURES: Mapping[str, Callable[[GrowthState], float]] = MappingProxyType(
 )
 """Of the whole run."""
 
+
+def _is_in(stage: SeedStage) -> Callable[[SlotState], float]:
+    return lambda slot: float(slot.stage is stage)
+
+
 SLOT_FEATURES: Mapping[str, Callable[[SlotState], float]] = MappingProxyType(
     {
-        **{
-            f"is_{stage}": lambda slot, stage=stage: float(slot.stage is stage)
-            for stage in SeedStage
-        },
+        **{f"is_{stage}": _is_in(stage) for stage in SeedStage},
         "alpha": lambda slot: slot.alpha,
         "alpha_rises": lambda slot: float(slot.alpha_mode is AlphaMode.UP),
         "alpha_falls": lambda slot: float(slot.alpha_mode is AlphaMode.DOWN),
