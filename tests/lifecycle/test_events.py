@@ -24,6 +24,7 @@ from esper.lifecycle.events import (
     CheckpointSaved,
     CommandRefused,
     CompileFailed,
+    EnvironmentRestarted,
     Event,
     EventRecord,
     EventSchemaError,
@@ -209,6 +210,7 @@ def breaker(to_state: str) -> BreakerChanged:
         (SinkFailed(sink="s", error="e"), Priority.WARNING),
         (CommandRefused(id="i", sender="s", command=Pause(), reason="r"), Priority.WARNING),
         (BusLost(concern="commands", error="e"), Priority.WARNING),
+        (EnvironmentRestarted(reason="killed", num_restarts=1), Priority.WARNING),
         (breaker("open"), Priority.WARNING),
         (breaker("half_open"), Priority.NORMAL),
         (breaker("closed"), Priority.NORMAL),
@@ -242,6 +244,7 @@ CAN_BE_URGENT = {
     SinkLossesCounted,
     CommandRefused,
     BusLost,
+    EnvironmentRestarted,
 }
 
 

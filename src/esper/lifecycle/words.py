@@ -12,6 +12,7 @@ from esper.lifecycle.events import (
     CommandCarriedOut,
     CommandRefused,
     CompileFailed,
+    EnvironmentRestarted,
     Event,
     EventRecord,
     GateEvaluated,
@@ -113,6 +114,8 @@ def _of_whoever_steers(event: Event) -> str | None:
     if isinstance(event, CommandRefused):
         words = command_words(event.command)
         return f"{words}, asked by {event.sender}, was refused: {event.reason}"
+    if isinstance(event, EnvironmentRestarted):
+        return f"an environment was started again, restart {event.num_restarts}: {event.reason}"
     if isinstance(event, BusLost):
         return f"the bus is lost ({event.concern}), training goes on: {event.error}"
     if isinstance(event, BusRegained):
