@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.utils.env_checker import check_env
+from sb3_contrib import MaskablePPO
 from stable_baselines3.common import env_checker
 from stable_baselines3.common.vec_env import SubprocVecEnv
 
@@ -296,4 +297,22 @@ def test_its_features_are_named() -> None:
     assert named["first.fits mlp"] == 1.0
     assert 0.0 < named["first.size of lora"] < named["first.size of mlp"] < 1.0
     assert named["second.place"] == 1.0
-    assert SLOTS == env.coder.slots
+    assert env.coder.slots == SLOTS
+
+
+def test_a_library_that_asks_for_masks_learns_from_it() -> None:
+    """One round of MaskablePPO, which takes the masks from `action_masks`."""
+    env = GrowthEnv(TinyRuns(epochs=4))
+    taken: list[Any] = []
+    step = env.step
+
+    def checked(action: Any) -> Any:
+        masks = np.split(env.action_masks(), np.cumsum(env.coder.sizes)[:-1])
+        taken.append(all(mask[number] for mask, number in zip(masks, action, strict=True)))
+        return step(action)
+
+    env.step = checked  # type: ignore[method-assign]
+    learner = MaskablePPO("MultiInputPolicy", env, n_steps=16, batch_size=8, n_epochs=1, seed=0)
+    learner.learn(16)
+    assert len(taken) == 16
+    assert all(taken)
