@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import gymnasium
@@ -18,6 +19,8 @@ from esper.lifecycle.actions import Action, Advance, Commit, Germinate, Operatio
 from esper.lifecycle.events import RewardGiven
 from esper.policies.learned import Head
 from esper.rl import GrowthEnv, GrowthEpisode, RewardConfig
+from esper.rl.growth_episode import reference_of
+from esper.training.random_states import random_streams_apart
 from growth_problem import Recorder
 from rl_runs import SLOTS, TinyRuns, make_env
 
@@ -239,7 +242,7 @@ def test_compute_rent_counts_what_steps_cost_beside_the_hosts() -> None:
     assert env.step([0] * len(Head))[4]["reward"]["compute_rent"] == 0.0
     grown = env.step(env.coder.encode(Germinate(slot="first", blueprint="mlp")))
     assert grown[4]["reward"]["compute_rent"] < 0.0
-    with pytest.raises(ValueError, match="compute_rent is 1.0, and operations are not counted"):
+    with pytest.raises(ValueError, match=r"compute_rent is 1\.0, and operations are not counted"):
         GrowthEnv(RUNS, rewards=config).reset(seed=0)
 
 
@@ -316,3 +319,23 @@ def test_a_library_that_asks_for_masks_learns_from_it() -> None:
     learner.learn(16)
     assert len(taken) == 16
     assert all(taken)
+
+
+def test_against_its_reference_a_run_that_does_not_grow_earns_nothing_at_any_decision() -> None:
+    def make_run(seed: int) -> Any:
+        with random_streams_apart():
+            reference = reference_of(RUNS(seed))
+        return replace(RUNS(seed), reference=reference)
+
+    env = GrowthEnv(make_run)
+    env.reset(seed=0)
+    assert [env.step([0] * len(Head))[1] for _ in range(RUNS.epochs)] == [0.0] * RUNS.epochs
+    env.reset(seed=0)
+    rewards = [env.step(env.coder.encode(action))[4]["reward"] for action in LIFE]
+    episode = env._begun()
+    reference = episode._run.reference
+    assert reference is not None
+    gained = np.log(reference.final_loss) - np.log(episode.final_metrics["loss"])
+    assert gained != 0.0
+    assert rewards[-1]["terminal"] == pytest.approx(gained)
+    assert sum(reward["progress"] for reward in rewards) == pytest.approx(0.0, abs=1e-12)

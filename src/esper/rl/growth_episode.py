@@ -22,6 +22,19 @@ from esper.training.trainer import DecisionDue, EpochReport, Trainer
 
 
 @dataclass(frozen=True, kw_only=True)
+class Reference:
+    """What became of the same run without growth.
+
+    Attributes:
+        losses: Held-out loss at each decision.
+        final_loss: As the episode's own end is evaluated.
+    """
+
+    losses: tuple[float, ...]
+    final_loss: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class HostRun:
     """A training run for an episode, which nobody has begun to train.
 
@@ -30,10 +43,14 @@ class HostRun:
             is never asked to decide: `DecidedOutside` where there is none.
         final: Evaluates the network at the end, best on data that no decision has seen; the reward
             of the whole run hangs on it.
+        reference: What rewards are measured against, so that the return of a run is what growth has
+            brought; runs differ much more by their seeds. None takes the loss at the first
+            decision.
     """
 
     trainer: Trainer
     final: Evaluate
+    reference: Reference | None = None
 
 
 MakeHostRun = Callable[[int], HostRun]
@@ -60,6 +77,21 @@ class DecidedOutside:
             "this run is decided for from outside: take its decisions at trainer.stops(), and pass "
             "them to growth.conclude(actions)"
         )
+
+
+def reference_of(run: HostRun) -> Reference | None:
+    """Train a run without growth, and return what became of it; None if it diverged.
+
+    Raises:
+        ValueError: As `GrowthEpisode`.
+    """
+    episode = GrowthEpisode(run, RewardConfig())
+    while not episode.over:
+        episode.play([])
+    losses = tuple(episode.growth.losses)
+    if episode.diverged or not all(map(math.isfinite, losses)):
+        return None
+    return Reference(losses=losses, final_loss=episode.final_metrics["loss"])
 
 
 class GrowthEpisode:
@@ -106,10 +138,11 @@ class GrowthEpisode:
                 "the host's run came to its end, or diverged, before its first decision; give it "
                 "more steps, or a smaller learning rate"
             )
+        reference = run.reference
         self._episode = Episode(
             num_decisions=self.growth.max_epochs,
             host_param_count=self.state.host_param_count,
-            reference_loss=self.growth.losses[-1],
+            reference_loss=self.growth.losses[-1] if reference is None else reference.final_loss,
         )
         self._standing = self._measured()
 
@@ -172,8 +205,10 @@ class GrowthEpisode:
             self._flops_before, self._steps_before = cost.flops, growth.step
         elif self._host_step_flops is not None:  # it diverged at once: no step, and no rent
             flops = host_flops = self._host_step_flops
+        reference = self._run.reference
         return Standing(
             held_out_loss=growth.losses[-1],
+            reference_loss=None if reference is None else reference.losses[growth.epoch - 1],
             contribution_fractions=tuple(
                 share for share in fractions if share is not None and math.isfinite(share)
             ),

@@ -75,7 +75,8 @@ class Episode(Record):
     host_param_count: Count
     """At the start."""
     reference_loss: float
-    """Held-out loss at the first decision, before any action."""
+    """What the final loss is measured against: the held-out loss at the first decision, before any
+    action, or the final loss of the same run without growth."""
 
 
 class Standing(Record):
@@ -83,6 +84,9 @@ class Standing(Record):
 
     held_out_loss: float
     """On the data that decisions are made by; at the end it is not read, and may be NaN."""
+    reference_loss: float | None = None
+    """Held-out loss of the same run without growth at the same decision; None takes that of the
+    episode. It depends on the time alone, so Phi may hold it."""
     contribution_fractions: tuple[float, ...] = ()
     """Of the seeds that have been measured, living and committed."""
     param_count: Annotated[int, Field(ge=0)]
@@ -184,7 +188,10 @@ def potential(config: RewardConfig, episode: Episode, standing: Standing) -> flo
     contribution, weight * the sum of the measured contribution fractions.
     """
     if config.potential is Potential.LOSS:
-        gain = _log_gain("progress", "held_out_loss", standing.held_out_loss, episode)
+        reference = standing.reference_loss
+        if reference is None:
+            reference = episode.reference_loss
+        gain = _log_gain("progress", "held_out_loss", standing.held_out_loss, reference)
         return config.progress * gain
     if config.potential is Potential.CONTRIBUTION:
         fractions = standing.contribution_fractions
@@ -245,7 +252,7 @@ def terminal_bonus(config: RewardConfig, episode: Episode, final_loss: float) ->
     """Return weight * log(reference_loss / final_loss), in nats; 0 where the run diverged."""
     if not math.isfinite(final_loss):
         return 0.0
-    return config.terminal * _log_gain("terminal", "final_loss", final_loss, episode)
+    return config.terminal * _log_gain("terminal", "final_loss", final_loss, episode.reference_loss)
 
 
 def divergence_penalty(config: RewardConfig, final_loss: float) -> float:
@@ -253,10 +260,10 @@ def divergence_penalty(config: RewardConfig, final_loss: float) -> float:
     return 0.0 if math.isfinite(final_loss) else -config.diverged
 
 
-def _log_gain(component: str, name: str, loss: float, episode: Episode) -> float:
-    _check_positive(component, "reference_loss", episode.reference_loss)
+def _log_gain(component: str, name: str, loss: float, reference_loss: float) -> float:
+    _check_positive(component, "reference_loss", reference_loss)
     _check_positive(component, name, loss)
-    return math.log(episode.reference_loss) - math.log(loss)
+    return math.log(reference_loss) - math.log(loss)
 
 
 def _check_positive(component: str, name: str, value: float) -> None:

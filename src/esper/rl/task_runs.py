@@ -1,11 +1,12 @@
 """The runs of a task as episodes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from esper.experiments.config import RunConfig
 from esper.experiments.run import build_setup, prepare
-from esper.rl.growth_episode import DecidedOutside, HostRun
+from esper.rl.growth_episode import DecidedOutside, HostRun, Reference, reference_of
 from esper.training.policy import Policy
+from esper.training.random_states import random_streams_apart
 
 
 @dataclass(frozen=True)
@@ -17,9 +18,20 @@ class TaskRuns:
 
     Attributes:
         config: Of all runs, but for the random seed and the policy.
+        first_random_seed: What random seed 0 stands for; others follow.
+        num_runs: How many different ones there are, the seed counting modulo that; None: as many as
+            there are random seeds.
+        referenced: Whether each is measured against itself without growth. That run is made when it
+            is first needed, and remembered, so it wants a small `num_runs`.
     """
 
     config: RunConfig
+    first_random_seed: int = 0
+    num_runs: int | None = None
+    referenced: bool = False
+    _references: dict[int, Reference | None] = field(
+        default_factory=dict, repr=False, compare=False
+    )
 
     def __call__(self, random_seed: int, policy: Policy | None = None) -> HostRun:
         """Return a fresh run.
@@ -30,10 +42,24 @@ class TaskRuns:
 
         Raises:
             SettingsError, TaskDataError, ModuleNotFoundError: As `esper.experiments.prepare`.
+            ValueError: The host diverges before its first decision.
         """
+        if self.num_runs is not None:
+            random_seed %= self.num_runs
+        random_seed += self.first_random_seed
+        run = self._fresh(random_seed, policy)
+        return replace(run, reference=self._reference(random_seed)) if self.referenced else run
+
+    def _fresh(self, random_seed: int, policy: Policy | None) -> HostRun:
         config = self.config.model_copy(update={"random_seed": random_seed})
         setup = build_setup(config)
         run = prepare(
             config, run_id=f"episode-{random_seed}", setup=setup, policy=policy or DecidedOutside()
         )
         return HostRun(trainer=run.trainer, final=setup.selection or setup.validation)
+
+    def _reference(self, random_seed: int) -> Reference | None:
+        if random_seed not in self._references:
+            with random_streams_apart():  # it draws what the run itself will draw
+                self._references[random_seed] = reference_of(self._fresh(random_seed, None))
+        return self._references[random_seed]
