@@ -334,6 +334,8 @@ def test_a_network_made_for_three_blueprints_runs_on_five_slots_with_unknown_one
 def test_of_an_unknown_blueprint_its_size_remains():
     network, seen = lively("abc"), seen_host(2, 4)
     seen.sizes[:] = torch.tensor([0.3, 0.3, 0.8, 0.3])
+    unknown = network.heads.name_key(network.name_numbers(["x"]))
+    assert torch.equal(unknown, torch.zeros_like(unknown))
     logits = said_of(network, seen, ("x", "y", "z", "a")).of_slots[Head.BLUEPRINT]
     assert torch.equal(logits[..., 0], logits[..., 1])
     assert not torch.allclose(logits[..., 0], logits[..., 2], atol=1e-3)
@@ -343,11 +345,14 @@ def test_of_an_unknown_blueprint_its_size_remains():
 def test_the_first_policy_is_nearly_uniform_and_learns_in_every_part():
     torch.manual_seed(0)
     network, seen = GrowthNetwork("abc", CHOICES), seen_host(3, 3)
-    logits, _ = network(seen, network.name_numbers("abc"), network.nothing_remembered(3))
+    names, memory = network.name_numbers("abc"), network.nothing_remembered(3)
+    _, memory = network(seen, names, memory)
+    logits, _ = network(seen, names, memory)
     spoken = [logits.operation, *logits.of_slots.values()]
     assert max(float(tensor.detach().abs().max()) for tensor in spoken) < 0.1
     sum(tensor.square().sum() for tensor in spoken).backward()
-    assert [name for name, weight in network.named_parameters() if weight.grad is None] == []
+    idle = [name for name, w in network.named_parameters() if w.grad is None or not w.grad.any()]
+    assert idle == []
 
 
 def test_a_name_that_is_given_twice_is_refused():
@@ -603,6 +608,18 @@ def test_every_decision_is_one_legal_action(saved: Path, deterministic: bool):
     for each, (action,) in zip(states, actions, strict=True):
         check_action(each, action)
     assert len({action.operation for (action,) in actions}) >= 3
+
+
+def test_a_random_seed_fixes_what_is_drawn_and_changes_nothing_where_nothing_is(saved: Path):
+    states = random_states(30, random_seed=2)
+
+    def decisions(deterministic: bool, random_seed: int) -> list[Action]:
+        policy = LearnedPolicy.load(saved, deterministic=deterministic, random_seed=random_seed)
+        return decided(policy, states)
+
+    assert decisions(True, 0) == decisions(True, 1)
+    assert decisions(False, 0) == decisions(False, 0)
+    assert decisions(False, 0) != decisions(False, 1)
 
 
 def test_a_host_may_grow_more_slots_or_have_other_blueprints_than_in_training(saved: Path):

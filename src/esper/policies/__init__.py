@@ -3,6 +3,7 @@
 from esper.policies.chooser import Candidate, Chooser, EvenChooser, UCB1Chooser
 from esper.policies.depth_schedule import DepthScheduleConfig, DepthSchedulePolicy, slope_policy
 from esper.policies.heuristic import HeuristicConfig, HeuristicPolicy, ucb1_policy
+from esper.policies.learned import LearnedPolicy, PolicyFileError
 from esper.policies.named import POLICY_NAMES, named_policy
 from esper.policies.random import RandomPolicy
 from esper.policies.replay import ReplayPolicy
@@ -23,7 +24,9 @@ __all__ = [
     "GrowthTiming",
     "HeuristicConfig",
     "HeuristicPolicy",
+    "LearnedPolicy",
     "PlayedArm",
+    "PolicyFileError",
     "RandomPolicy",
     "ReplayPolicy",
     "SchedulePolicy",
