@@ -91,6 +91,7 @@ benchmarks: $(VENV)/.dev chromium redis
 	$(BIN)/python benchmarks/dashboard_load.py
 	$(BIN)/python benchmarks/bus_priority.py
 	$(BIN)/python benchmarks/bus_throughput.py
+	$(BIN)/python benchmarks/host_parallelism.py --hosts 1 4 16 64
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info src/*.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -74,6 +74,7 @@ def _fresh_compiler() -> Iterator[None]:
         ),
         ("snapshot_cost", ("--tasks", "teacher", "--steps", "8"), {"TURN_STEPS": 2}, "teacher"),
         ("host_parallelism", ("--quick",), {}, "under the random policy: "),
+        ("policies", ("--quick", "--tasks", "digits", "--seeds", "2"), {}, "policy-digits/policy"),
         pytest.param(
             *("bus_priority", ("--emergencies", "3"), {}, "one stream for both"), marks=on_redis
         ),

@@ -1,0 +1,149 @@
+"""Who decides best? Every policy on the same runs with as many operations, a learned one too.
+
+For each task a policy is trained first: recurrent PPO that imitates the heuristic before it learns
+from rewards. Its runs are other ones, by random seed, than those that all policies are then weighed
+on. What was trained or weighed before is taken from the folder, and goes on there if it was
+stopped.
+
+    python benchmarks/policies.py [--tasks digits text] [--folder benchmarks/results]
+        [--processes N] [--seeds 5] [--quick]
+"""
+
+import argparse
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from esper.cli.policy_views import print_evaluation
+from esper.policies.named import NEVER
+from esper.rl.evaluation import Evaluation, EvaluationConfig, EvaluationFolder, PolicyRun, evaluate
+from esper.rl.policy_run import (
+    POLICY_FILE,
+    load_policy_run_config,
+    new_policy_run,
+    policy_run_config,
+    resumed_policy_run,
+)
+from esper.telemetry.run_store import RunReader
+from objective_tables import machine
+
+POLICIES = (NEVER, "random", "schedule", "heuristic", "ucb1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contest:
+    """A task, how long its runs are, and how much is learned from."""
+
+    task: str
+    settings: tuple[str, ...]
+    decisions: int
+    training: tuple[str, ...]
+
+
+CONTESTS = {
+    contest.task: contest
+    for contest in (
+        Contest(
+            task="digits",
+            settings=("trainer.epochs=40",),
+            decisions=9_600,
+            training=("training.steps_per_fragment=160", "training.batch_size=80"),
+        ),
+        Contest(
+            task="text",
+            settings=("trainer.epochs=14", "trainer.decision_interval_steps=50"),
+            decisions=4_480,
+            training=("training.steps_per_fragment=112", "training.batch_size=56"),
+        ),
+    )
+}
+_LEARNING = (
+    "demonstrations.policy=heuristic",
+    "demonstrations.num_episodes=24",
+    "demonstrations.passes=20",
+    "training.target_kl=0.05",
+)
+_QUICK = (
+    "trainer.epochs=2",
+    "trainer.decision_interval_steps=none",
+    "training.steps_per_fragment=2",
+    "training.batch_size=2",
+    "training.num_workers=1",
+    "demonstrations.num_episodes=1",
+    "demonstrations.passes=1",
+    "episodes.num_runs=1",
+)
+
+
+def train(contest: Contest, folder: Path, *, processes: int, quick: bool) -> Path:
+    """Return the file of the task's learned policy, trained first if it is not there."""
+    if (folder / "config.json").exists():
+        if RunReader(folder).status == "finished":
+            policy_run_config(folder)
+            return folder / POLICY_FILE
+        opened = resumed_policy_run(folder)
+    else:
+        settings = [*contest.settings, *contest.training, *_LEARNING]
+        settings += [f"training.num_workers={processes}", *(_QUICK if quick else ())]
+        steps = 2 if quick else contest.decisions
+        options = {"training": {"total_steps": steps}}
+        opened = new_policy_run(
+            load_policy_run_config(contest.task, None, settings, options), folder
+        )
+    with opened as run:
+        for _ in run.imitate():
+            pass
+        for report in run.reports():
+            print(f"{contest.task}: {report.timesteps} decisions, return {report.mean_return}")
+        return run.policy_file
+
+
+def weigh(
+    contest: Contest, learned: Path, folder: Path, *, seeds: int, processes: int, quick: bool
+) -> Evaluation:
+    """Return what each policy made of the task's runs."""
+    settings = [*contest.settings, *(("trainer.epochs=2",) if quick else ())]
+    run = load_policy_run_config(contest.task, None, settings, {}).run
+    config = EvaluationConfig(
+        run=run.model_copy(update={"count_flops": True}),
+        policies=(*POLICIES, str(learned)),
+        random_seeds=tuple(range(seeds)),
+    )
+
+    def tell(_: Evaluation, done: PolicyRun) -> None:
+        print(f"{contest.task}: {done.policy}, seed {done.random_seed}, {done.epochs} epochs")
+
+    kept = EvaluationFolder(folder, config)
+    return evaluate(config, kept, processes=processes, on_run=tell)
+
+
+def show(console: Console, contest: Contest, evaluation: Evaluation) -> None:
+    console.print(f"\n{contest.task}, {' '.join(contest.settings)}\n", markup=False)
+    print_evaluation(console, evaluation)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tasks", nargs="+", default=list(CONTESTS), choices=list(CONTESTS))
+    parser.add_argument("--folder", type=Path, help="default benchmarks/results; kept")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--quick", action="store_true", help="a run of each, to see that it works")
+    arguments = parser.parse_args()
+    console = Console(width=200)
+    console.print(machine())
+    how = {"processes": arguments.processes, "quick": arguments.quick}
+    with tempfile.TemporaryDirectory() as temporary:
+        kept = Path(temporary) if arguments.quick else Path("benchmarks/results")
+        for task in arguments.tasks:
+            contest, place = CONTESTS[task], arguments.folder or kept
+            learned = train(contest, place / f"policy-{task}", **how)
+            place /= f"policy-eval-{task}"
+            show(console, contest, weigh(contest, learned, place, seeds=arguments.seeds, **how))
+
+
+if __name__ == "__main__":
+    main()
