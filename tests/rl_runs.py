@@ -11,6 +11,7 @@ from esper.rl import DecidedOutside, GrowthEnv, HostRun
 from growth_problem import LENIENT
 
 SLOTS = ("first", "second")
+CONFIG = esper.SlotConfig(ramp_steps=4, embargo_epochs=1, thresholds=LENIENT)
 
 
 class TwoLayers(nn.Module):
@@ -35,7 +36,7 @@ class TinyRuns:
     learning_rate: float = 1e-2
     count_flops: bool = False
     targets: tuple[str, ...] = SLOTS
-    config: esper.SlotConfig = esper.SlotConfig(ramp_steps=4, embargo_epochs=1, thresholds=LENIENT)
+    config: esper.SlotConfig = CONFIG
 
     def __call__(self, random_seed: int, policy: esper.Policy | None = None) -> HostRun:
         model = TwoLayers()
