@@ -1,5 +1,6 @@
 """`esper inspect`: the story of a run, from its folder."""
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +11,7 @@ from rich.text import Text
 
 from esper.cli.compare_views import print_comparison, summary_record
 from esper.cli.tables import print_seeds, print_twin
+from esper.cli.training_tables import print_training_story, training_records
 from esper.cli.views import STAGE_STYLES
 from esper.experiments.comparison import (
     ComparisonFolderError,
@@ -19,6 +21,8 @@ from esper.experiments.comparison import (
 from esper.lifecycle.events import EventSchemaError
 from esper.lifecycle.stages import GROWTH_PATH
 from esper.report.story import GateVisit, RunStory, SeedStory, StageVisit, tell
+from esper.report.training_story import tell_training
+from esper.telemetry.run_kind import training_settings
 from esper.telemetry.run_store import RunFolderError, RunReader
 
 _CANNOT_SHOW = (
@@ -32,15 +36,17 @@ _CANNOT_SHOW = (
 
 def inspect(
     run: Annotated[
-        Path, typer.Argument(help="Folder of a run or a comparison, as grow and compare print it.")
+        Path,
+        typer.Argument(help="Folder as grow, compare or policy train print it."),
     ],
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print every event, or the table, as JSON.")
+        bool, typer.Option("--json", help="Print every event, rollout or the table as JSON.")
     ] = False,
 ) -> None:
     """Tell what grew in RUN, when, and why: every gate decision with what it measured.
 
-    Of a comparison, finished or not: the table and the verdict.
+    Of a comparison, finished or not: the table and the verdict. Of the training of a policy: how it
+    went, in ten rows, and which environments were restarted.
     """
     console = Console()
     try:
@@ -48,6 +54,9 @@ def inspect(
             _inspect_comparison(console, run, as_json=as_json)
             return
         reader = RunReader(run)
+        if training_settings(reader.config()) is not None:
+            _inspect_training(console, reader, as_json=as_json)
+            return
         records = reader.events()
         if as_json:
             for record in records:
@@ -72,6 +81,15 @@ def _inspect_comparison(console: Console, folder: Path, *, as_json: bool) -> Non
         console.print_json(data=summary_record(comparison), indent=None)
     else:
         print_comparison(console, comparison)
+
+
+def _inspect_training(console: Console, reader: RunReader, *, as_json: bool) -> None:
+    story = tell_training(reader)
+    if as_json:
+        for record in training_records(story):
+            console.out(json.dumps(record), highlight=False)
+    else:
+        print_training_story(console, reader, story)
 
 
 def _print_head(console: Console, reader: RunReader, story: RunStory) -> None:

@@ -1,4 +1,4 @@
-"""`esper report`: a run or a comparison as a page to look at, and as pictures."""
+"""`esper report`: a run, a comparison or a training as a page to look at, and as pictures."""
 
 import webbrowser
 from collections.abc import Sequence
@@ -18,9 +18,21 @@ from esper.experiments.comparison import (
     references_of,
 )
 from esper.lifecycle.events import EventSchemaError
-from esper.report import Chart, Reference, draw_charts, run_charts, run_report, tell
+from esper.report import (
+    Chart,
+    Reference,
+    draw_charts,
+    run_charts,
+    run_report,
+    tell,
+    tell_training,
+    training_charts,
+    training_report,
+)
 from esper.report.chart import growth_words
 from esper.report.png import NothingToDrawError
+from esper.report.training_page import training_title
+from esper.telemetry.run_kind import training_settings
 from esper.telemetry.run_store import RunFolderError, RunReader
 
 REPORT_FILE = "report.html"
@@ -37,7 +49,8 @@ _CANNOT_SHOW = (
 
 def report(
     run: Annotated[
-        Path, typer.Argument(help="Folder of a run or a comparison, as grow and compare print it.")
+        Path,
+        typer.Argument(help="Folder as grow, compare or policy train print it."),
     ],
     out: Annotated[
         Path | None, typer.Option(help=f"File to write; default {REPORT_FILE} in the folder.")
@@ -55,24 +68,15 @@ def report(
 ) -> None:
     """Write what grew in RUN, what it gave and cost, and why: one HTML file that needs no network.
 
-    Also of a run that is still going on, and of a comparison.
+    Also of a run that is still going on, of a comparison, and of the training of a policy.
     """
     if only and png is None:
         raise typer.BadParameter("--only chooses what the PNG shows; name one with --png")
     console = Console()
     try:
-        if holds_comparison(run):
-            if beside is not None:
-                raise typer.BadParameter(f"{run} is a comparison itself; leave --beside out")
-            comparison = read_comparison(run)
-            content = comparison_report(comparison, name=run.resolve().name)
-            title, charts = comparison_title(comparison), comparison_charts(comparison)
-        else:
-            reader = RunReader(run)
-            references = _references(reader, beside)
-            content = run_report(reader, references=references)
-            title, charts = _run_pictures(reader, references)
+        content = _page(run, beside)
         if png is not None:
+            title, charts = _pictures(run, beside)
             draw_charts(title, _chosen(charts, only), png)
         target = out or run / REPORT_FILE
         target.write_text(content, encoding="utf-8")
@@ -94,17 +98,44 @@ def _chosen(charts: Sequence[Chart], only: Sequence[str] | None) -> Sequence[Cha
 
 
 def leave_report(folder: Path) -> str:
-    """Write the report into the folder of a run or a comparison, and tell where, or why not."""
+    """Write the report into a folder of whatever kind, and tell where, or why not."""
     target = folder / REPORT_FILE
     try:
-        if holds_comparison(folder):
-            content = comparison_report(read_comparison(folder), name=folder.resolve().name)
-        else:
-            content = run_report(RunReader(folder))
-        target.write_text(content, encoding="utf-8")
+        target.write_text(_page(folder), encoding="utf-8")
     except _CANNOT_SHOW as error:
         return f"no report: {error}"
     return f"report      {target}"
+
+
+def _page(folder: Path, beside: Path | None = None) -> str:
+    if holds_comparison(folder):
+        _refuse(beside, f"{folder} is a comparison itself")
+        return comparison_report(read_comparison(folder), name=folder.resolve().name)
+    reader = RunReader(folder)
+    if training_settings(reader.config()) is not None:
+        _refuse(beside, f"{folder} is the training of a policy, which no network stands beside")
+        return training_report(reader)
+    return run_report(reader, references=_references(reader, beside))
+
+
+def _pictures(folder: Path, beside: Path | None) -> tuple[str, list[Chart]]:
+    """Return the charts of a page, and their title."""
+    if holds_comparison(folder):
+        comparison = read_comparison(folder)
+        return comparison_title(comparison), comparison_charts(comparison)
+    reader = RunReader(folder)
+    task = str(reader.config().get("task", "run"))
+    if training_settings(reader.config()) is not None:
+        training = tell_training(reader)
+        return training_title(task, training), training_charts(training)
+    story = tell(reader.events())
+    charts = run_charts(story, reader.metrics(), references=_references(reader, beside))
+    return f"{task} · {growth_words(story)}", charts
+
+
+def _refuse(beside: Path | None, reason: str) -> None:
+    if beside is not None:
+        raise typer.BadParameter(f"{reason}; leave --beside out")
 
 
 def _references(reader: RunReader, folder: Path | None) -> list[Reference]:
@@ -118,9 +149,3 @@ def _references(reader: RunReader, folder: Path | None) -> list[Reference]:
             "their losses cannot be shown side by side"
         )
     return references_of(comparison)
-
-
-def _run_pictures(reader: RunReader, references: Sequence[Reference]) -> tuple[str, list[Chart]]:
-    story = tell(reader.events())
-    title = f"{reader.config().get('task', 'run')} · {growth_words(story)}"
-    return title, run_charts(story, reader.metrics(), references=references)

@@ -1,5 +1,6 @@
 """`esper resume`: go on with a run that was stopped."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -25,6 +26,7 @@ from esper.experiments.settings import SettingsError
 from esper.report.story import tell
 from esper.seeds.registry import BlueprintError
 from esper.tasks.task import TaskDataError
+from esper.telemetry.run_kind import training_settings
 from esper.telemetry.run_store import RunFolderError, RunReader
 from esper.training.checkpoints import CheckpointError
 from esper.training.control import RunStoppedError
@@ -59,7 +61,13 @@ def resume(
         raise typer.BadParameter("--quiet and --json exclude each other")
     console = Console()
     try:
-        settings = RunConfig.model_validate(RunReader(run).config())
+        kept = RunReader(run).config()
+        if training_settings(kept) is not None:
+            raise typer.BadParameter(
+                f"{run} holds the training of a policy, and no run of a network; go on with it by: "
+                f"{program()} policy train --out {shlex.quote(str(run))}"
+            )
+        settings = RunConfig.model_validate(kept)
         view = choose_view(console, settings.task, quiet=quiet, as_json=as_json)
         with resumed_run(run, [view]) as growing:
             with view:

@@ -10,6 +10,7 @@ from esper.dashboard.run_folders import RunFolders
 from esper.lifecycle import commands
 from esper.lifecycle.actions import Action, Advance, Commit, Prune
 from esper.signing import Keyring
+from esper.telemetry.run_kind import training_settings
 from esper.telemetry.run_store import RunReader
 
 _WAIT_SECONDS = 10.0
@@ -50,7 +51,8 @@ _OFFERED = (
 class BusCommandChannel:
     """A `CommandChannel` to the runs in a folder, also to those that run elsewhere.
 
-    Everything is offered for a run that says that it runs, and a run refuses what is not legal.
+    Everything is offered for a run that says that it runs, and a run refuses what is not legal;
+    nothing for the training of a policy, which listens to no bus.
 
     Args:
         root: The folder that runs are in.
@@ -77,9 +79,11 @@ class BusCommandChannel:
         self._known: dict[str, Path] = {}
 
     def offers(self, run: str) -> Sequence[OfferedAction]:
-        """Return everything if the run says that it runs, else nothing."""
+        """Return everything if the run says that it runs and listens, else nothing."""
         reader = self._reader(run)
-        return _OFFERED if reader is not None and reader.status == "running" else ()
+        if reader is None or reader.status != "running":
+            return ()
+        return _OFFERED if training_settings(reader.config()) is None else ()
 
     def send(self, command: Command) -> str:
         """Pass a command on, and return what came of it.

@@ -10,6 +10,7 @@ from esper.dashboard.watched_run import RunRow
 from esper.lifecycle.events import RunFinished, RunStarted, SeedCommitted
 from esper.report.chart import Chart, layout_of, line_of, log_axis
 from esper.report.charts import quality_names
+from esper.report.training_story import RETURN, TrainingStory, running_means
 from esper.telemetry.run_store import MetricRow, RunReader
 
 MAX_COMPARED = 8
@@ -106,9 +107,14 @@ def _compared(
         colour=colour,
         params=params,
         flops=last.get("flops"),
-        metrics={name: last[name] for name in ("loss", *quality_names(values)) if name in last},
+        metrics={name: last[name] for name in _held_out(row, values) if name in last},
         test_metrics=test_metrics,
     )
+
+
+def _held_out(row: RunRow, values: Sequence[MetricRow]) -> list[str]:
+    """Return the held-out values of a run; a training of a policy has none of its own."""
+    return [] if row.kind == "training" else ["loss", *quality_names(values)]
 
 
 def differing(configs: Sequence[Mapping[str, Any]]) -> list[Setting]:
@@ -136,7 +142,16 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def _charts(runs: Sequence[ComparedRun], metrics: Sequence[Sequence[MetricRow]]) -> Iterator[Chart]:
-    losses = [_points(values, "loss") for values in metrics]
+    if any(run.row.kind == "training" for run in runs):
+        returns = [_returns(run.row, values) for run, values in zip(runs, metrics, strict=True)]
+        title = "Mean return of episodes, running mean"
+        yield _overlaid("return", title, runs, returns, y="return", x="decisions")
+    if all(run.row.kind == "training" for run in runs):
+        return
+    losses = [
+        [] if run.row.kind == "training" else _points(values, "loss")
+        for run, values in zip(runs, metrics, strict=True)
+    ]
     yield _overlaid("loss", "Held-out loss", runs, losses, y="loss")
     spent = [_over_flops(values, points) for values, points in zip(metrics, losses, strict=True)]
     if any(spent):
@@ -148,11 +163,23 @@ def _charts(runs: Sequence[ComparedRun], metrics: Sequence[Sequence[MetricRow]])
             y="loss",
             x="floating-point operations",
         )
-    names = dict.fromkeys(name for values in metrics for name in quality_names(values))
-    for name in names:
+    names = [_held_out(run.row, values) for run, values in zip(runs, metrics, strict=True)]
+    for name in dict.fromkeys(name for each in names for name in each if name != "loss"):
         title = name.replace("_", " ")
-        points = [_points(values, name) for values in metrics]
+        points = [
+            _points(values, name) if name in each else []
+            for values, each in zip(metrics, names, strict=True)
+        ]
         yield _overlaid(f"quality-{name}", title.capitalize(), runs, points, y=title)
+
+
+def _returns(row: RunRow, values: Sequence[MetricRow]) -> Points:
+    """Return the course of a training; nothing of any other run."""
+    if row.kind != "training":
+        return []
+    story = TrainingStory()
+    story.take_values(values)
+    return list(running_means(story.rollouts, RETURN, window=story.window))
 
 
 def _points(values: Sequence[MetricRow], name: str) -> Points:

@@ -4,17 +4,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from esper.telemetry.run_kind import training_settings
+
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
     """What the epoch of an event or a value counts.
 
     Attributes:
-        unit: Epochs, or decisions of a run that decides every so many steps.
+        unit: Epochs; or decisions of a run that decides every so many steps; or rollouts of the
+            training of a policy.
         total: Of them; None where it is not known beforehand.
     """
 
-    unit: Literal["epoch", "decision"] = "epoch"
+    unit: Literal["epoch", "decision", "rollout"] = "epoch"
     total: int | None = None
 
 
@@ -25,7 +28,11 @@ def progress_of(config: Mapping[str, Any]) -> Progress:
     Progress(unit='epoch', total=3)
     >>> progress_of({"trainer": {"epochs": 3, "decision_interval_steps": 50}})
     Progress(unit='decision', total=None)
+    >>> progress_of({"policy_training": {}})
+    Progress(unit='rollout', total=None)
     """
+    if training_settings(config) is not None:
+        return Progress(unit="rollout")
     trainer = config.get("trainer")
     if not isinstance(trainer, Mapping):
         return Progress()

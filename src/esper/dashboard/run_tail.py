@@ -1,4 +1,4 @@
-"""The story of one run, told on as its rows come in."""
+"""The story of one run, or of one training, told on as its rows come in."""
 
 import math
 import threading
@@ -9,12 +9,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 from esper.dashboard.progress import progress_of
+from esper.dashboard.run_folders import as_text
 from esper.lifecycle.events import EventRecord, Priority, RunFinished, RunStarted, StageChanged
 from esper.lifecycle.stages import LIVING_STAGES, SeedStage
 from esper.lifecycle.words import in_words
 from esper.report.chart import STAGE_COLOURS, Chart
 from esper.report.charts import run_charts
 from esper.report.story import RunStory, SeedStory, StoryTeller
+from esper.report.training_charts import training_charts
+from esper.report.training_page import training_figures
+from esper.report.training_story import TrainingStory
+from esper.telemetry.run_kind import training_settings
 from esper.telemetry.run_store import MetricRow, RunGlance, RunReader
 
 CHUNK_EVENTS = 2000
@@ -94,15 +99,18 @@ class TailState:
         telling: Differs when the story was begun anew, since rows that were read may be gone.
         unread: Events that are there and not yet told.
         unit: What the epoch of a line or a slot counts.
+        figures: None of the training of a policy.
+        training_figures: Of a training, each with its name and a remark; of a run, none.
         lines: The last ones after those that were seen.
     """
 
     version: str
     telling: str
     unread: int
-    unit: Literal["epoch", "decision"]
+    unit: Literal["epoch", "decision", "rollout"]
     config: Mapping[str, Any]
-    figures: Figures
+    figures: Figures | None
+    training_figures: list[tuple[str, str, str]]
     slots: list[SlotNow]
     lines: list[EventLine]
 
@@ -122,11 +130,13 @@ class RunTail:
     def __init__(self, folder: Path) -> None:
         self._reader = RunReader(folder)
         self._lock = threading.Lock()
-        self._begin(_life_of(self._reader.glance()))
+        self._begin(self._life_of(self._reader.glance()))
 
-    def _begin(self, life: tuple[int, float | None]) -> None:
+    def _begin(self, life: tuple[str, int, float | None]) -> None:
         self._config = self._reader.config()  # first: where it cannot be read, nothing has begun
         self._life = life
+        settings = training_settings(self._config)
+        self._training = None if settings is None else TrainingStory(settings=settings)
         self._teller = StoryTeller()
         self._stages: dict[str, tuple[StageChanged, int]] = {}
         self._lines: deque[EventLine] = deque(maxlen=_MAX_LINES)
@@ -155,8 +165,8 @@ class RunTail:
         """
         with self._lock:
             glance = self._reader.glance()
-            if _life_of(glance) != self._life:
-                self._begin(_life_of(glance))
+            if self._life_of(glance) != self._life:
+                self._begin(self._life_of(glance))
             rows = self._reader.event_rows(after=self._last_event, limit=CHUNK_EVENTS)
             for row in rows:
                 self._take(row.id, row.record)
@@ -167,6 +177,8 @@ class RunTail:
             values = self._reader.metrics(after=self._last_metric)
             if values:
                 self._metrics += values
+                if self._training is not None:
+                    self._training.take_values(values)
                 self._last_values.update((row.name, row.value) for row in values)
                 self._last_metric = values[-1].id
             self._unread = 0
@@ -175,6 +187,8 @@ class RunTail:
     def _take(self, row: int, record: EventRecord) -> None:
         event = record.event
         self._teller.take(record)
+        if self._training is not None:
+            self._training.take(record)
         self._last_event = row
         if isinstance(event, StageChanged):
             self._stages[event.slot] = (event, record.epoch)
@@ -204,7 +218,10 @@ class RunTail:
                 unread=self._unread,
                 unit=progress_of(self._config).unit,
                 config=self._config,
-                figures=self._figures(),
+                figures=self._figures() if self._training is None else None,
+                training_figures=(
+                    [] if self._training is None else training_figures(self._training)
+                ),
                 slots=self._slots(),
                 lines=[line for line in self._lines if line.id > after],
             )
@@ -213,14 +230,21 @@ class RunTail:
         """Return the charts, and the version that they show."""
         with self._lock:
             if self._charts is None or self._charts[0] != self._version:
-                charts = run_charts(self._teller.story, self._metrics)
+                if self._training is not None:
+                    charts = training_charts(self._training)
+                else:
+                    charts = run_charts(self._teller.story, self._metrics)
                 self._charts = (self._version, charts)
             return self._charts
 
+    def _life_of(self, glance: RunGlance) -> tuple[str, int, float | None]:
+        """Return what differs once rows that were read may be gone."""
+        return as_text(self._reader.run_id), glance.attempt, glance.first_seconds
+
     @property
     def _telling(self) -> str:
-        attempt, first_seconds = self._life
-        return f"{attempt}.{first_seconds}"
+        run_id, attempt, first_seconds = self._life
+        return f"{run_id}.{attempt}.{first_seconds}"
 
     @property
     def _version(self) -> str:
@@ -278,11 +302,6 @@ class RunTail:
             refused=None if seed is None else _refused(seed, epoch),
             committed=[life.blueprint for life in lives if life.committed],
         )
-
-
-def _life_of(glance: RunGlance) -> tuple[int, float | None]:
-    """Return what differs once rows that were read may be gone."""
-    return glance.attempt, glance.first_seconds
 
 
 def _alpha(seed: SeedStory, step: int) -> float:

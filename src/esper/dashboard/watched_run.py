@@ -14,6 +14,8 @@ from esper.dashboard.progress import progress_of, whole_number
 from esper.dashboard.run_folders import as_text
 from esper.dashboard.trend import Trend
 from esper.lifecycle.events import EventSchemaError
+from esper.report.training_story import RETURN, TRAINING_WORDS, setting
+from esper.telemetry.run_kind import training_settings
 from esper.telemetry.run_store import (
     CONFIG_FILE,
     DATABASE_FILE,
@@ -39,26 +41,30 @@ class RunRow:
         status: "running", "finished", "failed", "interrupted", "stopped"; "killed" if nobody writes
             a run that is not over; "starting" while its folder is being made, "unreadable" if it
             cannot be read, for which `problem` says why.
+        kind: A training is that of a policy; it has no loss and no seeds of its own.
         resume: The command that resumes the run.
         unit: What `epoch` counts; `epochs` is how many there will be, if that is known.
         loss: Held out, the last; `trend` is all of it in few points.
+        mean_return: Of episodes, the last; `trend` is that of a training.
         last_value: Row of the last value of any name, so that one more makes another row of this.
     """
 
     id: str
     status: str = "starting"
     problem: str | None = None
+    kind: Literal["run", "training"] = "run"
     resume: str = ""
     task: str = ""
     policy: str = ""
     random_seed: int | None = None
     attempt: int = 0
-    unit: Literal["epoch", "decision"] = "epoch"
+    unit: Literal["epoch", "decision", "rollout"] = "epoch"
     epoch: int = 0
     epochs: int | None = None
     step: int = 0
     loss: float | None = None
     best_loss: float | None = None
+    mean_return: float | None = None
     trend: list[float] = field(default_factory=list)
     growing: int = 0
     committed: int = 0
@@ -79,8 +85,8 @@ class WatchedRun:
 
     def __init__(self, run_id: str, folder: Path) -> None:
         self.folder = folder
-        command = f"esper resume {shlex.quote(as_text(str(folder)))}"
-        self.row = RunRow(id=run_id, resume=command)
+        self._named = shlex.quote(as_text(str(folder)))
+        self.row = RunRow(id=run_id, resume=f"esper resume {self._named}")
         # As text: hundreds of runs are looked at several times a second.
         self._marked = (str(folder / DATABASE_FILE), str(folder / f"{DATABASE_FILE}-wal"))
         self._seen: _Marks | None = None
@@ -89,12 +95,14 @@ class WatchedRun:
         self._begin()
 
     def _begin(self) -> None:
-        self._life: tuple[int, float | None] | None = None
+        self._life: tuple[str, int, float | None] | None = None
         self._config: Mapping[str, Any] = {}
+        self._training: Mapping[str, Any] | None = None
+        self._total_steps: int | None = None
         self._trend = Trend()
         self._best: float | None = None
         self._last: float | None = None
-        self._last_loss = 0
+        self._last_followed = 0
         self._last_value = 0
 
     def look(self) -> bool:
@@ -150,25 +158,19 @@ class WatchedRun:
     def _read_row(self, reader: RunReader) -> RunRow:
         has_writer = is_written(self.folder)
         glance = reader.glance()  # after the question who writes: a run that ends says so first
-        life = (glance.attempt, glance.first_seconds)  # a folder may be removed and made anew
+        life = (reader.run_id, glance.attempt, glance.first_seconds)  # a folder may be made anew
         if life != self._life:
             self._begin()
             self._config, self._life = reader.config(), life
-        for value in reader.metrics(after=self._last_loss, name="loss"):
-            self._trend.take(value.value)
-            self._last_loss, self._last = value.id, value.value
-            if math.isfinite(value.value):
-                self._best = min(value.value, math.inf if self._best is None else self._best)
-        self._last_value = max(self._last_value, self._last_loss)
-        for value in reader.metrics(after=self._last_value):
-            self._last_value = value.id
+            self._training = training_settings(self._config)
+        self._follow(reader)
         counts = glance.event_counts
         committed, pruned = counts.get("seed_committed", 0), counts.get("seed_pruned", 0)
         killed = glance.status == "running" and not has_writer and os.name == "posix"
         progress = progress_of(self._config)
-        return RunRow(
+        row = RunRow(
             id=self.row.id,
-            resume=self.row.resume,
+            resume=f"esper resume {self._named}",
             status="killed" if killed else glance.status,
             task=str(self._config.get("task", "")),
             policy=str(self._config.get("policy", "")),
@@ -188,6 +190,40 @@ class WatchedRun:
             last_value=self._last_value,
             started_seconds=glance.first_seconds or (self.folder / CONFIG_FILE).stat().st_mtime,
             last_seconds=glance.last_seconds,
+        )
+        return row if self._training is None else self._of_training(row)
+
+    def _follow(self, reader: RunReader) -> None:
+        """Read on in the values."""
+        if self._training is not None:
+            for value in reader.metrics(after=self._last_value, name="total_steps"):
+                self._total_steps = round(value.value)
+        name = "loss" if self._training is None else RETURN
+        for value in reader.metrics(after=self._last_followed, name=name):
+            self._trend.take(value.value)
+            self._last_followed, self._last = value.id, value.value
+            if math.isfinite(value.value):
+                self._best = min(value.value, math.inf if self._best is None else self._best)
+        self._last_value = max(self._last_value, self._last_followed)
+        for value in reader.metrics(after=self._last_value):
+            self._last_value = value.id
+
+    def _of_training(self, row: RunRow) -> RunRow:
+        """Return the row of a training, whose only events are mishaps: times are not theirs."""
+        begun = whole_number(setting(self._training, "training", "total_steps"))
+        return replace(
+            row,
+            kind="training",
+            resume=f"esper policy train --out {self._named}",
+            policy=TRAINING_WORDS,
+            unit="decision",
+            epoch=row.step,
+            epochs=begun if self._total_steps is None else self._total_steps,
+            loss=None,
+            best_loss=None,
+            mean_return=self._last,
+            started_seconds=(self.folder / CONFIG_FILE).stat().st_mtime,
+            last_seconds=None,
         )
 
 

@@ -7,6 +7,9 @@ from esper.report.figure import new_figure
 from esper.report.png import draw_charts
 from esper.report.run_page import run_report
 from esper.report.story import RunStory, SeedStory, StoryTeller, tell
+from esper.report.training_charts import training_charts
+from esper.report.training_page import training_report
+from esper.report.training_story import TrainingStory, tell_training
 
 __all__ = [
     "Chart",
@@ -14,9 +17,13 @@ __all__ = [
     "RunStory",
     "SeedStory",
     "StoryTeller",
+    "TrainingStory",
     "draw_charts",
     "new_figure",
     "run_charts",
     "run_report",
     "tell",
+    "tell_training",
+    "training_charts",
+    "training_report",
 ]

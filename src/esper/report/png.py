@@ -54,7 +54,7 @@ def draw_charts(title: str, charts: Sequence[Chart], target: Path) -> None:
         OSError: The file cannot be written.
     """
     if not charts:
-        raise NothingToDrawError("there is nothing to draw: no loss was measured, and nothing grew")
+        raise NothingToDrawError("there is nothing to draw: nothing was measured yet")
     rows = _rows(charts)
     heights = [
         max(chart.figure["layout"]["height"] for chart in row) / _PIXELS_PER_INCH + _TITLE_INCHES

@@ -16,7 +16,7 @@ from esper.report.story import GateVisit, RunStory, SeedStory, tell
 from esper.telemetry.run_store import MetricRow, RunReader
 
 _OUTCOMES = {"committed": "good", "pruned": "bad", "still growing": "warn"}
-_STATUSES = {
+STATUS_KINDS = {
     "finished": "good",
     "failed": "bad",
     "running": "warn",
@@ -40,7 +40,7 @@ def run_report(reader: RunReader, *, references: Sequence[Reference] = ()) -> st
     story, metrics = tell(reader.events()), reader.metrics()
     config, environment = reader.config(), reader.environment()
     task = str(config.get("task", "run"))
-    heading = f"{escape(task)} {chip(reader.status, _STATUSES.get(reader.status, ''))}"
+    heading = f"{escape(task)} {chip(reader.status, STATUS_KINDS.get(reader.status, ''))}"
     return page(
         title=f"{task}: {reader.folder.name}",
         heading=heading,

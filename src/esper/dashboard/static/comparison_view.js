@@ -63,8 +63,13 @@ export class ComparisonView {
       ["Operations", runs.map((run) => format.compact(run.flops))],
       [
         "Seeds committed / pruned",
-        runs.map((run) => `${run.row.committed} / ${run.row.pruned}`),
+        runs.map(({ row }) =>
+          row.kind === "training" ? "–" : `${row.committed} / ${row.pruned}`,
+        ),
       ],
+      ...(runs.some(({ row }) => row.kind === "training")
+        ? [["Last mean return", runs.map(({ row }) => format.signed(row.mean_return))]]
+        : []),
       ["Best held-out loss", runs.map((run) => format.measure(run.row.best_loss))],
       ...names("metrics").map((name) => [
         `Held-out ${format.words(name)}`,

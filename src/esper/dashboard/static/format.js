@@ -28,6 +28,11 @@ export function measure(value) {
   return size !== 0 && (size < 0.001 || size >= 10000) ? value.toExponential(2) : value.toFixed(4);
 }
 
+// A value where more is better and 0 means something, as the return of episodes.
+export function signed(value) {
+  return value > 0 ? `+${measure(value)}` : measure(value);
+}
+
 export function percent(fraction) {
   return fraction === null || fraction === undefined
     ? "–"

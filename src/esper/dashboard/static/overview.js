@@ -55,13 +55,19 @@ export class Overview {
         "div",
         { class: "parts" },
         named("Running now", running, (row) => [
-          element("span", { class: "number" }, `loss ${format.measure(row.loss)}`),
+          element(
+            "span",
+            { class: "number" },
+            row.kind === "training"
+              ? `return ${format.signed(row.mean_return)}`
+              : `loss ${format.measure(row.loss)}`,
+          ),
           row.epochs === null
             ? null
             : element("progress", {
                 max: row.epochs,
                 value: row.epoch,
-                "aria-label": `Epoch ${row.epoch} of ${row.epochs}`,
+                "aria-label": `${row.unit} ${row.epoch} of ${row.epochs}`,
               }),
         ]),
         named("Stopped before their end", stopped, (row) => [

@@ -2,7 +2,7 @@
 
 import { addressOf, choose, chosen } from "./choice.js";
 import { element, svg } from "./dom.js";
-import { ago, count, measure, several } from "./format.js";
+import { ago, count, measure, several, signed } from "./format.js";
 
 const SPARK_WIDTH = 72;
 const SPARK_HEIGHT = 26;
@@ -139,12 +139,6 @@ function itemOf(row) {
     element("span", {}, row.problem ?? (settings || "waiting for its first event")),
     element("span", { class: "when" }, whenOf(row)),
   );
-  const loss = element(
-    "span",
-    { class: "loss number" },
-    element("span", { class: "unseen" }, "held-out loss "),
-    measure(row.loss),
-  );
   return element(
     "li",
     { class: "row" },
@@ -154,10 +148,22 @@ function itemOf(row) {
       "div",
       { class: "about" },
       details,
-      element("div", { class: "figures-line" }, loss, seedsOf(row), progressOf(row)),
+      element("div", { class: "figures-line" }, valueOf(row), seedsOf(row), progressOf(row)),
     ),
-    spark(row.trend),
+    spark(row),
   );
+}
+
+// What a run is judged by: its held-out loss, or the return that a policy has learned to get.
+function valueOf(row) {
+  return row.kind === "training"
+    ? element("span", { class: "loss number" }, `return ${signed(row.mean_return)}`)
+    : element(
+        "span",
+        { class: "loss number" },
+        element("span", { class: "unseen" }, "held-out loss "),
+        measure(row.loss),
+      );
 }
 
 export function statusOf(row) {
@@ -169,6 +175,9 @@ function whenOf(row) {
 }
 
 function seedsOf(row) {
+  if (row.kind === "training") {
+    return null; // its episodes' seeds are not its own
+  }
   const parts = [
     ["committed", row.committed],
     ["pruned", row.pruned],
@@ -192,13 +201,14 @@ function seedsOf(row) {
 }
 
 function progressOf(row) {
-  const epochs = row.epochs === null ? "" : ` / ${row.epochs}`;
-  return element("span", { class: "quiet number" }, `${row.unit} ${row.epoch}${epochs}`);
+  const epochs = row.epochs === null ? "" : ` / ${count(row.epochs)}`;
+  return element("span", { class: "quiet number" }, `${row.unit} ${count(row.epoch)}${epochs}`);
 }
 
-// The held-out loss as a line, on a logarithmic scale if it is positive.
-function spark(trend) {
-  const values = trend.every((value) => value > 0) ? trend.map(Math.log) : trend;
+// The held-out loss as a line, on a logarithmic scale if it is positive; or the return.
+function spark({ kind, trend }) {
+  const isLogarithmic = kind !== "training" && trend.every((value) => value > 0);
+  const values = isLogarithmic ? trend.map(Math.log) : trend;
   const low = Math.min(...values);
   const span = Math.max(...values) - low || 1;
   const step = SPARK_WIDTH / Math.max(1, values.length - 1);

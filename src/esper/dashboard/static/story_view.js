@@ -112,7 +112,7 @@ export class StoryView {
     const config = state?.config ?? {};
     const facts = [
       config.task ?? row?.task,
-      config.policy ?? row?.policy,
+      row?.policy || config.policy,
       config.random_seed === undefined ? null : `random seed ${config.random_seed}`,
       config.learning_rate === undefined ? null : `learning rate ${config.learning_rate}`,
       config.device,
@@ -141,9 +141,13 @@ export class StoryView {
             element("progress", {
               max: row.epochs,
               value: row.epoch,
-              "aria-label": `Epoch ${row.epoch} of ${row.epochs}`,
+              "aria-label": `${row.unit} ${row.epoch} of ${row.epochs}`,
             }),
-            element("span", { class: "quiet number" }, `epoch ${row.epoch} of ${row.epochs}`),
+            element(
+              "span",
+              { class: "quiet number" },
+              `${row.unit} ${format.count(row.epoch)} of ${format.count(row.epochs)}`,
+            ),
           ),
       unread === 0
         ? null
@@ -156,7 +160,21 @@ export class StoryView {
   }
 
   #drawFigures() {
-    const { figures } = this.#state;
+    const { figures, training_figures: ofTraining } = this.#state;
+    const tiles = figures === null ? ofTraining.map(capitalised) : this.#tilesOfRun(figures);
+    fill(this.figures, tiles, () =>
+      tiles.map(([name, value, note]) =>
+        element(
+          "div",
+          { class: name === "Interventions" ? "urgent" : null },
+          element("dt", {}, name),
+          element("dd", {}, value, note ? element("small", {}, note) : null),
+        ),
+      ),
+    );
+  }
+
+  #tilesOfRun(figures) {
     const { metrics } = figures;
     const test = figures.test_metrics ?? {};
     const tiles = [
@@ -206,16 +224,7 @@ export class StoryView {
         "of the governor and the monitors",
       ]);
     }
-    fill(this.figures, tiles, () =>
-      tiles.map(([name, value, note]) =>
-        element(
-          "div",
-          { class: name === "Interventions" ? "urgent" : null },
-          element("dt", {}, name),
-          element("dd", {}, value, note ? element("small", {}, note) : null),
-        ),
-      ),
-    );
+    return tiles;
   }
 
   #drawSlots() {
@@ -381,6 +390,10 @@ export class StoryView {
       ),
     );
   }
+}
+
+function capitalised([name, value, note]) {
+  return [name.charAt(0).toUpperCase() + name.slice(1), value, note];
 }
 
 function lineOf(line, unit) {
