@@ -2,28 +2,29 @@
 
 import json
 import os
+import shlex
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from pydantic import ValidationError
 from rich.console import Console
 
 from esper.cli.grow import folder_name, program
 from esper.cli.policy_views import EvaluationView, TrainingView, print_evaluation, print_training
-from esper.experiments.config import load_run_config
-from esper.experiments.run import chosen_policy
-from esper.experiments.settings import SettingsError
+from esper.experiments.settings import SettingsError, explain
 from esper.experiments.worker_pool import WorkerDiedError
 from esper.policies.heuristic import HeuristicPolicy
-from esper.policies.named import NEVER, POLICY_NAMES
+from esper.policies.named import POLICY_NAMES, is_policy_file
 from esper.tasks.task import TaskDataError
 from esper.telemetry.run_store import RunFolderError
 
 if TYPE_CHECKING:
-    from esper.rl.policy_run import PolicyRun, PolicyRunConfig
+    from esper.rl.policy_run import PolicyRun
+    from esper.rl.training_report import TrainingReport
 
 policy = typer.Typer(
     name="policy",
@@ -104,8 +105,8 @@ def train(
                 config=config,
                 set_=set_,
             )
-            with policy_run.resumed_policy_run(out, total_steps=steps) as run:
-                _train(run, view, console, quiet=quiet, as_json=as_json)
+            opened = policy_run.resumed_policy_run(out, total_steps=steps)
+            _train(opened, out, view, console, quiet=quiet, as_json=as_json)
             return
         training = {"total_steps": steps, "num_workers": workers or os.cpu_count() or 1}
         training |= {"random_seed": seed}
@@ -121,43 +122,68 @@ def train(
             return
         name = folder_name(settings.run.task, datetime.now(UTC))
         folder = out or Path("runs") / f"policy-{name}"
-        with policy_run.new_policy_run(settings, folder) as run:
-            _train(run, view, console, quiet=quiet, as_json=as_json)
+        opened = policy_run.new_policy_run(settings, folder)
+        _train(opened, folder, view, console, quiet=quiet, as_json=as_json)
 
 
 def _train(
-    run: "PolicyRun", view: TrainingView, console: Console, *, quiet: bool, as_json: bool
+    opened: AbstractContextManager["PolicyRun"],
+    folder: Path,
+    view: TrainingView,
+    console: Console,
+    *,
+    quiet: bool,
+    as_json: bool,
 ) -> None:
-    view.begin(run.config, run.resumed_at)
-    reports = []
+    """Train to the end, and tell what came of it.
+
+    A training that is stopped, or comes to nothing, is told without a traceback.
+    """
+    from esper.rl.policy_run import can_go_on  # noqa: PLC0415 – an optional extra
+    from esper.rl.policy_training import PolicyDivergedError  # noqa: PLC0415
+    from esper.rl.workers import WorkersFailedError  # noqa: PLC0415
+
+    def onward() -> str:
+        if can_go_on(folder):
+            return f"go on with: {program()} policy train --out {shlex.quote(str(folder))}"
+        return "nothing was learned yet; begin anew, in another folder"
+
+    reports: list[TrainingReport] = []
     try:
-        with view:
-            for number, likelihood in enumerate(run.imitate(), start=1):
-                view.imitation(number, likelihood)
-            for report in run.reports():
-                reports.append(report)
-                view.rollout(report)
+        with opened as run:
+            view.begin(run.config, run.resumed_at)
+            with view:
+                for number, likelihood in enumerate(run.imitate(), start=1):
+                    view.imitation(number, likelihood)
+                for report in run.reports():
+                    reports.append(report)
+                    view.rollout(report)
     except KeyboardInterrupt:
-        typer.echo(f"stopped; go on with: {program()} policy train --out {run.folder}", err=True)
+        typer.echo(f"stopped; {onward()}", err=True)
         raise typer.Exit(130) from None
+    except (PolicyDivergedError, WorkersFailedError) as error:
+        typer.echo(f"{_whole(error)}\n{onward()}", err=True)
+        raise typer.Exit(1) from error
     if quiet:
         console.out(str(run.policy_file), highlight=False)
     elif as_json:
         summary = {"kind": "summary", "folder": str(run.folder), "policy": str(run.policy_file)}
         console.out(json.dumps(summary), highlight=False)
     else:
-        print_training(console, reports)
+        print_training(console, reports, resumed_at=run.resumed_at)
         console.print()
+        task, file = shlex.quote(run.config.run.task), shlex.quote(str(run.policy_file))
         for what, command in (
-            ("policy", f"{run.policy_file}"),
-            ("deploy it", f"{program()} grow {run.config.run.task} --policy {run.policy_file}"),
-            ("weigh it", _evaluation_command(run.config, run.policy_file)),
+            ("policy", str(run.policy_file)),
+            ("deploy it", f"{program()} grow {task} --policy {file}"),
+            ("weigh it", f"{program()} policy eval {task} --policy {file} --policy random"),
         ):
             console.print(f"{what:11} {command}", highlight=False, soft_wrap=True, markup=False)
 
 
-def _evaluation_command(config: "PolicyRunConfig", file: Path) -> str:
-    return f"{program()} policy eval {config.run.task} --policy {file} --policy random"
+def _whole(error: BaseException) -> str:
+    """Return an error with its notes."""
+    return "\n".join([str(error), *getattr(error, "__notes__", ())])
 
 
 def _refuse(**given: Any) -> None:
@@ -211,18 +237,25 @@ def eval_(
         from esper.rl import evaluation  # noqa: PLC0415 – an optional extra
         from esper.rl.policy_run import load_policy_run_config  # noqa: PLC0415
 
-        options: dict[str, Any] = {} if epochs is None else {"trainer": {"epochs": epochs}}
+        options: dict[str, Any] = {"count_flops": True}
+        if epochs is not None:
+            options["trainer"] = {"epochs": epochs}
         loaded = load_policy_run_config(task, config, set_ or [], options)
-        run = loaded.run.model_copy(update={"count_flops": True})
-        policies = [_absolute(run.task, name) for name in names or POLICY_NAMES]
-        settings = evaluation.EvaluationConfig(
-            run=run,
-            policies=tuple(policies),
-            random_seeds=tuple(range(first_seed, first_seed + seeds)),
-            rewards=loaded.rewards,
-            budget_of=_absolute(run.task, budget_of),
-        )
-        path = out or Path("runs") / f"policy-eval-{folder_name(run.task, datetime.now(UTC))}"
+        chosen = {
+            "run": loaded.run,
+            "policies": tuple(_of_anywhere(policy) for policy in names or POLICY_NAMES),
+            "random_seeds": tuple(range(first_seed, first_seed + seeds)),
+            "rewards": loaded.rewards,
+            "budget_of": _of_anywhere(budget_of),
+        }
+        try:
+            settings = evaluation.EvaluationConfig.model_validate(chosen)
+        except ValidationError as error:
+            raise SettingsError(explain(error, evaluation.EvaluationConfig)) from error
+        name = folder_name(settings.run.task, datetime.now(UTC))
+        path = out or Path("runs") / f"policy-eval-{name}"
+        if not evaluation.holds_evaluation(path):
+            evaluation.check_policies(settings)
         folder = evaluation.EvaluationFolder(path, settings)
         view = EvaluationView(console, settings, quiet=quiet, as_json=as_json)
         try:
@@ -242,16 +275,9 @@ def eval_(
         console.print(f"\nfolder  {path}", highlight=False, soft_wrap=True, markup=False)
 
 
-def _absolute(task: str, name: str) -> str:
-    """Return a policy's name as a run has it.
-
-    Raises:
-        SettingsError: There is none of that name, or the file holds none that can be used here.
-    """
-    run = load_run_config(task, None, [], {"policy": name})
-    if name != NEVER:
-        chosen_policy(run)
-    return run.policy
+def _of_anywhere(policy: str) -> str:
+    """Return a policy's name, or its file for whoever goes on with the evaluation."""
+    return str(Path(policy).absolute()) if is_policy_file(policy) else policy
 
 
 @contextmanager
@@ -260,11 +286,12 @@ def _errors() -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        if error.name in ("gymnasium", "stable_baselines3", "sb3_contrib"):
+        package = (error.name or "").partition(".")[0]
+        if package in ("gymnasium", "stable_baselines3", "sb3_contrib"):
             raise typer.BadParameter(_NEEDS_RL) from error
         raise typer.BadParameter(str(error)) from error
     except (RunFolderError, SettingsError, TaskDataError, ValueError) as error:
-        raise typer.BadParameter(str(error)) from error
+        raise typer.BadParameter(_whole(error)) from error
     except WorkerDiedError as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(1) from error

@@ -2,7 +2,9 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -16,8 +18,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
-from esper.experiments.comparison.intervals import mean_interval
+from esper.experiments.comparison.intervals import Interval, mean_interval
 from esper.experiments.comparison.words import spread
 from esper.policies.named import is_policy_file
 from esper.tasks.named import named_task
@@ -29,6 +32,8 @@ if TYPE_CHECKING:
 
 _WINDOW_ROLLOUTS = 5
 _EVERY_PASSES = 10
+_UNBOUNDED = 10_000
+"""Columns of a terminal that any table fits."""
 
 
 class _View:
@@ -79,8 +84,8 @@ class TrainingView(_View):
         training = config.training
         where = "processes" if config.ray is None else f"Ray actors ({config.ray})"
         self._line(
-            f"learning from runs of {config.run.task}, {config.run.trainer.epochs} epochs each, in "
-            f"{training.num_workers} {where}: {training.total_steps:,} decisions"
+            f"learning from runs of {config.run.task}, {config.run.trainer.epochs} epochs each: "
+            f"{training.total_steps:,} decisions; {where}: {training.num_workers}"
         )
         if resumed_at is not None:
             self._line(f"goes on after {resumed_at:,} decisions")
@@ -115,16 +120,21 @@ def rollout_line(report: "TrainingReport") -> str:
     return f"{told}  entropy {report.entropy:.2f}  KL {report.approx_kl:.4f}"
 
 
-def print_training(console: Console, reports: Sequence["TrainingReport"]) -> None:
+def print_training(
+    console: Console, reports: Sequence["TrainingReport"], *, resumed_at: int | None
+) -> None:
     """Print the return at the begin and at the end, by component."""
     told = [report for report in reports if report.mean_return is not None]
+    if not reports and resumed_at is not None:
+        console.print("nothing was left to learn; for more decisions add --steps", highlight=False)
+        return
     if not told:
         console.print("no episode has ended yet")
         return
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column("mean over episodes")
     window = min(_WINDOW_ROLLOUTS, max(1, len(told) // 2))
-    table.add_column(f"first {window} rollouts", justify="right")
+    table.add_column(f"first {window} of {len(told)} rollouts", justify="right")
     table.add_column(f"last {window}", justify="right")
     first, last = told[:window], told[-window:]
 
@@ -158,73 +168,136 @@ class EvaluationView(_View):
             known = {run.key[:2] for run in evaluation.runs.values()}
             self._bar.update(self._bar_task, completed=len(known - waiting))
         metric = named_task(config.run.task).metric
+        told = f"test loss {run.test['loss']:.4f}"
+        if metric != "loss":
+            told += f"  {metric} {run.test[metric]:.4f}"
         self._line(
-            f"{policy_words(run.policy):14} seed {run.random_seed}  {run.epochs} epochs  "
-            f"{run.flops:.3g} FLOPs  return {run.episode_return:+.4f}  test loss "
-            f"{run.test['loss']:.4f}  {metric} {run.test[metric]:.4f}"
+            f"{policy_words(run.policy, config.all_policies):14} seed {run.random_seed}  "
+            f"{run.epochs} epochs  {run.flops:.3g} FLOPs  return {run.episode_return:+.4f}  {told}"
         )
 
 
-def policy_words(policy: str) -> str:
-    """Return how a table calls a policy."""
-    return Path(policy).stem if is_policy_file(policy) else policy
+def policy_words(policy: str, among: Sequence[str] = ()) -> str:
+    """Return how a table calls a policy: of a file, as much as no other one there has."""
+    if not is_policy_file(policy):
+        return policy
+    parts = Path(policy).with_suffix("").parts
+    others = [Path(other).with_suffix("").parts for other in among if other != policy]
+    num_told = next(
+        (n for n in range(1, len(parts)) if all(other[-n:] != parts[-n:] for other in others)),
+        len(parts),
+    )
+    return str(Path(*parts[-num_told:]))
 
 
-def evaluation_rows(evaluation: "Evaluation") -> tuple[list[str], list[list[str]]]:
-    """Return the table of an evaluation: names of its columns, and a row per policy."""
-    metric = named_task(evaluation.config.run.task).metric
-    names = ["policy", "return", "test loss", f"test {metric}", "less budget policy's loss"]
-    names += ["parameters", "germinated", "committed", "epochs", "FLOPs, of the budget"]
+@dataclass(frozen=True, kw_only=True)
+class EvaluationRow:
+    """What a policy's runs at the budget came to.
+
+    Attributes:
+        policy: How tables call it.
+        episode_return: Of their rewards.
+        test_loss: On the test split.
+        metric: The task's own, there; None if that is the loss.
+        difference: Of the test loss to that of the policy that sets the budget, seed by seed; None
+            of that policy itself.
+        param_count: Mean.
+        num_germinated: Mean.
+        num_committed: Mean.
+        epochs: Mean.
+        budget_shares: Operations over the budget, least and most.
+    """
+
+    policy: str
+    episode_return: Interval
+    test_loss: Interval
+    metric: Interval | None
+    difference: Interval | None
+    param_count: float
+    num_germinated: float
+    num_committed: float
+    epochs: float
+    budget_shares: tuple[float, float]
+
+
+def evaluation_rows(evaluation: "Evaluation") -> list[EvaluationRow]:
+    """Return a row per policy that has runs, in order."""
+    config = evaluation.config
+    metric = named_task(config.run.task).metric
     rows = []
-    budget_runs = {
-        seed: evaluation.best(evaluation.config.budget_of, seed)
-        for seed in evaluation.config.random_seeds
-    }
     for policy, runs in evaluation.table().items():
         if not runs:
             continue
-        base = [budget_runs[run.random_seed] for run in runs]
-        less = [
-            run.test["loss"] - other.test["loss"]
-            for run, other in zip(runs, base, strict=True)
-            if other is not None
-        ]
-        flops = [run.flops / (evaluation.budget(run.random_seed) or 1.0) for run in runs]
-        own = policy == evaluation.config.budget_of
-
-        def mean(values: Sequence[float], digits: int) -> str:
-            return f"{sum(values) / len(values):,.{digits}f}"
-
+        budget_runs = [evaluation.best(config.budget_of, run.random_seed) for run in runs]
+        pairs = [(run, other) for run, other in zip(runs, budget_runs, strict=True) if other]
+        shares = [run.flops / other.flops for run, other in pairs]
+        differences = [run.test["loss"] - other.test["loss"] for run, other in pairs]
         rows.append(
-            [
-                policy_words(policy),
-                spread(mean_interval([run.episode_return for run in runs]), signed=True),
-                spread(mean_interval([run.test["loss"] for run in runs])),
-                spread(mean_interval([run.test[metric] for run in runs])),
-                "" if own else spread(mean_interval(less), signed=True),
-                mean([run.param_count for run in runs], 0),
-                mean([run.num_germinated for run in runs], 1),
-                mean([run.num_committed for run in runs], 1),
-                mean([run.epochs for run in runs], 1),
-                f"{min(flops):.2f}–{max(flops):.2f}",
-            ]
+            EvaluationRow(
+                policy=policy_words(policy, config.all_policies),
+                episode_return=mean_interval([run.episode_return for run in runs]),
+                test_loss=mean_interval([run.test["loss"] for run in runs]),
+                metric=(
+                    None if metric == "loss" else mean_interval([run.test[metric] for run in runs])
+                ),
+                difference=None if policy == config.budget_of else mean_interval(differences),
+                param_count=fmean(run.param_count for run in runs),
+                num_germinated=fmean(run.num_germinated for run in runs),
+                num_committed=fmean(run.num_committed for run in runs),
+                epochs=fmean(run.epochs for run in runs),
+                budget_shares=(min(shares), max(shares)),
+            )
         )
-    return names, rows
+    return rows
 
 
 def print_evaluation(console: Console, evaluation: "Evaluation") -> None:
-    """Print what each policy made of the runs."""
-    names, rows = evaluation_rows(evaluation)
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    for index, name in enumerate(names):
-        table.add_column(name, justify="left" if index == 0 else "right")
-    for row in rows:
-        table.add_row(*row)
+    """Print what each policy made of the runs, in as many columns as the terminal has room for."""
+    config = evaluation.config
+    rows = evaluation_rows(evaluation)
+    metric = named_task(config.run.task).metric
+    table = _evaluation_table(rows, metric, whole=True)
+    unbounded = console.options.update(width=_UNBOUNDED)
+    if console.measure(table, options=unbounded).maximum > console.width:
+        table = _evaluation_table(rows, metric, whole=False)
     console.print(table)
-    seeds = len(evaluation.config.random_seeds)
+    seeds = len(config.random_seeds)
+    other = policy_words(config.budget_of, config.all_policies)
     console.print(
-        f"\nmean ± half of the 95 % interval over {seeds} random seeds; each policy's runs are as "
-        f"long as costs what {policy_words(evaluation.config.budget_of)} costs in "
-        f"{evaluation.config.run.trainer.epochs} epochs, with probes, pruned seeds and decisions",
+        f"\n{_spread_words(seeds)}; difference: of the test loss to {other}'s. Each policy's runs "
+        f"are as long as costs what {other} costs in {config.run.trainer.epochs} epochs, with "
+        "probes, pruned seeds and decisions; FLOPs: as shares of that",
         highlight=False,
+        markup=False,
     )
+
+
+def _spread_words(seeds: int) -> str:
+    if seeds == 1:
+        return "one random seed, which says little"
+    return f"mean ± half of the 95 % interval over {seeds} random seeds"
+
+
+def _evaluation_table(rows: Sequence[EvaluationRow], metric: str, *, whole: bool) -> Table:
+    """Return a row per policy; figures are never cut."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column("policy", overflow="fold", min_width=8)
+    metrics = [metric] if whole and metric != "loss" else []
+    details = ["params", "committed", "epochs"] if whole else []
+    head = ("return", "test loss", *metrics, "difference", *details, "FLOPs")
+    for name in head:
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        low, high = row.budget_shares
+        values = {
+            "return": spread(row.episode_return, signed=True),
+            "test loss": spread(row.test_loss),
+            metric: spread(row.metric or row.test_loss),
+            "difference": "" if row.difference is None else spread(row.difference, signed=True),
+            "params": f"{row.param_count:,.0f}",
+            "committed": f"{row.num_committed:.1f} of {row.num_germinated:.1f}",
+            "epochs": f"{row.epochs:.1f}",
+            "FLOPs": f"{low:.2f}–{high:.2f}",
+        }
+        table.add_row(Text(row.policy), *(values[name] for name in head))
+    return table

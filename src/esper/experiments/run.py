@@ -44,7 +44,7 @@ from esper.telemetry.run_store import (
 from esper.telemetry.sink import Sink
 from esper.telemetry.tracker import Tracker, TrackerError
 from esper.telemetry.tracking import TRACKER_FOLDERS, open_trackers
-from esper.training.checkpoints import Checkpoints, FoundCheckpoint
+from esper.training.checkpoints import CheckpointError, Checkpoints, FoundCheckpoint
 from esper.training.control import RunControl, RunStoppedError
 from esper.training.growth import Growth
 from esper.training.policy import FrugalPolicy, Policy
@@ -309,8 +309,20 @@ def resumed_run(folder: Path, sinks: Sequence[Sink] = ()) -> Iterator[GrowingRun
             raise
         with _in_folder(run, store, sinks, after_step=after_step):
             if found is not None:
-                found.give_to(run.trainer)
+                _give(found, run.trainer)
             yield run
+
+
+def _give(found: FoundCheckpoint, trainer: Trainer) -> None:
+    """Let a run go on from a checkpoint.
+
+    Raises:
+        CheckpointError: Something is not as it was then, as the file of a learned policy.
+    """
+    try:
+        found.give_to(trainer)
+    except ValueError as error:
+        raise CheckpointError(f"the run cannot go on from {found.name}: {error}") from error
 
 
 def artefact_store(config: CompileConfig) -> ArtefactStore:

@@ -1,6 +1,7 @@
 """Learning first from what another policy does, so that learning from rewards begins there."""
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -13,19 +14,30 @@ from torch import Tensor
 
 from esper.experiments.config import RunConfig
 from esper.experiments.run import chosen_policy
-from esper.experiments.worker_pool import worker_pool
-from esper.lifecycle.actions import Action, Advance, GrowthState, IllegalAction, check_action
+from esper.experiments.worker_pool import WorkerDiedError, worker_pool
+from esper.lifecycle.actions import (
+    Action,
+    Advance,
+    GrowthState,
+    IllegalAction,
+    Wait,
+    check_action,
+)
 from esper.lifecycle.record import Record
 from esper.policies.heuristic import HeuristicPolicy
+from esper.policies.learned import ActionChoices, ActionCoder
 from esper.rl.env import GrowthEnv
 from esper.rl.fragment_worker import MakeEnv
 from esper.rl.masked_policy import MaskedRecurrentPolicy
 from esper.slots.config import SlotConfig
+from esper.training.policy import Policy
 
 AtLeastOne = Annotated[int, Field(ge=1)]
 
 FIRST_RANDOM_SEED = 1_000_000
 """Of the demonstrated runs, far from those that policies are evaluated with."""
+_CHOICES = tuple(f"actions.{name}" for name in ActionChoices.model_fields)
+"""Settings of what heads offer."""
 _VALUE_COEFFICIENT = 0.5
 _MAX_GRADIENT_NORM = 0.5
 
@@ -57,10 +69,23 @@ class Demonstration:
     rewards: NDArray[np.float32]
 
 
+def demonstrating_policy(config: DemonstrationConfig, run: RunConfig) -> Policy:
+    """Return the policy that is to be imitated, fresh.
+
+    Args:
+        config: Says who.
+        run: That it decides for, with the policy's own settings.
+
+    Raises:
+        SettingsError: There is no such policy.
+    """
+    return chosen_policy(run.model_copy(update={"policy": config.policy}))
+
+
 def demonstrations(
     config: DemonstrationConfig, run: RunConfig, make_env: MakeEnv, *, processes: int
 ) -> list[Demonstration]:
-    """Let a policy play episodes.
+    """Let a policy play episodes; return them in the order of their seeds.
 
     Args:
         config: Says who, and how many.
@@ -71,32 +96,53 @@ def demonstrations(
     Raises:
         SettingsError: There is no such policy.
         ValueError: It takes actions that the environment does not offer.
+        WorkerDiedError: A process was killed.
     """
-    teaching = run.model_copy(update={"policy": config.policy})
-    chosen_policy(teaching)
+    demonstrating_policy(config, run)
     seeds = range(FIRST_RANDOM_SEED, FIRST_RANDOM_SEED + config.num_episodes)
     shares = [seeds[index::processes] for index in range(min(processes, len(seeds)))]
-    with worker_pool(processes) as pool:
-        playing = [pool.submit(_play, teaching, make_env, share) for share in shares]
-        return [episode for played in playing for episode in played.result()]
+    try:
+        with worker_pool(processes) as pool:
+            playing = [pool.submit(_play, config, run, make_env, share) for share in shares]
+            played = [share.result() for share in playing]
+    except BrokenProcessPool as error:
+        raise WorkerDiedError(
+            f"a process that let {config.policy} play was killed, perhaps for want of memory; "
+            "begin again in another folder, with fewer workers"
+        ) from error
+    turns = range(config.num_episodes)
+    return [played[turn % len(played)][turn // len(played)] for turn in turns]
 
 
-def _play(run: RunConfig, make_env: MakeEnv, seeds: Sequence[int]) -> list[Demonstration]:
+def _play(
+    config: DemonstrationConfig, run: RunConfig, make_env: MakeEnv, seeds: Sequence[int]
+) -> list[Demonstration]:
     env = make_env()
     assert isinstance(env, GrowthEnv)
-    return [_episode(run, env, seed) for seed in seeds]
+    return [demonstrate(config, run, env, seed) for seed in seeds]
 
 
-def _episode(run: RunConfig, env: GrowthEnv, seed: int) -> Demonstration:
-    teacher = chosen_policy(run.model_copy(update={"random_seed": seed}))
+def demonstrate(
+    config: DemonstrationConfig, run: RunConfig, env: GrowthEnv, seed: int
+) -> Demonstration:
+    """Let a policy play one episode.
+
+    Args:
+        config: Says who.
+        run: Of the episode's run, with the policy's own settings.
+        env: Of the same task.
+        seed: Of the run, and of the policy.
+
+    Raises:
+        ValueError: It takes an action that the environment does not offer.
+    """
+    teacher = demonstrating_policy(config, run.model_copy(update={"random_seed": seed}))
     observation, _ = env.reset(seed=seed)
     seen, taken, earned = [], [], []
     over = False
     while not over:
         action = _first_legal(teacher.decide(env.state), env.state)
-        numbers = [0] * len(env.coder.sizes)
-        if action is not None:
-            numbers = env.coder.encode(_with_ramp(action, run.slot))
+        numbers = _encoded(env.coder, _with_ramp(action, run.slot), config.policy)
         seen.append(observation)
         taken.append(numbers)
         observation, reward, over, _, _ = env.step(numbers)
@@ -109,7 +155,7 @@ def _episode(run: RunConfig, env: GrowthEnv, seed: int) -> Demonstration:
     )
 
 
-def _first_legal(actions: Sequence[Action], state: GrowthState) -> Action | None:
+def _first_legal(actions: Sequence[Action], state: GrowthState) -> Action:
     """Return the one action that the environment can take of those that a policy asks for."""
     for action in actions:
         try:
@@ -117,7 +163,17 @@ def _first_legal(actions: Sequence[Action], state: GrowthState) -> Action | None
         except IllegalAction:
             continue
         return action
-    return None
+    return Wait()
+
+
+def _encoded(coder: ActionCoder, action: Action, policy: str) -> list[int]:
+    try:
+        return coder.encode(action)
+    except ValueError as error:
+        raise ValueError(
+            f"{policy} cannot be imitated, it asks for {action!r}: {error}; but for slots and "
+            f"blueprints, that is set by {', '.join(_CHOICES)}"
+        ) from error
 
 
 def _with_ramp(action: Action, slot: SlotConfig) -> Action:
@@ -141,7 +197,7 @@ def imitate(
 
     Args:
         policy: Is trained, by an optimizer of its own.
-        shown: Episodes of the same number of decisions.
+        shown: Episodes; those that ended early, as they diverged, are left out.
         config: Says for how long.
         gamma: The learner's discount.
 
@@ -150,7 +206,7 @@ def imitate(
 
     Effects: draws the order of episodes from torch's random stream.
     """
-    length = len(shown[0].actions)
+    length = max(len(episode.actions) for episode in shown)
     whole = [episode for episode in shown if len(episode.actions) == length]
     optimizer = torch.optim.Adam(policy.parameters(), lr=config.learning_rate)
     policy.set_training_mode(True)

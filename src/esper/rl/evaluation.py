@@ -1,11 +1,12 @@
 """Policies side by side: what each makes of the same tasks with as many operations."""
 
+import hashlib
 import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
 from pathlib import Path
 from typing import Annotated, Self
 
@@ -14,10 +15,13 @@ from pydantic import Field, ValidationError, model_validator
 
 from esper.experiments.config import RunConfig
 from esper.experiments.run import build_setup, chosen_policy, prepare
+from esper.experiments.settings import SettingsError, explain
 from esper.experiments.worker_pool import WorkerDiedError, worker_pool
 from esper.lifecycle.events import EventRecord, SeedCommitted, SeedGerminated, SeedPruned
 from esper.lifecycle.record import Record
 from esper.policies.heuristic import HeuristicPolicy
+from esper.policies.learned import LearnedPolicy
+from esper.policies.named import is_policy_file
 from esper.rl.growth_episode import GrowthEpisode, HostRun
 from esper.rl.rewards import RewardConfig
 from esper.telemetry.environment import describe_environment
@@ -65,6 +69,8 @@ class PolicyRun(Record):
     """What a policy made of one run."""
 
     policy: str
+    policy_sha256: str | None
+    """Of its file; None of a policy that has a name."""
     random_seed: int
     epochs: int
     steps: int
@@ -117,8 +123,10 @@ def play(config: EvaluationConfig, policy: str, random_seed: int, epochs: int) -
             sums[name] = sums.get(name, 0.0) + value
     flops = run.spent(run.growth.meter.cost).flops
     assert flops is not None
+    sha256 = decider.state_dict()["sha256"] if isinstance(decider, LearnedPolicy) else None
     return PolicyRun(
         policy=policy,
+        policy_sha256=sha256,
         random_seed=random_seed,
         epochs=epochs,
         steps=run.growth.step,
@@ -221,8 +229,9 @@ class EvaluationFolder:
 
     def __init__(self, path: Path, config: EvaluationConfig) -> None:
         self.path = path
+        self._policies = config.all_policies
         kept = path / CONFIG_FILE
-        if kept.exists():
+        if holds_evaluation(path):
             if evaluation_config(path) != config:
                 raise EvaluationError(
                     f"{path} holds an evaluation with other settings, see {kept}; choose another "
@@ -254,8 +263,17 @@ class EvaluationFolder:
 
     def add(self, run: PolicyRun) -> None:
         """Keep a finished run."""
-        name = f"run-{Path(run.policy).stem}-{run.random_seed}-{run.epochs}.json"
-        _write(self.path / name, run.model_dump_json(indent=2))
+        _write(self.path / self.file_of(run), run.model_dump_json(indent=2))
+
+    def file_of(self, run: PolicyRun) -> str:
+        """Return the name of a run's file; policies that are files of one name have places."""
+        place = self._policies.index(run.policy)
+        return f"run-{place}-{Path(run.policy).stem}-{run.random_seed}-{run.epochs}.json"
+
+
+def holds_evaluation(path: Path) -> bool:
+    """Return whether an evaluation was begun in a folder."""
+    return (path / CONFIG_FILE).exists()
 
 
 def evaluation_config(path: Path) -> EvaluationConfig:
@@ -268,6 +286,23 @@ def evaluation_config(path: Path) -> EvaluationConfig:
         return EvaluationConfig.model_validate_json((path / CONFIG_FILE).read_bytes())
     except (OSError, ValidationError) as error:
         raise EvaluationError(f"{path} holds no evaluation: {error}") from error
+
+
+def check_policies(config: EvaluationConfig) -> None:
+    """Begin a run of each policy, so that what none could carry out is told before any is made.
+
+    Raises:
+        SettingsError: There is no such policy, or it cannot decide for these runs.
+        TaskDataError, ModuleNotFoundError: As `esper.experiments.prepare`.
+
+    Effects: sets the process's matmul precision.
+    """
+    for policy in config.all_policies:
+        try:
+            run = RunConfig.model_validate({**config.run.model_dump(), "policy": policy})
+        except ValidationError as error:
+            raise SettingsError(f"{policy}: {explain(error, RunConfig)}") from error
+        prepare(run, run_id="check")
 
 
 def evaluate(
@@ -286,25 +321,60 @@ def evaluate(
         on_run: Called with every finished run.
 
     Raises:
+        EvaluationError: A file in the folder is damaged, or a policy's has changed since a run.
         WorkerDiedError: A process was killed; the runs that were finished are kept.
         Exception: What a run raised; policy and seed are in a note.
 
     Effects: starts processes, and ends them however this ends.
     """
     evaluation = Evaluation(config, folder.runs())
+    files = {policy: _sha256(policy) for policy in config.all_policies}
+    for kept in evaluation.runs.values():
+        _check_file(kept, files, folder)
     running: dict[Future[PolicyRun], tuple[str, int, int]] = {}
     with worker_pool(processes) as pool:
         while True:
             waiting = [key for key in evaluation.missing() if key not in running.values()]
             for key in waiting[: processes - len(running)]:
-                running[pool.submit(play, config, *key)] = key
+                running[_submit(pool, config, key)] = key
             if not running:
                 return evaluation
             ended, _ = wait(running, return_when=FIRST_COMPLETED)
             for run in _results(ended, running):
+                _check_file(run, files, folder)
                 folder.add(run)
                 evaluation.add(run)
                 on_run(evaluation, run)
+
+
+def _submit(
+    pool: ProcessPoolExecutor, config: EvaluationConfig, key: tuple[str, int, int]
+) -> Future[PolicyRun]:
+    try:
+        return pool.submit(play, config, *key)
+    except BrokenProcessPool as error:  # of another run, which has not been told yet
+        raise _worker_died(*key[:2]) from error
+
+
+def _worker_died(policy: str, random_seed: int) -> WorkerDiedError:
+    return WorkerDiedError(
+        f"a process was killed, perhaps for want of memory; {policy} with random seed "
+        f"{random_seed} was under way. Start again with the same folder to go on"
+    )
+
+
+def _sha256(policy: str) -> str | None:
+    if not is_policy_file(policy):
+        return None
+    return hashlib.sha256(Path(policy).read_bytes()).hexdigest()
+
+
+def _check_file(run: PolicyRun, files: Mapping[str, str | None], folder: EvaluationFolder) -> None:
+    if run.policy_sha256 != files[run.policy]:
+        raise EvaluationError(
+            f"{run.policy} has changed since {folder.path / folder.file_of(run)} was made with it, "
+            "or while that was; evaluate it in another folder"
+        )
 
 
 def _results(
@@ -315,10 +385,7 @@ def _results(
         try:
             yield future.result()
         except BrokenProcessPool as error:
-            raise WorkerDiedError(
-                f"a process was killed, perhaps for want of memory; {policy} with random seed "
-                f"{random_seed} was under way. Start again with the same folder to go on"
-            ) from error
+            raise _worker_died(policy, random_seed) from error
         except Exception as error:
             error.add_note(f"in the run of {policy}, random seed {random_seed}, {epochs} epochs")
             raise

@@ -1,19 +1,21 @@
 """Training a policy on a task, in a folder: what is chosen, what is kept, what comes out."""
 
+import difflib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import torch
-from pydantic import ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from esper.experiments.config import RunConfig, load_run_config
 from esper.experiments.settings import (
     SettingsError,
     explain,
+    known_keys,
     merge,
     parse_setting,
     read_settings,
@@ -21,7 +23,12 @@ from esper.experiments.settings import (
 from esper.lifecycle.events import EnvironmentRestarted, EventRecord
 from esper.lifecycle.record import Record
 from esper.policies.learned import ActionChoices, NetworkConfig, save_policy
-from esper.rl.demonstrations import DemonstrationConfig, demonstrations, imitate
+from esper.rl.demonstrations import (
+    DemonstrationConfig,
+    demonstrating_policy,
+    demonstrations,
+    imitate,
+)
 from esper.rl.env import GrowthEnv
 from esper.rl.fragment_worker import CollectionSettings
 from esper.rl.learner_state import LearnerStates
@@ -34,12 +41,24 @@ from esper.rl.task_runs import TaskRuns
 from esper.rl.training_report import TrainingReport
 from esper.rl.workers import Workers
 from esper.telemetry.environment import describe_environment
+from esper.telemetry.run_kind import POLICY_TRAINING
 from esper.telemetry.run_store import ReopenedRunStore, RunReader, RunStatus, RunStore
 from esper.telemetry.sink import Sink
 
 POLICY_FILE = "policy.safetensors"
 STATES_FOLDER = "learner"
-_KIND = "policy_training"
+
+
+class EpisodeConfig(Record):
+    """Which runs are episodes, and what they are measured against."""
+
+    num_runs: Annotated[int, Field(ge=1)] = 32
+    """How many different runs there are, by random seed. They are other ones than those that
+    policies are evaluated with by default, 0 to 4, where `first_random_seed` is left as it is."""
+    first_random_seed: Annotated[int, Field(ge=0)] = 1000
+    referenced: bool = True
+    """Whether the return is what growth has brought beyond the same run without it. Runs differ
+    more by their seeds than by what is decided; each worker makes each reference once."""
 
 
 class PolicyRunConfig(Record):
@@ -48,6 +67,7 @@ class PolicyRunConfig(Record):
     run: RunConfig
     """Of the runs that are its episodes, but for the random seed."""
     training: PolicyTrainingConfig = PolicyTrainingConfig()
+    episodes: EpisodeConfig = EpisodeConfig()
     rewards: RewardConfig = RewardConfig()
     network: NetworkConfig = NetworkConfig()
     actions: ActionChoices = ActionChoices()
@@ -93,7 +113,10 @@ def load_policy_run_config(
     merged: dict[str, Any] = {}
     if file is not None:
         for key, value in read_settings(file).items():
+            _check_section(key)
             merge(merged if key in SECTIONS else chosen, {key: value})
+    for setting in of_runs:  # over the file's
+        merge(chosen, parse_setting(setting, RunConfig))
     for setting in mine:
         merge(merged, parse_setting(setting, PolicyRunConfig))
     merge(merged, {key: value for key, value in options.items() if key in SECTIONS})
@@ -106,8 +129,26 @@ def load_policy_run_config(
 
 
 def _split(settings: Sequence[str]) -> tuple[list[str], list[str]]:
-    mine = [setting for setting in settings if setting.split("=")[0].split(".")[0] in SECTIONS]
-    return [setting for setting in settings if setting not in mine], mine
+    """Return which settings are of the runs, and which of the training."""
+    of_runs: list[str] = []
+    mine: list[str] = []
+    for setting in settings:
+        key = setting.split("=")[0]
+        _check_section(key)
+        (mine if key.split(".")[0] in SECTIONS else of_runs).append(setting)
+    return of_runs, mine
+
+
+def _check_section(key: str) -> None:
+    """Raise if a key is neither of a training nor of its runs: each alone knows half of them."""
+    sections = {*SECTIONS, *RunConfig.model_fields}
+    if key.split(".", maxsplit=1)[0] in sections:
+        return
+    mine = [name for name in known_keys(PolicyRunConfig) if not name.startswith("run.")]
+    known = [*mine, *known_keys(RunConfig), *sections]
+    nearest = difflib.get_close_matches(key, known, n=1)
+    hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+    raise SettingsError(f"unknown key {key!r}{hint}")
 
 
 @dataclass(frozen=True)
@@ -123,7 +164,14 @@ class MakeGrowthEnv:
         """
         torch.set_num_threads(1)
         config = self.config
-        return GrowthEnv(TaskRuns(config.run), rewards=config.rewards, choices=config.actions)
+        episodes = config.episodes
+        runs = TaskRuns(
+            config.run,
+            first_random_seed=episodes.first_random_seed,
+            num_runs=episodes.num_runs,
+            referenced=episodes.referenced,
+        )
+        return GrowthEnv(runs, rewards=config.rewards, choices=config.actions)
 
 
 @dataclass(kw_only=True)
@@ -166,11 +214,18 @@ class PolicyRun:
         yield from imitate(policy, shown, config, gamma=self.config.training.gamma)
 
     def reports(self) -> Iterator[TrainingReport]:
-        """Train, a rollout at each step, and write the policy after each."""
+        """Train, a rollout at each step, and write the policy after each.
+
+        Also where no step is left: a training may have been killed before it had written that.
+        """
+        learned = False
         for report in self.training.rollouts():
             self._tell(report)
-            self._save(report)
+            self._save(report.mean_return)
+            learned = True
             yield report
+        if not learned:
+            self._save(None)
         self.finished = True
 
     def _tell(self, report: TrainingReport) -> None:
@@ -183,7 +238,7 @@ class PolicyRun:
             for sink in self.sinks:
                 sink.publish(record)
 
-    def _save(self, report: TrainingReport) -> None:
+    def _save(self, mean_return: float | None) -> None:
         policy = self.training.learner.policy
         assert isinstance(policy, MaskedRecurrentPolicy)
         run = self.config.run
@@ -194,8 +249,8 @@ class PolicyRun:
                 "task": run.task,
                 "epochs": run.trainer.epochs,
                 "decision_interval_steps": run.trainer.decision_interval_steps,
-                "timesteps": report.timesteps,
-                "mean_return": report.mean_return,
+                "timesteps": self.training.learner.num_timesteps,
+                "mean_return": mean_return,
                 "random_seed": self.config.training.random_seed,
             },
         )
@@ -209,10 +264,12 @@ def new_policy_run(
 
     Raises:
         RunFolderError: The folder holds a run already.
-        SettingsError, TaskDataError, ModuleNotFoundError: The task's runs cannot be made; there is
-            no folder then.
+        SettingsError, TaskDataError, ModuleNotFoundError: The task's runs cannot be made, or there
+            is no policy to imitate; there is no folder then.
         ValueError: The host has no slot, or no blueprint fits one; there is no folder then.
     """
+    if config.demonstrations is not None:
+        demonstrating_policy(config.demonstrations, config.run)
     options = _options(config)
     store = RunStore(
         folder,
@@ -258,6 +315,11 @@ def resumed_policy_run(
             done(run)
 
 
+def can_go_on(folder: Path) -> bool:
+    """Return whether a training has kept a state in a folder, whole or not."""
+    return bool(LearnerStates(folder / STATES_FOLDER).names())
+
+
 def policy_run_config(folder: Path) -> PolicyRunConfig:
     """Return the settings of the training in a folder.
 
@@ -266,13 +328,13 @@ def policy_run_config(folder: Path) -> PolicyRunConfig:
         SettingsError: It holds no training of a policy, or one of another version.
     """
     kept = RunReader(folder).config()
-    if _KIND not in kept:
+    if POLICY_TRAINING not in kept:
         raise SettingsError(
             f"{folder} holds a run of {kept.get('task')}, and no training of a policy; go on with "
             "it by esper resume"
         )
     try:
-        return PolicyRunConfig.model_validate(kept[_KIND])
+        return PolicyRunConfig.model_validate(kept[POLICY_TRAINING])
     except ValidationError as error:
         raise SettingsError(f"{folder} is of another version: {error}") from error
 
@@ -352,5 +414,5 @@ def _for_viewers(config: PolicyRunConfig) -> dict[str, Any]:
         "policy": "being learned",
         "random_seed": config.training.random_seed,
         "learning_rate": config.training.learning_rate,
-        _KIND: config.model_dump(mode="json"),
+        POLICY_TRAINING: config.model_dump(mode="json"),
     }

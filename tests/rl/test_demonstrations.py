@@ -1,0 +1,216 @@
+"""Imitating another policy: what it did is what is shown, and becomes what is done."""
+
+import signal
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sb3_contrib.common.recurrent.type_aliases import RNNStates
+
+from esper.experiments.config import RunConfig, load_run_config
+from esper.experiments.run import chosen_policy
+from esper.experiments.settings import SettingsError
+from esper.experiments.worker_pool import WorkerDiedError
+from esper.lifecycle import Advance, AlphaCurve, Commit, Germinate, IllegalAction, Operation, Wait
+from esper.lifecycle.actions import check_action
+from esper.policies.learned import ActionChoices, LearnedPolicy, NetworkConfig, save_policy
+from esper.rl import GrowthEnv
+from esper.rl.demonstrations import (
+    FIRST_RANDOM_SEED,
+    Demonstration,
+    DemonstrationConfig,
+    _first_legal,
+    demonstrate,
+    demonstrations,
+    imitate,
+)
+from esper.rl.masked_policy import MaskedRecurrentPolicy
+from rl_runs import TinyRuns, make_env
+
+EPOCHS = 12
+SHOWN = DemonstrationConfig(num_episodes=3, passes=150, learning_rate=5e-3)
+GAMMA = 0.5
+
+
+def teaching(**settings: Any) -> RunConfig:
+    """A heuristic that grows the tiny host at once; its slots ramp otherwise than the task's."""
+    heuristic = {"blueprints": ["mlp", "norm"], "warmup_epochs": 1, "patience_epochs": 4}
+    plain = {"heuristic": heuristic, "slot": {"ramp_steps": 20, "thresholds": {"trial_epochs": 2}}}
+    return load_run_config("digits", None, [], {**plain, **settings})
+
+
+def shown_by_heuristic(env: GrowthEnv, num_episodes: int = 1) -> list[Demonstration]:
+    return [demonstrate(SHOWN, teaching(), env, seed) for seed in range(num_episodes)]
+
+
+def test_what_is_shown_is_what_the_policy_does_and_plays_again_to_the_bit() -> None:
+    env = GrowthEnv(TinyRuns(epochs=EPOCHS))
+    (shown,) = shown_by_heuristic(env)
+    assert shown.actions.shape == (EPOCHS, 6)
+    run = teaching(random_seed=0)
+    policy = chosen_policy(run)
+    operations = []
+    observation, _ = env.reset(seed=0)
+    for place, numbers in enumerate(shown.actions):
+        for name, values in observation.items():
+            assert np.array_equal(values, shown.observations[name][place]), name
+        state, taken = env.state, env.coder.decode(numbers, env.state)
+        asked = [action for action in policy.decide(state) if _is_legal(state, action)]
+        if isinstance(taken, Advance):
+            assert (taken.ramp_steps, taken.ramp_curve) == (20, run.slot.ramp_curve)
+            taken = Advance(slot=taken.slot)
+        assert env.coder.encode(taken) == env.coder.encode([*asked, Wait()][0])
+        operations.append(taken.operation)
+        observation, reward, *_ = env.step(numbers)
+        assert np.float32(reward) == shown.rewards[place]
+    assert {Operation.GERMINATE, Operation.ADVANCE, Operation.WAIT} <= set(operations)
+
+
+def _is_legal(state: Any, action: Any) -> bool:
+    try:
+        check_action(state, action)
+    except IllegalAction:
+        return False
+    return True
+
+
+def test_a_policys_own_choices_follow_the_seed_too() -> None:
+    env = GrowthEnv(TinyRuns(epochs=2))
+    config = DemonstrationConfig(policy="random")
+    shown = [demonstrate(config, teaching(), env, seed) for seed in (0, 3, 5, 0)]  # no noop
+    assert len({tuple(episode.actions[0]) for episode in shown}) > 1
+    assert np.array_equal(shown[0].actions, shown[-1].actions)
+
+
+def test_of_what_a_policy_asks_for_the_first_that_is_legal_is_shown() -> None:
+    env = GrowthEnv(TinyRuns(epochs=EPOCHS))
+    env.reset(seed=0)
+    germinations = [Germinate(slot=slot, blueprint="mlp") for slot in ("second", "first")]
+    assert _first_legal([Commit(slot="first"), *germinations], env.state) == germinations[0]
+    assert _first_legal([Commit(slot="first")], env.state) == Wait()
+    assert _first_legal([], env.state) == Wait()
+
+
+@pytest.mark.parametrize(
+    ("ramp", "told"),
+    [
+        ({"ramp_steps": 30}, "ramp steps 30 is none of the head's choices: 0, 20, 50"),
+        ({"ramp_curve": "linear"}, "ramp curve linear is none of the head's choices: cosine"),
+    ],
+)
+def test_what_no_head_offers_cannot_be_imitated_unless_it_is_offered_too(
+    ramp: dict[str, Any], told: str
+) -> None:
+    run = teaching(slot={"ramp_steps": 20, **ramp})
+    narrow = ActionChoices(ramp_curves=(AlphaCurve.COSINE,))
+    env = GrowthEnv(TinyRuns(epochs=EPOCHS), choices=narrow)
+    with pytest.raises(ValueError, match=told) as caught:
+        demonstrate(SHOWN, run, env, 0)
+    assert "heuristic cannot be imitated, it asks for Advance(" in str(caught.value)
+    assert "actions.ramp_steps" in str(caught.value)
+    wide = ActionChoices(ramp_steps=(0, 20, 30))
+    env = GrowthEnv(TinyRuns(epochs=EPOCHS), choices=wide)
+    shown = demonstrate(SHOWN, run, env, 0)
+    ramp_chosen = (
+        wide.ramp_steps.index(run.slot.ramp_steps),
+        wide.ramp_curves.index(run.slot.ramp_curve),
+    )
+    assert ramp_chosen in {tuple(pair) for pair in shown.actions[:, 4:].tolist()}
+
+
+def learner(env: GrowthEnv) -> MaskedRecurrentPolicy:
+    torch.manual_seed(0)
+    return MaskedRecurrentPolicy(
+        env.observation_space,
+        env.action_space,
+        lambda _: 0.0,
+        blueprints=env.coder.blueprints,
+        choices=env.coder.choices,
+        network=NetworkConfig(width=16, num_attention_heads=2),
+    )
+
+
+def test_what_is_imitated_becomes_what_the_policy_does(tmp_path: Path) -> None:
+    """To the last action, in the environment: one step aside would lead to states never shown."""
+    env = GrowthEnv(TinyRuns(epochs=EPOCHS))
+    shown = shown_by_heuristic(env, SHOWN.num_episodes)
+    policy = learner(env)
+    likelihoods = list(imitate(policy, shown, SHOWN, gamma=GAMMA))
+    assert len(likelihoods) == SHOWN.passes
+    assert likelihoods[0] < -1.0 < -0.1 < likelihoods[-1] <= 0.0
+    save_policy(tmp_path / "policy.safetensors", policy.actor())
+    for seed, episode in enumerate(shown):
+        learned = LearnedPolicy.load(tmp_path / "policy.safetensors")
+        env.reset(seed=seed)
+        for numbers in episode.actions:
+            (action,) = learned.decide(env.state)
+            assert env.coder.encode(action) == numbers.tolist()
+            env.step(numbers)
+
+
+def test_the_value_becomes_what_was_earned_from_there_on_discounted() -> None:
+    env = GrowthEnv(TinyRuns(epochs=EPOCHS))
+    shown = shown_by_heuristic(env, 2)
+    policy = learner(env)
+    for _ in imitate(policy, shown, SHOWN, gamma=GAMMA):
+        pass
+    for episode in shown:
+        earned = [
+            sum(GAMMA**later * reward for later, reward in enumerate(episode.rewards[place:]))
+            for place in range(EPOCHS)
+        ]
+        found = _values(policy, episode)
+        assert np.abs(found - earned).mean() < 0.25 * np.std(earned)
+
+
+def _values(policy: MaskedRecurrentPolicy, episode: Demonstration) -> np.ndarray:
+    zeros = torch.zeros(1, 1, policy.lstm_actor.hidden_size)
+    observations = {
+        name: torch.as_tensor(values).float() for name, values in episode.observations.items()
+    }
+    begins = torch.zeros(len(episode.actions))
+    states = RNNStates((zeros, zeros), (zeros, zeros))
+    with torch.no_grad():
+        values, _, _ = policy.evaluate_actions(
+            observations, torch.as_tensor(episode.actions), states, begins
+        )
+    return values.flatten().numpy()
+
+
+def test_an_episode_that_ended_early_is_no_example() -> None:
+    env = GrowthEnv(TinyRuns(epochs=EPOCHS))
+    (whole,) = shown_by_heuristic(env)
+    short = Demonstration(
+        observations={name: values[:3] for name, values in whole.observations.items()},
+        actions=np.zeros_like(whole.actions[:3]),
+        rewards=np.full(3, -10.0, dtype=np.float32),
+    )
+    config = DemonstrationConfig(passes=2)
+    found = [
+        list(imitate(learner(env), shown, config, gamma=GAMMA))
+        for shown in ([whole], [short, whole], [whole, short])
+    ]
+    assert found[0] == found[1] == found[2]
+
+
+def test_processes_show_the_same_in_the_order_of_the_seeds() -> None:
+    config = DemonstrationConfig(num_episodes=3)
+    shown = demonstrations(config, teaching(), make_env, processes=2)
+    alone = [
+        demonstrate(config, teaching(), make_env(), FIRST_RANDOM_SEED + place) for place in range(3)
+    ]
+    for one, other in zip(shown, alone, strict=True):
+        assert np.array_equal(one.actions, other.actions)
+        assert np.allclose(one.rewards, other.rewards, rtol=1e-5, atol=1e-6)
+    assert len({episode.rewards.tobytes() for episode in alone}) == 3
+
+
+def test_a_killed_process_is_told_and_an_unknown_policy_starts_none() -> None:
+    killed = partial(signal.raise_signal, signal.SIGKILL)
+    with pytest.raises(WorkerDiedError, match="let heuristic play was killed"):
+        demonstrations(DemonstrationConfig(), teaching(), killed, processes=1)
+    with pytest.raises(SettingsError, match="no policy 'nonesuch'"):
+        demonstrations(DemonstrationConfig(policy="nonesuch"), teaching(), killed, processes=1)
