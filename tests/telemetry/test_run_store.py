@@ -269,4 +269,4 @@ def test_every_status_is_known_to_what_shows_runs(status: str) -> None:
     pages = ROOT / "src" / "esper" / "dashboard" / "static"
     assert f'"{status}"' in (pages / "overview.js").read_text(encoding="utf-8")
     assert f'[data-status="{status}"]' in (pages / "dashboard.css").read_text(encoding="utf-8")
-    assert status in run_page._STATUSES
+    assert status in run_page.STATUS_KINDS
