@@ -53,7 +53,7 @@ def test_options_say_which_arms_take_part_and_on_what() -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("digits", "--policy", "nonesuch"), "no policy 'nonesuch'; policies: "),
+        (("digits", "--policy", "nonesuch"), "no policy 'nonesuch'; did you mean 'none'?"),
         (("digits", "--policy", "none"), "which grows nothing"),
         (("digits", "--policy", "random", "--policy", "random"), "compared anyway"),
         (("digits", "--rates", "2"), "at least 3"),
