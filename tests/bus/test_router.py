@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from bus_machinery import KEYRING, OTHER_KEYRING, SKIPPED, files_of_at_most, record, wait_for
 from commanded import KEYRING as COMMAND_KEYRING
 from commanded import CountedRun
-from esper.bus.bus import DEAD_LETTERS, EMERGENCY, TELEMETRY, Bus, Stream
+from esper.bus.bus import DEAD_LETTERS, EMERGENCY, TELEMETRY, Bus, Delivery, Stream
 from esper.bus.dead_letter import DeadLetter
 from esper.bus.envelope import MessageRefusedError, Sealer, open_envelope
 from esper.bus.in_process import InProcessBus
@@ -48,8 +48,10 @@ from tracked_run import CONFIG, tell_run
 
 
 @contextmanager
-def routing(bus: Bus, folder: Path, **options: int) -> Iterator[Router]:
-    router = Router(bus, KEYRING, folder, **options)
+def routing(
+    bus: Bus, folder: Path, kind: type[Router] = Router, **options: int
+) -> Iterator[Router]:
+    router = kind(bus, KEYRING, folder, **options)
     stop = threading.Event()
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(router.run, stop)
@@ -155,6 +157,40 @@ def test_what_a_stream_lost_while_nobody_read_it_is_counted_exactly(
     assert steps_in(tmp_path / "run") == [*range(90_000, 100_000)]
     assert missed_in(tmp_path / "run") == 90_000
     assert RunReader(tmp_path / "run").config() == {}
+
+
+def test_an_emergency_waits_for_a_few_hundred_events_to_be_stored_not_for_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bundles hold many events, and 500 of them are received at once."""
+    bus, telling = InProcessBus(), Telling()
+    stored_at_once: list[tuple[str, int]] = []
+    opened, storing = threading.Event(), Mirror.take
+
+    class Watched(Router):
+        def _opened(self, delivery: Delivery, stream: Stream) -> Told:
+            told = super()._opened(delivery, stream)
+            if stream == EMERGENCY:
+                opened.set()
+            return told
+
+    def take(mirror: Mirror, told: list[Told]) -> Taken:
+        if not stored_at_once:  # the emergency comes while the first telemetry is being stored
+            bus.publish(EMERGENCY, telling.sealed(EMERGENCY, *events(7, critical=True)))
+            assert opened.wait(30.0)
+        stored_at_once.append((told[0].stream.name, sum(len(one.envelope.numbers) for one in told)))
+        return storing(mirror, told)
+
+    monkeypatch.setattr(Mirror, "take", take)
+    sealer = Sealer(KEYRING, "run")
+    for begin in range(0, 3000, 100):
+        bundle = bundle_of([body_of(event) for event in events(*range(begin, begin + 100))])
+        bus.publish(TELEMETRY, [sealer.seal(bundle, messages=100)[1]])
+    with routing(bus, tmp_path, Watched) as router:
+        wait_for(lambda: router.facts().stored == 3001)
+    assert stored_at_once.index((EMERGENCY.name, 1)) <= 2
+    telemetry = [count for name, count in stored_at_once if name == TELEMETRY.name]
+    assert telemetry == [200] * 15
 
 
 KILLED = """

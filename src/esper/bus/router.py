@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import accumulate, takewhile
 from pathlib import Path
 
 from esper.bus.backoff import Backoff
@@ -32,7 +33,9 @@ from esper.signing import Keyring
 from esper.telemetry.run_store import RunFolderError
 
 BATCH_MESSAGES = 500
-"""Received at once; those of one run are stored in one transaction."""
+"""Received at once."""
+_STORED_AT_ONCE = 250
+"""What runs tell, at most, but for a larger bundle; an emergency waits for no more to be stored."""
 
 _WAIT_SECONDS = 0.5
 _IDLE_SECONDS = 30.0
@@ -191,8 +194,8 @@ class Router:
                 batch.told.append(told)
         backoff = Backoff()
         while runs:
-            done, errors = writer.submit(self._store, runs).result()
-            subscription.acknowledge([entry for run in done for entry in runs[run].entries])
+            stored, errors = self._store(runs, writer)
+            subscription.acknowledge(stored)
             for run, problem in errors.items():
                 if not backoff.failures:
                     _LOG.warning("what run %s tells cannot be stored now: %s", run, problem)
@@ -221,23 +224,35 @@ class Router:
         message = check_telling(envelope, message_in(envelope))
         return Told(stream=stream, envelope=envelope, message=message)
 
-    def _store(self, runs: Mapping[str, "_Batch"]) -> tuple[list[str], dict[str, Exception]]:
-        """Return the runs whose messages are stored, and why others are not."""
-        done: list[str] = []
+    def _store(
+        self, runs: Mapping[str, "_Batch"], writer: Executor
+    ) -> tuple[list[str], dict[str, Exception]]:
+        """Store what can be, and take it off the batches.
+
+        Returns:
+            The entries that have brought it, and why what is left of a run is left.
+        """
+        stored: list[str] = []
         errors: dict[str, Exception] = {}
         for run, batch in runs.items():
-            try:
-                taken = self._mirrors.take(run, batch.told)
-            except (sqlite3.Error, OSError, RunFolderError) as error:
-                errors[run] = error
-                continue
-            done.append(run)
-            if taken is None:
-                self._count(passed_over=sum(len(told.envelope.numbers) for told in batch.told))
-            else:
-                self._count(stored=taken.stored, again=taken.again, missed=taken.missed)
+            while batch.told:
+                count = batch.messages_at_once
+                try:
+                    writer.submit(self._take, run, batch.told[:count]).result()
+                except (sqlite3.Error, OSError, RunFolderError) as error:
+                    errors[run] = error
+                    break
+                stored += batch.entries[:count]
+                batch.remove(count)
+        return stored, errors
+
+    def _take(self, run: str, told: Sequence[Told]) -> None:
+        taken = self._mirrors.take(run, told)
         self._runs = len(self._mirrors)
-        return done, errors
+        if taken is None:
+            self._count(passed_over=sum(len(one.envelope.numbers) for one in told))
+        else:
+            self._count(stored=taken.stored, again=taken.again, missed=taken.missed)
 
     def _count(self, **more: int) -> None:
         with self._lock:
@@ -250,6 +265,16 @@ class _Batch:
 
     entries: list[str] = field(default_factory=list)
     told: list[Told] = field(default_factory=list)
+
+    @property
+    def messages_at_once(self) -> int:
+        """How many of the first are stored together."""
+        events = accumulate(len(told.envelope.numbers) for told in self.told)
+        return max(1, sum(1 for _ in takewhile(lambda sum_: sum_ <= _STORED_AT_ONCE, events)))
+
+    def remove(self, count: int) -> None:
+        """Remove the first."""
+        del self.entries[:count], self.told[:count]
 
 
 def _may_pass(error: Exception) -> bool:
