@@ -72,7 +72,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_killed_run_goes_on_to_the_same_weights_events_and_metrics(folder: Path) -> None:
-    assert "running" in run_esper("inspect", "killed", cwd=folder).stdout
+    assert "killed" in run_esper("inspect", "killed", cwd=folder).stdout
     done = run_esper("resume", "killed", "--control", cwd=folder)
     assert done.returncode == 0, done.stderr
     assert re.match(r" +epoch \d+: goes on from checkpoint step-0+\d+0\n", done.stdout)

@@ -80,6 +80,7 @@ def test_run_is_read_while_it_goes_on_and_each_row_once(tmp_path: Path) -> None:
     store = open_store(tmp_path)
     reader = RunReader(tmp_path)
     assert (reader.status, reader.attempt, reader.is_written) == ("running", 1, True)
+    assert reader.standing == "running"
     store.publish(PRUNED)
     (first,) = reader.event_rows()
     store.measure(1, 1, {"loss": 1.0})
@@ -163,7 +164,7 @@ def test_killed_run_loses_nothing_that_it_was_given(tmp_path: Path) -> None:
     reader = RunReader(tmp_path)
     assert [record.epoch for record in reader.events()] == [1, 2, 3]
     assert [row.value for row in reader.metrics() if row.name == "loss"] == [1.0, 0.5, 1.0 / 3.0]
-    assert (reader.status, reader.is_written) == ("running", False)
+    assert (reader.status, reader.is_written, reader.standing) == ("running", False, "killed")
 
 
 def test_a_closed_run_is_one_file_and_reading_it_makes_no_other(tmp_path: Path) -> None:

@@ -97,7 +97,7 @@ def _print_head(console: Console, reader: RunReader, story: RunStory) -> None:
     packages = environment.get("packages", {})
     matmul = environment.get("matmul", {})
     console.print(
-        f"[bold]{escape(str(config.get('task')))}[/] · {config.get('policy')} · {reader.status}"
+        f"[bold]{escape(str(config.get('task')))}[/] · {config.get('policy')} · {reader.standing}"
     )
     console.print(
         f"seed {config.get('random_seed')}, {config.get('trainer', {}).get('epochs')} epochs, "

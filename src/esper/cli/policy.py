@@ -3,7 +3,7 @@
 import json
 import os
 import shlex
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -34,15 +34,6 @@ policy = typer.Typer(
 
 _NEEDS_RL = "learning to grow needs gymnasium and sb3-contrib: pip install 'esper-lite[rl]'"
 
-Settings = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set",
-        metavar="KEY=VALUE",
-        help="One setting: of the runs, as for esper grow, or training.KEY, rewards.KEY, "
-        "network.KEY, actions.KEY.",
-    ),
-]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print what was written only.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON lines.")]
 
@@ -74,7 +65,15 @@ def train(
         ),
     ] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file of settings.")] = None,
-    set_: Settings = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="One setting: of the runs, as for esper grow, or training.KEY, rewards.KEY, "
+            "network.KEY, actions.KEY, episodes.KEY, demonstrations.KEY.",
+        ),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder; default runs/policy-TASK-TIME.")] = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -218,8 +217,17 @@ def eval_(
         ),
     ] = HeuristicPolicy.name,
     epochs: Annotated[int | None, typer.Option(min=1, help="Length of its runs.")] = None,
-    config: Annotated[Path | None, typer.Option(help="TOML file of settings.")] = None,
-    set_: Settings = None,
+    config: Annotated[
+        Path | None, typer.Option(help="TOML file of settings; may be that of a training.")
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="One setting: of the runs, as for esper grow, or rewards.KEY.",
+        ),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder; one begun before goes on where it was.")
     ] = None,
@@ -235,12 +243,13 @@ def eval_(
     console = Console()
     with _errors():
         from esper.rl import evaluation  # noqa: PLC0415 – an optional extra
-        from esper.rl.policy_run import load_policy_run_config  # noqa: PLC0415
+        from esper.rl.policy_run import SECTIONS, load_policy_run_config  # noqa: PLC0415
 
         options: dict[str, Any] = {"count_flops": True}
         if epochs is not None:
             options["trainer"] = {"epochs": epochs}
         loaded = load_policy_run_config(task, config, set_ or [], options)
+        _refuse_training_settings(set_ or [], {*SECTIONS} - {"rewards"})
         chosen = {
             "run": loaded.run,
             "policies": tuple(_of_anywhere(policy) for policy in names or POLICY_NAMES),
@@ -273,6 +282,15 @@ def eval_(
     else:
         print_evaluation(console, done)
         console.print(f"\nfolder  {path}", highlight=False, soft_wrap=True, markup=False)
+
+
+def _refuse_training_settings(settings: Sequence[str], sections: Collection[str]) -> None:
+    """Raise if a setting is of one of these sections, which mean nothing to an evaluation."""
+    for setting in settings:
+        if setting.split("=")[0].split(".")[0] in sections:
+            raise SettingsError(
+                f"{setting} is of a training, and an evaluation trains no policy; leave it out"
+            )
 
 
 def _of_anywhere(policy: str) -> str:

@@ -144,7 +144,8 @@ def _addressed(run: str, bus: str | None, key_file: Path | None) -> tuple[str, s
         raise typer.BadParameter(f"{error}{hint}") from error
     if not is_written(Path(run)):
         raise typer.BadParameter(
-            f"no process trains {run} now, it is {reader.status}; start it again with esper resume"
+            f"no process trains {run} now, it is {reader.standing}; start it again with "
+            "esper resume"
         )
     address = bus or config.bus.commands
     if address is None:

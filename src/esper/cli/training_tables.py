@@ -39,7 +39,7 @@ def print_training_story(console: Console, reader: RunReader, story: TrainingSto
     """Print how a training stands, about ten rows of its course, and its restarts."""
     config, environment = reader.config(), reader.environment()
     task = escape(str(config.get("task")))
-    console.print(f"[bold]{task}[/] · {TRAINING_WORDS} · {reader.status}", highlight=False)
+    console.print(f"[bold]{task}[/] · {TRAINING_WORDS} · {reader.standing}", highlight=False)
     torch = environment.get("packages", {}).get("torch")
     facts = [*training_facts(config), f"torch {torch} on {environment.get('device')}"]
     console.print(Text(", ".join(facts)))

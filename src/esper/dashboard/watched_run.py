@@ -22,6 +22,7 @@ from esper.telemetry.run_store import (
     RunFolderError,
     RunReader,
     is_written,
+    standing,
 )
 
 CANNOT_READ = (RunFolderError, EventSchemaError, OSError, sqlite3.Error)
@@ -166,12 +167,11 @@ class WatchedRun:
         self._follow(reader)
         counts = glance.event_counts
         committed, pruned = counts.get("seed_committed", 0), counts.get("seed_pruned", 0)
-        killed = glance.status == "running" and not has_writer and os.name == "posix"
         progress = progress_of(self._config)
         row = RunRow(
             id=self.row.id,
             resume=f"esper resume {self._named}",
-            status="killed" if killed else glance.status,
+            status=standing(glance.status, has_writer=has_writer),
             task=str(self._config.get("task", "")),
             policy=str(self._config.get("policy", "")),
             random_seed=whole_number(self._config.get("random_seed")),

@@ -90,9 +90,10 @@ def known_keys(record: type[Record], prefix: str = "") -> list[str]:
     """Return every key that a record may hold, dotted."""
     keys = []
     for name, info in record.model_fields.items():
-        nested = info.annotation
-        if isinstance(nested, type) and issubclass(nested, Record):
-            keys += known_keys(nested, f"{prefix}{name}.")
-        else:
+        kinds = get_args(info.annotation) or (info.annotation,)  # a section may be None, too
+        nested = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Record)]
+        for section in nested:
+            keys += known_keys(section, f"{prefix}{name}.")
+        if not nested or type(None) in kinds:
             keys.append(f"{prefix}{name}")
     return keys

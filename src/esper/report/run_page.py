@@ -19,6 +19,7 @@ _OUTCOMES = {"committed": "good", "pruned": "bad", "still growing": "warn"}
 STATUS_KINDS = {
     "finished": "good",
     "failed": "bad",
+    "killed": "bad",
     "running": "warn",
     "interrupted": "warn",
     "stopped": "warn",
@@ -40,7 +41,8 @@ def run_report(reader: RunReader, *, references: Sequence[Reference] = ()) -> st
     story, metrics = tell(reader.events()), reader.metrics()
     config, environment = reader.config(), reader.environment()
     task = str(config.get("task", "run"))
-    heading = f"{escape(task)} {chip(reader.status, STATUS_KINDS.get(reader.status, ''))}"
+    standing = reader.standing
+    heading = f"{escape(task)} {chip(standing, STATUS_KINDS.get(standing, ''))}"
     return page(
         title=f"{task}: {reader.folder.name}",
         heading=heading,

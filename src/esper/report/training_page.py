@@ -36,7 +36,8 @@ def training_report(reader: RunReader) -> str:
     """
     story, config, environment = tell_training(reader), reader.config(), reader.environment()
     task = str(config.get("task", "run"))
-    status = chip(reader.status, STATUS_KINDS.get(reader.status, ""))
+    standing = reader.standing
+    status = chip(standing, STATUS_KINDS.get(standing, ""))
     return page(
         title=f"{task}: {TRAINING_WORDS}, {reader.folder.name}",
         heading=f"{escape(task)}, {TRAINING_WORDS} {status}",

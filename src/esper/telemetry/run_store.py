@@ -263,6 +263,18 @@ def is_written(folder: Path) -> bool:
         os.close(descriptor)
 
 
+def standing(status: str, *, has_writer: bool) -> str:
+    """Return how a run stands for those who look at it: its status, or "killed".
+
+    Args:
+        status: That it has written.
+        has_writer: Whether a process wrote its folder, asked before the status was read: a run that
+            ends says so first. Not known on Windows, where no run counts as killed.
+    """
+    killed = status == "running" and not has_writer and os.name == "posix"
+    return "killed" if killed else status
+
+
 @dataclass(frozen=True, kw_only=True)
 class EventRow:
     """One stored event."""
@@ -326,6 +338,12 @@ class RunReader:
     def status(self) -> str:
         """How the run stands; a killed run stays "running"."""
         return self._value("status") or "unknown"
+
+    @property
+    def standing(self) -> str:
+        """The status, but "killed" where the run says that it is running and nobody writes it."""
+        has_writer = self.is_written
+        return standing(self.status, has_writer=has_writer)
 
     @property
     def attempt(self) -> int:
