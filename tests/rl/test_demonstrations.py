@@ -14,7 +14,16 @@ from esper.experiments.config import RunConfig, load_run_config
 from esper.experiments.run import chosen_policy
 from esper.experiments.settings import SettingsError
 from esper.experiments.worker_pool import WorkerDiedError
-from esper.lifecycle import Advance, AlphaCurve, Commit, Germinate, IllegalAction, Operation, Wait
+from esper.lifecycle import (
+    Action,
+    Advance,
+    AlphaCurve,
+    Commit,
+    Germinate,
+    IllegalAction,
+    Operation,
+    Wait,
+)
 from esper.lifecycle.actions import check_action
 from esper.policies.learned import ActionChoices, LearnedPolicy, NetworkConfig, save_policy
 from esper.rl import GrowthEnv
@@ -22,7 +31,7 @@ from esper.rl.demonstrations import (
     FIRST_RANDOM_SEED,
     Demonstration,
     DemonstrationConfig,
-    _first_legal,
+    _Turns,
     demonstrate,
     demonstrations,
     imitate,
@@ -53,16 +62,18 @@ def test_what_is_shown_is_what_the_policy_does_and_plays_again_to_the_bit() -> N
     run = teaching(random_seed=0)
     policy = chosen_policy(run)
     operations = []
+    left: list[Action] = []
     observation, _ = env.reset(seed=0)
     for place, numbers in enumerate(shown.actions):
         for name, values in observation.items():
             assert np.array_equal(values, shown.observations[name][place]), name
         state, taken = env.state, env.coder.decode(numbers, env.state)
-        asked = [action for action in policy.decide(state) if _is_legal(state, action)]
+        asked = [action for action in (*policy.decide(state), *left) if _is_legal(state, action)]
+        left = [action for action in asked if isinstance(action, Germinate)]
         if isinstance(taken, Advance):
             assert (taken.ramp_steps, taken.ramp_curve) == (20, run.slot.ramp_curve)
             taken = Advance(slot=taken.slot)
-        assert env.coder.encode(taken) == env.coder.encode([*asked, Wait()][0])
+        assert env.coder.encode(taken) in [env.coder.encode(one) for one in asked or [Wait()]]
         operations.append(taken.operation)
         observation, reward, *_ = env.step(numbers)
         assert np.float32(reward) == shown.rewards[place]
@@ -85,13 +96,20 @@ def test_a_policys_own_choices_follow_the_seed_too() -> None:
     assert np.array_equal(shown[0].actions, shown[-1].actions)
 
 
-def test_of_what_a_policy_asks_for_the_first_that_is_legal_is_shown() -> None:
+def test_slots_take_turns_where_a_policy_asks_for_more_than_one_action() -> None:
     env = GrowthEnv(TinyRuns(epochs=EPOCHS))
     env.reset(seed=0)
-    germinations = [Germinate(slot=slot, blueprint="mlp") for slot in ("second", "first")]
-    assert _first_legal([Commit(slot="first"), *germinations], env.state) == germinations[0]
-    assert _first_legal([Commit(slot="first")], env.state) == Wait()
-    assert _first_legal([], env.state) == Wait()
+    second, first = (Germinate(slot=slot, blueprint="mlp") for slot in ("second", "first"))
+    turns = _Turns()
+
+    def chosen(*asked: Action) -> Action:
+        return turns.choose(asked, env.state)
+
+    assert chosen(Commit(slot="first")) == Wait(), "not legal"
+    assert [chosen(second, first) for _ in range(3)] == [second, first, second]
+    assert chosen() == first, "a germination that had no turn is kept"
+    assert [chosen(), chosen(Wait())] == [Wait(), Wait()], "for one decision"
+    assert chosen(Commit(slot="second"), first, second) == second, "the longest wait, if legal"
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from esper.experiments.worker_pool import WorkerDiedError, worker_pool
 from esper.lifecycle.actions import (
     Action,
     Advance,
+    Germinate,
     GrowthState,
     IllegalAction,
     Wait,
@@ -125,7 +126,9 @@ def _play(
 def demonstrate(
     config: DemonstrationConfig, run: RunConfig, env: GrowthEnv, seed: int
 ) -> Demonstration:
-    """Let a policy play one episode.
+    """Let a policy play one episode; slots take turns where it asks for more than one action.
+
+    What a germination asks for besides its blueprint and blend operator is left to the blueprint.
 
     Args:
         config: Says who.
@@ -139,9 +142,10 @@ def demonstrate(
     teacher = demonstrating_policy(config, run.model_copy(update={"random_seed": seed}))
     observation, _ = env.reset(seed=seed)
     seen, taken, earned = [], [], []
+    turns = _Turns()
     over = False
     while not over:
-        action = _first_legal(teacher.decide(env.state), env.state)
+        action = turns.choose(teacher.decide(env.state), env.state)
         numbers = _encoded(env.coder, _with_ramp(action, run.slot), config.policy)
         seen.append(observation)
         taken.append(numbers)
@@ -155,15 +159,40 @@ def demonstrate(
     )
 
 
-def _first_legal(actions: Sequence[Action], state: GrowthState) -> Action:
-    """Return the one action that the environment can take of those that a policy asks for."""
-    for action in actions:
-        try:
-            check_action(state, action)
-        except IllegalAction:
-            continue
-        return action
-    return Wait()
+class _Turns:
+    """Chooses, of the actions that a policy asks for, the one that the environment can take.
+
+    It is the first that is legal for the slot which has waited for longest. A germination that was
+    not taken counts as asked for at the next decision, too; what tends a seed policies ask for
+    again by themselves.
+    """
+
+    def __init__(self) -> None:
+        self._num_chosen = 0
+        self._last: dict[str, int] = {}
+        """When each slot had its turn."""
+        self._left: list[Germinate] = []
+
+    def choose(self, actions: Sequence[Action], state: GrowthState) -> Action:
+        """Return the action to take now."""
+        asked = [action for action in actions if not isinstance(action, Wait)]
+        legal = [action for action in (*asked, *self._left) if _is_legal(action, state)]
+        self._left = [action for action in asked if isinstance(action, Germinate)]
+        if not legal:
+            return Wait()
+        chosen = min(legal, key=lambda action: self._last.get(action.slot, 0))
+        self._num_chosen += 1
+        self._last[chosen.slot] = self._num_chosen
+        self._left = [action for action in self._left if action != chosen]
+        return chosen
+
+
+def _is_legal(action: Action, state: GrowthState) -> bool:
+    try:
+        check_action(state, action)
+    except IllegalAction:
+        return False
+    return True
 
 
 def _encoded(coder: ActionCoder, action: Action, policy: str) -> list[int]:
