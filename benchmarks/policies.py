@@ -1,9 +1,8 @@
 """Who decides best? Every policy on the same runs with as many operations, a learned one too.
 
-For each task a policy is trained first: recurrent PPO that imitates the heuristic before it learns
-from rewards. Its runs are other ones, by random seed, than those that all policies are then weighed
-on. What was trained or weighed before is taken from the folder, and goes on there if it was
-stopped.
+For each task a policy is trained first, by recurrent PPO. Its runs are other ones, by random seed,
+than those that all policies are then weighed on. What was trained or weighed before is taken from
+the folder, and goes on there if it was stopped.
 
     python benchmarks/policies.py [--tasks digits text] [--folder benchmarks/results]
         [--processes N] [--seeds 5] [--quick]
@@ -18,8 +17,16 @@ from pathlib import Path
 from rich.console import Console
 
 from esper.cli.policy_views import print_evaluation
+from esper.experiments.comparison.intervals import mean_interval
+from esper.experiments.comparison.words import spread
 from esper.policies.named import NEVER
-from esper.rl.evaluation import Evaluation, EvaluationConfig, EvaluationFolder, PolicyRun, evaluate
+from esper.rl.evaluation import (
+    EvaluatedRun,
+    Evaluation,
+    EvaluationConfig,
+    EvaluationFolder,
+    evaluate,
+)
 from esper.rl.policy_run import (
     POLICY_FILE,
     load_policy_run_config,
@@ -35,7 +42,13 @@ POLICIES = (NEVER, "random", "schedule", "heuristic", "ucb1")
 
 @dataclass(frozen=True, kw_only=True)
 class Contest:
-    """A task, how long its runs are, and how much is learned from."""
+    """A task, how long its runs are, and how a policy learns it.
+
+    Attributes:
+        settings: Of all runs.
+        decisions: To learn from.
+        training: Settings of the training, and of its runs where they differ.
+    """
 
     task: str
     settings: tuple[str, ...]
@@ -49,33 +62,46 @@ CONTESTS = {
         Contest(
             task="digits",
             settings=("trainer.epochs=40",),
-            decisions=9_600,
-            training=("training.steps_per_fragment=160", "training.batch_size=80"),
+            decisions=12_800,
+            training=(
+                "demonstrations.policy=schedule",
+                "demonstrations.num_episodes=32",
+                "demonstrations.passes=60",
+                "training.steps_per_fragment=640",
+                "training.batch_size=320",
+                "training.learning_rate=0.0005",
+                "training.target_kl=0.03",
+                "rewards.progress=0",
+                "rewards.potential=none",
+                "training.gae_lambda=1.0",
+            ),
         ),
         Contest(
             task="text",
             settings=("trainer.epochs=14", "trainer.decision_interval_steps=50"),
-            decisions=4_480,
-            training=("training.steps_per_fragment=112", "training.batch_size=56"),
+            decisions=2_240,
+            training=(
+                "trainer.epochs=7",
+                "count_flops=true",
+                "rewards.compute_rent=0.25",
+                "training.steps_per_fragment=56",
+                "training.batch_size=56",
+                "training.learning_rate=0.001",
+                "training.target_kl=0.05",
+            ),
         ),
     )
 }
-_LEARNING = (
-    "demonstrations.policy=heuristic",
-    "demonstrations.num_episodes=24",
-    "demonstrations.passes=20",
-    "training.target_kl=0.05",
-)
+_LEARNING = ("training.entropy_coefficient=0.0", "episodes.num_runs=16")
 _QUICK = (
     "trainer.epochs=2",
     "trainer.decision_interval_steps=none",
     "training.steps_per_fragment=2",
     "training.batch_size=2",
     "training.num_workers=1",
-    "demonstrations.num_episodes=1",
-    "demonstrations.passes=1",
     "episodes.num_runs=1",
 )
+_QUICK_DEMONSTRATIONS = ("demonstrations.num_episodes=1", "demonstrations.passes=1")
 
 
 def train(contest: Contest, folder: Path, *, processes: int, quick: bool) -> Path:
@@ -87,15 +113,18 @@ def train(contest: Contest, folder: Path, *, processes: int, quick: bool) -> Pat
         opened = resumed_policy_run(folder)
     else:
         settings = [*contest.settings, *contest.training, *_LEARNING]
-        settings += [f"training.num_workers={processes}", *(_QUICK if quick else ())]
+        settings += [f"training.num_workers={processes}"]
+        if quick:
+            imitates = any(setting.startswith("demonstrations.") for setting in settings)
+            settings += [*_QUICK, *(_QUICK_DEMONSTRATIONS if imitates else ())]
         steps = 2 if quick else contest.decisions
         options = {"training": {"total_steps": steps}}
         opened = new_policy_run(
             load_policy_run_config(contest.task, None, settings, options), folder
         )
     with opened as run:
-        for _ in run.imitate():
-            pass
+        for likelihood in run.imitate():
+            print(f"{contest.task}: log-likelihood of what is imitated {likelihood:.3f}")
         for report in run.reports():
             print(f"{contest.task}: {report.timesteps} decisions, return {report.mean_return}")
         return run.policy_file
@@ -113,7 +142,7 @@ def weigh(
         random_seeds=tuple(range(seeds)),
     )
 
-    def tell(_: Evaluation, done: PolicyRun) -> None:
+    def tell(_: Evaluation, done: EvaluatedRun) -> None:
         print(f"{contest.task}: {done.policy}, seed {done.random_seed}, {done.epochs} epochs")
 
     kept = EvaluationFolder(folder, config)
@@ -123,6 +152,17 @@ def weigh(
 def show(console: Console, contest: Contest, evaluation: Evaluation) -> None:
     console.print(f"\n{contest.task}, {' '.join(contest.settings)}\n", markup=False)
     print_evaluation(console, evaluation)
+    *others, learned = evaluation.table().values()
+    console.print("\nthe learned policy's less another's, seed by seed:")
+    for runs in others:
+        pairs = list(zip(learned, runs, strict=True))
+        returns = mean_interval([one.episode_return - other.episode_return for one, other in pairs])
+        losses = mean_interval([one.test["loss"] - other.test["loss"] for one, other in pairs])
+        console.print(
+            f"{runs[0].policy:10} return {spread(returns, signed=True)}, "
+            f"test loss {spread(losses, signed=True)}",
+            highlight=False,
+        )
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ from esper.cli.policy_views import TrainingView, print_evaluation
 from esper.experiments.config import load_run_config
 from esper.experiments.run import build_setup, stored_run
 from esper.rl import demonstrations, policy_run
-from esper.rl.evaluation import Evaluation, EvaluationConfig, PolicyRun
+from esper.rl.evaluation import EvaluatedRun, Evaluation, EvaluationConfig
 from esper.rl.workers import InProcessWorkers
 from esper.telemetry import WEIGHTS_FILE, RunReader
 
@@ -138,6 +138,16 @@ def test_a_dry_run_prints_settings_and_leaves_nothing() -> None:
     assert told["demonstrations"]["policy"] == "ucb1"
     assert told["training"]["num_workers"] == os.cpu_count()
     assert not any(Path().iterdir())
+
+
+@pytest.mark.usefixtures("in_process")
+def test_a_dry_run_of_a_training_that_goes_on_learns_nothing() -> None:
+    esper("policy", "train", "digits", *TINY, "--steps", "8", "--out", "run")
+    before = {file: file.read_bytes() for file in sorted(Path().rglob("*")) if file.is_file()}
+    told = json.loads(esper("policy", "train", "--out", "run", "--steps", "999", "--dry-run"))
+    assert told["training"]["total_steps"] == 999
+    after = {file: file.read_bytes() for file in sorted(Path().rglob("*")) if file.is_file()}
+    assert after == before
 
 
 @pytest.mark.parametrize(
@@ -329,6 +339,7 @@ def test_policies_are_compared_in_a_table_and_the_folder_goes_on(
 ) -> None:
     arguments = ("policy", "eval", "digits", "--policy", "none", "--policy", "heuristic")
     arguments += ("--seeds", "2", "--epochs", "2", "--processes", "2", "--out", "kept")
+    arguments += ("--set", "rewards.gamma=0.5")
     monkeypatch.setenv("COLUMNS", "80")
     told = esper(*arguments)
     lines = told.splitlines()
@@ -346,6 +357,7 @@ def test_policies_are_compared_in_a_table_and_the_folder_goes_on(
     kept = json.loads(Path("kept/evaluation.json").read_text("utf-8"))
     assert (kept["policies"], kept["random_seeds"]) == (["none", "heuristic"], [0, 1])
     assert (kept["run"]["count_flops"], kept["run"]["trainer"]["epochs"]) == (True, 2)
+    assert kept["rewards"]["gamma"] == 0.5
 
     monkeypatch.setenv("COLUMNS", "120")
     again = esper(*arguments).splitlines()
@@ -387,7 +399,7 @@ def _evaluation(task: str, files: tuple[str, ...]) -> Evaluation:
     for place, policy in enumerate(policies):
         for seed in config.random_seeds:
             evaluation.add(
-                PolicyRun(
+                EvaluatedRun(
                     policy=policy,
                     policy_sha256="f" * 64 if policy in files else None,
                     random_seed=seed,

@@ -25,11 +25,11 @@ from esper.lifecycle.events import SeedCommitted, SeedGerminated, SeedPruned
 from esper.rl.evaluation import (
     CONFIG_FILE,
     TOLERANCE,
+    EvaluatedRun,
     Evaluation,
     EvaluationConfig,
     EvaluationError,
     EvaluationFolder,
-    PolicyRun,
     _results,
     check_policies,
     evaluate,
@@ -57,7 +57,7 @@ def evaluation_config(*policies: str, seeds: tuple[int, ...] = (0,), **settings:
     )
 
 
-def finished(policy: str, random_seed: int = 0, epochs: int = EPOCHS, **known: Any) -> PolicyRun:
+def finished(policy: str, random_seed: int = 0, epochs: int = EPOCHS, **known: Any) -> EvaluatedRun:
     plain: dict[str, Any] = {
         "policy_sha256": None,
         "steps": 20 * epochs,
@@ -72,7 +72,7 @@ def finished(policy: str, random_seed: int = 0, epochs: int = EPOCHS, **known: A
         "num_pruned": 1,
     }
     key = {"policy": policy, "random_seed": random_seed, "epochs": epochs}
-    return PolicyRun(**{**plain, **key, **known})
+    return EvaluatedRun(**{**plain, **key, **known})
 
 
 def tries(
@@ -328,7 +328,7 @@ def test_a_killed_process_loses_its_run_and_no_other(tmp_path: Path) -> None:
     folder = EvaluationFolder(tmp_path, config)
     told = []
 
-    def kill(_: Evaluation, run: PolicyRun) -> None:
+    def kill(_: Evaluation, run: EvaluatedRun) -> None:
         told.append(run)
         for child in multiprocessing.active_children():
             assert child.pid is not None
@@ -350,7 +350,7 @@ def test_a_killed_process_loses_its_run_and_no_other(tmp_path: Path) -> None:
 
 
 def test_what_a_run_raises_is_told_with_its_policy_and_seed_after_what_is_finished() -> None:
-    futures: list[Future[PolicyRun]] = [Future() for _ in range(5)]
+    futures: list[Future[EvaluatedRun]] = [Future() for _ in range(5)]
     running = {future: ("random", seed, 3) for seed, future in enumerate(futures)}
     futures[2].set_exception(OSError("no space left"))
     for seed in (0, 1, 3, 4):

@@ -128,6 +128,24 @@ def test_a_damaged_state_is_passed_over_and_told(tmp_path: Path) -> None:
     assert "rollout-00000003/state.safetensors was changed" in told
 
 
+@pytest.mark.parametrize("how", ["changed", "lost"])
+def test_a_state_whose_manifest_is_damaged_is_passed_over_and_written_anew(
+    how: str, tmp_path: Path
+) -> None:
+    list(training(tmp_path, total_steps=2 * ROLLOUT).rollouts())
+    manifest = tmp_path / "rollout-00000002" / "manifest.json"
+    if how == "changed":
+        manifest.write_text("{}", encoding="utf-8")
+    else:
+        manifest.unlink()
+    resumed = training(tmp_path, total_steps=2 * ROLLOUT)
+    assert resumed.resume() == ROLLOUT
+    (report,) = resumed.rollouts()
+    (problem,) = report.problems
+    assert "manifest.json is" in problem
+    assert training(tmp_path).resume() == 2 * ROLLOUT
+
+
 def test_nothing_to_go_on_from_is_told(tmp_path: Path) -> None:
     with pytest.raises(LearnerStateError, match="there is none"):
         training(tmp_path).resume()

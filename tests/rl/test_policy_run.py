@@ -19,6 +19,7 @@ from esper.rl.learner_state import LearnerStateError
 from esper.rl.policy_run import (
     POLICY_FILE,
     STATES_FOLDER,
+    MakeGrowthEnv,
     PolicyRun,
     PolicyRunConfig,
     can_go_on,
@@ -27,6 +28,7 @@ from esper.rl.policy_run import (
     policy_run_config,
     resumed_policy_run,
 )
+from esper.rl.task_runs import TaskRuns
 from esper.rl.training_report import TrainingReport
 from esper.rl.workers import InProcessWorkers
 from esper.telemetry import RunReader
@@ -77,6 +79,8 @@ def test_a_setting_is_of_the_training_if_it_begins_with_one_of_its_sections() ->
     assert config.demonstrations is None
     assert settings("demonstrations.num_episodes=3").demonstrations is not None
     assert not config.run.count_flops, "as counting takes time"
+    assert settings("training.num_workers=3").training.num_workers == 3
+    assert load_policy_run_config("digits", None, [], {}).training.num_workers == os.cpu_count()
 
 
 def test_later_ones_win_the_file_first_and_options_last(tmp_path: Path) -> None:
@@ -114,6 +118,7 @@ def test_later_ones_win_the_file_first_and_options_last(tmp_path: Path) -> None:
         ("rewards.compute_rent=1", "operations, which are not counted; add count_flops=true"),
         ("training.batch_size=7", "leaves a batch of one step"),
         ("network.width=5", "width 5 is no multiple of 4 attention heads"),
+        ("training.device=gpu", "training.device: String should match pattern"),
     ],
 )
 def test_what_cannot_be_is_refused_with_the_nearest_that_can(setting: str, told: str) -> None:
@@ -167,6 +172,20 @@ def test_a_training_leaves_a_run_folder_with_the_policy_and_every_rollout(tmp_pa
     LearnedPolicy.load(run.policy_file)
 
 
+def test_other_runs_are_demonstrated_than_learned_from_and_each_once() -> None:
+    config = tiny("demonstrations.num_episodes=3", "episodes.first_random_seed=70")
+    shown = MakeGrowthEnv(config.demonstrated)().make_run
+    learned = MakeGrowthEnv(config)().make_run
+    assert isinstance(shown, TaskRuns)
+    assert isinstance(learned, TaskRuns)
+    assert (learned.first_random_seed, learned.num_runs) == (70, 2)
+    assert (shown.first_random_seed, shown.num_runs) == (72, 3)
+    spaces_only = MakeGrowthEnv(config.unreferenced)().make_run
+    assert isinstance(spaces_only, TaskRuns)
+    assert not spaces_only.referenced
+    assert shown.referenced
+
+
 @pytest.mark.usefixtures("in_process")
 def test_how_a_training_ended_is_told_in_its_folder(tmp_path: Path) -> None:
     for name, error, status in (
@@ -193,10 +212,21 @@ def test_how_a_training_ended_is_told_in_its_folder(tmp_path: Path) -> None:
         ("demonstrations.policy=nonesuch", "no policy 'nonesuch'"),
         ("demonstrations.policy=missing.safetensors", "there is no policy file"),
         ("trainer.decision_interval_steps=999", "nothing would ever be decided"),
+        ("training.device=cuda:99", "device 'cuda:99' cannot be used here"),
+        ("ray=local", "no Ray here"),
     ],
 )
-def test_what_could_not_begin_leaves_no_folder(setting: str, told: str, tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match=told), new_policy_run(tiny(setting), tmp_path / "run"):
+def test_what_could_not_begin_leaves_no_folder(
+    setting: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def without_ray(*_: Any, **__: Any) -> None:
+        raise ModuleNotFoundError("no Ray here")
+
+    monkeypatch.setattr(policy_run, "RayWorkers", without_ray)
+    with (
+        pytest.raises((SettingsError, ModuleNotFoundError), match=told),
+        new_policy_run(tiny(setting), tmp_path / "run"),
+    ):
         pass
     assert not any(tmp_path.iterdir())
 
@@ -263,6 +293,10 @@ def test_what_was_imitated_once_is_not_imitated_again_and_a_lost_policy_is_writt
         assert list(run.imitate()) == []
         assert list(run.reports()) == []
     after = load_policy(tmp_path / POLICY_FILE)
+    written = run_file(tmp_path)
+    with resumed_policy_run(tmp_path) as run:
+        assert list(run.reports()) == []
+    assert run_file(tmp_path) == written, "what was made with it could not go on otherwise"
     assert all(before[name].equal(value) for name, value in after.network.state_dict().items())
     assert after.trained_on["timesteps"] == ROLLOUT
     assert RunReader(tmp_path).status == "finished"

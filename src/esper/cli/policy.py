@@ -18,7 +18,7 @@ from esper.cli.policy_views import EvaluationView, TrainingView, print_evaluatio
 from esper.experiments.settings import SettingsError, explain
 from esper.experiments.worker_pool import WorkerDiedError
 from esper.policies.heuristic import HeuristicPolicy
-from esper.policies.named import POLICY_NAMES, is_policy_file
+from esper.policies.named import POLICY_NAMES, policy_of_anywhere
 from esper.tasks.task import TaskDataError
 from esper.telemetry.run_store import RunFolderError
 
@@ -104,10 +104,14 @@ def train(
                 config=config,
                 set_=set_,
             )
+            if dry_run:
+                kept = policy_run.policy_run_config(out, total_steps=steps)
+                console.out(kept.model_dump_json(indent=2), highlight=False)
+                return
             opened = policy_run.resumed_policy_run(out, total_steps=steps)
             _train(opened, out, view, console, quiet=quiet, as_json=as_json)
             return
-        training = {"total_steps": steps, "num_workers": workers or os.cpu_count() or 1}
+        training = {"total_steps": steps, "num_workers": workers}
         training |= {"random_seed": seed}
         options: dict[str, Any] = {
             "training": {key: value for key, value in training.items() if value is not None},
@@ -161,7 +165,9 @@ def _train(
         typer.echo(f"stopped; {onward()}", err=True)
         raise typer.Exit(130) from None
     except (PolicyDivergedError, WorkersFailedError) as error:
-        typer.echo(f"{_whole(error)}\n{onward()}", err=True)
+        typer.echo(_whole(error), err=True)
+        if isinstance(error, WorkersFailedError):  # what diverged would come to the same again
+            typer.echo(onward(), err=True)
         raise typer.Exit(1) from error
     if quiet:
         console.out(str(run.policy_file), highlight=False)
@@ -170,14 +176,18 @@ def _train(
         console.out(json.dumps(summary), highlight=False)
     else:
         print_training(console, reports, resumed_at=run.resumed_at)
-        console.print()
-        task, file = shlex.quote(run.config.run.task), shlex.quote(str(run.policy_file))
-        for what, command in (
-            ("policy", str(run.policy_file)),
-            ("deploy it", f"{program()} grow {task} --policy {file}"),
-            ("weigh it", f"{program()} policy eval {task} --policy {file} --policy random"),
-        ):
-            console.print(f"{what:11} {command}", highlight=False, soft_wrap=True, markup=False)
+        _print_ways_on(console, run)
+
+
+def _print_ways_on(console: Console, run: "PolicyRun") -> None:
+    console.print()
+    task, file = shlex.quote(run.config.run.task), shlex.quote(str(run.policy_file))
+    for what, command in (
+        ("policy", str(run.policy_file)),
+        ("deploy it", f"{program()} grow {task} --policy {file}"),
+        ("weigh it", f"{program()} policy eval {task} --policy {file} --policy random"),
+    ):
+        console.print(f"{what:11} {command}", highlight=False, soft_wrap=True, markup=False)
 
 
 def _whole(error: BaseException) -> str:
@@ -248,14 +258,17 @@ def eval_(
         options: dict[str, Any] = {"count_flops": True}
         if epochs is not None:
             options["trainer"] = {"epochs": epochs}
-        loaded = load_policy_run_config(task, config, set_ or [], options)
-        _refuse_training_settings(set_ or [], {*SECTIONS} - {"rewards"})
+        given = set_ or []
+        _refuse_training_settings(given, {*SECTIONS} - {"rewards"})
+        gamma = [one for one in given if one.startswith("rewards.gamma=")]
+        alike = [one.replace("rewards", "training", 1) for one in gamma]  # as a training wants it
+        loaded = load_policy_run_config(task, config, [*given, *alike], options)
         chosen = {
             "run": loaded.run,
-            "policies": tuple(_of_anywhere(policy) for policy in names or POLICY_NAMES),
+            "policies": tuple(policy_of_anywhere(policy) for policy in names or POLICY_NAMES),
             "random_seeds": tuple(range(first_seed, first_seed + seeds)),
             "rewards": loaded.rewards,
-            "budget_of": _of_anywhere(budget_of),
+            "budget_of": policy_of_anywhere(budget_of),
         }
         try:
             settings = evaluation.EvaluationConfig.model_validate(chosen)
@@ -293,11 +306,6 @@ def _refuse_training_settings(settings: Sequence[str], sections: Collection[str]
             )
 
 
-def _of_anywhere(policy: str) -> str:
-    """Return a policy's name, or its file for whoever goes on with the evaluation."""
-    return str(Path(policy).absolute()) if is_policy_file(policy) else policy
-
-
 @contextmanager
 def _errors() -> Iterator[None]:
     """Let what settings, folders and data refuse be a bad parameter."""
@@ -308,7 +316,7 @@ def _errors() -> Iterator[None]:
         if package in ("gymnasium", "stable_baselines3", "sb3_contrib"):
             raise typer.BadParameter(_NEEDS_RL) from error
         raise typer.BadParameter(str(error)) from error
-    except (RunFolderError, SettingsError, TaskDataError, ValueError) as error:
+    except (RunFolderError, SettingsError, TaskDataError, ConnectionError, ValueError) as error:
         raise typer.BadParameter(_whole(error)) from error
     except WorkerDiedError as error:
         typer.echo(str(error), err=True)

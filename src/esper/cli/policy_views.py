@@ -26,7 +26,7 @@ from esper.policies.named import is_policy_file
 from esper.tasks.named import named_task
 
 if TYPE_CHECKING:
-    from esper.rl.evaluation import Evaluation, EvaluationConfig, PolicyRun
+    from esper.rl.evaluation import EvaluatedRun, Evaluation, EvaluationConfig
     from esper.rl.policy_run import PolicyRunConfig
     from esper.rl.training_report import TrainingReport
 
@@ -104,7 +104,7 @@ class TrainingView(_View):
         """Show a rollout."""
         self._json({"kind": "rollout", **json.loads(report.model_dump_json())})
         for problem in report.problems:
-            self._line(f"started again: {problem}")
+            self._line(problem)
         if self._bar is not None:
             self._bar.update(self._bar_task, completed=report.timesteps)
         self._line(rollout_line(report))
@@ -159,7 +159,7 @@ class EvaluationView(_View):
             runs = len(config.all_policies) * len(config.random_seeds)
             self._bar_task = self._bar.add_task("policies and seeds", total=runs)
 
-    def run(self, evaluation: "Evaluation", run: "PolicyRun") -> None:
+    def run(self, evaluation: "Evaluation", run: "EvaluatedRun") -> None:
         """Show a finished run."""
         self._json({"kind": "run", **json.loads(run.model_dump_json())})
         config = evaluation.config

@@ -17,22 +17,18 @@ from esper.policies.depth_schedule import (
     slope_policy,
 )
 from esper.policies.heuristic import UCB1_POLICY, HeuristicConfig, HeuristicPolicy
-from esper.policies.named import is_policy_file
+from esper.policies.named import policy_of_anywhere
 from esper.slots.config import SlotConfig
 from esper.tasks.named import named_task
 from esper.tasks.task import Task
 from esper.telemetry.tracking import TrackingConfig
 from esper.training.trainer import TrainerConfig
 
+DEVICE_PATTERN = r"^(cpu|cuda(:(0|[1-9]\d?))?)$"
 _ROUNDING = 1e-9
 
 KeyFile = Annotated[Path, AfterValidator(Path.absolute)]
 """The same file for whoever goes on with the run, from wherever."""
-
-
-def _of_anywhere(policy: str) -> str:
-    """Return a policy's name, or its file for whoever goes on with the run, from wherever."""
-    return str(Path(policy).absolute()) if is_policy_file(policy) else policy
 
 
 class CheckpointConfig(Record):
@@ -99,7 +95,7 @@ class RunConfig(Record):
     """A run, fully specified; kept as config.json in the run folder."""
 
     task: str
-    policy: Annotated[str, AfterValidator(_of_anywhere)] = HeuristicPolicy.name
+    policy: Annotated[str, AfterValidator(policy_of_anywhere)] = HeuristicPolicy.name
     """Name of a policy, or a file that `esper policy train` has written."""
     random_seed: int = 0
     learning_rate: float
@@ -111,7 +107,7 @@ class RunConfig(Record):
     """Share of the run in which wsd falls."""
     warmup_fraction: Annotated[FiniteFloat, Field(ge=0.0, lt=1.0)] = 0.0
     """Share of the run in which the learning rate first rises."""
-    device: Annotated[str, Field(pattern=r"^(cpu|cuda(:(0|[1-9]\d?))?)$")] = "cpu"
+    device: Annotated[str, Field(pattern=DEVICE_PATTERN)] = "cpu"
     """Where the run trains: cpu, cuda, or cuda:N."""
     threads: Annotated[int, Field(ge=1)] | None = None
     """CPU threads of torch in this process; None leaves torch's choice."""

@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 from esper.policies.depth_schedule import (
     SLOPE,
@@ -35,6 +36,11 @@ POLICY_FILE_SUFFIX = ".safetensors"
 def is_policy_file(policy: str) -> bool:
     """Whether a policy is named by the file that it was learned into."""
     return policy.endswith(POLICY_FILE_SUFFIX)
+
+
+def policy_of_anywhere(policy: str) -> str:
+    """Return a policy's name, or its file's absolute path: the same from any folder."""
+    return str(Path(policy).absolute()) if is_policy_file(policy) else policy
 
 
 def named_policy(name: str, *, random_seed: int) -> Policy:

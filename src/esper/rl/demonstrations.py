@@ -35,10 +35,10 @@ from esper.training.policy import Policy
 
 AtLeastOne = Annotated[int, Field(ge=1)]
 
-FIRST_RANDOM_SEED = 1_000_000
-"""Of the demonstrated runs, far from those that policies are evaluated with."""
 _CHOICES = tuple(f"actions.{name}" for name in ActionChoices.model_fields)
 """Settings of what heads offer."""
+_DECAY_FRACTION = 1.0 / 3.0
+"""Of the passes; without it what is done last undoes some of what was done before."""
 _VALUE_COEFFICIENT = 0.5
 _MAX_GRADIENT_NORM = 0.5
 
@@ -53,6 +53,7 @@ class DemonstrationConfig(Record):
     """Over all demonstrated episodes."""
     batch_episodes: AtLeastOne = 8
     learning_rate: Annotated[FiniteFloat, Field(gt=0.0)] = 1e-3
+    """Falls to nothing over the last passes, a third of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +87,7 @@ def demonstrating_policy(config: DemonstrationConfig, run: RunConfig) -> Policy:
 def demonstrations(
     config: DemonstrationConfig, run: RunConfig, make_env: MakeEnv, *, processes: int
 ) -> list[Demonstration]:
-    """Let a policy play episodes; return them in the order of their seeds.
+    """Let a policy play episodes, of the runs 0, 1, 2 and so on; return them in this order.
 
     Args:
         config: Says who, and how many.
@@ -100,7 +101,7 @@ def demonstrations(
         WorkerDiedError: A process was killed.
     """
     demonstrating_policy(config, run)
-    seeds = range(FIRST_RANDOM_SEED, FIRST_RANDOM_SEED + config.num_episodes)
+    seeds = range(config.num_episodes)
     shares = [seeds[index::processes] for index in range(min(processes, len(seeds)))]
     try:
         with worker_pool(processes) as pool:
@@ -146,7 +147,7 @@ def demonstrate(
     over = False
     while not over:
         action = turns.choose(teacher.decide(env.state), env.state)
-        numbers = _encoded(env.coder, _with_ramp(action, run.slot), config.policy)
+        numbers = _encoded(env.coder, _named(action, run.slot), config.policy)
         seen.append(observation)
         taken.append(numbers)
         observation, reward, over, _, _ = env.step(numbers)
@@ -205,8 +206,11 @@ def _encoded(coder: ActionCoder, action: Action, policy: str) -> list[int]:
         ) from error
 
 
-def _with_ramp(action: Action, slot: SlotConfig) -> Action:
-    """Return an action that names the ramp that it leaves to the slot."""
+def _named(action: Action, slot: SlotConfig) -> Action:
+    """Return an action that names the blend operator or the ramp that it leaves to the slot."""
+    if isinstance(action, Germinate):
+        operator = action.blend_operator or slot.blend_operator
+        return action.model_copy(update={"blend_operator": operator})
     if not isinstance(action, Advance):
         return action
     steps = slot.ramp_steps if action.ramp_steps is None else action.ramp_steps
@@ -239,7 +243,10 @@ def imitate(
     whole = [episode for episode in shown if len(episode.actions) == length]
     optimizer = torch.optim.Adam(policy.parameters(), lr=config.learning_rate)
     policy.set_training_mode(True)
-    for _ in range(config.passes):
+    for number in range(config.passes):
+        left = 1.0 - number / config.passes
+        for group in optimizer.param_groups:
+            group["lr"] = config.learning_rate * min(left / _DECAY_FRACTION, 1.0)
         order = torch.randperm(len(whole)).split(config.batch_episodes)
         likelihoods = []
         for indices in order:

@@ -65,7 +65,7 @@ class EvaluationConfig(Record):
         return (self.budget_of, *others)
 
 
-class PolicyRun(Record):
+class EvaluatedRun(Record):
     """What a policy made of one run."""
 
     policy: str
@@ -94,7 +94,7 @@ class PolicyRun(Record):
         return self.policy, self.random_seed, self.epochs
 
 
-def play(config: EvaluationConfig, policy: str, random_seed: int, epochs: int) -> PolicyRun:
+def play(config: EvaluationConfig, policy: str, random_seed: int, epochs: int) -> EvaluatedRun:
     """Let a policy decide for one run.
 
     Effects: sets the process's number of threads and matmul precision.
@@ -124,7 +124,7 @@ def play(config: EvaluationConfig, policy: str, random_seed: int, epochs: int) -
     flops = run.spent(run.growth.meter.cost).flops
     assert flops is not None
     sha256 = decider.state_dict()["sha256"] if isinstance(decider, LearnedPolicy) else None
-    return PolicyRun(
+    return EvaluatedRun(
         policy=policy,
         policy_sha256=sha256,
         random_seed=random_seed,
@@ -150,11 +150,11 @@ class Evaluation:
         runs: Finished, in any order.
     """
 
-    def __init__(self, config: EvaluationConfig, runs: Sequence[PolicyRun] = ()) -> None:
+    def __init__(self, config: EvaluationConfig, runs: Sequence[EvaluatedRun] = ()) -> None:
         self.config = config
         self.runs = {run.key: run for run in runs}
 
-    def add(self, run: PolicyRun) -> None:
+    def add(self, run: EvaluatedRun) -> None:
         """Take a finished run."""
         self.runs[run.key] = run
 
@@ -163,7 +163,7 @@ class Evaluation:
         run = self.runs.get((self.config.budget_of, random_seed, self._epochs))
         return None if run is None else run.flops
 
-    def best(self, policy: str, random_seed: int) -> PolicyRun | None:
+    def best(self, policy: str, random_seed: int) -> EvaluatedRun | None:
         """Return the policy's run that comes closest to the budget; None before there is one."""
         budget = self.budget(random_seed)
         runs = self._runs(policy, random_seed)
@@ -181,7 +181,7 @@ class Evaluation:
                     found.append((policy, random_seed, epochs))
         return found
 
-    def table(self) -> dict[str, list[PolicyRun]]:
+    def table(self) -> dict[str, list[EvaluatedRun]]:
         """Return each policy's runs at the budget, by policy, in the order of the seeds."""
         return {
             policy: [
@@ -196,7 +196,7 @@ class Evaluation:
     def _epochs(self) -> int:
         return self.config.run.trainer.epochs
 
-    def _runs(self, policy: str, random_seed: int) -> list[PolicyRun]:
+    def _runs(self, policy: str, random_seed: int) -> list[EvaluatedRun]:
         return [run for run in self.runs.values() if run.key[:2] == (policy, random_seed)]
 
     def _next_epochs(self, policy: str, random_seed: int) -> int | None:
@@ -245,7 +245,7 @@ class EvaluationFolder:
         _write(path / ENVIRONMENT_FILE, json.dumps(environment, indent=2))
         _write(kept, config.model_dump_json(indent=2))
 
-    def runs(self) -> list[PolicyRun]:
+    def runs(self) -> list[EvaluatedRun]:
         """Return all finished runs.
 
         Raises:
@@ -254,18 +254,18 @@ class EvaluationFolder:
         runs = []
         for file in sorted(self.path.glob("run-*.json")):
             try:
-                runs.append(PolicyRun.model_validate_json(file.read_bytes()))
+                runs.append(EvaluatedRun.model_validate_json(file.read_bytes()))
             except ValidationError as error:
                 raise EvaluationError(
                     f"{file} is damaged; delete it, and the run is made again: {error}"
                 ) from error
         return runs
 
-    def add(self, run: PolicyRun) -> None:
+    def add(self, run: EvaluatedRun) -> None:
         """Keep a finished run."""
         _write(self.path / self.file_of(run), run.model_dump_json(indent=2))
 
-    def file_of(self, run: PolicyRun) -> str:
+    def file_of(self, run: EvaluatedRun) -> str:
         """Return the name of a run's file; policies that are files of one name have places."""
         place = self._policies.index(run.policy)
         return f"run-{place}-{Path(run.policy).stem}-{run.random_seed}-{run.epochs}.json"
@@ -310,7 +310,7 @@ def evaluate(
     folder: EvaluationFolder,
     *,
     processes: int,
-    on_run: Callable[[Evaluation, PolicyRun], None] = lambda *_: None,
+    on_run: Callable[[Evaluation, EvaluatedRun], None] = lambda *_: None,
 ) -> Evaluation:
     """Make every run that is missing, and keep each as soon as it ends.
 
@@ -331,7 +331,7 @@ def evaluate(
     files = {policy: _sha256(policy) for policy in config.all_policies}
     for kept in evaluation.runs.values():
         _check_file(kept, files, folder)
-    running: dict[Future[PolicyRun], tuple[str, int, int]] = {}
+    running: dict[Future[EvaluatedRun], tuple[str, int, int]] = {}
     with worker_pool(processes) as pool:
         while True:
             waiting = [key for key in evaluation.missing() if key not in running.values()]
@@ -349,7 +349,7 @@ def evaluate(
 
 def _submit(
     pool: ProcessPoolExecutor, config: EvaluationConfig, key: tuple[str, int, int]
-) -> Future[PolicyRun]:
+) -> Future[EvaluatedRun]:
     try:
         return pool.submit(play, config, *key)
     except BrokenProcessPool as error:  # of another run, which has not been told yet
@@ -366,10 +366,15 @@ def _worker_died(policy: str, random_seed: int) -> WorkerDiedError:
 def _sha256(policy: str) -> str | None:
     if not is_policy_file(policy):
         return None
-    return hashlib.sha256(Path(policy).read_bytes()).hexdigest()
+    try:
+        return hashlib.sha256(Path(policy).read_bytes()).hexdigest()
+    except OSError as error:
+        raise EvaluationError(f"the policy file {policy} cannot be read: {error}") from error
 
 
-def _check_file(run: PolicyRun, files: Mapping[str, str | None], folder: EvaluationFolder) -> None:
+def _check_file(
+    run: EvaluatedRun, files: Mapping[str, str | None], folder: EvaluationFolder
+) -> None:
     if run.policy_sha256 != files[run.policy]:
         raise EvaluationError(
             f"{run.policy} has changed since {folder.path / folder.file_of(run)} was made with it, "
@@ -378,8 +383,8 @@ def _check_file(run: PolicyRun, files: Mapping[str, str | None], folder: Evaluat
 
 
 def _results(
-    ended: set[Future[PolicyRun]], running: dict[Future[PolicyRun], tuple[str, int, int]]
-) -> Iterator[PolicyRun]:
+    ended: set[Future[EvaluatedRun]], running: dict[Future[EvaluatedRun], tuple[str, int, int]]
+) -> Iterator[EvaluatedRun]:
     for future in sorted(ended, key=lambda future: future.exception() is not None):
         policy, random_seed, epochs = running.pop(future)
         try:

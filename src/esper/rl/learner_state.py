@@ -11,7 +11,12 @@ from safetensors import SafetensorError
 
 from esper.lifecycle.record import Record
 from esper.rl.distributed_ppo import DistributedPPO
-from esper.training.sealed_folder import DamagedFolderError, check_sealed, sealed_folder
+from esper.training.sealed_folder import (
+    DamagedFolderError,
+    check_sealed,
+    remove_damaged,
+    sealed_folder,
+)
 from esper.training.state_tree import read_tree, write_tree
 
 INFO_FILE = "learner.json"
@@ -75,6 +80,7 @@ class LearnerStates:
             num_timesteps=learner.num_timesteps,
             settings=dict(settings),
         )
+        remove_damaged(target)
         with sealed_folder(target, overwrite=True) as writing:
             text = info.model_dump_json(indent=2) + "\n"
             (writing / INFO_FILE).write_text(text, encoding="utf-8")

@@ -1,6 +1,7 @@
 """Training a policy on a task, in a folder: what is chosen, what is kept, what comes out."""
 
 import difflib
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ import torch
 from pydantic import Field, ValidationError, model_validator
 
 from esper.experiments.config import RunConfig, load_run_config
+from esper.experiments.run import usable_device
 from esper.experiments.settings import (
     SettingsError,
     explain,
@@ -22,7 +24,13 @@ from esper.experiments.settings import (
 )
 from esper.lifecycle.events import EnvironmentRestarted, EventRecord
 from esper.lifecycle.record import Record
-from esper.policies.learned import ActionChoices, NetworkConfig, save_policy
+from esper.policies.learned import (
+    ActionChoices,
+    NetworkConfig,
+    PolicyFileError,
+    load_policy,
+    save_policy,
+)
 from esper.rl.demonstrations import (
     DemonstrationConfig,
     demonstrating_policy,
@@ -92,6 +100,26 @@ class PolicyRunConfig(Record):
             )
         return self
 
+    @property
+    def demonstrated(self) -> Self:
+        """The same with the runs that are demonstrated, which follow those that are learned from.
+
+        As many as episodes, since a policy that draws nothing plays a run the same each time.
+        """
+        episodes, shown = self.episodes, self.demonstrations
+        num_runs = 1 if shown is None else shown.num_episodes
+        first = episodes.first_random_seed + episodes.num_runs
+        return self._with_episodes(num_runs=num_runs, first_random_seed=first)
+
+    @property
+    def unreferenced(self) -> Self:
+        """The same without references, for an environment that plays nothing."""
+        return self._with_episodes(referenced=False)
+
+    def _with_episodes(self, **changes: Any) -> Self:
+        episodes = self.episodes.model_copy(update=changes)
+        return self.model_copy(update={"episodes": episodes})
+
 
 SECTIONS = tuple(name for name in PolicyRunConfig.model_fields if name != "run")
 """Of settings; every other key is one of the runs."""
@@ -110,7 +138,7 @@ def load_policy_run_config(
     """
     of_runs, mine = _split(settings)
     chosen: dict[str, Any] = {}
-    merged: dict[str, Any] = {}
+    merged: dict[str, Any] = {"training": {"num_workers": os.cpu_count() or 1}}
     if file is not None:
         for key, value in read_settings(file).items():
             _check_section(key)
@@ -206,8 +234,8 @@ class PolicyRun:
         shown = demonstrations(
             config,
             self.config.run,
-            MakeGrowthEnv(self.config),
-            processes=self.config.training.num_workers,
+            MakeGrowthEnv(self.config.demonstrated),
+            processes=min(self.config.training.num_workers, os.cpu_count() or 1),
         )
         policy = self.training.learner.policy
         assert isinstance(policy, MaskedRecurrentPolicy)
@@ -224,7 +252,7 @@ class PolicyRun:
             self._save(report.mean_return)
             learned = True
             yield report
-        if not learned:
+        if not learned and not self._is_saved():
             self._save(None)
         self.finished = True
 
@@ -237,6 +265,14 @@ class PolicyRun:
             )
             for sink in self.sinks:
                 sink.publish(record)
+
+    def _is_saved(self) -> bool:
+        """Return whether the file holds what was learned so far."""
+        try:
+            told = load_policy(self.policy_file).trained_on
+        except PolicyFileError:
+            return False
+        return told.get("timesteps") == self.training.learner.num_timesteps
 
     def _save(self, mean_return: float | None) -> None:
         policy = self.training.learner.policy
@@ -264,24 +300,28 @@ def new_policy_run(
 
     Raises:
         RunFolderError: The folder holds a run already.
-        SettingsError, TaskDataError, ModuleNotFoundError: The task's runs cannot be made, or there
-            is no policy to imitate; there is no folder then.
-        ValueError: The host has no slot, or no blueprint fits one; there is no folder then.
+        SettingsError, TaskDataError, ModuleNotFoundError: The task's runs cannot be made, there is
+            no policy to imitate, no such device, or no Ray; there is no folder then.
+        ValueError: The host has no slot, no blueprint fits one, or the Ray cluster is too small;
+            there is no folder then.
+        ConnectionError: There is no Ray cluster at the address; there is no folder then.
     """
     if config.demonstrations is not None:
         demonstrating_policy(config.demonstrations, config.run)
+    device = usable_device(config.training.device)
     options = _options(config)
-    store = RunStore(
-        folder,
-        config=_for_viewers(config),
-        environment={
-            **describe_environment(torch.device("cpu")),
-            "random_seed": config.training.random_seed,
-        },
-    )
-    with _closed(store) as done, _workers(config, options) as workers:
-        yield (run := _policy_run(config, folder, store, workers, options, sinks))
-        done(run)
+    with _workers(config, options) as workers:
+        store = RunStore(
+            folder,
+            config=_for_viewers(config),
+            environment={
+                **describe_environment(device),
+                "random_seed": config.training.random_seed,
+            },
+        )
+        with _closed(store) as done:
+            yield (run := _policy_run(config, folder, store, workers, options, sinks))
+            done(run)
 
 
 @contextmanager
@@ -300,10 +340,8 @@ def resumed_policy_run(
         SettingsError: It holds no training of a policy, or the task's runs cannot be made.
         LearnerStateError: There is no state to go on from.
     """
-    config = policy_run_config(folder)
-    if total_steps is not None:
-        training = config.training.model_copy(update={"total_steps": total_steps})
-        config = config.model_copy(update={"training": training})
+    config = policy_run_config(folder, total_steps=total_steps)
+    usable_device(config.training.device)
     options = _options(config)
     with _workers(config, options) as workers:
         after = LearnerStates(folder / STATES_FOLDER).newest().info.num_timesteps
@@ -320,8 +358,12 @@ def can_go_on(folder: Path) -> bool:
     return bool(LearnerStates(folder / STATES_FOLDER).names())
 
 
-def policy_run_config(folder: Path) -> PolicyRunConfig:
+def policy_run_config(folder: Path, *, total_steps: int | None = None) -> PolicyRunConfig:
     """Return the settings of the training in a folder.
+
+    Args:
+        folder: Of the training.
+        total_steps: Up to where it is to go on; None is as it was begun.
 
     Raises:
         RunFolderError: It is no folder of a run.
@@ -334,14 +376,18 @@ def policy_run_config(folder: Path) -> PolicyRunConfig:
             "it by esper resume"
         )
     try:
-        return PolicyRunConfig.model_validate(kept[POLICY_TRAINING])
+        config = PolicyRunConfig.model_validate(kept[POLICY_TRAINING])
     except ValidationError as error:
         raise SettingsError(f"{folder} is of another version: {error}") from error
+    if total_steps is None:
+        return config
+    training = config.training.model_copy(update={"total_steps": total_steps})
+    return config.model_copy(update={"training": training})
 
 
 def _options(config: PolicyRunConfig) -> dict[str, Any]:
     """Return what the policy's class is told, of the task's host."""
-    env = MakeGrowthEnv(config)()
+    env = MakeGrowthEnv(config.unreferenced)()
     blueprints = env.coder.blueprints
     env.close()
     return {"blueprints": blueprints, "choices": config.actions, "network": config.network}
@@ -379,7 +425,7 @@ def _policy_run(
     training = PolicyTraining(
         config.training,
         _settings(config, options),
-        MakeGrowthEnv(config),
+        MakeGrowthEnv(config.unreferenced),
         workers,
         sinks=everything,
         keep=folder / STATES_FOLDER,

@@ -10,6 +10,7 @@ from pydantic import Field, FiniteFloat, model_validator
 from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
 from stable_baselines3.common.logger import Logger
 
+from esper.experiments.config import DEVICE_PATTERN
 from esper.lifecycle.record import Record
 from esper.rl.distributed_ppo import DistributedPPO
 from esper.rl.fragment_worker import CollectionSettings, MakeEnv, check_spaces
@@ -21,6 +22,7 @@ from esper.telemetry.sink import Sink
 AtLeastOne = Annotated[int, Field(ge=1)]
 Share = Annotated[FiniteFloat, Field(ge=0.0, le=1.0)]
 Positive = Annotated[FiniteFloat, Field(gt=0.0)]
+Device = Annotated[str, Field(pattern=DEVICE_PATTERN)]
 NotNegative = Annotated[FiniteFloat, Field(ge=0.0)]
 
 MAY_CHANGE = ("total_steps", "keep_every_rollouts", "device")
@@ -56,8 +58,8 @@ class PolicyTrainingConfig(Record):
     """Ends the passes over a rollout early; None never does."""
     random_seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     keep_every_rollouts: AtLeastOne = 1
-    device: str = "cpu"
-    """Where learning computes; collecting is on CPUs."""
+    device: Device = "cpu"
+    """Where learning computes, cpu, cuda or cuda:N; collecting is on CPUs."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -213,10 +215,9 @@ class PolicyTraining:
         for name, weights in self.learner.policy.named_parameters():
             if not torch.isfinite(weights).all():
                 raise PolicyDivergedError(
-                    f"{name} is not finite after rollout {self.learner.num_rollouts}; begin again, "
-                    f"or from the last state kept, with a learning_rate below "
-                    f"{self.config.learning_rate:g} or a max_gradient_norm below "
-                    f"{self.config.max_gradient_norm:g}"
+                    f"{name} is not finite after rollout {self.learner.num_rollouts}; begin anew, "
+                    f"with a learning_rate below {self.config.learning_rate:g} or a "
+                    f"max_gradient_norm below {self.config.max_gradient_norm:g}"
                 )
 
     def _keep(self) -> None:

@@ -1,5 +1,6 @@
 """Workers on the machines of a Ray cluster."""
 
+import math
 import os
 import sys
 from collections.abc import Collection
@@ -80,7 +81,7 @@ class RayWorkers(RestartingWorkers):
             return
         self._ray.init(
             address="local",
-            num_cpus=max(1, round(cpus)),
+            num_cpus=math.ceil(cpus),
             object_store_memory=_STORE_BYTES,
             include_dashboard=False,
             log_to_driver=False,

@@ -5,7 +5,6 @@ from dataclasses import dataclass, field, replace
 from esper.experiments.config import RunConfig
 from esper.experiments.run import build_setup, prepare
 from esper.rl.growth_episode import DecidedOutside, HostRun, Reference, reference_of
-from esper.training.policy import Policy
 from esper.training.random_states import random_streams_apart
 
 
@@ -33,12 +32,11 @@ class TaskRuns:
         default_factory=dict, repr=False, compare=False
     )
 
-    def __call__(self, random_seed: int, policy: Policy | None = None) -> HostRun:
+    def __call__(self, random_seed: int) -> HostRun:
         """Return a fresh run.
 
         Args:
             random_seed: Fixes the host's weights and the order of the data.
-            policy: Says what is to be weighed; None is `DecidedOutside`.
 
         Raises:
             SettingsError, TaskDataError, ModuleNotFoundError: As `esper.experiments.prepare`.
@@ -47,19 +45,17 @@ class TaskRuns:
         if self.num_runs is not None:
             random_seed %= self.num_runs
         random_seed += self.first_random_seed
-        run = self._fresh(random_seed, policy)
+        run = self._fresh(random_seed)
         return replace(run, reference=self._reference(random_seed)) if self.referenced else run
 
-    def _fresh(self, random_seed: int, policy: Policy | None) -> HostRun:
+    def _fresh(self, random_seed: int) -> HostRun:
         config = self.config.model_copy(update={"random_seed": random_seed})
         setup = build_setup(config)
-        run = prepare(
-            config, run_id=f"episode-{random_seed}", setup=setup, policy=policy or DecidedOutside()
-        )
+        run = prepare(config, run_id=f"episode-{random_seed}", setup=setup, policy=DecidedOutside())
         return HostRun(trainer=run.trainer, final=setup.selection or setup.validation)
 
     def _reference(self, random_seed: int) -> Reference | None:
         if random_seed not in self._references:
             with random_streams_apart():  # it draws what the run itself will draw
-                self._references[random_seed] = reference_of(self._fresh(random_seed, None))
+                self._references[random_seed] = reference_of(self._fresh(random_seed))
         return self._references[random_seed]

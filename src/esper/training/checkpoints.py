@@ -23,7 +23,12 @@ from esper.lifecycle.record import Record
 from esper.slots.nested import map_tensors
 from esper.slots.replication import Replication
 from esper.slots.sharded import whole
-from esper.training.sealed_folder import DamagedFolderError, check_sealed, sealed_folder
+from esper.training.sealed_folder import (
+    DamagedFolderError,
+    check_sealed,
+    remove_damaged,
+    sealed_folder,
+)
 from esper.training.state_tree import read_tree, tree_as_tensor, tree_from_tensor, write_tree
 from esper.training.trainer import Trainer
 
@@ -178,6 +183,7 @@ class Checkpoints:
         )
         self._clear_unfinished()
         try:
+            remove_damaged(target)
             with sealed_folder(target, overwrite=True) as writing:
                 (writing / INFO_FILE).write_text(
                     info.model_dump_json(indent=2) + "\n", encoding="utf-8"

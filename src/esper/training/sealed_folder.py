@@ -65,6 +65,16 @@ def check_sealed(folder: Path) -> None:
             raise DamagedFolderError(f"{file} was changed after it was written")
 
 
+def remove_damaged(folder: Path) -> None:
+    """Remove a folder that was sealed and is damaged, so that it can be written anew."""
+    try:
+        check_sealed(folder)
+    except FileNotFoundError:
+        return
+    except DamagedFolderError:
+        shutil.rmtree(folder)
+
+
 def _read_manifest(file: Path) -> dict[str, str]:
     try:
         text = file.read_bytes()

@@ -158,7 +158,9 @@ class ActionCoder:
         return Commit(slot=slot)
 
     def encode(self, action: Action) -> list[int]:
-        """Return one number per head for an action; 0 in heads that it does not read.
+        """Return one number per head for an action.
+
+        It is 0 in heads that the action does not read, or whose part it leaves to the slot.
 
         Raises:
             ValueError: A part of it is none of the head's choices.

@@ -19,8 +19,8 @@ from esper.lifecycle.record import Record
 from esper.policies.learned.action_coder import SLOT_OPERATIONS, ActionChoices, Head
 from esper.policies.learned.features import RUN_FEATURES, SLOT_FEATURES
 from esper.policies.learned.network import GrowthNetwork, NetworkConfig
+from esper.policies.named import POLICY_FILE_SUFFIX, is_policy_file
 
-SUFFIX = ".safetensors"
 FORMAT_VERSION = 1
 _KEY = "esper_policy"
 """Names the document among the file's metadata."""
@@ -78,8 +78,8 @@ def save_policy(
         OSError: The file cannot be written; what stood there stays.
     """
     path = Path(path)
-    if path.suffix != SUFFIX:
-        raise ValueError(f"a policy is kept as NAME{SUFFIX}, and this is {path}")
+    if not is_policy_file(path.name):
+        raise ValueError(f"a policy is kept as NAME{POLICY_FILE_SUFFIX}, and this is {path}")
     weights = {
         name: weight.detach().cpu().contiguous().clone()
         for name, weight in network.state_dict().items()
