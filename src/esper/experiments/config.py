@@ -140,6 +140,14 @@ class RunConfig(Record):
         return self
 
     @model_validator(mode="after")
+    def _has_one_random_seed(self) -> "RunConfig":
+        if self.slot.random_seed != SlotConfig.model_fields["random_seed"].default:
+            raise ValueError(
+                f"slot.random_seed is the run's own, got {self.slot.random_seed}; set random_seed"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _grows_in_the_stable_phase(self) -> "RunConfig":
         schedule = self.depth_schedule
         if self.policy == DepthSchedulePolicy.name:
