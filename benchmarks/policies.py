@@ -62,15 +62,17 @@ CONTESTS = {
         Contest(
             task="digits",
             settings=("trainer.epochs=40",),
-            decisions=12_800,
+            decisions=7_680,
             training=(
+                "trainer.epochs=20",
                 "demonstrations.policy=schedule",
                 "demonstrations.num_episodes=32",
-                "demonstrations.passes=60",
-                "training.steps_per_fragment=640",
+                "demonstrations.passes=50",
+                "training.steps_per_fragment=320",
                 "training.batch_size=320",
-                "training.learning_rate=0.0005",
-                "training.target_kl=0.03",
+                "training.num_epochs=6",
+                "training.learning_rate=0.0002",
+                "training.target_kl=0.02",
                 "rewards.progress=0",
                 "rewards.potential=none",
                 "training.gae_lambda=1.0",
@@ -79,15 +81,15 @@ CONTESTS = {
         Contest(
             task="text",
             settings=("trainer.epochs=14", "trainer.decision_interval_steps=50"),
-            decisions=2_240,
+            decisions=1_344,
             training=(
                 "trainer.epochs=7",
                 "count_flops=true",
                 "rewards.compute_rent=0.25",
-                "training.steps_per_fragment=56",
-                "training.batch_size=56",
-                "training.learning_rate=0.001",
-                "training.target_kl=0.05",
+                "training.steps_per_fragment=28",
+                "training.batch_size=28",
+                "training.learning_rate=0.002",
+                "training.target_kl=0.1",
             ),
         ),
     )
@@ -124,7 +126,7 @@ def train(contest: Contest, folder: Path, *, processes: int, quick: bool) -> Pat
         )
     with opened as run:
         for likelihood in run.imitate():
-            print(f"{contest.task}: log-likelihood of what is imitated {likelihood:.3f}")
+            print(f"{contest.task}: imitated with a log-likelihood of {likelihood:.3f}")
         for report in run.reports():
             print(f"{contest.task}: {report.timesteps} decisions, return {report.mean_return}")
         return run.policy_file
