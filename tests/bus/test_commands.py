@@ -5,7 +5,7 @@ import secrets
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from esper.bus import (
     BusUnavailableError,
     CommandMessage,
     DeadLetter,
+    Delivery,
     InProcessBus,
     Sealer,
     answers_from,
@@ -229,6 +230,41 @@ def test_a_server_that_goes_away_in_the_middle_of_a_command(tmp_path: Path) -> N
         asked.close()
 
 
+class Losing(InProcessBus):
+    """A server that loses all it has once an answer is waited for, and is away at that moment."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.losses_left = 1
+
+    def after(self, *where: Any, **how: Any) -> Sequence[Delivery]:
+        if self.losses_left:
+            self.losses_left -= 1
+            super().__init__()
+            raise BusUnavailableError("the server is away")
+        return super().after(*where, **how)
+
+
+def test_a_command_that_a_server_has_lost_is_sent_again(tmp_path: Path) -> None:
+    bus, heard = Losing(), threading.Event()
+    sender = CommandSender(bus, KEYRING, RUN, sender="ann@lab")
+    with ThreadPoolExecutor(1) as asking:
+        asked = asking.submit(sender.send, effect("once"), wait_seconds=30.0)
+        asked.add_done_callback(lambda _: heard.set())
+        wait_for(lambda: not bus.losses_left)
+        settle(tmp_path, bus, heard.is_set)
+    assert asked.result().outcome.done
+    assert effects_in(tmp_path) == ["once"]
+
+
+def test_a_server_that_goes_for_good_leaves_open_what_became_of_a_command() -> None:
+    bus = Losing()
+    bus.losses_left = 1_000_000
+    sender = CommandSender(bus, KEYRING, RUN, sender="ann@lab")
+    with pytest.raises(NoAnswerError, match="away before run run had answered"):
+        sender.send(Pause(), wait_seconds=0.3)
+
+
 @pytest.mark.redis
 def test_a_server_that_is_away_is_an_error_of_the_sender(tmp_path: Path) -> None:
     with RedisServer() as server:
@@ -266,6 +302,27 @@ def test_a_run_that_is_to_go_on_leaves_to_its_next_process_what_is_left(
     assert answers(bus) == []
     settle(tmp_path, bus, lambda: len(answers(bus)) == 3)
     assert effects_in(tmp_path) == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("refuse_rest", [False, True])
+def test_a_command_that_comes_while_a_run_ends_is_refused_only_if_nobody_goes_on(
+    refuse_rest: bool, tmp_path: Path
+) -> None:
+    bus, came = InProcessBus(), threading.Event()
+    run = CountedRun(tmp_path, bus, run=RUN)
+    run.control.close(run.growth, refuse=None)
+    run.receiver._ask = lambda *asked: run.control.ask(*asked) or came.set() or False
+    run.receiver.start()
+    bus.publish(commands_for(RUN), [sealed("late")])
+    assert came.wait(30.0)
+    assert answers(bus) == []
+    run.receiver.stop(refuse_rest=refuse_rest, limit_seconds=30.0)
+    run.close()
+    assert [answer.outcome.text for answer in answers(bus)] == refuse_rest * ["the run has ended"]
+    assert len(dead(bus)) == refuse_rest
+    if not refuse_rest:
+        settle(tmp_path, bus, lambda: bool(answers(bus)))
+        assert effects_in(tmp_path) == ["late"]
 
 
 def test_a_log_that_is_full_for_a_moment_changes_no_order(

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from bus_machinery import KEYRING, OTHER_KEYRING, SKIPPED, files_of_at_most, record, wait_for
+from bus_machinery import KEYRING, OTHER_KEYRING, SKIPPED, Clock, files_of_at_most, record, wait_for
 from commanded import KEYRING as COMMAND_KEYRING
 from commanded import CountedRun
 from esper.bus.bus import DEAD_LETTERS, EMERGENCY, TELEMETRY, Bus, Delivery, Stream
@@ -363,6 +363,66 @@ def test_a_folder_that_cannot_be_written_holds_up_no_other_run(
     assert steps_in(tmp_path / "good") == [1, 2, 3]
 
 
+def test_a_mirror_that_is_locked_holds_up_nobody_and_its_messages_come_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    clock = Clock()
+    bus, locked, good = InProcessBus(clock), Telling("locked"), Telling("good")
+    with caplog.at_level(logging.WARNING, logger="esper"), routing(bus, tmp_path) as router:
+        bus.publish(TELEMETRY, locked.sealed(TELEMETRY, *events(1)))
+        wait_for(lambda: router.facts().stored == 1)
+        with closing(sqlite3.connect(tmp_path / "locked" / "run.sqlite")) as holding:
+            holding.execute("BEGIN IMMEDIATE")
+            for number, stream in enumerate((TELEMETRY, EMERGENCY), start=1):
+                critical = stream is EMERGENCY
+                bus.publish(stream, locked.sealed(stream, *events(2, critical=critical)))
+                wait_for(lambda number=number: len(caplog.records) == number, seconds=5.0)
+                bus.publish(stream, good.sealed(stream, *events(3, critical=critical)))
+            wait_for(lambda: router.facts().stored == 3, seconds=5.0)
+        clock.seconds += 31.0
+        wait_for(lambda: router.facts().stored == 5, seconds=5.0)
+    assert steps_in(tmp_path / "good") == [3, 3]
+    assert steps_in(tmp_path / "locked") == [1, 2, 2]
+    assert reasons(bus) == []
+
+
+def test_a_mirror_that_could_not_be_opened_can_be_when_it_is_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing stays locked, wherever opening it has failed."""
+    folder = tmp_path / "run"
+    Mirror(folder).close()
+    with closing(sqlite3.connect(folder / "run.sqlite")) as holding:
+        holding.execute("BEGIN IMMEDIATE")
+        with pytest.raises(sqlite3.OperationalError, match="locked"):
+            Mirror(folder)
+    with monkeypatch.context() as failing:
+        failing.setattr(Mirror, "_loaded", lambda _: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            Mirror(folder)
+    Mirror(folder).close()
+
+
+def test_what_is_stored_is_acknowledged_though_storing_the_rest_fails_unexpectedly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bus, storing = InProcessBus(), Mirror.take
+
+    def take(mirror: Mirror, told: list[Told]) -> Taken:
+        if mirror.folder.name == "bad":
+            raise RuntimeError("a defect")
+        return storing(mirror, told)
+
+    monkeypatch.setattr(Mirror, "take", take)
+    bad = Telling("bad").sealed(TELEMETRY, *events(2))
+    bus.publish(TELEMETRY, [*Telling("good").sealed(TELEMETRY, *events(1)), *bad])
+    with pytest.raises(RuntimeError, match="a defect"):
+        Router(bus, KEYRING, tmp_path).run(threading.Event())
+    left = bus.subscribe(TELEMETRY, group="router", consumer="next")
+    left.reclaim()
+    assert [one.message for one in left.receive(limit=9, wait_seconds=0.0)] == bad
+
+
 def test_a_folder_of_mirrors_that_cannot_be_made_is_waited_for_and_nothing_is_lost(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -456,6 +516,8 @@ def test_what_cannot_be_trusted_read_or_stored_is_a_dead_letter_and_the_rest_is_
     far = EventRecord(time_seconds=0.0, epoch=0, step=1 << 63, event=SKIPPED)
     timeless = EventRecord(time_seconds=float("nan"), epoch=0, step=0, event=SKIPPED)
     (forged,) = telling.sealed(TELEMETRY, *events(1))
+    empty = (b"%016d-5-4" % 0, b"run", b"0", b'{"kind":"bundle","messages":[]}')
+    signature = KEYRING.signature(b"%s.%s.%s.%s" % empty).encode()
     folder = tmp_path / "deep" / "runs"
     with routing(bus, folder) as router:
         bus.publish(
@@ -463,6 +525,7 @@ def test_what_cannot_be_trusted_read_or_stored_is_a_dead_letter_and_the_rest_is_
             [
                 forged[:-1] + b" ",
                 b"no message",
+                b"esper1 %s %s %s %s\n%s" % (*empty[:3], signature, empty[3]),
                 *telling.sealed(TELEMETRY, began()),
                 Sealer(OTHER_KEYRING, "run").seal(body_of(events(2)[0]))[1],
                 *telling.sealed(TELEMETRY, health, EventMessage(record=far)),
@@ -471,7 +534,7 @@ def test_what_cannot_be_trusted_read_or_stored_is_a_dead_letter_and_the_rest_is_
                 *(Telling(run).sealed(TELEMETRY, *events(1))[0] for run in ODD_RUNS),
             ],
         )
-        wait_for(lambda: router.facts().refused == 8 - 1 + len(ODD_RUNS))
+        wait_for(lambda: router.facts().refused == 8 + len(ODD_RUNS))
     assert router.facts().stored == 2
     assert steps_in(folder / "run") == [3]
     kinds = [reason.partition(":")[0] for reason in reasons(bus)]
@@ -479,7 +542,7 @@ def test_what_cannot_be_trusted_read_or_stored_is_a_dead_letter_and_the_rest_is_
         [
             *2 * ["bad_signature"],
             "malformed",
-            *4 * ["unknown_body"],
+            *5 * ["unknown_body"],
             *len(ODD_RUNS) * ["wrong_run"],
         ]
     )

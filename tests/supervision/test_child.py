@@ -149,6 +149,22 @@ def test_a_log_is_bounded_and_one_old_one_is_kept(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["log", "log.1"]
 
 
+def test_a_log_that_cannot_be_begun_anew_for_a_while_is_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = BoundedLog(tmp_path / "log", 10)
+    log.write(b"the first")
+    with monkeypatch.context() as failing:
+        failing.setattr(log, "_opened", lambda: os.open(tmp_path / "no" / "log", os.O_RDONLY))
+        for _ in range(2):
+            with pytest.raises(OSError, match="No such file"):
+                log.write(b"lost")
+    log.write(b"the next")
+    log.close()
+    assert (tmp_path / "log.1").read_text() == "the first"
+    assert (tmp_path / "log").read_text() == "the next"
+
+
 def test_a_program_prints_far_more_than_its_log_holds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,19 +1,23 @@
 """Router and dashboard beat for what they have done, not because their process is there."""
 
+import gc
 import os
 import queue
+import signal
 import socket
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
 from esper.bus.bus import EMERGENCY, TELEMETRY, BusUnavailableError
 from esper.bus.in_process import InProcessBus
+from esper.supervision import children
 from esper.supervision.beating_bus import BeatingBus
-from esper.supervision.children import _beat_when_answered
+from esper.supervision.children import _beat_when_answered, route
 from esper.telemetry.heartbeat import Heartbeat
 from supervised import wait_for
 
@@ -33,6 +37,23 @@ def test_readers_beat_only_once_all_of_them_have_come_round() -> None:
     assert beats == ["reading"]
     first.receive(limit=1, wait_seconds=0.0)
     assert beats == ["reading", "reading"]
+
+
+def test_what_the_bus_imports_is_left_out_of_garbage_collection_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    monkeypatch.setattr(gc, "freeze", lambda: done.append("frozen"))
+    monkeypatch.setattr(
+        children, "open_run_bus", lambda _: (done.append("imported"), InProcessBus())[1]
+    )
+    monkeypatch.setattr(children.Router, "run", lambda *_: done.append("routing"))
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.delenv("ESPER_HEARTBEAT_FD", raising=False)
+    (tmp_path / "keys").write_text("k" * 32)
+    (tmp_path / "keys").chmod(0o600)
+    route("redis://here", tmp_path, tmp_path / "keys")
+    assert done == ["imported", "frozen", "routing"]
 
 
 class Away:

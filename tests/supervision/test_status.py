@@ -1,13 +1,18 @@
 """The status file: whole, of one version, private, and clear about what needs a person."""
 
 import math
+import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
+from esper.supervision.finding import Finding
+from esper.supervision.health_reader import Health
 from esper.supervision.status import (
     STATUS_FILE,
     BeatStatus,
+    ReloadStatus,
     ServeStatus,
     ServiceState,
     ServiceStatus,
@@ -78,3 +83,17 @@ def test_a_file_that_is_none_is_told(tmp_path: Path, text: str) -> None:
     (tmp_path / STATUS_FILE).write_text(text)
     with pytest.raises(StatusError, match="cannot be read"):
         read_status(tmp_path)
+
+
+def test_every_field_of_the_status_is_documented() -> None:
+    page = Path(__file__).parents[2] / "docs" / "operate.md"
+    section = page.read_text(encoding="utf-8").partition("## Metrics")[2]
+    parts = {
+        "of all": {"served", "problem", "age_seconds", *ServeStatus.model_fields}
+        | {*Finding.model_fields, *ReloadStatus.model_fields},
+        "of a program": {*ServiceStatus.model_fields, *BeatStatus.model_fields},
+        "over the bus": {field.name for field in fields(Health)} | {"last_lines", "log"},
+    }
+    for head, names in parts.items():
+        table = section.partition(f"| {head} |")[2].partition("\n\n")[0]
+        assert set(re.findall(r"`(\w+)`", table)) == names, head

@@ -16,7 +16,7 @@ from esper.lifecycle.events import EventRecord, SeedPruned, StepSkipped
 from esper.lifecycle.stages import SeedStage
 from esper.report import run_page
 from esper.telemetry import DATABASE_FILE, RunFolderError, RunReader, RunStore
-from esper.telemetry.run_store import ReopenedRunStore, RunGlance, RunStatus
+from esper.telemetry.run_store import ReopenedRunStore, RunGlance, RunStatus, is_written
 
 ROOT = Path(__file__).parents[2]
 
@@ -191,6 +191,22 @@ def test_closing_does_not_wait_for_who_reads(tmp_path: Path) -> None:
     store.close()
     reading.close()
     assert len(RunReader(tmp_path).events()) == 1
+
+
+def test_a_run_that_cannot_be_gone_on_with_or_closed_well_is_let_go(tmp_path: Path) -> None:
+    open_store(tmp_path).close()
+    database = sqlite3.connect(tmp_path / DATABASE_FILE)
+    database.execute("ALTER TABLE metrics RENAME TO elsewhere")
+    with pytest.raises(sqlite3.OperationalError, match="no such table"):
+        ReopenedRunStore(tmp_path, after_step=0)
+    assert not RunReader(tmp_path).is_written
+    database.execute("ALTER TABLE elsewhere RENAME TO metrics")
+    database.close()
+    store = ReopenedRunStore(tmp_path, after_step=0)
+    (tmp_path / DATABASE_FILE).write_bytes(b"damaged" * 2000)
+    with pytest.raises(sqlite3.DatabaseError):
+        store.close()
+    assert not is_written(tmp_path)
 
 
 def test_two_that_look_whether_a_run_is_written_do_not_take_each_other_for_its_writer(

@@ -24,7 +24,7 @@ from esper.lifecycle.events import (
     SeedGerminated,
 )
 from esper.telemetry.command_log import CommandLog, LoggedCommand
-from esper.telemetry.run_store import DATABASE_FILE, RunReader, RunStore
+from esper.telemetry.run_store import DATABASE_FILE, ReopenedRunStore, RunReader, RunStore
 from esper.training.control import RunControl, RunStoppedError
 from growth_problem import Problem, make_problem
 
@@ -329,12 +329,14 @@ def test_outcome_and_events_are_in_the_run_folder_or_neither(tmp_path: Path) -> 
 def test_a_log_that_cannot_be_written_delays_and_doubles_nothing(
     place: str, tmp_path: Path
 ) -> None:
-    log = _log(tmp_path)
+    store = RunStore(tmp_path / "run", config={}, environment={})
+    log = store.commands
     log._database.execute("PRAGMA busy_timeout=0")
-    other = sqlite3.connect(tmp_path / "log.sqlite", isolation_level=None)
+    other = sqlite3.connect(tmp_path / "run" / DATABASE_FILE, isolation_level=None)
     ramp = Act(action=SetAlphaTarget(slot="embed", target=1.0, steps=9))
     sender = Sender(log, {2: [GERMINATE, ramp]})
     problem, trainer = controlled(sender, epochs=1)
+    trainer.growth.sinks.append(store)
     if place == "after it took effect":
         other.executescript(
             "CREATE TABLE full (x); INSERT INTO full VALUES (1);"
@@ -364,13 +366,42 @@ def test_a_log_that_cannot_be_written_delays_and_doubles_nothing(
     assert sender.told("2-0").startswith("done: mlp germinated")
     assert sender.told("2-1").startswith("refused: ")
     assert len(problem.recorder.of(SeedGerminated)) == 1
+    assert len(problem.recorder.of(CommandCarriedOut)) == 1
+    assert len(problem.recorder.of(CommandRefused)) == 1
+    told = [(r.step, repr(r.event)) for r in problem.recorder.records]
+    stored = [(r.step, repr(r.event)) for r in RunReader(tmp_path / "run").events()]
+    assert sorted(stored) == sorted(told), "each once, and at the step at which it was"
     assert [logged.id for logged in log.settled()] == ["2-0", "2-1"]
     again = Sender(log)
-    other, resumed = controlled(again, epochs=1)
+    restarted, resumed = controlled(again, epochs=1)
     resumed.load_state_dict(sender.states[6])
     resumed.fit()
     assert again.losses == {step: loss for step, loss in sender.losses.items() if step > 6}
-    assert other.recorder.of(ActionRefused) == [], "it is not germinated again"
+    assert restarted.recorder.of(ActionRefused) == [], "it is not germinated again"
+    store.close()
+
+
+def test_what_a_run_has_not_written_down_is_written_by_the_process_that_goes_on(
+    tmp_path: Path,
+) -> None:
+    store = RunStore(tmp_path / "run", config={}, environment={})
+    sender = Sender(store.commands, {2: [GERMINATE]})
+    problem, trainer = controlled(sender, epochs=1)
+    trainer.growth.sinks.append(store)
+    store._database.execute(
+        "CREATE TEMP TRIGGER no_room BEFORE UPDATE ON commands BEGIN SELECT RAISE(ABORT, ''); END"
+    )
+    trainer.fit()
+    store.close()
+    reopened = ReopenedRunStore(tmp_path / "run", after_step=6)
+    _, resumed = controlled(Sender(reopened.commands), epochs=1)
+    for _ in range(2):
+        resumed.load_state_dict(sender.states[6])
+    reopened.close()
+    stored = [(r.step, repr(r.event)) for r in RunReader(tmp_path / "run").events()]
+    told = [(r.step, repr(r.event)) for r in problem.recorder.records if r.step <= 6]
+    assert stored == told
+    assert "seed_germinated" in str(told)
 
 
 def test_what_was_not_carried_out_by_the_end_is_refused() -> None:

@@ -195,7 +195,9 @@ class CommandReceiver:
     def _see_to(self, in_hand: _InHand, subscription: Subscription, log: CommandLog) -> None:
         if not in_hand.begun:
             self._begin(in_hand, log)
-            in_hand.begun = True
+        if not in_hand.begun:
+            self._stop.wait(_WAIT_SECONDS)
+            return
         if in_hand.settled is None and in_hand.refusal is None:
             try:
                 in_hand.settled = self._settled.get(timeout=_WAIT_SECONDS)
@@ -213,21 +215,30 @@ class CommandReceiver:
         self._in_hand = None
 
     def _begin(self, in_hand: _InHand, log: CommandLog) -> None:
-        """Look at a command: let it be carried out, find what came of it, or refuse it."""
+        """Look at a command: let it be carried out, find what came of it, or refuse it.
+
+        It is not begun if nobody carries it out here any more, and it is not known yet whether
+        another process will: it is looked at again then.
+        """
         try:
             envelope, said = self._opened(in_hand.delivery)
         except MessageRefusedError as error:
-            in_hand.refusal = f"{error.refusal}: {error}"
+            in_hand.refusal, in_hand.begun = f"{error.refusal}: {error}", True
             return
         now = self._clock()
         logged = log.receive(envelope.id, said.sender, said.command, received_seconds=now)
         if logged.outcome is not None:
-            in_hand.settled = logged
+            in_hand.settled, in_hand.begun = logged, True
             return
-        refusal = self._ask_for(envelope, logged)
+        refusal = self._staleness(envelope, logged)
+        if refusal is None and not self._ask(logged, self._settled.put):
+            if not self._refuse_rest:
+                return
+            refusal = "the run has ended"
         if refusal is not None:
             in_hand.settled = _refused(logged, refusal, log)
             in_hand.refusal = refusal
+        in_hand.begun = True
 
     def _opened(self, delivery: Delivery) -> tuple[Envelope, CommandMessage]:
         """Return a command that may be trusted, if not yet whether it is fresh.
@@ -244,8 +255,8 @@ class CommandReceiver:
             )
         return envelope, said
 
-    def _ask_for(self, envelope: Envelope, logged: LoggedCommand) -> str | None:
-        """Let a command be carried out, or return why it is refused."""
+    def _staleness(self, envelope: Envelope, logged: LoggedCommand) -> str | None:
+        """Return why a command is refused that was under way for too long; None if it was not."""
         try:
             check_fresh(
                 envelope,
@@ -254,7 +265,7 @@ class CommandReceiver:
             )
         except MessageRefusedError as error:
             return f"{error.refusal}: {error}"
-        return None if self._ask(logged, self._settled.put) else "the run has ended"
+        return None
 
     def _answer(self, logged: LoggedCommand) -> None:
         assert logged.outcome is not None

@@ -66,33 +66,41 @@ class CommandSender:
     def send(self, command: Command, *, wait_seconds: float) -> AnswerMessage:
         """Ask for something, and wait until the run says what came of it.
 
-        Sent again, as the same command, if the server goes away meanwhile: a run carries it out
-        once.
+        Sent again, as the same command, if the server goes away meanwhile, which may have lost it:
+        a run carries it out once.
 
         Raises:
-            NoAnswerError: The run has said nothing in time.
+            NoAnswerError: The command was sent, and the run has said nothing in time.
             BusUnavailableError: The server could not be reached in time, and the command is not
                 known to be sent.
         """
         id_, sealed = self._sealer.seal(
             body_of(CommandMessage(sender=self._sender, command=command))
         )
-        ends, backoff, sent = self._clock() + wait_seconds, Backoff(), False
+        ends, backoff = self._clock() + wait_seconds, Backoff()
+        listens = is_there = was_sent = False
         seen: str | None = None
         while True:
             try:
-                if not sent:
+                if not listens:
                     newest = self._bus.latest(answers_from(self._run), limit=1)
-                    seen = newest[-1].entry if newest else None
+                    seen, listens = newest[-1].entry if newest else None, True
+                if not is_there:
                     self._bus.publish(commands_for(self._run), [sealed])
-                    sent = True
+                    is_there = was_sent = True
                 left = max(0.0, min(_WAIT_SECONDS, ends - self._clock()))
                 answers = self._bus.after(
                     answers_from(self._run), seen, limit=_LIMIT, wait_seconds=left
                 )
-            except BusUnavailableError:
+            except BusUnavailableError as error:
+                is_there = False
                 wait = backoff.failed()
                 if self._clock() + wait > ends:
+                    if was_sent:
+                        raise NoAnswerError(
+                            f"the server was away before run {self._run} had answered, and the "
+                            f"command may be carried out: {error}"
+                        ) from error
                     raise
                 time.sleep(wait)
                 continue

@@ -62,7 +62,10 @@ class BundleMessage(Record):
     """What happened and was measured in a run, several at once: signed and sent for less."""
 
     kind: Literal["bundle"] = "bundle"
-    messages: tuple[Annotated[EventMessage | MetricsMessage, Field(discriminator="kind")], ...]
+    messages: Annotated[
+        tuple[Annotated[EventMessage | MetricsMessage, Field(discriminator="kind")], ...],
+        Field(min_length=1),
+    ]
     """As many as the envelope's numbers say."""
 
 

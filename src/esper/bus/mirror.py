@@ -39,6 +39,8 @@ Telling = RunMessage | EventMessage | MetricsMessage | BundleMessage | StatusMes
 
 _KEY = "mirror"
 """In the table of a run; no other folder has it."""
+_BUSY_SECONDS = 0.05
+"""For which a mirror that somebody else holds is waited for: all other runs wait meanwhile."""
 _MAX_INTEGER = (1 << 63) - 1
 _FORGET_EVENTS = {
     EMERGENCY.name: "DELETE FROM events WHERE step > ? AND priority != ?",
@@ -122,9 +124,10 @@ class Mirror(RunStore):
             _make(folder, first)
         if folder.is_symlink() or missed_in(folder) is None:
             raise NoMirrorError(f"{folder} is there already, and no mirror of a run elsewhere")
-        self._open(folder)
-        self._identity = _identity(folder)
-        self._state, self._sequences = self._loaded()
+        self._open(folder, busy_seconds=_BUSY_SECONDS)
+        with self._let_go_on_error():
+            self._identity = _identity(folder)
+            self._state, self._sequences = self._loaded()
 
     def take(self, told: Iterable[Told]) -> Taken:
         """Store what is new of some messages, all or nothing.
@@ -252,7 +255,8 @@ def missed_in(folder: Path) -> int | None:
     file = folder / DATABASE_FILE
     if not file.is_file() or file.is_symlink():
         return None
-    with closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True)) as database:
+    address = f"{file.absolute().as_uri()}?mode=ro"
+    with closing(sqlite3.connect(address, uri=True, timeout=_BUSY_SECONDS)) as database:
         state = _state_in(database, folder)
     return None if state is None else state.missed
 

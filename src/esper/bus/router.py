@@ -42,17 +42,14 @@ _IDLE_SECONDS = 30.0
 _LOOK_SECONDS = 0.05
 """Between two looks whether to end, in a pause."""
 
-_PASSING_CODES = {
-    *(sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED),
-    sqlite3.SQLITE_NOMEM,
-}
-"""Of SQLite: what a full disk, a lock or the like makes of any database."""
+_SHARED_CODES = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_NOMEM}
+"""Of SQLite: what a full disk or no memory makes of any database."""
 _PRIMARY_CODE = 0xFF
 """The bits of an extended result code of SQLite that say what it is a kind of."""
-_PASSING_ERRNOS = {
-    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EMFILE, errno.ENFILE),
-    *(errno.ENOMEM, errno.EAGAIN, errno.EBUSY),
-}
+_SHARED_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+_TRIED_BYTES = 1 << 20
+"""Are written to see whether any run can be stored: more than is left where its batches find no
+room."""
 
 _LOG = logging.getLogger(__name__)
 
@@ -194,15 +191,18 @@ class Router:
                 batch.told.append(told)
         backoff = Backoff()
         while runs:
-            stored, errors = self._store(runs, writer)
-            subscription.acknowledge(stored)
+            stored: list[str] = []
+            try:
+                errors = self._store(runs, writer, stored)
+            finally:  # also where something has failed that nothing here knows
+                subscription.acknowledge(stored)
             for run, problem in errors.items():
                 if not backoff.failures:
                     _LOG.warning("what run %s tells cannot be stored now: %s", run, problem)
             runs = {
                 run: runs[run]
                 for run, problem in errors.items()
-                if _may_pass(problem) or not _can_be_written(self._folder)
+                if _concerns_all(problem) or not _can_be_written(self._folder)
             }
             if runs:
                 if ended():
@@ -225,14 +225,18 @@ class Router:
         return Told(stream=stream, envelope=envelope, message=message)
 
     def _store(
-        self, runs: Mapping[str, "_Batch"], writer: Executor
-    ) -> tuple[list[str], dict[str, Exception]]:
+        self, runs: Mapping[str, "_Batch"], writer: Executor, stored: list[str]
+    ) -> dict[str, Exception]:
         """Store what can be, and take it off the batches.
 
+        Args:
+            runs: The batches, by their runs.
+            writer: Runs what writes mirrors.
+            stored: Gets the entries that have brought what is stored.
+
         Returns:
-            The entries that have brought it, and why what is left of a run is left.
+            Why what is left of a run is left.
         """
-        stored: list[str] = []
         errors: dict[str, Exception] = {}
         for run, batch in runs.items():
             while batch.told:
@@ -244,7 +248,7 @@ class Router:
                     break
                 stored += batch.entries[:count]
                 batch.remove(count)
-        return stored, errors
+        return errors
 
     def _take(self, run: str, told: Sequence[Told]) -> None:
         taken = self._mirrors.take(run, told)
@@ -277,19 +281,23 @@ class _Batch:
         del self.entries[:count], self.told[:count]
 
 
-def _may_pass(error: Exception) -> bool:
-    """Return whether it is worth waiting for, as a full disk is, while others wait too."""
+def _concerns_all(error: Exception) -> bool:
+    """Return whether no run can be stored, as on a full disk: that is waited for."""
     if isinstance(error, OSError):
-        return error.errno in _PASSING_ERRNOS
+        return error.errno in _SHARED_ERRNOS
     code: int = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_OK)  # not of each error
-    return code & _PRIMARY_CODE in _PASSING_CODES
+    return code & _PRIMARY_CODE in _SHARED_CODES
 
 
 def _can_be_written(folder: Path) -> bool:
-    """Return whether a file can be made in a folder; if not, no run can be stored there."""
+    """Return whether a file can be made in a folder; if not, no run can be stored there.
+
+    SQLite's error does not always say so: a quota that is used up is an I/O error to it.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(_TRIED_BYTES))
     except OSError:
         return False
     return True

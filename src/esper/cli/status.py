@@ -198,7 +198,7 @@ def _from_bus(console: Console, address: str, key_file: Path | None, *, as_json:
         console.out(json.dumps(told), highlight=False)
     else:
         _print_health(console, found)
-    if all(health.is_silent for health in found.services):
+    if all(health.is_old for health in found.services):
         return _NOBODY
     return _UNWELL if any(health.needs_a_person for health in found.services) else 0
 

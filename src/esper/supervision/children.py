@@ -170,11 +170,11 @@ def route(address: str, folder: Path, key_file: Path | None) -> None:
     """
     heartbeat = Heartbeat.from_environment()
     keyring = _keyring(key_file)
-    gc.freeze()
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     bus = open_run_bus(address)
+    gc.freeze()  # now that the client of the bus is imported too
 
     def beat(state: str) -> None:
         heartbeat.beat(state, **router.facts().model_dump())

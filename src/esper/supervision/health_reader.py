@@ -39,9 +39,14 @@ class Health:
     details: dict[str, JsonValue]
 
     @property
+    def is_old(self) -> bool:
+        """Whether no supervisor tells of it any more: one that lives does, whatever the state."""
+        return self.age_seconds > SILENT_SECONDS
+
+    @property
     def is_silent(self) -> bool:
         """Whether it should have said something since."""
-        return self.age_seconds > SILENT_SECONDS and self.state not in _ENDED
+        return self.is_old and self.state not in _ENDED
 
     @property
     def needs_a_person(self) -> bool:

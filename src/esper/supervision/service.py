@@ -21,6 +21,7 @@ _LOOK_SECONDS = 0.05
 """Between two tries of a port."""
 _BUSY_SECONDS = 1.0
 """Between two looks at a run that another process writes."""
+_GOES_ON = "with resume_stopped it goes on when esper serve starts the next time"
 _ENDED_RIGHT = frozenset({ServiceState.FINISHED, ServiceState.STOPPED})
 _SETTLED = _ENDED_RIGHT | {ServiceState.READY, ServiceState.GIVEN_UP, ServiceState.BACKING_OFF}
 
@@ -171,7 +172,7 @@ class Service:
             self._enter(ServiceState.FINISHED, None)
             return None
         if state == RunState.STOPPED:
-            self._enter(ServiceState.STOPPED, "by a command; resume_stopped lets it go on")
+            self._enter(ServiceState.STOPPED, f"by a command; {_GOES_ON}")
             return None
         if state != RunState.NEW:
             return run.resume
@@ -288,12 +289,12 @@ class Service:
             return self._died(self._hangs or f"ended with {ending}")
         try:
             state = await anyio.to_thread.run_sync(state_of, run)
-        except RunFolderError as error:
+        except (RunFolderError, OSError) as error:
             return self._died(str(error))
         if state == RunState.FINISHED:
             self._enter(ServiceState.FINISHED, None)
         else:
-            self._enter(ServiceState.STOPPED, "it was asked to end; resume_stopped lets it go on")
+            self._enter(ServiceState.STOPPED, f"it was asked to end; {_GOES_ON}")
         return None
 
     def _died(self, problem: str) -> float | None:

@@ -96,9 +96,11 @@ class BoundedLog:
             OSError: It cannot be written now.
         """
         if self._stream.tell() and self._stream.tell() + len(output) > self._max_bytes:
-            self._file.replace(self._file.with_name(f"{self._file.name}.1"))
+            with suppress(FileNotFoundError):  # put aside before, and no new one could be opened
+                self._file.replace(self._file.with_name(f"{self._file.name}.1"))
+            new = self._opened()
             self._stream.close()
-            self._stream = self._opened()
+            self._stream = new
         self._stream.write(output)
 
     def close(self) -> None:

@@ -1,15 +1,16 @@
 """Every command that a run has received, each once, with what came of it."""
 
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from esper.lifecycle.commands import Command, Outcome, parse_command
+from esper.lifecycle.events import EventRecord
 
-_BUSY_SECONDS = 30.0
+BUSY_SECONDS = 30.0
 """A germination may hold the database for as long as it takes to build a seed."""
 
 COMMANDS_SCHEMA = """
@@ -76,11 +77,20 @@ class CommandLog:
 
     Args:
         database: In autocommit mode; the run store's own, whose events are in the transaction.
+        busy_seconds: How long it waits for others that hold the database.
+        store_event: Stores an event by the same connection; None where there is no run store.
     """
 
-    def __init__(self, database: sqlite3.Connection) -> None:
+    def __init__(
+        self,
+        database: sqlite3.Connection,
+        *,
+        busy_seconds: float = BUSY_SECONDS,
+        store_event: Callable[[EventRecord], None] | None = None,
+    ) -> None:
         self._database = database
-        database.execute(f"PRAGMA busy_timeout={1000 * _BUSY_SECONDS:.0f}")
+        self._store_event = store_event
+        database.execute(f"PRAGMA busy_timeout={1000 * busy_seconds:.0f}")
         database.execute(COMMANDS_SCHEMA)
 
     @classmethod
@@ -135,6 +145,16 @@ class CommandLog:
                 database.execute(_SETTLE, settled)
         finally:
             database.execute("PRAGMA synchronous=NORMAL")
+
+    def store_events(self, records: Iterable[EventRecord]) -> None:
+        """Store events in the run folder alone, if there is one: others have heard of them.
+
+        Raises:
+            sqlite3.Error: Not all of them could be stored.
+        """
+        if self._store_event is not None:
+            for record in records:
+                self._store_event(record)
 
     def find(self, id_: str) -> LoggedCommand | None:
         """Return a command by its id; None if it never came."""

@@ -7,7 +7,7 @@ import secrets
 import sqlite3
 import time
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +15,7 @@ from typing import Any, Literal
 from pydantic_core import to_json
 
 from esper.lifecycle.events import EventRecord, parse_event_record
-from esper.telemetry.command_log import CommandLog
+from esper.telemetry.command_log import BUSY_SECONDS, CommandLog
 
 CONFIG_FILE = "config.json"
 ENVIRONMENT_FILE = "environment.json"
@@ -109,7 +109,7 @@ class RunStore:
         _write_json(folder / CONFIG_FILE, config)
         _write_json(folder / ENVIRONMENT_FILE, environment)
         self._open(folder)
-        with self._transaction():
+        with self._let_go_on_error(), self._transaction():
             for statement in filter(str.strip, _SCHEMA.split(";")):
                 self._database.execute(statement)
             self._set("store_version", str(STORE_VERSION))
@@ -122,15 +122,23 @@ class RunStore:
         """The run's own: its folder's first name, and what no other run of that name has."""
         return RunReader(self.folder).run_id
 
-    def _open(self, folder: Path) -> None:
+    def _open(self, folder: Path, *, busy_seconds: float = BUSY_SECONDS) -> None:
         self.folder = folder
-        self._lock = _WriterLock(folder)
-        self._database = sqlite3.connect(folder / DATABASE_FILE, isolation_level=None)
-        self._database.execute("PRAGMA journal_mode=WAL")
-        self._database.execute("PRAGMA synchronous=NORMAL")
-        self.commands = CommandLog(self._database)
-        """Who asked what of the run, and what came of it; what is published while a command is
-        settled is committed with its outcome."""
+        with ExitStack() as undoing:
+            self._lock = _WriterLock(folder)
+            undoing.callback(self._lock.release)
+            self._database = sqlite3.connect(
+                folder / DATABASE_FILE, isolation_level=None, timeout=busy_seconds
+            )
+            undoing.callback(self._database.close)
+            self._database.execute("PRAGMA journal_mode=WAL")
+            self._database.execute("PRAGMA synchronous=NORMAL")
+            self.commands = CommandLog(
+                self._database, busy_seconds=busy_seconds, store_event=self.publish
+            )
+            """Who asked what of the run, and what came of it; what is published while a command is
+            settled is committed with its outcome."""
+            undoing.pop_all()
 
     def publish(self, record: EventRecord) -> None:
         """Store one event."""
@@ -166,10 +174,25 @@ class RunStore:
 
     def close(self) -> None:
         """Let go of the database, as one plain file unless somebody reads it right now."""
-        with suppress(sqlite3.OperationalError):
-            self._database.execute("PRAGMA journal_mode=DELETE")
-        self._database.close()
-        self._lock.release()
+        try:
+            with suppress(sqlite3.OperationalError):
+                self._database.execute("PRAGMA journal_mode=DELETE")
+        finally:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        try:
+            self._database.close()
+        finally:
+            self._lock.release()
+
+    @contextmanager
+    def _let_go_on_error(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self._let_go()
+            raise
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
@@ -199,7 +222,7 @@ class ReopenedRunStore(RunStore):
     def __init__(self, folder: Path, *, after_step: int) -> None:
         attempt = RunReader(folder).attempt
         self._open(folder)
-        with self._transaction():
+        with self._let_go_on_error(), self._transaction():
             for forget in (_FORGET_EVENTS, _FORGET_METRICS):
                 self._database.execute(forget, (after_step,))
             self._set("attempt", str(attempt + 1))

@@ -2,6 +2,7 @@
 
 import sqlite3
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -11,8 +12,22 @@ from typing import Any, Protocol
 
 from esper.bus.link_state import LinkState
 from esper.lifecycle.actions import Action
-from esper.lifecycle.commands import Act, Command, Outcome, Pause, Resume, Stop
-from esper.lifecycle.events import CommandCarriedOut, CommandRefused
+from esper.lifecycle.commands import (
+    Act,
+    Command,
+    Outcome,
+    Pause,
+    Resume,
+    SaveCheckpoint,
+    Stop,
+)
+from esper.lifecycle.events import (
+    CommandCarriedOut,
+    CommandRefused,
+    Event,
+    EventRecord,
+    parse_event_record,
+)
 from esper.lifecycle.outcomes import came_of
 from esper.telemetry.command_log import AlreadySettledError, CommandLog, LoggedCommand, Place
 from esper.training.growth import Growth
@@ -64,6 +79,25 @@ class _Asked:
     answer: Answer
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Unwritten:
+    """A command that was carried out, and that the log did not take yet."""
+
+    asked: _Asked
+    outcome: Outcome
+    place: Place
+    records: Sequence[EventRecord]
+    """What its action has caused and what was told of it: heard by all sinks, and to be stored."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "id": self.asked.logged.id,
+            "outcome": self.outcome.model_dump(mode="json"),
+            "place": [*self.place],
+            "events": [record.model_dump_json() for record in self.records],
+        }
+
+
 class RunControl:
     """Carries out commands between two steps, in their order, each once.
 
@@ -84,8 +118,7 @@ class RunControl:
         self._link = link
         self._lock = threading.Lock()
         self._asked: deque[_Asked] = deque()
-        self._unwritten: deque[tuple[_Asked, Outcome, Place]] = deque()
-        """Carried out, and the log did not take it yet."""
+        self._unwritten: deque[_Unwritten] = deque()
         self._woken = threading.Event()
         self._ending: str | None = None
         self._ended = False
@@ -144,22 +177,19 @@ class RunControl:
             self._ended = True
         if self._link is not None:
             growth.publish(self._link.take_events())
-        self._write(growth)
+        self._write()
         if refuse is None:
             return
         refusal = Outcome(done=False, text=refuse)
         while self._asked:
             asked = self._asked.popleft()
-            self._settle(growth, asked, lambda: refusal)
+            self._settle(growth, asked, lambda: (refusal, ()))
             if self._asked and self._asked[0] is asked:
                 return
 
     def state_dict(self) -> dict[str, Any]:
         """Return which commands the run's state knows of."""
-        unwritten = [
-            {"id": asked.logged.id, "outcome": outcome.model_dump(mode="json"), "place": [*place]}
-            for asked, outcome, place in self._unwritten
-        ]
+        unwritten = [done.state_dict() for done in self._unwritten]
         again = [logged.id for logged in self._again]
         return {"num_settled": self._num_settled, "again": again, "unwritten": unwritten}
 
@@ -176,6 +206,7 @@ class RunControl:
                 self._log.settling(carried_out["id"], place) as outcomes,
             ):
                 outcomes.append(Outcome.from_dump(carried_out["outcome"]))
+                self._log.store_events(map(parse_event_record, carried_out["events"]))
         self._num_settled = state["num_settled"]
         unknown = set(state["again"])
         known = {carried_out["id"] for carried_out in state["unwritten"]}
@@ -200,7 +231,7 @@ class RunControl:
             self._serve(trainer)
 
     def _serve(self, trainer: Controlled) -> None:
-        self._write(trainer.growth)
+        self._write()
         while self._asked and not self._unwritten:
             asked = self._asked.popleft()
             self._carry_out(trainer, asked)
@@ -218,10 +249,17 @@ class RunControl:
             by = asked.logged.sender
             raise RunStoppedError(by, step=growth.step, commanded=True, saved=True)
 
-    def _do(self, trainer: Controlled, command: Command) -> Outcome:
-        step = trainer.growth.step
+    def _do(self, trainer: Controlled, command: Command) -> tuple[Outcome, Sequence[Event]]:
+        """Carry one command out; return what came of it, and the events that it has caused."""
         if isinstance(command, Act):
-            return _act(trainer, command.action)
+            events = _act(trainer, command.action)
+            return came_of(events), events
+        return self._do_to_run(trainer, command), ()
+
+    def _do_to_run(
+        self, trainer: Controlled, command: Pause | Resume | Stop | SaveCheckpoint
+    ) -> Outcome:
+        step = trainer.growth.step
         if isinstance(command, Pause):
             self.paused, was = True, self.paused
             return Outcome(done=True, text=f"paused {'already' if was else f'after step {step}'}")
@@ -235,19 +273,23 @@ class RunControl:
         ended = ", and the run has ended" if isinstance(command, Stop) else ""
         return Outcome(done=True, text=f"a checkpoint of step {step} is written{ended}")
 
-    def _settle(self, growth: Growth, asked: _Asked, do: Callable[[], Outcome]) -> Outcome | None:
-        """Carry one command out and write down what came of it.
+    def _settle(
+        self, growth: Growth, asked: _Asked, do: Callable[[], tuple[Outcome, Sequence[Event]]]
+    ) -> Outcome | None:
+        """Carry one command out, tell it, and write down what came of it.
 
         If the log cannot be written now, a command that was not begun is the next one again, and
-        of one that took effect the outcome is written later.
+        of one that took effect the outcome is written later, with the events that went from the
+        run folder with it.
 
         Returns:
             The outcome, if it was carried out now.
         """
         place, outcome = Place(growth.step, growth.epoch), None
+        events: Sequence[Event] = ()
         try:
             with suppress(AlreadySettledError), self._log.settling(asked.logged.id, place) as kept:
-                outcome = do()
+                outcome, events = do()
                 kept.append(outcome)
                 growth.publish([_told(asked.logged, outcome)])
             self._answer(asked)
@@ -255,21 +297,23 @@ class RunControl:
             if outcome is None:
                 self._asked.appendleft(asked)
             else:
-                self._unwritten.append((asked, outcome, place))
+                events = [*events, _told(asked.logged, outcome)]
+                records = _records(events, place)
+                self._unwritten.append(
+                    _Unwritten(asked=asked, outcome=outcome, place=place, records=records)
+                )
         return outcome
 
-    def _write(self, growth: Growth) -> None:
+    def _write(self) -> None:
         """Write down what was carried out when the log could not be written."""
         while self._unwritten:
-            asked, outcome, place = self._unwritten[0]
+            done = self._unwritten[0]
+            id_ = done.asked.logged.id
             try:
-                with (
-                    suppress(AlreadySettledError),
-                    self._log.settling(asked.logged.id, place) as kept,
-                ):
-                    kept.append(outcome)
-                    growth.publish([_told(asked.logged, outcome)])
-                self._answer(asked)
+                with suppress(AlreadySettledError), self._log.settling(id_, done.place) as kept:
+                    kept.append(done.outcome)
+                    self._log.store_events(done.records)
+                self._answer(done.asked)
             except sqlite3.Error:
                 return
             self._unwritten.popleft()
@@ -285,16 +329,24 @@ class RunControl:
         while self._again and self._again[0].place is not None and self._again[0].place <= here:
             logged = self._again.popleft()
             assert isinstance(logged.command, Act)
-            outcome = _act(trainer, logged.command.action)
+            outcome = came_of(_act(trainer, logged.command.action))
             trainer.growth.publish([_told(logged, outcome)])
             self._num_settled = max(self._num_settled, logged.ordinal or 0)
 
 
-def _act(trainer: Controlled, action: Action) -> Outcome:
+def _act(trainer: Controlled, action: Action) -> Sequence[Event]:
     with trainer.growth.meter.decision():
         events = trainer.growth.apply(action)
     trainer.settle()
-    return came_of(events)
+    return events
+
+
+def _records(events: Sequence[Event], place: Place) -> list[EventRecord]:
+    now = time.time()
+    return [
+        EventRecord(time_seconds=now, epoch=place.epoch, step=place.step, event=event)
+        for event in events
+    ]
 
 
 def _told(logged: LoggedCommand, outcome: Outcome) -> CommandCarriedOut | CommandRefused:

@@ -1,0 +1,50 @@
+"""`esper status --bus`: its exit code says whether all is well, and whether anybody serves."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from esper.bus.bus import HEALTH
+from esper.bus.envelope import Sealer
+from esper.bus.in_process import InProcessBus
+from esper.bus.messages import HealthMessage, body_of
+from esper.cli import status as status_module
+from esper.cli.app import app
+from esper.signing import Keyring
+from esper.supervision.health_reader import SILENT_SECONDS
+
+NOW, LONG_AGO = 0.0, SILENT_SECONDS + 60.0
+
+
+@pytest.mark.parametrize(
+    ("told", "code"),
+    [
+        ({}, 3),
+        ({"stopped": LONG_AGO, "finished": LONG_AGO}, 3),
+        ({"ready": LONG_AGO, "given up": LONG_AGO}, 3),
+        ({"stopped": NOW, "finished": NOW}, 0),
+        ({"ready": NOW, "finished": LONG_AGO}, 0),
+        ({"ready": LONG_AGO, "finished": NOW}, 1),
+        ({"ready": NOW, "given up": NOW}, 1),
+    ],
+    ids=str,
+)
+def test_the_exit_code_says_how_all_that_a_bus_was_told_of_stands(
+    told: dict[str, float], code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key_file = tmp_path / "keys"
+    key_file.write_text("k" * 32)
+    key_file.chmod(0o600)
+    ring, bus = Keyring.from_file(key_file), InProcessBus()
+    for state, ago in told.items():
+        message = HealthMessage(service=f"one {state}", state=state, pid=1, host="here")
+        sealer = Sealer(ring, "serve:here", clock=lambda ago=ago: time.time() - ago)
+        bus.publish(HEALTH, [sealer.seal(body_of(message))[1]])
+    monkeypatch.setattr(status_module, "open_run_bus", lambda _: bus)
+    asking = ["status", "--bus", "redis://here", "--key-file", str(key_file), "--json"]
+    shown = CliRunner().invoke(app, asking)
+    assert shown.exit_code == code, shown.output
+    assert len(json.loads(shown.stdout)["services"]) == len(told)

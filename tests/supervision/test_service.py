@@ -1,0 +1,64 @@
+"""What a supervisor makes of the end of a job."""
+
+import errno
+from pathlib import Path
+
+import anyio
+import pytest
+
+from esper.supervision import service as service_module
+from esper.supervision.changes import Changes
+from esper.supervision.child import Ending
+from esper.supervision.config import RestartConfig
+from esper.supervision.program import Program, Run
+from esper.supervision.service import Service
+from esper.supervision.status import ServiceStatus
+from esper.telemetry import RunStore
+
+
+def ended_right(folder: Path, *, resume_stopped: bool = True) -> tuple[float | None, ServiceStatus]:
+    """Let a job end with exit code 0; return when it is started again, and how it stands."""
+
+    async def end() -> tuple[float | None, ServiceStatus]:
+        service = Service(
+            Program(
+                name="job",
+                kind="job",
+                command=("grow",),
+                folder=folder,
+                ready_seconds=1.0,
+                run=Run(folder=folder / "run", resume=("resume",), resume_stopped=resume_stopped),
+            ),
+            folder=folder,
+            restart=RestartConfig(),
+            drain_seconds=1.0,
+            blocker=lambda: None,
+            changes=Changes(lambda _: None),
+        )
+        return await service._ended(Ending(code=0)), service.status()
+
+    return anyio.run(end)
+
+
+@pytest.mark.parametrize("resume_stopped", [False, True])
+def test_a_job_that_is_stopped_by_command_stays_so_until_the_supervisor_starts_anew(
+    resume_stopped: bool, tmp_path: Path
+) -> None:
+    store = RunStore(tmp_path / "run", config={}, environment={})
+    store.set_status("stopped")
+    store.close()
+    wait, status = ended_right(tmp_path, resume_stopped=resume_stopped)
+    assert (wait, status.state) == (None, "stopped")
+    assert "when esper serve starts the next time" in (status.reason or "")
+
+
+def test_a_job_whose_folder_cannot_be_read_is_started_again_and_the_supervisor_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(_: Run) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(service_module, "state_of", failing)
+    wait, status = ended_right(tmp_path)
+    assert wait == 1.0
+    assert "Input/output error" in (status.reason or "")
