@@ -13,7 +13,7 @@ help:
 	@echo "make demo        grow a network on handwritten digits, and watch it"
 	@echo "make test        lint, types, dependency direction, tests"
 	@echo "make picture     draw docs/grown_run.png anew"
-	@echo "make benchmarks  print the figures of benchmarks/RESULTS.md"
+	@echo "make benchmarks  print the figures of benchmarks/RESULTS.md that need no GPU"
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, found " + sys.version)'
@@ -92,6 +92,7 @@ benchmarks: $(VENV)/.dev chromium redis
 	$(BIN)/python benchmarks/bus_priority.py
 	$(BIN)/python benchmarks/bus_throughput.py
 	$(BIN)/python benchmarks/host_parallelism.py --hosts 1 4 16 64
+	$(BIN)/python benchmarks/policies.py --tasks digits --seeds 10
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info src/*.egg-info .mypy_cache .ruff_cache .pytest_cache
