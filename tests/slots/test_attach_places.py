@@ -252,3 +252,29 @@ def test_features_nobody_overwrites_are_not_copied(grow: Any) -> None:
     model(inputs)
     before, after = seen
     assert after.data_ptr() == before.data_ptr()
+
+
+class ExpandedMask(nn.Module):
+    """Has a buffer in which each place is there several times, with a NaN, and one that counts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        column = torch.tensor([[1.0], [torch.nan], [2.0]])
+        self.register_buffer("mask", column.expand(3, 4))
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        self.calls += 1
+        self.mask[:, :1] += 1
+        return self.layer(inputs) * self.mask.nan_to_num()
+
+
+def test_expanded_buffers_are_left_as_they_were(bits_of: Any) -> None:
+    model = ExpandedMask()
+    mask, before = model.mask, bits_of(model.mask)
+    esper.attach(model, "layer", example=torch.randn(3, 4))
+    assert model.mask is mask
+    assert mask.stride() == (1, 0)
+    assert bits_of(mask) == before
+    assert float(model.calls) == 0.0

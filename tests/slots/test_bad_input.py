@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
@@ -410,6 +411,11 @@ GROWTH: dict[str, tuple[Callable[[Slotted], Any], type[Exception], str]] = {
         lambda s: s[D].germinate("lora", ranks=3),
         BlueprintError,
         "'lora'.*no option 'ranks'; did you mean 'rank'",
+    ),
+    "option that no event can hold": (
+        lambda s: s[D].germinate("lora", rank=np.int64(4)),
+        ValidationError,
+        r"options\.rank",
     ),
     "refused option": (lambda s: s[D].germinate("lora", rank=0), ValueError, "rank must be at le"),
     "refused option of a map": (

@@ -373,3 +373,44 @@ def test_few_steps_are_sampled_by_default_and_some_after_each_decision(
         slots.end_epoch()
     with pytest.raises(ValueError, match="at least 1, got 0"):
         GradientHealth(interval_steps=0)
+
+
+def test_frozen_parameters_of_the_host_do_not_count_in_the_ratio(hosts: Any, grow: Any) -> None:
+    """As its norm they cannot."""
+
+    def ratio(frozen: int) -> float:
+        case = hosts["mlp"]
+        model = case.build()
+        model.embedding = nn.Parameter(torch.zeros(frozen), requires_grad=False)
+        slots = esper.attach(model, case.targets, example=case.inputs())
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        slots.bind(optimizer)
+        slot = slots[case.targets[0]]
+        grow(slot, case.blueprint, SeedStage.TRAINING)
+        torch.manual_seed(1)
+        learn(model, case, 0)
+        optimizer.step()
+        reading = slots.read_gradient_health(slot)
+        assert reading is not None
+        assert reading.ratio is not None
+        return reading.ratio
+
+    assert ratio(100_000) == ratio(1)
+
+
+def test_sparse_gradients_of_the_host_are_measured(grow: Any) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(10, 6, sparse=True), nn.Linear(6, 6))
+    tokens = torch.tensor([[1, 2, 1], [3, 1, 2]])
+    slots = esper.attach(model, "1", example=tokens)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    slots.bind(optimizer)
+    grow(slots["1"], "mlp", SeedStage.TRAINING)
+    model(tokens).square().sum().backward()
+    dense = [parameter.grad.to_dense() for parameter in slots.host_parameters()]
+    optimizer.step()
+    reading = slots.read_gradient_health(slots["1"])
+    assert reading is not None
+    assert reading.host_norm == pytest.approx(
+        float(torch.cat([gradient.flatten() for gradient in dense]).norm())
+    )

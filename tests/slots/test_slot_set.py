@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -9,6 +10,7 @@ import esper
 from esper import SeedStage
 from esper.lifecycle.events import CachesSwept
 from esper.seeds import Family, Seed, blueprints
+from esper.seeds.noop import NoopSeed
 from esper.seeds.transformer import MLPSeed
 
 
@@ -139,3 +141,22 @@ def test_the_hosts_parameters_follow_every_seed(hosts: Any, grow: Any) -> None:
     assert host() == own | committed
     second.prune()
     assert host() == own | committed
+
+
+@pytest.mark.parametrize("what", ["factory", "increment"])
+def test_a_blueprint_that_raises_is_no_choice_and_hides_no_other(what: str) -> None:
+    class NoTensor(NoopSeed):
+        def increment(self, features: Tensor) -> Any:
+            return None
+
+    model = nn.Sequential(nn.Linear(4, 4))
+    slots = esper.attach(model, "0", example=torch.zeros(2, 4))
+    with blueprints.temporarily() as registry:
+        before = slots["0"].state().choices
+
+        @registry.register("broken", family=Family.TRANSFORMER)
+        def _broken(dim: int) -> Seed:
+            return {}["missing"] if what == "factory" else NoTensor()
+
+        assert slots["0"].state().choices == before
+        assert before

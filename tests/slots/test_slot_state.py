@@ -164,6 +164,36 @@ def lacking(state: dict[str, Any]) -> dict[str, Any]:
     return state
 
 
+def lacking_top(state: dict[str, Any]) -> dict[str, Any]:
+    del state["gradient_health"], state["breakers"]
+    return state
+
+
+def lacking_count(state: dict[str, Any]) -> dict[str, Any]:
+    del state["slots"]["2"]["nonfinite_gradients"]
+    return state
+
+
+def lacking_stream(state: dict[str, Any]) -> dict[str, Any]:
+    state["slots"]["2"]["random_stream"] = {"cuda": None, "cuda_seed": 0}
+    return state
+
+
+def lacking_steps(state: dict[str, Any]) -> dict[str, Any]:
+    del state["binding"]["steps"]["2"]
+    return state
+
+
+def lacking_norms(state: dict[str, Any]) -> dict[str, Any]:
+    state["gradient_health"]["norms"]["seed of slot '2'"] = {"host": torch.ones(1)}
+    return state
+
+
+def lacking_failures(state: dict[str, Any]) -> dict[str, Any]:
+    del state["breakers"]["mlp"]["failures"]
+    return state
+
+
 def unknown(state: dict[str, Any]) -> dict[str, Any]:
     state["slots"]["2"]["slot"]["living"]["blueprint"] = "missing"
     return state
@@ -186,6 +216,12 @@ def reshaped(state: dict[str, Any]) -> dict[str, Any]:
     ("damage", "error", "words"),
     [
         (lacking, ValueError, "SlotSnapshot lacks life.alpha.steepness"),
+        (lacking_top, ValueError, "state of the slots lacks gradient_health, breakers; load all"),
+        (lacking_count, ValueError, "state of slot '2' lacks nonfinite_gradients"),
+        (lacking_stream, ValueError, "state of the random stream of slot '2' lacks cpu"),
+        (lacking_steps, ValueError, "state of the binding's steps lacks 2"),
+        (lacking_norms, ValueError, "gradient norms of the seed of slot '2' lacks seed"),
+        (lacking_failures, ValueError, "state of the breaker 'mlp' lacks failures"),
         (unknown, BlueprintError, "missing"),
         (unbound, ValueError, "bound to no optimizer"),
         (renamed, ValueError, "the slots were 0, 1, and are 0, 2"),

@@ -1,6 +1,8 @@
 """Checkpoints on disk: what stays, what is passed over, what is refused."""
 
+import itertools
 import json
+import math
 import pickle
 import shutil
 from collections.abc import Iterator
@@ -9,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.functional import mse_loss
 
 import esper
 from esper.lifecycle.events import (
@@ -16,8 +19,10 @@ from esper.lifecycle.events import (
     CheckpointFailed,
     CheckpointSaved,
     RunResumed,
+    RunWentBack,
 )
 from esper.training import CheckpointError, Checkpoints, EpochReport
+from esper.training.governor import GovernorConfig
 from esper.training.sealed_folder import sealed_folder
 from growth_problem import Problem, make_problem
 
@@ -115,6 +120,119 @@ def test_a_file_that_was_cut_or_changed_is_always_found(name: int, tmp_path: Pat
     assert checkpoints.newest().info.step == 48
     file.write_bytes(data)
     assert checkpoints.newest().info.step == 64
+
+
+class WatchedCheckpoints(Checkpoints):
+    """Looks after each save whether what it wrote is what a run would go on from."""
+
+    saved: list[str]
+
+    def save(self, trainer: esper.Trainer) -> Path | None:
+        target = super().save(trainer)
+        assert target is not None
+        assert self.names()[-1] == target.name
+        assert (self.folder / "latest").resolve(strict=True) == target
+        self.saved = [*getattr(self, "saved", []), target.name]
+        return target
+
+
+@pytest.mark.parametrize("keep_best", [False, True])
+def test_after_a_way_back_those_of_the_way_that_was_left_go(
+    keep_best: bool, tmp_path: Path
+) -> None:
+    """The best of all is among them: it knows the second evaluation, that of step 32."""
+    calls = itertools.count(1)
+
+    def loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return mse_loss(output, target) * (math.nan if next(calls) in (33, 34, 35) else 1.0)
+
+    losses = iter([3.0, 1.0, 2.0, 2.5])
+    problem = make_problem()
+    trainer = problem.trainer(
+        Ever(),
+        epochs=3,
+        loss=loss,
+        evaluate=lambda: next(losses),
+        governor=GovernorConfig(snapshot_steps=20),
+    )
+    keeper = WatchedCheckpoints(tmp_path, interval_steps=2, keep_best=keep_best)
+    trainer.keeper = keeper
+    trainer.fit()
+    (back,) = problem.recorder.of(RunWentBack)
+    assert (back.from_step, back.to_step) == (35, 20)
+    assert keeper.saved[16:19] == [f"step-{step:010d}" for step in (34, 22, 24)]
+    assert keeper.names() == [f"step-{step:010d}" for step in [34] * keep_best + [46, 48]]
+
+
+@pytest.mark.parametrize("had", [False, True])
+@pytest.mark.parametrize(
+    ("part", "told"),
+    [("scheduler", "(a|no) learning-rate scheduler"), ("ema", "(an|no) average of its weights")],
+)
+def test_what_only_the_run_or_only_the_trainer_has_is_refused_and_nothing_is_loaded(
+    part: str, told: str, had: bool
+) -> None:
+    def made(*, whole: bool) -> esper.Trainer:
+        problem = make_problem()
+        scheduler = None
+        if whole and part == "scheduler":
+            scheduler = torch.optim.lr_scheduler.StepLR(problem.optimizer, 2)
+        trainer = problem.trainer(Ever(), epochs=1, scheduler=scheduler)
+        if whole and part == "ema":
+            trainer.ema = esper.EMA(problem.slots, decay=0.9)
+        return trainer
+
+    trainer, other = made(whole=had), made(whole=not had)
+    trainer.fit()
+    before = [parameter.clone() for parameter in other.model.parameters()]
+    with pytest.raises(ValueError, match=f"the run had {told}; make the trainer") as refused:
+        other.load_state_dict(trainer.state_dict())
+    assert ("had no " in str(refused.value)) is not had
+    assert (other.epoch, other.growth.step) == (0, 0)
+    assert all(map(torch.equal, before, other.model.parameters()))
+
+
+def test_a_run_goes_on_to_the_milestones_of_its_scheduler(tmp_path: Path) -> None:
+    def made(problem: Problem) -> esper.Trainer:
+        lower, optimizer = torch.optim.lr_scheduler, problem.optimizer
+        parts = [lower.LinearLR(optimizer), lower.MultiStepLR(optimizer, milestones=[2, 2, 3])]
+        scheduler = lower.SequentialLR(optimizer, parts, milestones=[2])
+        return problem.trainer(Ever(), epochs=6, scheduler=scheduler)
+
+    whole, cut, problem = make_problem(), make_problem(), make_problem()
+    made(whole).fit()
+    trainer = made(cut)
+    trainer.keeper = Checkpoints(tmp_path)
+    for report in trainer.run():
+        if report.epoch == 1:
+            break
+    again = made(problem)
+    Checkpoints(tmp_path).resume(again)
+    again.fit()
+    assert problem.optimizer.param_groups[0]["lr"] == whole.optimizer.param_groups[0]["lr"]
+    assert whole.optimizer.param_groups[0]["lr"] < 1e-4
+    assert torch.equal(problem.model.embed.weight, whole.model.embed.weight)
+
+
+def test_those_that_were_damaged_go_once_there_is_a_newer_one(tmp_path: Path) -> None:
+    trained(tmp_path, epochs=4)
+    (tmp_path / "step-0000000064" / "state.json").write_text("{}")
+    trainer, _, _ = fresh(tmp_path)
+    keeper = WatchedCheckpoints(tmp_path, interval_steps=6, keep_last=1, keep_best=False)
+    trainer.keeper = keeper
+    assert keeper.resume(trainer).step == 48
+    trainer.fit()
+    assert keeper.saved[0] == "step-0000000054"
+    assert keeper.names() == ["step-0000000096"]
+
+
+def test_a_run_begun_anew_beside_checkpoints_of_another_leaves_those(tmp_path: Path) -> None:
+    trained(tmp_path, epochs=6, keep_last=2, keep_best=False)
+    assert Checkpoints(tmp_path).names() == ["step-0000000080", "step-0000000096"]
+    trained(tmp_path, epochs=3, keep_last=1, keep_best=False)
+    own = "step-0000000048"
+    assert Checkpoints(tmp_path).names() == [own, "step-0000000080", "step-0000000096"]
+    assert (tmp_path / "latest").resolve().name == own
 
 
 def test_the_one_before_is_taken_with_a_warning(tmp_path: Path) -> None:

@@ -151,6 +151,34 @@ def test_a_run_whose_weights_are_spoilt_goes_back_and_is_what_it_would_have_been
     assert run.trainer.growth.step == untouched.trainer.growth.step == 6 * STEPS
 
 
+def test_a_run_that_goes_on_has_at_once_what_to_go_back_to() -> None:
+    run, untouched = Run(), Run()
+    at_33: list[Any] = []
+
+    def stop(trainer: esper.Trainer) -> None:
+        if trainer.growth.step == 33:
+            at_33.append(trainer.state_dict())
+            raise KeyboardInterrupt
+
+    cut = Run()
+    cut.after_step = stop
+    with pytest.raises(KeyboardInterrupt):
+        cut.fit()
+
+    def spoil() -> None:
+        with torch.no_grad():
+            run.host.head.weight.mul_(1e6)
+
+    run.trainer.load_state_dict(at_33[0])
+    run.tamper = {4: spoil}  # the first batch of the epoch is drawn again, and dropped
+    run.fit()
+    untouched.fit()
+    (back,) = run.of(RunWentBack)
+    assert (back.from_step, back.to_step) == (38, 33)
+    state = untouched.host.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in run.host.state_dict().items())
+
+
 def test_bad_data_is_passed_by_the_second_time() -> None:
     run = Run()
     drawn_again = 39 + 14 - 30  # 39 batches before going back to step 30, 14 into its epoch

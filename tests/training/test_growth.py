@@ -4,6 +4,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -34,7 +35,8 @@ from esper.lifecycle.learning import Isolation
 from esper.lifecycle.stages import GROWTH_PATH, SeedStage
 from esper.seeds import Family, Seed, blueprints
 from esper.slots.modes import evaluation_mode
-from growth_problem import TEST_CONFIG, Problem, Recorder, make_problem
+from esper.training import Checkpoints
+from growth_problem import LENIENT, TEST_CONFIG, Problem, Recorder, make_problem
 
 
 class Script:
@@ -297,6 +299,44 @@ def test_seed_whose_forward_raises_is_pruned_and_training_goes_on() -> None:
     assert torch.equal(problem.model.embed.weight, alone.model.embed.weight)
 
 
+@pytest.mark.parametrize("isolation", ["none", "shadowing"])
+def test_seed_that_raises_where_it_is_evaluated_is_gone_before_the_run_is_kept(
+    isolation: str, tmp_path: Path
+) -> None:
+    def fail(module: nn.Module, _: Any) -> None:
+        if not module.training and problem.slots["embed"].measurements.reference_loss:
+            raise RuntimeError("seed broke")
+
+    with blueprints.temporarily() as registry:
+
+        @registry.register("failing", family=Family.TRANSFORMER)
+        def _failing(dim: int) -> Seed:
+            seed = registry.create(Family.TRANSFORMER, "norm", dim)
+            seed.norm.register_forward_pre_hook(fail)
+            return seed
+
+        problem = make_problem(config=esper.SlotConfig(isolation=isolation, thresholds=LENIENT))
+        policy = Script({1: [Germinate(slot="embed", blueprint="failing")]})
+        trainer = problem.trainer(policy, epochs=3)
+        trainer.keeper = Checkpoints(tmp_path)
+        assert len(trainer.fit()) == 3
+    (failed,) = problem.recorder.of(SeedFailed)
+    assert "seed broke" in failed.error
+    (pruned,) = problem.recorder.of(SeedPruned)
+    assert "seed broke" in pruned.reason
+
+
+@pytest.mark.parametrize("epochs_of_data", [0, 1])
+def test_data_that_can_be_iterated_only_once_is_refused(
+    epochs_of_data: int, problem: Problem
+) -> None:
+    problem.batches = iter(problem.batches * epochs_of_data)
+    trainer = problem.trainer(Script({}), epochs=2)
+    with pytest.raises(ValueError, match="no batches in this epoch; pass what can be iterated"):
+        trainer.fit()
+    assert trainer.epoch == epochs_of_data
+
+
 def poisoned(problem: Problem, index: int, value: float) -> None:
     features, targets = problem.batches[index]
     problem.batches[index] = (features, torch.full_like(targets, value))
@@ -367,6 +407,31 @@ def test_decisions_can_fall_every_few_steps(problem: Problem) -> None:
     trainer = problem.trainer(Script({}), epochs=2, decision_interval_steps=4)
     trainer.fit()
     assert trainer.growth.epoch == 2 * len(problem.batches) // 4
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"scheduler_interval": "step"},
+        {"decision_interval_steps": 32},
+        {"decision_interval_steps": 8},
+        {"decision_interval_steps": 8, "scheduler_interval": "step"},
+    ],
+)
+def test_plateau_scheduler_steps_with_each_evaluation_and_not_between(
+    settings: dict[str, Any], problem: Problem
+) -> None:
+    seen: list[float] = []
+
+    class Watched(torch.optim.lr_scheduler.ReduceLROnPlateau):
+        def step(self, metrics: Any, epoch: int | None = None) -> None:
+            seen.append(metrics)
+            super().step(metrics, epoch)
+
+    scheduler = Watched(problem.optimizer)
+    trainer = problem.trainer(Script({}), epochs=4, scheduler=scheduler, **settings)
+    trainer.fit()
+    assert seen == trainer.growth.losses
 
 
 def test_plateau_scheduler_sees_the_held_out_loss(problem: Problem) -> None:

@@ -1,6 +1,7 @@
 """States as files: what comes back is what went in, and nothing in them can run."""
 
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,10 @@ keys = st.text() | st.integers() | st.none() | st.booleans()
 trees = st.recursive(
     plain,
     lambda inner: (
-        st.lists(inner) | st.lists(inner).map(tuple) | st.dictionaries(keys, inner, max_size=4)
+        st.lists(inner)
+        | st.lists(inner).map(tuple)
+        | st.dictionaries(keys, inner, max_size=4)
+        | st.dictionaries(keys, inner, max_size=4).map(Counter)
     ),
     max_leaves=20,
 )
@@ -26,6 +30,8 @@ def same(one: Any, other: Any) -> bool:
     if isinstance(one, float) and isinstance(other, float):
         return one == other or (math.isnan(one) and math.isnan(other))
     if isinstance(one, dict) and isinstance(other, dict):
+        if type(one) is not type(other):
+            return False
         pairs = zip(one.items(), other.items(), strict=True)
         return all(type(a[0]) is type(b[0]) and a[0] == b[0] and same(a[1], b[1]) for a, b in pairs)
     if isinstance(one, (list, tuple)):

@@ -162,6 +162,19 @@ def build_branch(order: SeedOrder) -> SeedBranch:
     )
 
 
+def _move(branch: SeedBranch, order: SeedOrder) -> SeedBranch:
+    """Move a branch where its slot is, in place, as `to` does, but for complex tensors' dtype.
+
+    `to` would drop their imaginary parts, which a copied block may have.
+    """
+
+    def moved(tensor: Tensor) -> Tensor:
+        return tensor.to(order.device, order.dtype if tensor.is_floating_point() else tensor.dtype)
+
+    done: SeedBranch = branch._apply(moved)  # type: ignore[no-untyped-call]  # noqa: SLF001 – `to` would cast them
+    return done
+
+
 def build_again(order: SeedOrder, *, param_count: int, path: str) -> SeedBranch:
     """Build a seed that was there before, where its slot is; its weights are yet to be loaded.
 
@@ -178,7 +191,7 @@ def build_again(order: SeedOrder, *, param_count: int, path: str) -> SeedBranch:
     Effects: random streams are left as they were.
     """
     with forked_random_state(order.device):
-        branch = build_branch(order).to(device=order.device, dtype=order.dtype)
+        branch = _move(build_branch(order), order)
     if branch.param_count != param_count:
         raise ValueError(
             f"slot {path!r}: blueprint {order.blueprint!r} builds {branch.param_count} parameters "
@@ -215,7 +228,7 @@ def sprout(
         seed_random_state(order.device, random_seed)
         branch = build_branch(order)
         check_unshared(branch)  # before the move, which would change another owner's parameter
-        branch.to(device=order.device, dtype=order.dtype)
+        _move(branch, order)
         call = order.call.to(order.device, order.dtype)
         features = order.random_features()
         untouched = features.clone()
@@ -361,12 +374,13 @@ def fits(order: SeedOrder) -> int | None:
     """
     try:
         with torch.random.fork_rng(devices=()), torch.device("meta"):
-            branch = build_branch(order).to(order.dtype)
+            branch = _move(build_branch(order), order)
             features = order.random_features()
             increment = branch(features, features, order.call.to(features.device, order.dtype))
-    except (AssertionError, RuntimeError, TypeError, ValueError):
+            same_shape = increment.shape == features.shape
+    except Exception:  # noqa: BLE001 - one blueprint must not stop every decision; germinate tells
         return None
-    return branch.param_count if increment.shape == features.shape else None
+    return branch.param_count if same_shape else None
 
 
 def _random_state(device: torch.device) -> Tensor:

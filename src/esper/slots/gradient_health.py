@@ -23,8 +23,8 @@ class GradientReading:
     host_norm: float
     seed_norm: float
     ratio: float | None
-    """(seed norm / host norm) * sqrt(host params / seed params); 0 for a seed without parameters,
-    None where the host's norm is 0 or a norm is not finite."""
+    """(seed norm / host norm) * sqrt(host params / seed params), of parameters that are not
+    frozen; 0 for a seed without any, None where the host's norm is 0 or a norm is not finite."""
 
     @property
     def vanishing(self) -> bool:
@@ -40,7 +40,7 @@ class GradientReading:
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     """Return the 2-norm of all gradients together, 0-dim on their device, in O(1) launches."""
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    gradients = [_dense(p.grad) for p in parameters if p.grad is not None]
     if not gradients or is_sharded(gradients[0]):
         return whole(torch.nn.utils.get_total_norm(gradients))
     # What get_total_norm does for tensors that foreach can take, in half of its time on a CPU.
@@ -49,6 +49,14 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     here = [norm if norm.device == device else norm.to(device) for norm in norms]
     total: Tensor = torch.linalg.vector_norm(torch.stack(here))
     return total
+
+
+def _dense(gradient: Tensor) -> Tensor:
+    """Return the values of a sparse gradient, which have its norm, and any other as it is.
+
+    Effects: to add up what a sparse one has twice waits for the device.
+    """
+    return gradient.coalesce().values() if gradient.is_sparse else gradient
 
 
 class GradientHealth:

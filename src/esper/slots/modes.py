@@ -5,7 +5,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -41,7 +41,7 @@ def unchanged_buffers(model: nn.Module, *, besides: nn.Module | None = None) -> 
     """
     free = set() if besides is None else set(besides.modules())
     kept = [
-        (module, name, buffer, buffer.clone())
+        (module, name, buffer, _without_repeats(buffer).clone())
         for module in model.modules()
         if module not in free
         for name, buffer in module.named_buffers(recurse=False)
@@ -51,7 +51,21 @@ def unchanged_buffers(model: nn.Module, *, besides: nn.Module | None = None) -> 
     finally:
         with torch.no_grad():
             for module, name, buffer, values in kept:
-                setattr(module, name, buffer.copy_(values))
+                _without_repeats(buffer).copy_(values)
+                setattr(module, name, buffer)
+
+
+def _without_repeats(tensor: Tensor) -> Tensor:
+    """Return a view of all memory of a tensor that `expand` may have made, each place once.
+
+    torch refuses to write to a tensor in which a place is there twice.
+    """
+    if tensor.layout is not torch.strided:
+        return tensor
+    for dim, stride in enumerate(tensor.stride()):
+        if stride == 0:
+            tensor = tensor.narrow(dim, 0, min(1, tensor.shape[dim]))
+    return tensor
 
 
 @contextmanager

@@ -86,8 +86,8 @@ class SeedSlot(LivingSlot):
         Raises:
             IllegalTransition: The slot holds a living seed, is cooling down or TERMINATED.
             BlueprintError: Unknown blueprint or option.
-            ValueError: Unknown operator, the blueprint refuses an option's value or the width, or
-                there is no optimizer state to copy.
+            ValueError: Unknown operator, the blueprint refuses an option's value or the width, an
+                option is nothing that JSON can hold, or there is no optimizer state to copy.
             OwnershipError: The seed shares a parameter with another owner.
             GerminationError: Building raised, the breaker is open, or G0 refused.
             In each case the model is as it was.
@@ -115,22 +115,20 @@ class SeedSlot(LivingSlot):
         events.append(gate)
         if not gate.result.passed:
             raise GerminationError(f"{life.subject}: {gate.result}", events)
-        events.append(self._register(life, new.branch, state_of))
+        germinated = SeedGerminated(  # refuses options that no event can hold, so it comes first
+            slot=self.path,
+            blueprint=blueprint,
+            options=dict(order.options),
+            param_count=new.branch.param_count,
+            blend_operator=operator,
+            isolation=self.isolation,
+            objective=self.config.objective,
+            prewarm_ms=new.measurements.prewarm_ms,
+        )
+        registered = self._register(life, new.branch, state_of)
         draws = new.draws_random_numbers
         self._stream = SeparateRandomStream(random_seed) if draws else None
-        events.append(
-            SeedGerminated(
-                slot=self.path,
-                blueprint=blueprint,
-                options=dict(order.options),
-                param_count=new.branch.param_count,
-                blend_operator=operator,
-                isolation=self.isolation,
-                objective=self.config.objective,
-                prewarm_ms=new.measurements.prewarm_ms,
-            )
-        )
-        return events
+        return [*events, registered, germinated]
 
     def foreseen(
         self,

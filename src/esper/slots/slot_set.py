@@ -2,7 +2,7 @@
 
 import difflib
 import weakref
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from esper.slots.breaker import CircuitBreaker
 from esper.slots.caches import BoundedCache, CacheStatistics
 from esper.slots.germination import SeedOrder, fits
 from esper.slots.gradient_health import GradientHealth, GradientReading
-from esper.slots.modes import device_of
+from esper.slots.modes import SeparateRandomStream, device_of
 from esper.slots.optimizer_binding import OptimizerBinding
 from esper.slots.ownership import HOST, OwnershipLedger
 from esper.slots.placement import SLOT_NAME, remove_slots
@@ -32,8 +32,11 @@ from esper.slots.shadow_pass import teach_in_shadow
 from esper.slots.sharded import keep_sharded, whole
 from esper.slots.slot import SeedSlot
 from esper.slots.slot_snapshot import SlotSnapshot
+from esper.slots.state_fields import check_fields
 
 _LEARNING_STAGES = frozenset({SeedStage.TRAINING, SeedStage.BLENDING, SeedStage.PROBATIONARY})
+_FIELDS = ("slots", "gradient_health", "breakers", "binding")
+_SLOT_FIELDS = ("slot", "nonfinite_gradients", "random_stream")
 
 
 class SlotSet(Mapping[str, SeedSlot]):
@@ -194,8 +197,11 @@ class SlotSet(Mapping[str, SeedSlot]):
         if self.replication is None or self._averaged:
             return
         self._averaged = True
-        seeds = (p for slot in self._slots.values() for p in slot.branches.parameters())
-        self.replication.average_gradients(seeds, structure=self.structure())
+        slots = self._slots.values()
+        seeds = (p for slot in slots for p in slot.branches.parameters())
+        # Who has a gradient depends on the stage besides: a frozen seed runs, but has none.
+        learning = tuple((slot.stage, slot.fading) for slot in slots)
+        self.replication.average_gradients(seeds, structure=(self.structure(), learning))
 
     def shadow_pass(self, loss: Callable[[], Tensor]) -> None:
         """Give each seed that learns in shadow the gradient of the loss at full alpha.
@@ -222,6 +228,7 @@ class SlotSet(Mapping[str, SeedSlot]):
         Raises:
             RuntimeError: A seed learns in shadow, and no pass was made since the last tick.
         """
+        self._averaged = False  # where the step was refused, no hook of the optimizer has run
         learned = self.binding is None or self.binding.take_step()
         events: list[Event] = []
         for slot in self.living_slots:
@@ -306,9 +313,10 @@ class SlotSet(Mapping[str, SeedSlot]):
         branch = slot.living
         if branch is None:
             return None
-        host_params = sum(parameter.numel() for parameter in self.host_parameters())
         return self.gradient_health.read(
-            _owner_name(slot.path), host_params=host_params, seed_params=branch.param_count
+            _owner_name(slot.path),
+            host_params=_num_learning(self.host_parameters()),
+            seed_params=_num_learning(branch.parameters()),
         )
 
     def _before_step(self) -> None:
@@ -333,8 +341,9 @@ class SlotSet(Mapping[str, SeedSlot]):
     def state_dict(self) -> dict[str, Any]:
         """Return all that growth has to remember and the model's state dict does not hold.
 
-        Mappings, lists, plain values and tensors, which are copies. With it and the state dicts of
-        model and optimizer the slots go on as if nothing had happened.
+        Mappings, lists, plain values and tensors, which are copies. With it, the model's state dict
+        and `esper.training.optimizer_state` the slots go on as if nothing had happened. An
+        optimizer's own state dict goes by the parameters' places, which growth changes.
 
         Raises:
             RuntimeError: A seed's forward has raised, and `tick` has not pruned it yet.
@@ -347,7 +356,7 @@ class SlotSet(Mapping[str, SeedSlot]):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Become what the slots were; call it before the state dicts of model and optimizer.
+        """Become what the slots were; call it before loading the model and the optimizer.
 
         What has grown since then is gone afterwards, and what was there is built again where it is
         not, in the optimizer's groups too.
@@ -363,6 +372,7 @@ class SlotSet(Mapping[str, SeedSlot]):
         Effects: random streams are left as they were. Weights are those of fresh seeds until the
         model's state dict is loaded.
         """
+        self._check_whole(state)
         if (state["binding"] is None) != (self.binding is None):
             bound = "no optimizer" if state["binding"] is None else "an optimizer"
             raise ValueError(f"the slots were bound to {bound} when their state was taken")
@@ -373,6 +383,21 @@ class SlotSet(Mapping[str, SeedSlot]):
             self.breaker(name).load_state_dict(kept)
         if self.binding is not None:
             self.binding.load_state_dict(state["binding"])
+        self._averaged = False
+
+    def _check_whole(self, state: Mapping[str, Any]) -> None:
+        """Raise ValueError if the slots are others or a field is missing."""
+        check_fields(state, _FIELDS, of="the slots")
+        self._check_slots(state["slots"])
+        health, binding = state["gradient_health"], state["binding"]
+        check_fields(health, self.gradient_health.state_dict(), of="gradient_health")
+        for owner, norms in health["norms"].items():
+            check_fields(norms, ("host", "seed"), of=f"the gradient norms of the {owner}")
+        for name, kept in state["breakers"].items():
+            check_fields(kept, CircuitBreaker(name).state_dict(), of=f"the breaker {name!r}")
+        if binding is not None:
+            check_fields(binding, ("steps",), of="the binding")
+            check_fields(binding["steps"], self._slots, of="the binding's steps")
 
     def restore(self, states: Mapping[str, Mapping[str, Any]]) -> None:
         """Give each slot back its seeds and its life; the part of `load_state_dict` about slots.
@@ -384,11 +409,7 @@ class SlotSet(Mapping[str, SeedSlot]):
             ValueError: As `load_state_dict`.
             BlueprintError: As `load_state_dict`.
         """
-        if list(states) != list(self._slots):
-            raise ValueError(
-                f"the slots were {', '.join(states)}, and are {', '.join(self._slots)}; attach to "
-                "the same targets in the same order"
-            )
+        self._check_slots(states)
         snapshots = {path: SlotSnapshot.from_dump(kept["slot"]) for path, kept in states.items()}
         branches = {path: self._slots[path].branches_of(snapshots[path]) for path in snapshots}
         removed: list[SeedBranch] = []
@@ -399,6 +420,20 @@ class SlotSet(Mapping[str, SeedSlot]):
         self._renew_block_masks()
         if self.binding is not None:
             self.binding.regroup(removed)
+
+    def _check_slots(self, states: Mapping[str, Mapping[str, Any]]) -> None:
+        """Raise ValueError if the slots are others or a field of one is missing."""
+        if list(states) != list(self._slots):
+            raise ValueError(
+                f"the slots were {', '.join(states)}, and are {', '.join(self._slots)}; attach to "
+                "the same targets in the same order"
+            )
+        stream_fields = SeparateRandomStream(0).state_dict()
+        for path, kept in states.items():
+            check_fields(kept, _SLOT_FIELDS, of=f"slot {path!r}")
+            stream = kept["random_stream"]
+            if stream is not None:
+                check_fields(stream, stream_fields, of=f"the random stream of slot {path!r}")
 
     # What slots ask for
 
@@ -567,6 +602,11 @@ class SlotSet(Mapping[str, SeedSlot]):
             order.dtype,
         )
         return self._shape_probes.get_or_make(key, lambda: fits(order))
+
+
+def _num_learning(parameters: Iterable[nn.Parameter]) -> int:
+    """Return how many numbers can have a gradient."""
+    return sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
 
 
 def _owner_name(path: str) -> str:

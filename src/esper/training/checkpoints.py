@@ -88,7 +88,8 @@ class Checkpoints:
     """Keeps a trainer's whole state in a folder, one sub-folder each time.
 
     Safetensors and JSON only, each file with its SHA-256. A checkpoint appears by a rename, when it
-    is on the disk as a whole.
+    is on the disk as a whole. Those of later steps then go: they are damaged, or of a way that the
+    run has gone back on.
 
     Args:
         folder: Is created.
@@ -131,6 +132,8 @@ class Checkpoints:
                 f"checkpoints cannot be written to {self.folder}: {error}; choose another folder, "
                 "or train without checkpoints"
             ) from error
+        self._of_this_run: set[str] = set()
+        """Those that it has written, or found where it went on; others' of later steps are left."""
         self._cleared = False
         """Whether what a killed process began is cleared away; the one that writes does it."""
 
@@ -190,7 +193,7 @@ class Checkpoints:
                 )
                 write_tree(state, writing, _STATE)
             self._point_at(target)
-            self._remove_old()
+            self._remove_old(target.name)
         except OSError as error:
             growth.publish([CheckpointFailed(name=target.name, error=str(error))])
             return None
@@ -227,6 +230,7 @@ class Checkpoints:
         replication = trainer.growth.slots.replication
         found = self.newest() if replication is None else self._newest_for_all(replication)
         found.give_to(trainer)
+        self._of_this_run.update(self.names())
         if replication is not None:  # nobody goes on, and saves, while others still read
             replication.check_equal("the step to go on from", found.info.step)
         return found.info
@@ -264,14 +268,17 @@ class Checkpoints:
         fresh.symlink_to(target.name)
         fresh.replace(link)
 
-    def _remove_old(self) -> None:
+    def _remove_old(self, newest: str) -> None:
         names = self.names()
-        kept = set(names[-self.keep_last :])
+        self._of_this_run.add(newest)
+        passed = [name for name in names if name <= newest]
+        kept = set(passed[-self.keep_last :])
         if self.keep_best:
-            losses = {name: loss for name in names if (loss := self._loss(name)) is not None}
+            losses = {name: loss for name in passed if (loss := self._loss(name)) is not None}
             kept |= {min(losses, key=lambda name: losses[name])} if losses else set()
+        # Of this run, what lies above is damaged, or of steps that it has gone back behind.
         for name in names:
-            if name not in kept:
+            if name not in kept and (name <= newest or name in self._of_this_run):
                 aside = self.folder / f".{name}-old"
                 (self.folder / name).rename(aside)  # gone at once, not file by file
                 shutil.rmtree(aside)

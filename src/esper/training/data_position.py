@@ -40,7 +40,11 @@ class DataPosition:
         """Random streams to go on with, once the way back is found."""
 
     def epoch(self) -> Iterator[Any]:
-        """Yield the batches of the next epoch, or what is left of one that was begun."""
+        """Yield the batches of the next epoch, or what is left of one that was begun.
+
+        Raises:
+            ValueError: The epoch has no batches, or fewer than were seen of it.
+        """
         if self._go_on_with is not None:
             yield from self._rest(self._go_on_with)
         else:
@@ -81,6 +85,11 @@ class DataPosition:
         for batch in batches:
             self._num_seen += 1
             yield batch
+        if self._num_seen == 0:
+            raise ValueError(
+                "the data has no batches in this epoch; pass what can be iterated anew, as a list "
+                "or a DataLoader"
+            )
 
     def _state(self) -> dict[str, Any]:
         own: Any

@@ -32,6 +32,7 @@ from esper.lifecycle.events import (
     GradientHealthMeasured,
     IsolationChecked,
     IsolationViolated,
+    SeedFailed,
     StageChanged,
 )
 from esper.lifecycle.learning import Isolation
@@ -242,6 +243,7 @@ class Growth:
         with self.meter.decision():
             for action in self._decided() if actions is None else actions:
                 self.apply(action)
+            self._prune_failed()
             self.awaits_decision = False
             self.publish(self.slots.end_epoch())
             if self.compiled is not None and isinstance(self.policy, ForesightedPolicy):
@@ -527,6 +529,16 @@ class Growth:
             exploding = replication.from_first(exploding)
         for path, told in exploding.items():
             self.publish(self.slots[path].prune(reason=told))
+
+    def _prune_failed(self) -> None:
+        """Prune seeds that raised since the last step, which a state between steps cannot hold."""
+        for slot in self.slots.living_slots:
+            error = slot.take_failure()
+            if error is not None:
+                blueprint = slot.state().blueprint
+                assert blueprint is not None
+                failed = SeedFailed(slot=slot.path, blueprint=blueprint, error=error)
+                self.publish([failed, *slot.prune(reason=f"its forward raised {error}")])
 
     def _read_isolation(self) -> list[Event]:
         events: list[Event] = []

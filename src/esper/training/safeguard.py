@@ -40,9 +40,11 @@ class Safeguard:
         """To the good snapshot."""
 
     def due(self, step: int) -> bool:
-        """Whether a snapshot is to be taken after this step."""
+        """Whether a snapshot is to be taken after this step; the first is, where a run goes on."""
         every = self.config.snapshot_steps
-        return every is not None and step % every == 0 and step != self._kept_step
+        if every is None or step == self._kept_step:
+            return False
+        return self._kept_step is None or step % every == 0
 
     def note_good_step(self) -> None:
         """Count on the snapshot that was taken before a good step."""

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor
 _MARK = "$"
 """Begins the one key of an object that stands for what JSON has not."""
 _TENSOR, _TUPLE, _FLOAT, _PAIRS = "$tensor", "$tuple", "$float", "$pairs"
+_COUNTER = "$counter"
 _DOCUMENT = "$document"
 """Names the JSON among the tensors, where both are one tensor."""
 
@@ -21,8 +23,8 @@ _DOCUMENT = "$document"
 def write_tree(tree: Any, folder: Path, name: str) -> None:
     """Write NAME.json and NAME.safetensors: mappings, lists, tuples, plain values and tensors.
 
-    Keys of mappings may be strings, numbers or None. A tensor that is found at several places, or
-    shares its memory with another, is written for each.
+    Keys of mappings may be strings, numbers or None; of mappings only a Counter keeps its kind. A
+    tensor that is found at several places, or shares its memory with another, is written for each.
 
     Raises:
         TypeError: There is something else in it; the message says where and what.
@@ -88,6 +90,8 @@ def _encode(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:
         return value if math.isfinite(value) else {_FLOAT: repr(value)}
     if value is None or type(value) in (bool, int, str):
         return value
+    if isinstance(value, Counter):  # as a scheduler's milestones
+        return {_COUNTER: _encode(dict(value), place, tensors)}
     if isinstance(value, Mapping):
         plain = all(isinstance(key, str) and not key.startswith(_MARK) for key in value)
         items = {key: _encode(item, f"{place}.{key}", tensors) for key, item in value.items()}
@@ -116,6 +120,8 @@ def _decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
             return float(content)
         if key == _TUPLE:
             return tuple(_decode(item, tensors) for item in content)
+        if key == _COUNTER:
+            return Counter(_decode(content, tensors))
         if key == _PAIRS:
             return {_decode(k, tensors): _decode(v, tensors) for k, v in content}
     return {key: _decode(item, tensors) for key, item in value.items()}

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Protocol
 import torch
 from pydantic import Field, FiniteFloat
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from esper.compilation.captured_step import CapturedStep
 from esper.lifecycle.events import StepSkipped
@@ -54,7 +55,8 @@ class TrainerConfig(Record):
     governor: GovernorConfig = GovernorConfig()
     matmul_precision: MatmulPrecision = "highest"
     scheduler_interval: Literal["step", "epoch"] = "epoch"
-    """When the learning-rate scheduler steps."""
+    """When the learning-rate scheduler steps. ReduceLROnPlateau steps at neither: at each growth
+    decision, by the held-out loss that was just evaluated."""
     cuda_graphs: bool = False
     """Whether forward and backward are replayed as CUDA graphs while nothing but values changes;
     see `esper.compilation.CapturedStep`."""
@@ -110,7 +112,8 @@ class Trainer:
         loss: `(outputs, targets)` to a scalar.
         evaluate: As `Growth.after_epoch`.
         config: Settings of the loop.
-        scheduler: Steps the learning rate; with ReduceLROnPlateau the held-out loss is passed.
+        scheduler: Steps the learning rate; a ReduceLROnPlateau by the held-out loss, whenever that
+            is evaluated.
         keeper: Keeps the run, as `Checkpoints` does; None keeps nothing.
         ema: Averages the weights after each step, and is kept with them.
         forward: Is called instead of the model: `DistributedDataParallel(model)`, made after
@@ -258,14 +261,19 @@ class Trainer:
 
         Effects: random streams are put where they were when the next epoch begins.
         """
+        if (state["ema"] is None) != (self.ema is None):
+            had = "no average" if state["ema"] is None else "an average"
+            raise ValueError(f"the run had {had} of its weights; make the trainer as it was then")
+        if (state["scheduler"] is None) != (self._scheduler is None):
+            had = "no" if state["scheduler"] is None else "a"
+            raise ValueError(
+                f"the run had {had} learning-rate scheduler; make the trainer as it was then"
+            )
         self.growth.load_state_dict(state["growth"])
         here = self.model.state_dict()
         self.model.load_state_dict(
             {n: sharded_like(value, here.get(n, value)) for n, value in state["model"].items()}
         )
-        if (state["ema"] is None) != (self.ema is None):
-            had = "no average" if state["ema"] is None else "an average"
-            raise ValueError(f"the run had {had} of its weights; make the trainer as it was then")
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
         load_optimizer_state(self._optimizer, self.model, state["optimizer"])
@@ -405,6 +413,8 @@ class Trainer:
         train_loss = _mean(self._undecided)
         self._undecided = []
         self._metrics = self.growth.look(self._evaluate, train_loss=train_loss)
+        if isinstance(self._scheduler, ReduceLROnPlateau):
+            self._scheduler.step(self._metrics["loss"])
         yield DecisionDue(metrics=dict(self._metrics))
         if self.growth.awaits_decision:
             raise RuntimeError(
@@ -413,9 +423,7 @@ class Trainer:
             )
 
     def _step_scheduler(self) -> None:
-        if isinstance(self._scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
-            self._scheduler.step(self._metrics.get("loss", math.inf))
-        elif self._scheduler is not None:
+        if self._scheduler is not None and not isinstance(self._scheduler, ReduceLROnPlateau):
             self._scheduler.step()
 
     def _accumulation_groups(self) -> Iterator[list[tuple[Any, Any]]]:
