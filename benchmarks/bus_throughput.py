@@ -27,7 +27,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,6 +42,7 @@ from esper.bus.bus import TELEMETRY, BusUnavailableError
 from esper.bus.envelope import Sealer
 from esper.bus.link_state import LinkState
 from esper.bus.messages import EventMessage, body_of
+from esper.bus.mirror import Told
 from esper.bus.redis_streams import RedisBus
 from esper.bus.router import BATCH_MESSAGES, Router
 from esper.bus.telemetry_link import SPOOL_FOLDER, TelemetryLink
@@ -121,10 +122,8 @@ class Server:
 class Verifying(Router):
     """A router that stores nothing of what it has verified and parsed."""
 
-    def _store(self, runs: Mapping[str, object]) -> tuple[list[str], dict[str, Exception]]:
-        for batch in runs.values():
-            self._count(stored=sum(len(told.envelope.numbers) for told in batch.told))
-        return list(runs), {}
+    def _take(self, run: str, told: Sequence[Told]) -> None:
+        self._count(stored=sum(len(one.envelope.numbers) for one in told))
 
 
 def record(number: int) -> EventRecord:
@@ -243,6 +242,7 @@ def read_by(router: Router, count: int) -> float:
     began = time.perf_counter()
     thread.start()
     while router.facts().stored < count:
+        assert thread.is_alive(), "the router has ended"
         time.sleep(0.001)
     seconds = time.perf_counter() - began
     stop.set()
