@@ -272,6 +272,26 @@ def test_few_seeds_are_no_claim(num_committed: int) -> None:
     assert "too few" in verdict.reasons[0]
 
 
+def test_a_network_of_the_grown_size_stays_the_same_run_however_its_seeds_were_measured() -> None:
+    """So that what was trained without growing is taken again where weighing has changed."""
+
+    class Measured(World):
+        def make(self, request: RunRequest) -> RunResult:
+            result = super().make(request)
+            if request.policy == "none":
+                return result
+            seeds = tuple(
+                one.model_copy(
+                    update={"seed": one.seed.model_copy(update={"contribution_fraction": 0.7})}
+                )
+                for one in result.committed
+            )
+            return result.model_copy(update={"committed": seeds})
+
+    fixed, measured = (played(world, config()).results for world in (World(), Measured()))
+    assert fixed.keys() == measured.keys()
+
+
 def test_nothing_committed_does_not_pay() -> None:
     comparison = played(World(num_seeds=lambda _: 0), config())
     assert comparison.arms == ["host", "grown"]

@@ -127,6 +127,25 @@ def test_an_isolated_seed_reaches_the_host_through_no_argument(
     assert slot.seed.output.weight.grad is not None
 
 
+@pytest.mark.parametrize("stage", [SeedStage.TRAINING, SeedStage.PROBATIONARY])
+def test_a_reading_seed_is_weighed_with_the_arguments_of_its_own_samples(
+    slot: esper.SeedSlot, stage: SeedStage
+):
+    """With four samples, a memory of four features looks as if it had a row for each."""
+    host = slot.owner.model.eval()
+    advance_to(slot, stage)
+    tokens = torch.randn(4, 5, 4)
+    with slot.force_alpha(0.0):
+        without = host(tokens)
+    with slot.force_alpha(1.0):
+        full = host(tokens)
+    with slot.force_alpha(torch.tensor([0.0, 1.0, 1.0, 0.0])):
+        mixed = host(tokens)
+    assert not torch.allclose(full, without)
+    torch.testing.assert_close(mixed[1:3], full[1:3])
+    torch.testing.assert_close(mixed[::3], without[::3])
+
+
 def test_tokens_in_a_cache_are_refused_while_the_seed_is_in_the_path(slot: esper.SeedSlot):
     host = slot.owner.model
     advance_to(slot, SeedStage.TRAINING)

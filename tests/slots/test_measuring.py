@@ -55,6 +55,30 @@ def test_forced_alpha_weighs_the_living_seed_whatever_its_stage(
     assert torch.equal(model(host.inputs()), own)
 
 
+@pytest.mark.parametrize("stage", [SeedStage.TRAINING, SeedStage.PROBATIONARY])
+def test_a_seed_runs_on_no_sample_whose_alpha_is_0(host: Any, stage: SeedStage, grow: Any) -> None:
+    """So that it costs nothing there, and spoils nothing: this one is not finite."""
+    model, slots = attach(host)
+    slot = slots[host.targets[0]]
+    model.eval()
+    plain = model(host.inputs())
+    grow(slot, host.blueprint, stage)
+    assert slot.living is not None
+    with torch.no_grad():
+        for parameter in slot.living.parameters():
+            parameter.fill_(math.nan)
+    samples: list[int] = []
+    slot.living.register_forward_pre_hook(lambda _, args: samples.append(len(args[0])))
+    with slot.force_alpha(0.0):
+        assert torch.equal(model(host.inputs()), plain)
+    assert samples == []
+    with slot.force_alpha(torch.tensor([0.0, 1.0, 0.0, 0.5])):
+        mixed = model(host.inputs())
+    assert samples == [2]
+    torch.testing.assert_close(mixed[::2], plain[::2])
+    assert mixed[1::2].isnan().all()
+
+
 def test_forced_alpha_is_restored_when_the_block_raises_and_refused_in_train_mode(
     host: Any, grow: Any, randomise: Any
 ) -> None:

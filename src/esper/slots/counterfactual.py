@@ -114,7 +114,8 @@ def _weigh_each(
                     f"slot {slot.path!r}: variants of one forward must share an imitation; measure "
                     "others in a forward of their own"
                 )
-            where = torch.tensor([isinstance(choice, Imitated) for choice in choices])
+            pairs = zip(choices, alphas, strict=True)  # of alpha 0 the slot runs no sample
+            where = torch.tensor([isinstance(choice, Imitated) for choice, alpha in pairs if alpha])
             mixture = _Mixture(imitations[0], where.repeat_interleave(copies))
             stack.enter_context(slot.measure_as(mixture))
         yield

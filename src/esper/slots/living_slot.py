@@ -196,6 +196,8 @@ class LivingSlot(SlotForward):
     def force_alpha(self, alpha: float | Tensor) -> Iterator[None]:
         """Run the living seed at another alpha inside the block, also one still TRAINING.
 
+        Where alpha is 0 the seed does not run.
+
         Args:
             alpha: One value, or one per sample of the batch that will be run, shape `B`.
 
@@ -212,13 +214,16 @@ class LivingSlot(SlotForward):
             raise ValueError(
                 f"slot {self.path!r} is {self.stage.name}; there is no trained seed to weigh"
             )
-        before, was_active = self.forced_alpha, self.active
-        self.forced_alpha = torch.as_tensor(alpha, device=self.blend_alpha.device)
+        before = self.forced_alpha, self.forced_rows, self.active
+        device, alphas = self.blend_alpha.device, torch.as_tensor(alpha)
+        rows = alphas.reshape(-1).nonzero().flatten()
+        self.forced_alpha = alphas.to(device)
+        self.forced_rows = None if len(rows) == alphas.numel() else rows.to(device)
         self.active = True
         try:
             yield
         finally:
-            self.forced_alpha, self.active = before, was_active
+            self.forced_alpha, self.forced_rows, self.active = before
 
     @contextmanager
     def measure_as(self, increment: Callable[[Tensor, Tensor], Tensor]) -> Iterator[None]:

@@ -75,6 +75,8 @@ class SlotForward(nn.Module):
         self.num_inlined = 0
         """Branches, from the first, that run as `h + u`: the committed and one on probation."""
         self.forced_alpha: Tensor | None = None
+        self.forced_rows: Tensor | None = None
+        """With `forced_alpha` per sample: those of another alpha than 0; None for all."""
         self.measured_as: Callable[[Tensor, Tensor], Tensor] | None = None
         """With `forced_alpha`: from features and the living seed's increment, what is mixed in."""
         self.blend_alpha: Tensor
@@ -141,15 +143,36 @@ class SlotForward(nn.Module):
                 if increment is not None:
                     features = features + increment
             elif forced is not None:
-                increment = self._try(branch, features, features, call)
-                if increment is not None:
-                    if self.measured_as is not None:
-                        increment = self.measured_as(features, increment)
-                    alpha = forced.to(features.dtype).reshape(-1, *(1,) * (features.ndim - 1))
-                    features = blend(features, increment, alpha)
+                features = self._weighed(branch, features, call, forced)
             else:
                 features = self._meet_living(branch, features, call)
         return features
+
+    def _weighed(
+        self, branch: nn.Module, features: Tensor, call: CallArguments, forced: Tensor
+    ) -> Tensor:
+        """Return the features with the living seed at the forced alpha; at 0 it does not run."""
+        rows = self.forced_rows
+        if rows is None:
+            increment = self._try(branch, features, features, call)
+            return features if increment is None else self._mixed(features, increment, forced)
+        if rows.shape[0] == 0:
+            return features
+        chosen = features.index_select(0, rows)
+        if call.has_tensors:  # nobody tells which of them have a row per sample
+            increment = self._try(branch, features, features, call)
+            increment = None if increment is None else increment.index_select(0, rows)
+        else:
+            increment = self._try(branch, chosen, chosen, call)
+        if increment is None:
+            return features
+        return features.index_copy(0, rows, self._mixed(chosen, increment, forced[rows]))
+
+    def _mixed(self, features: Tensor, increment: Tensor, alpha: Tensor) -> Tensor:
+        if self.measured_as is not None:
+            increment = self.measured_as(features, increment)
+        alpha = alpha.to(features.dtype).reshape(-1, *(1,) * (features.ndim - 1))
+        return blend(features, increment, alpha)
 
     def _meet_living(self, branch: nn.Module, features: Tensor, call: CallArguments) -> Tensor:
         if self.mode is ForwardMode.BLENDED:

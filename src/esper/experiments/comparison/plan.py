@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 
 from esper.experiments.comparison.config import CompareConfig
-from esper.experiments.comparison.runs import RunRequest, RunResult, Topology
+from esper.experiments.comparison.runs import RunRequest, RunResult, Topology, structure
 from esper.experiments.comparison.search import best_rate, next_rate
 from esper.policies.named import NEVER
 
@@ -224,11 +224,11 @@ class Comparison:
 
     @cached_property
     def topologies(self) -> dict[int, Topology]:
-        """What the default policy grew, by random seed; empty until all of them are known."""
+        """The structure that the default policy grew, by random seed; empty until all are known."""
         grown = self.at_equal_steps(GROWN)
         if len(grown) < len(self.config.random_seeds):
             return {}
-        return {seed: result.committed for seed, result in grown.items()}
+        return {seed: structure(result.committed) for seed, result in grown.items()}
 
     def _topology(self, arm: str, seed: int) -> Topology | None:
         """Return what the arm's network has from the start; None if that is not known, or none."""

@@ -34,6 +34,16 @@ Topology = tuple[GrownSeed, ...]
 """What grew, in the order of the commits."""
 
 
+def structure(topology: Topology) -> Topology:
+    """Return what it takes to build the same network: nothing that was measured of its seeds."""
+    return tuple(
+        grown.model_copy(
+            update={"seed": grown.seed.model_copy(update={"contribution_fraction": None})}
+        )
+        for grown in topology
+    )
+
+
 class RunRequest(Record):
     """One run to be made: an arm, a random seed, a learning rate, a budget."""
 
@@ -43,8 +53,8 @@ class RunRequest(Record):
     epochs: int
     policy: str = NEVER
     topology: Topology = ()
-    """Grown before the first step, a network of that size from the start; with `at_random_times`
-    grown while it trains."""
+    """A `structure`, grown before the first step, a network of that size from the start; with
+    `at_random_times` grown while it trains."""
     at_random_times: bool = False
 
     @property

@@ -16,7 +16,7 @@ from torch import Tensor
 from esper.tasks.task import TaskDataError
 
 CONTEXT_BYTES = 128
-DECISION_WINDOWS = 256
+DECISION_WINDOWS = 128
 """Held-out windows that one decision is made by: 4,096 would cost as much as an epoch."""
 FINAL_WINDOWS = 4096
 """Held-out windows that finished runs are compared by. Over 256 windows the difference between two
