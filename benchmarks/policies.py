@@ -80,12 +80,15 @@ CONTESTS = {
         ),
         Contest(
             task="text",
-            settings=("trainer.epochs=14", "trainer.decision_interval_steps=50"),
+            settings=("trainer.epochs=14",),
             decisions=1_344,
             training=(
                 "trainer.epochs=7",
                 "count_flops=true",
                 "rewards.compute_rent=0.25",
+                "rewards.progress=0",
+                "rewards.potential=none",
+                "training.gae_lambda=1.0",
                 "training.steps_per_fragment=28",
                 "training.batch_size=28",
                 "training.learning_rate=0.002",

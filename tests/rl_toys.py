@@ -3,6 +3,7 @@
 import math
 import os
 import signal
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,6 +106,23 @@ class _FailingEnv(CueEnv):
             case "nan":
                 reward = math.nan
         return observation, reward, over, cut, info
+
+
+DIES = "MACHINE_DIES"
+"""Name of a variable in the environment of a machine that is to die."""
+
+
+class MachineDyingEnv(CueEnv):
+    """Kills the process that has started its own, Ray's of the machine, if that is to die."""
+
+    num_steps = 0
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict]:
+        self.num_steps += 1
+        if DIES in os.environ and self.num_steps == Failing.step:
+            os.kill(os.getppid(), signal.SIGKILL)
+            time.sleep(60.0)  # this one is ended with it
+        return super().step(action)
 
 
 class BrokenEnv(CueEnv):

@@ -5,9 +5,12 @@ import os
 import re
 import select
 import signal
+import socket
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +24,16 @@ from esper.rl.process_workers import ProcessWorkers
 from esper.rl.ray_workers import RayWorkers
 from esper.rl.workers import InProcessWorkers, WorkersFailedError
 from esper.training.random_states import random_states
-from rl_toys import EPISODE_STEPS, SETTINGS, BrokenEnv, CueEnv, Failing, order
+from rl_toys import (
+    DIES,
+    EPISODE_STEPS,
+    SETTINGS,
+    BrokenEnv,
+    CueEnv,
+    Failing,
+    MachineDyingEnv,
+    order,
+)
 
 
 def assert_equal(one: Fragment, other: Fragment) -> None:
@@ -183,3 +195,69 @@ def test_ray_collects_the_same_and_replaces_an_actor_that_is_killed(
         for index, fragment in enumerate(fragments):
             alone = FragmentWorker(CueEnv, SETTINGS, index)
             assert_equal(fragment, alone.collect(order(attempt=int(index == killed))))
+
+
+@contextmanager
+def ray_machines(count: int, folder: Path) -> Iterator[str]:
+    """Start a Ray cluster as its documentation says, a CPU on each machine; all but one may die."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    head = ["--head", f"--port={address.split(':')[1]}", "--include-dashboard=false"]
+    head += ["--temp-dir", str(folder)]
+    command = [Path(sys.executable).with_name("ray"), "start", "--block", "--disable-usage-stats"]
+    command += ["--node-ip-address=127.0.0.1", "--num-cpus=1", f"--object-store-memory={80 << 20}"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    with ExitStack() as stack:
+        for machine in range(count):
+            which = [f"--address={address}"] if machine else head
+            started = subprocess.Popen(
+                [*command, *which],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                env={**environment, **({DIES: "1"} if machine else {})},
+                start_new_session=True,
+            )
+            stack.callback(end_session, started)
+            assert started.stdout is not None
+            told: list[bytes] = []
+            for line in started.stdout:
+                told.append(line)
+                if b"will now block" in line:
+                    break
+            else:
+                pytest.fail("Ray has not started:\n" + b"".join(told).decode())
+        yield address
+
+
+def end_session(process: subprocess.Popen[bytes]) -> None:
+    """Kill a process and all that it has started."""
+    own = os.getsid(process.pid)
+    for folder in Path("/proc").iterdir():
+        with suppress(OSError, ValueError):
+            if os.getsid(int(folder.name)) == own:
+                os.kill(int(folder.name), signal.SIGKILL)
+    process.communicate()
+
+
+@pytest.mark.slow
+def test_a_worker_goes_on_where_there_is_no_room_when_its_machine_dies(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "a" * 64)
+    with (
+        tempfile.TemporaryDirectory(prefix="ray") as short,
+        ray_machines(2, Path(short)) as address,
+    ):
+        with RayWorkers(MachineDyingEnv, SETTINGS, num_workers=2, address=address) as workers:
+            fragments = workers.collect_all(order())
+            problems = workers.problems
+        # While Ray does not know yet that the machine is gone, it may choose it once more.
+        assert 1 <= len(problems) <= 3
+        assert len({problem.split(":")[0] for problem in problems}) == 1
+        killed = int(problems[0].split()[1].rstrip(":"))
+        for index, fragment in enumerate(fragments):
+            alone = FragmentWorker(CueEnv, SETTINGS, index)
+            attempt = len(problems) if index == killed else 0
+            assert_equal(fragment, alone.collect(order(attempt=attempt)))

@@ -20,8 +20,9 @@ _STORE_BYTES = 256 << 20
 class RayWorkers(RestartingWorkers):
     """A Ray actor each, spread over the nodes.
 
-    One that raises is noticed, and so is one that dies, also with its node; the next one goes where
-    there is room. The nodes need esper, and the module of `make_env`, importable.
+    One that raises is noticed, and so is one that dies, also with its node. The next one reserves
+    nothing, and shares the CPUs of those that are left where there is no room. The nodes need
+    esper, and the module of `make_env`, importable.
 
     Args:
         make_env: As for `FragmentWorker`.
@@ -31,11 +32,11 @@ class RayWorkers(RestartingWorkers):
         address: Of a cluster, as `ray.init` takes it; None starts one on this machine, which only
             this machine can reach, and stops it in the end. Where this process is connected to one
             already, that one is used.
-        cpus_per_worker: What Ray reserves for each.
+        cpus_per_worker: What Ray reserves for each, until it is replaced.
 
     Raises:
         ModuleNotFoundError: Ray is not installed.
-        ConnectionError: There is no cluster at the address.
+        ConnectionError: There is no cluster at the address, or it asks for a token.
         ValueError: The cluster has too few CPUs for all.
     """
 
@@ -52,7 +53,7 @@ class RayWorkers(RestartingWorkers):
         self._ray = _imported_ray(local=address is None)
         self._make_env = make_env
         self._settings = settings
-        self._cpus_per_worker = cpus_per_worker
+        self._reserved: dict[int, float] = dict.fromkeys(range(num_workers), cpus_per_worker)
         self._actors: dict[int, Any] = {}
         self._answers: dict[int, Any] = {}
         self._environment = {"OMP_NUM_THREADS": "1"}
@@ -77,7 +78,13 @@ class RayWorkers(RestartingWorkers):
 
     def _connect(self, address: str | None, cpus: float) -> None:
         if address is not None:
-            self._ray.init(address=address, log_to_driver=False)
+            try:
+                self._ray.init(address=address, log_to_driver=False)
+            except ConnectionError as error:
+                raise ConnectionError(
+                    f"no Ray cluster at {address} lets this process in: {error}; is it up, and if "
+                    "it asks for a token, are RAY_AUTH_MODE=token and RAY_AUTH_TOKEN set here too?"
+                ) from error
             return
         self._ray.init(
             address="local",
@@ -94,7 +101,7 @@ class RayWorkers(RestartingWorkers):
 
     def _start(self, index: int) -> None:
         actor = self._ray.remote(FragmentWorker).options(
-            num_cpus=self._cpus_per_worker,
+            num_cpus=self._reserved.pop(index, 0.0),
             scheduling_strategy="SPREAD",
             max_restarts=0,
             runtime_env={"env_vars": self._environment},
