@@ -393,6 +393,8 @@ def test_command_is_taken_as_json_only_and_short(root: Path) -> None:
     url = "/api/runs/own/actions"
     assert api.post(url, data={"action": "pause"}, headers=headers).status_code == 415
     assert send(api, {"action": "x" * 5000})[0] == 413
+    nested = {**headers, "content-type": "application/json"}
+    assert api.post(url, content="[" * 4000, headers=nested).status_code == 400
 
 
 @pytest.mark.parametrize("fails_in", ["offers", "send"])

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from esper.dashboard import watched_run, watcher
+from esper.dashboard import run_tail, watched_run, watcher
 from esper.dashboard.follower import Follower
+from esper.dashboard.run_tail import RunTail
+from esper.dashboard.stream import Streams
 from esper.dashboard.trend import Trend
 from esper.dashboard.watched_run import WatchedRun
 from esper.dashboard.watcher import UnknownRunError, Watcher
@@ -172,7 +174,60 @@ def test_stories_that_were_looked_at_long_ago_are_forgotten(
     watching.tail("three").advance()
     watching.tail("three")
     assert watching.tail("one") is one
-    assert watching.tail("two") is not two
+    assert watching.tail("two") is two, "it is forgotten, but somebody still has it"
+    for name in ("three", "one", "three"):
+        watching.tail(name).advance()
+    del two
+    assert watching.tail("two").num_rows == 0
+
+
+def test_long_run_is_read_in_parts_values_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_run(tmp_path / "run")
+    reader = RunReader(tmp_path / "run")
+    names = [value.name for value in reader.metrics()]
+    assert len(names) > 5
+    monkeypatch.setattr(run_tail, "CHUNK_VALUES", 5)
+    tail = RunTail(tmp_path / "run")
+    parts = 1
+    while tail.advance():
+        parts += 1
+    assert parts == len(names) // 5 + 1
+    assert tail.num_rows == len(names) + sum(reader.glance().event_counts.values())
+
+
+def test_open_page_keeps_its_run_in_mind_however_long_others_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stores = {name: RunStore(tmp_path / name, config=CONFIG, environment={}) for name in "ab"}
+    monkeypatch.setattr(watcher, "MAX_KEPT_ROWS", 0)
+    begun: list[str] = []
+    begin = RunTail._begin
+
+    def noted(tail: RunTail, life: tuple[str, int, float | None]) -> None:
+        begun.append(tail._reader.folder.name)
+        begin(tail, life)
+
+    monkeypatch.setattr(RunTail, "_begin", noted)
+
+    async def watch() -> None:
+        watching = Watcher(tmp_path)
+        follower = Follower(watching)
+        streams = Streams(watching, follower, None)
+        pages = {name: streams.messages(run=name, last_id="") for name in stores}
+        for epoch in range(3):
+            for name, page in pages.items():
+                skip(stores[name], epoch, "bad")
+                await follower.look()
+                while "bad" not in (message := (await anext(page)).decode()):
+                    pass
+                assert f'"run":"{name}"' in message
+
+    asyncio.run(watch())
+    for store in stores.values():
+        store.close()
+    assert sorted(begun) == ["a", "b"]
 
 
 def test_run_that_is_not_there_is_unknown(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from esper.telemetry.run_kind import training_settings
 from esper.telemetry.run_store import MetricRow, RunGlance, RunReader
 
 CHUNK_EVENTS = 2000
+CHUNK_VALUES = 20_000
 """Read at a time, so that others get a turn: 20 to 40 ms."""
 _MAX_LINES = 200
 
@@ -154,7 +155,7 @@ class RunTail:
         return self._num_events + len(self._metrics)
 
     def advance(self) -> bool:
-        """Read on, events at most `CHUNK_EVENTS`; return whether there are more.
+        """Read on, at most `CHUNK_EVENTS` and `CHUNK_VALUES`; return whether there may be more.
 
         A run that was resumed, or removed and made anew under its name, is read from its beginning:
         rows that were read may be gone.
@@ -174,7 +175,7 @@ class RunTail:
             self._unread = max(0, sum(glance.event_counts.values()) - self._num_events)
             if len(rows) == CHUNK_EVENTS:
                 return True
-            values = self._reader.metrics(after=self._last_metric)
+            values = self._reader.metrics(after=self._last_metric, limit=CHUNK_VALUES)
             if values:
                 self._metrics += values
                 if self._training is not None:
@@ -182,7 +183,7 @@ class RunTail:
                 self._last_values.update((row.name, row.value) for row in values)
                 self._last_metric = values[-1].id
             self._unread = 0
-            return False
+            return len(values) == CHUNK_VALUES
 
     def _take(self, row: int, record: EventRecord) -> None:
         event = record.event

@@ -297,7 +297,7 @@ async def _body(request: Request) -> dict[str, object]:
             raise HTTPException(413, f"At most {_MAX_BODY_BYTES} bytes are taken.")
     try:
         document = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise HTTPException(400, "This is not JSON.") from error
     if not isinstance(document, dict):
         raise HTTPException(400, "This is no JSON object.")

@@ -107,6 +107,8 @@ class _Story:
         self._run = run
         self._watcher = watcher
         self._channel = channel
+        self._tail: RunTail | None = None
+        """Held while the page is open: else two long stories would push each other out of mind."""
         self._last_line = 0
         self._last: tuple[object, ...] | None = None
         self._telling: str | None = None
@@ -119,7 +121,7 @@ class _Story:
             return
         self._looked_at = version
         try:
-            tail = await asyncio.to_thread(self._watcher.tail, self._run)
+            tail = self._tail = await asyncio.to_thread(self._watcher.tail, self._run)
             told = time.monotonic()
             while await asyncio.to_thread(tail.advance) and not listener.stopped:
                 if time.monotonic() - told > _PROGRESS_SECONDS:

@@ -204,9 +204,7 @@ class WatchedRun:
             self._last_followed, self._last = value.id, value.value
             if math.isfinite(value.value):
                 self._best = min(value.value, math.inf if self._best is None else self._best)
-        self._last_value = max(self._last_value, self._last_followed)
-        for value in reader.metrics(after=self._last_value):
-            self._last_value = value.id
+        self._last_value = reader.last_metric_id()
 
     def _of_training(self, row: RunRow) -> RunRow:
         """Return the row of a training, whose only events are mishaps: times are not theirs."""

@@ -5,13 +5,15 @@ import threading
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 from esper.dashboard.run_folders import Refusal, RunFolders
 from esper.dashboard.run_tail import RunTail
 from esper.dashboard.watched_run import RunRow, WatchedRun
 
 MAX_KEPT_ROWS = 300_000
-"""Events and values of the stories that are kept in mind; the one looked at last always is."""
+"""Events and values of the stories that are kept in mind; the one looked at last always is, and
+those that an open page holds."""
 _LOOKS_BETWEEN_SEARCHES = 5
 
 _LOG = logging.getLogger(__name__)
@@ -57,6 +59,8 @@ class Watcher:
         self._version = 0
         self._looks = 0
         self._tails: OrderedDict[str, RunTail] = OrderedDict()
+        self._held: WeakValueDictionary[str, RunTail] = WeakValueDictionary()
+        """All that somebody has, also those that are kept no longer: read once is enough."""
         self._tails_lock = threading.Lock()
 
     @property
@@ -89,6 +93,7 @@ class Watcher:
             self._gone_in[run_id] = self._version
             with self._tails_lock:
                 self._tails.pop(run_id, None)
+                self._held.pop(run_id, None)
         for run_id, folder in found.folders.items():
             if run_id not in self._runs:
                 self._gone_in.pop(run_id, None)
@@ -137,7 +142,7 @@ class Watcher:
         return found
 
     def tail(self, run_id: str) -> RunTail:
-        """Return the story of a run, which may have to be read yet.
+        """Return the story of a run, which may have to be read yet; hold it to have it kept.
 
         Raises:
             UnknownRunError: There is no such run.
@@ -145,9 +150,10 @@ class Watcher:
         """
         folder = self.folder(run_id)
         with self._tails_lock:
-            tail = self._tails.get(run_id)
+            tail = self._held.get(run_id)
             if tail is None:
-                tail = self._tails[run_id] = RunTail(folder)
+                tail = self._held[run_id] = RunTail(folder)
+            self._tails[run_id] = tail
             self._tails.move_to_end(run_id)
             kept = sum(each.num_rows for each in self._tails.values())
             while kept > MAX_KEPT_ROWS and len(self._tails) > 1:

@@ -33,7 +33,7 @@ _OF_A_SEED = (
     "gradient_ratio",
     "host_gradient_norm",
     "seed_gradient_norm",
-    "nonfinite_gradients",
+    "nonfinite_steps",
     "contribution_fraction",
     "over_linear_fraction",
     "line_search_gain_fraction",

@@ -447,19 +447,20 @@ class RunReader:
                 rows = database.execute(_EVENTS, (after, limit)).fetchall()
         return [EventRow(id=id_, record=parse_event_record(record)) for id_, record in rows]
 
-    def metrics(self, *, after: int = 0, name: str | None = None) -> list[MetricRow]:
+    def metrics(
+        self, *, after: int = 0, name: str | None = None, limit: int = -1
+    ) -> list[MetricRow]:
         """Return values, oldest first; NULL reads as NaN.
 
         Args:
             after: The id of a row that was read before; 0 begins with the first.
             name: Only values of this name; None returns all.
+            limit: At most so many; below 0 is all.
         """
+        chosen, which = ("", ()) if name is None else ("name = ? AND ", (name,))
+        query = f"{_METRICS} WHERE {chosen}id > ? ORDER BY id LIMIT ?"
         with self._connection() as database:
-            if name is None:
-                rows = database.execute(f"{_METRICS} WHERE id > ? ORDER BY id", (after,)).fetchall()
-            else:
-                named = f"{_METRICS} WHERE name = ? AND id > ? ORDER BY id"
-                rows = database.execute(named, (name, after)).fetchall()
+            rows = database.execute(query, (*which, after, limit)).fetchall()
         return [
             MetricRow(
                 id=id_,
@@ -470,6 +471,12 @@ class RunReader:
             )
             for id_, epoch, step, name, value in rows
         ]
+
+    def last_metric_id(self) -> int:
+        """Return the id of the newest value's row; 0 if there is none."""
+        with self._connection() as database:
+            (newest,) = database.execute("SELECT coalesce(max(id), 0) FROM metrics").fetchone()
+        return int(newest)
 
     def _value(self, key: str) -> str | None:
         with self._connection() as database:

@@ -57,7 +57,7 @@ def _measured_in_slot(event: Event) -> dict[str, float | None]:
             "gradient_ratio": event.ratio,
             "host_gradient_norm": event.host_norm,
             "seed_gradient_norm": event.seed_norm,
-            "nonfinite_gradients": event.nonfinite_gradients,
+            "nonfinite_steps": event.nonfinite_steps,
         }
     if isinstance(event, ContributionMeasured):
         return {
