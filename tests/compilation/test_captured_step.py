@@ -216,7 +216,7 @@ class TestOnAGPU:
         with torch.no_grad():
             next(iter(loop.slot.living.parameters())).fill_(float("nan"))
         loop.passes(4)
-        assert int(loop.slot.nonfinite_gradients) > 0
+        assert int(loop.slot.nonfinite_steps) > 0
         gradients = [p.grad for p in loop.host.parameters() if p.grad is not None]
         assert all(bool(torch.isfinite(gradient).all()) for gradient in gradients)
 

@@ -18,6 +18,7 @@ from esper import SeedStage
 from esper.compilation import ArtefactStore, CompileService
 from esper.compilation.alone import seed_alone
 from esper.compilation.compile_job import CompileJob
+from esper.compilation.compile_service import WorkerError, _Worker
 from esper.compilation.compiled_host import seed_options
 from esper.compilation.feature_guards import FeatureGuards
 from esper.compilation.inductor_cache import CACHE_VARIABLE
@@ -208,6 +209,18 @@ def test_what_failed_ahead_is_not_tried_in_the_run(store: ArtefactStore) -> None
         assert isinstance(event, CompileFailed)
         assert "took longer" in event.error
         assert graphs() == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1_000, 1_000_000])
+def test_a_worker_that_reads_no_order_is_ended_in_time(size: int) -> None:
+    """The larger one does not fit the pipe."""
+    worker = _Worker()
+    os.kill(worker.pid, signal.SIGSTOP)
+    with pytest.raises(WorkerError, match=r"took longer than 0\.5 s"):
+        worker.do(b"x" * size, 0.5)  # type: ignore[arg-type]
+    assert worker.ended
+    worker.close()
 
 
 def test_a_tampered_artefact_is_refused_told_and_made_anew(

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import select
 import signal
 import subprocess
 import sys
@@ -240,25 +239,38 @@ class _Worker:
         return self._process.poll() is not None
 
     def do(self, order: WorkOrder, limit_seconds: float) -> WorkDone:
-        """Wait for the end of one job.
+        """Hand over one job, and wait for its end.
 
         Raises:
-            WorkerError: It took longer than the limit, or the worker died.
+            WorkerError: It took longer than the limit, so that the worker was ended, or it died.
         """
         process = self._process
         assert process.stdin is not None
         assert process.stdout is not None
+        overdue = threading.Event()
+
+        def end() -> None:
+            overdue.set()
+            self.kill()
+
+        # Not a limit for reading alone: a worker that does not read holds up a large order, too.
+        timer = threading.Timer(limit_seconds, end)
+        timer.start()
         try:
             send(process.stdin, order)
-            if not select.select([process.stdout], [], [], limit_seconds)[0]:
-                raise WorkerError(f"compiling took longer than {limit_seconds:g} s and was stopped")
             done: WorkDone = receive(process.stdout.read)
         except (EOFError, OSError) as error:
             process.wait()
+            if overdue.is_set():
+                raise WorkerError(
+                    f"compiling took longer than {limit_seconds:g} s and was stopped"
+                ) from error
             status = process.returncode
             raise WorkerError(
                 f"the compiling process ended with status {status}: {self._last_words()}"
             ) from error
+        finally:
+            timer.cancel()
         return done
 
     def kill(self) -> None:
