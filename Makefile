@@ -7,11 +7,12 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types imports chromium redis unit picture benchmarks clean
+.PHONY: help demo test lint types imports chromium redis unit gpu picture benchmarks clean
 
 help:
 	@echo "make demo        grow a network on handwritten digits, and watch it"
 	@echo "make test        lint, types, dependency direction, tests"
+	@echo "make gpu         the tests that need a CUDA device, with the torch that is installed"
 	@echo "make picture     draw docs/grown_run.png anew"
 	@echo "make benchmarks  print the figures of benchmarks/RESULTS.md that need no GPU"
 
@@ -68,6 +69,10 @@ redis:
 # One thread per process: two test processes share two cores.
 unit: $(VENV)/.dev chromium redis
 	ESPER_ARTEFACTS=$${ESPER_ARTEFACTS:-build/artefacts} OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+
+# Those that `make test` skips. With a venv of one's own: make gpu VENV=~/venv
+gpu: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m gpu
 
 picture: $(VENV)/.runtime
 	$(BIN)/esper report $$($(BIN)/esper grow digits --out $$(mktemp -d)/digits --quiet) \
