@@ -70,7 +70,7 @@ EVENTS: tuple[Event, ...] = (
         host_norm=1.0301,
         seed_norm=0.4717,
         ratio=0.4579,
-        nonfinite_gradients=0,
+        nonfinite_steps=0,
         vanishing=False,
         exploding=False,
     ),

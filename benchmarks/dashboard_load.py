@@ -208,7 +208,7 @@ def told(slot: str, epoch: int) -> Iterator[Event]:
             host_norm=1.0,
             seed_norm=0.5,
             ratio=0.5,
-            nonfinite_gradients=0,
+            nonfinite_steps=0,
             vanishing=False,
             exploding=False,
         )

@@ -49,7 +49,7 @@ class Turns:
             for batches in group():
                 self.trainer.model.train()
                 started = time.perf_counter()
-                self.trainer._note(self.trainer._step(batches))  # noqa: SLF001
+                self.trainer._make_step(batches)  # noqa: SLF001
                 self.trainer._keep_snapshot()  # noqa: SLF001
                 self.seconds.append(time.perf_counter() - started)
                 yield

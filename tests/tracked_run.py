@@ -43,7 +43,7 @@ def health(step: int) -> EventRecord:
         host_norm=2.0,
         seed_norm=1.0,
         ratio=0.5,
-        nonfinite_gradients=0,
+        nonfinite_steps=0,
         vanishing=False,
         exploding=False,
     )

@@ -235,36 +235,57 @@ def test_inspect_of_something_else_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "until", "status"),
+    ("arguments", "until", "status", "way_on"),
     [
-        (("--epochs", "1000"), ("epoch 2/",), "interrupted"),
-        ((*SHORT, "--audit"), ("its twin", "epoch 1/"), "finished"),
+        (("--epochs", "1000"), ("epoch 2/",), "interrupted", "begin anew with: {} resume 'a run'"),
+        (
+            ("--epochs", "1000", "--set", "checkpoint.min_seconds=0"),
+            ("epoch 3/",),
+            "interrupted",
+            "go on from the newest checkpoint with: {} resume 'a run'",
+        ),
+        (
+            (*SHORT, "--audit"),
+            ("its twin", "epoch 1/"),
+            "finished",
+            "the run itself has come to its end: {} inspect 'a run'",
+        ),
     ],
 )
 def test_interrupted_run_says_so_and_keeps_its_epochs(
-    arguments: tuple[str, ...], until: tuple[str, ...], status: str, tmp_path: Path
+    arguments: tuple[str, ...], until: tuple[str, ...], status: str, way_on: str, tmp_path: Path
 ) -> None:
     """A run that has come to its end is finished, whatever becomes of its twin."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "esper", "grow", "digits", *arguments, "--out", "run"],
+        [sys.executable, "-m", "esper", "grow", "digits", *arguments, "--out", "a run"],
         cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONUNBUFFERED": "1",
+            "PATH": "/nowhere",  # where no esper is, so that it says python -m esper
+        },
         stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
         text=True,
     )
     assert process.stdout is not None
-    with process, process.stdout as output:
+    assert process.stderr is not None
+    with process, process.stdout as output, process.stderr as errors:
         for beginning in until:
             while not output.readline().startswith(beginning):
                 assert process.poll() is None
         process.send_signal(signal.SIGINT)
         output.read()
-        assert process.wait(timeout=60) != 0
-    reader = RunReader(tmp_path / "run")
+        told = errors.read()
+        assert process.wait(timeout=60) == 130
+    assert told.startswith("stopped; ")
+    assert told.endswith(f"{way_on.format('python -m esper')}\n")
+    assert "Traceback" not in told
+    reader = RunReader(tmp_path / "a run")
     assert reader.status == status
     assert max(row.epoch for row in reader.metrics()) >= 2
-    assert (tmp_path / "run" / WEIGHTS_FILE).exists() is (status == "finished")
+    assert (tmp_path / "a run" / WEIGHTS_FILE).exists() is (status == "finished")
 
 
 def test_blueprints_lists_every_blueprint_with_cost_and_options(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """`esper compare`: what it is told, and what it refuses before a run is made."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from typer.testing import CliRunner
 
 from esper.cli.app import app
 
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 NINE_LAYERS = ("--set", "depth_schedule.min_layers=9")
 
 
@@ -80,14 +82,34 @@ def test_a_plan_that_no_run_could_carry_out_leaves_no_folder() -> None:
     assert not any(Path().iterdir())
 
 
+def test_a_comparison_leaves_a_report_unless_told_not_to() -> None:
+    shutil.copytree(RESULTS / "compare-digits", "kept", ignore=shutil.ignore_patterns("*.html"))
+    assert "report.html" not in esper("compare", "--out", "kept", "--no-report")
+    assert not Path("kept/report.html").exists()
+    assert "report      kept/report.html" in esper("compare", "--out", "kept").splitlines()
+    assert "not decided" in Path("kept/report.html").read_text("utf-8")
+
+
+def test_ctrl_c_before_a_run_is_made_ends_it_without_a_traceback(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def interrupt(_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("esper.cli.compare.check_runs", interrupt)
+    result = CliRunner().invoke(app, ["compare", "digits"])
+    assert result.exit_code == 130
+    assert isinstance(result.exception, SystemExit)
+    assert not any(Path().iterdir())
+
+
 @pytest.mark.parametrize("width", [80, 120, 190])
 @pytest.mark.parametrize("kept", ["compare-digits", "compare-text"])
 def test_no_figure_of_the_table_is_cut_off(
     kept: str, width: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", str(width))
-    folder = Path(__file__).parents[2] / "benchmarks" / "results" / kept
-    table, _, _ = esper("inspect", str(folder)).partition("mean ±")
+    table, _, _ = esper("inspect", str(RESULTS / kept)).partition("mean ±")
     assert "…" not in table
     assert ("seconds" in table) == (width >= 120)
     grown = next(line for line in table.splitlines() if line.startswith("grown"))

@@ -57,6 +57,7 @@ def test_what_cannot_be_shown_is_said(run_folder: Path, tmp_path: Path) -> None:
             "is of the task digits",
         ),
         ([str(run_folder), "--out", str(tmp_path / "missing" / "x.html")], "No such file"),
+        ([str(run_folder), "--png", str(tmp_path / "x.xyz")], "Format 'xyz' is not supported"),
         ([str(run_folder), "--only", "loss"], "name one with --png"),
         (
             [str(run_folder), "--png", str(tmp_path / "x.png"), "--only", "lose"],

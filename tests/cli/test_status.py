@@ -48,3 +48,16 @@ def test_the_exit_code_says_how_all_that_a_bus_was_told_of_stands(
     shown = CliRunner().invoke(app, asking)
     assert shown.exit_code == code, shown.output
     assert len(json.loads(shown.stdout)["services"]) == len(told)
+
+
+def test_a_bus_that_cannot_be_reached_is_no_mistake_of_who_asks(tmp_path: Path) -> None:
+    key_file = tmp_path / "keys"
+    key_file.write_text("k" * 32)
+    key_file.chmod(0o600)
+    asking = ["status", "--bus", "redis://127.0.0.1:1/0", "--key-file", str(key_file)]
+    shown = CliRunner().invoke(app, asking)
+    assert shown.exit_code == 3, shown.output
+    assert shown.output.startswith("reading health failed, redis://127.0.0.1:1/0 is not available")
+    told = json.loads(CliRunner().invoke(app, [*asking, "--json"]).stdout)
+    assert told["services"] == []
+    assert "is not available" in told["problem"]

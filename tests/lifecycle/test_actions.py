@@ -124,6 +124,8 @@ def test_an_unknown_slot_or_a_blueprint_that_does_not_fit_is_refused_with_the_al
         check_action(state, Prune(slot="layer9"))
     with pytest.raises(IllegalAction, match=r"'lora' does not fit slot 'layer2'; fitting: norm"):
         check_action(state, Germinate(slot="layer2", blueprint="lora"))
+    # A slot knows what fits without options, and tells of the rest when it builds.
+    check_action(state, Germinate(slot="layer2", blueprint="lora", options={"rank": 2}))
     with pytest.raises(IllegalAction, match=r"no slot 'a'; slots: none"):
         GrowthState(epoch=1, step=10).slot("a")
 

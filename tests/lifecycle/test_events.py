@@ -168,7 +168,7 @@ def health(**changes: Any) -> GradientHealthMeasured:
         "host_norm": 1.0,
         "seed_norm": 1.0,
         "ratio": 1.0,
-        "nonfinite_gradients": 0,
+        "nonfinite_steps": 0,
         "vanishing": False,
         "exploding": False,
     }
@@ -198,7 +198,7 @@ def breaker(to_state: str) -> BreakerChanged:
         (health(), Priority.NORMAL),
         (health(vanishing=True, ratio=None), Priority.NORMAL),
         (health(exploding=True), Priority.WARNING),
-        (health(nonfinite_gradients=1), Priority.WARNING),
+        (health(nonfinite_steps=1), Priority.WARNING),
         (
             IsolationViolated(slot="a", blueprint="b", reached={"w": 0.1}, num_reached=1),
             Priority.CRITICAL,

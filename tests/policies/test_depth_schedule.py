@@ -224,6 +224,12 @@ def test_events_that_overtake_each_other_lose_no_block():
 # What is refused
 
 
+def test_copies_are_planned_where_no_block_built_anew_fits():
+    slots = tuple(slot(path, choices=()) for path in "ab")
+    expected = {10: [block("a", 2, source="own"), block("b", 2, source="own")]}
+    assert run(policy(options={"source": "own"}), *slots) == expected
+
+
 @pytest.mark.parametrize(
     ("settings", "slots", "message"),
     [

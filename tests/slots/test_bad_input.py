@@ -466,7 +466,7 @@ GROWTH: dict[str, tuple[Callable[[Slotted], Any], type[Exception], str]] = {
     "advance without a seed": (
         lambda s: s[D].advance(),
         IllegalTransition,
-        r"needs germinate\(blueprint\), not advance",
+        r"^slot '0' is DORMANT and needs germinate\(blueprint\), not advance\(\)$",
     ),
     "advance beyond the end": (
         lambda s: s[F].advance(force=True),
@@ -496,7 +496,7 @@ GROWTH: dict[str, tuple[Callable[[Slotted], Any], type[Exception], str]] = {
     "alpha before the blend": (
         lambda s: s[T].set_alpha_target(1.0, 5),
         IllegalTransition,
-        "only in BLENDING",
+        r"^slot '1' \(seed 'norm'\) is TRAINING; alpha can be set only in BLENDING$",
     ),
     "alpha on trial": (
         lambda s: s[P].set_alpha_target(0.5, 5),

@@ -45,7 +45,7 @@ def test_a_complex_block_is_copied_whole_and_learns(dtype: torch.dtype, grow: An
         optimizer.step()
         slots.tick()
     assert bool((block.weight.imag != model[1].weight.imag).all())
-    assert int(slot.nonfinite_gradients) == 0
+    assert int(slot.nonfinite_steps) == 0
     reading = slots.read_gradient_health(slot)
     assert reading is not None
     assert reading.seed_norm > 0.0
@@ -79,4 +79,5 @@ def test_a_complex_gradient_that_is_not_finite_becomes_zero(
     model(inputs).square().sum().backward()
     assert weight.grad is not None
     assert not weight.grad.any()
-    assert int(slot.nonfinite_gradients) == 1
+    slots.tick()
+    assert int(slot.nonfinite_steps) == 1

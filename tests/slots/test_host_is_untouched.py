@@ -227,8 +227,8 @@ def test_host_trains_as_without_slots_while_seeds_train_behind_it(
     now = [parameter for slot in slots.values() for parameter in slot.seed.parameters()]
     assert all(torch.isfinite(parameter).all() for parameter in now)
     if blueprint == "nan_gradient":
-        assert all(int(slot.nonfinite_gradients) > 0 for slot in slots.values())
+        assert all(int(slot.nonfinite_steps) > 0 for slot in slots.values())
     else:
         assert not any(torch.equal(a, b) for a, b in zip(born, now, strict=True))
     if blueprint.startswith("turns") and objective != "plain":
-        assert all(int(slot.nonfinite_gradients) > 0 for slot in slots.values())
+        assert all(int(slot.nonfinite_steps) > 0 for slot in slots.values())

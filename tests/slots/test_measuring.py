@@ -286,7 +286,7 @@ def test_a_nonfinite_gradient_of_a_seed_that_is_not_isolated_is_reported(
 
 
 @pytest.mark.parametrize("operator", ["add", "gate"])
-def test_nonfinite_gradients_of_an_isolated_seed_are_counted_and_zeroed(
+def test_steps_with_nonfinite_gradients_of_an_isolated_seed_are_counted_and_those_zeroed(
     host: Any, operator: str, grow: Any, randomise: Any, test_blueprints: None
 ) -> None:
     model, slots = attach(host, blend_operator=operator)
@@ -296,13 +296,23 @@ def test_nonfinite_gradients_of_an_isolated_seed_are_counted_and_zeroed(
     broken = 4  # weight and bias of both linear maps; the gate's gradient is finite
     for step in range(1, 4):
         model.zero_grad()
-        learn(model, host, step)
-        assert int(slot.nonfinite_gradients) == broken * step
+        for micro_batch in range(step):
+            learn(model, host, micro_batch)
+        assert int(slot.nonfinite_steps) == step - 1
+        slots.tick()
+        assert int(slot.nonfinite_steps) == step
         gradients = [parameter.grad for parameter in slot.living.parameters()]
         assert all(torch.isfinite(gradient).all() for gradient in gradients)
         assert sum(int(gradient.any()) for gradient in gradients) == len(gradients) - broken
+    model.zero_grad()
+    slots.tick()
+    assert int(slot.nonfinite_steps) == 3, "nothing was broken since"
+    learn(model, host, 4)
+    slot.tick(learned=False)
+    slots.tick()
+    assert int(slot.nonfinite_steps) == 3, "a step that is not made is none"
     slot.prune()
-    assert int(slot.nonfinite_gradients) == 0
+    assert int(slot.nonfinite_steps) == 0
 
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
@@ -320,7 +330,8 @@ def test_one_value_that_is_not_finite_makes_a_whole_gradient_zero(
     weight.register_hook(lambda gradient: torch.where(unit > 0.0, value, gradient))
     learn(model, host, 0)
     assert not weight.grad.any()
-    assert int(slot.nonfinite_gradients) == 1
+    slots.tick()
+    assert int(slot.nonfinite_steps) == 1
     others = [p.grad for p in slot.living.parameters() if p is not weight]
     assert all(bool(gradient.any()) for gradient in others)
 

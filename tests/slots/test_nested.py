@@ -25,6 +25,16 @@ class Encoding(dict[str, Any]):
         return type(self)({key: value.to(device) for key, value in self.items()})
 
 
+class Graph:
+    """A batch of a library that no one can look into."""
+
+    def __init__(self, nodes: Tensor) -> None:
+        self.nodes = nodes
+
+    def to(self, device: torch.device) -> Self:
+        return type(self)(self.nodes.to(device))
+
+
 BATCHES = [
     torch.ones(2),
     (torch.ones(2), [torch.zeros(1), "label"]),
@@ -58,3 +68,23 @@ def test_a_host_on_several_devices_is_not_asked_where_its_inputs_go() -> None:
     assert sole_device(split) is None
     assert sole_device(split[0]) == CPU
     assert sole_device(nn.ReLU()) is None
+
+
+def test_what_shows_no_tensors_moves_itself_beside_what_is_there_already() -> None:
+    graph = Graph(torch.ones(2))
+    assert to_device(graph, META).nodes.device == META
+    moved = to_device({"there": torch.ones(2, device="meta"), "graphs": [graph]}, META)
+    assert moved["graphs"][0].nodes.device == META
+
+
+class Names(dict[str, int]):
+    """A mapping of no tensors."""
+
+
+def test_containers_of_no_tensors_are_the_same_objects() -> None:
+    values: list[Any] = [[1, "two"], Names(a=1), (None,), {}]
+    for value in [*values, (torch.ones(2), values)]:
+        assert to_device(value, CPU) is value
+    (_, same), names = to_device((torch.ones(2), values), META), values[1]
+    assert same is values
+    assert same[1] is names

@@ -283,7 +283,7 @@ def test_broken_gradients_are_counted_and_kept_from_the_seed(
     path = host.targets[0]
     loop = Loop(host, path, blueprint="nan_gradient")
     loop.step()
-    assert int(loop.slots[path].nonfinite_gradients) > 0
+    assert int(loop.slots[path].nonfinite_steps) > 0
     assert all(torch.isfinite(p).all() for p in loop.slots[path].seed.parameters())
 
 

@@ -186,7 +186,8 @@ def test_the_embargo_is_counted_in_epochs(bench: Callable[..., Bench], epochs: i
     b.slot.prune()
     assert stages(b.slots.end_epoch()) == [SeedStage.EMBARGOED]
     if epochs:
-        with pytest.raises(IllegalTransition, match=f"{epochs} epochs of its embargo are left"):
+        told = rf"^slot 'norm' is EMBARGOED for {epochs} more epochs; advance\(force=True\) ends"
+        with pytest.raises(IllegalTransition, match=told):
             b.slot.advance()
         with pytest.raises(IllegalTransition, match="from EMBARGOED to GERMINATED"):
             b.slot.germinate("norm")
@@ -470,9 +471,9 @@ def test_a_fade_out_goes_down_to_zero_and_then_removes(
     events = b.slot.prune(over_steps=4, reason="no use")
     left = [SeedStage.BLENDING] if stage is SeedStage.PROBATIONARY else []
     assert stages(events) == left
-    with pytest.raises(IllegalTransition, match="fading out"):
+    with pytest.raises(IllegalTransition, match=r"\) is fading out and cannot advance$"):
         b.slot.advance(force=True)
-    with pytest.raises(IllegalTransition, match="only in BLENDING"):
+    with pytest.raises(IllegalTransition, match=r"\) is fading out; its alpha cannot be set$"):
         b.slot.set_alpha_target(1.0, 3)
     alphas, events = [before], []
     for _ in range(4):
@@ -516,7 +517,7 @@ def test_a_device_move_takes_the_count_of_nonfinite_gradients_along(
     grow(b.slot, "nan_gradient", SeedStage.TRAINING)
     b.model._apply(lambda tensor: tensor.clone())
     b.step()
-    assert int(b.slot.nonfinite_gradients) > 0
+    assert int(b.slot.nonfinite_steps) > 0
 
 
 def test_a_seed_in_a_host_of_another_dtype_takes_that_dtype(hosts: Any, grow: Grow) -> None:
@@ -527,3 +528,81 @@ def test_a_seed_in_a_host_of_another_dtype_takes_that_dtype(hosts: Any, grow: Gr
     grow(slot, "mlp", SeedStage.BLENDING, blend_operator="gate")
     assert {p.dtype for p in slot.living.parameters()} == {torch.float64}
     assert model(inputs).dtype is torch.float64
+
+
+def test_a_seed_in_a_part_in_eval_mode_counts_no_training(
+    bench: Callable[..., Bench], grow: Grow
+) -> None:
+    b = bench()
+    grow(b.slot, "conv_light", SeedStage.TRAINING)
+    b.model.get_submodule(b.slot.path).eval()
+    for _ in range(3):
+        b.step()
+    assert b.slot.measurements.training_steps == 0
+    b.model.train()
+    b.step()
+    assert b.slot.measurements.training_steps == 1
+
+
+@pytest.mark.parametrize("restored", [False, True])
+def test_what_is_attached_and_germinated_in_inference_mode_learns(
+    hosts: Any, grow: Grow, restored: bool
+) -> None:
+    b = Bench(hosts["tokens"])
+    esper.detach(b.model)
+    with torch.inference_mode():
+        b.slots = esper.attach(b.model, b.case.targets[0], example=b.inputs)
+        b.slots.bind(b.optimizer)
+        foreseen = b.slot.foreseen("mlp").seed
+        assert not any(parameter.is_inference() for parameter in foreseen.parameters())
+        grow(b.slot, "block", SeedStage.TRAINING, source="own")
+        if restored:
+            state = b.slots.state_dict()
+            b.slot.prune()
+            b.slots.load_state_dict(state)
+    before = [parameter.clone() for parameter in b.slot.seed.parameters()]
+    b.step()
+    b.step()
+    moved = [not torch.equal(p, q) for p, q in zip(b.slot.seed.parameters(), before, strict=True)]
+    assert any(moved)
+    b.slot.advance(force=True)
+    b.slot.set_alpha_target(0.5, 2)
+    b.step()
+    assert float(b.slot.blend_alpha) == pytest.approx(b.slot.alpha) == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize("stage", [SeedStage.PRUNED, SeedStage.DORMANT, SeedStage.FOSSILIZED])
+def test_what_happened_without_an_optimizer_is_made_up_for_when_one_is_bound(
+    bench: Callable[..., Bench], grow: Grow, advance_to: Any, stage: SeedStage
+) -> None:
+    b = bench()
+    b.slot.germinate("conv_light")
+    advance_to(b.slot, SeedStage.TRAINING)
+    b.step()
+    seed = list(b.slot.seed.parameters())
+    b.slots.unbind()
+    if stage is not SeedStage.FOSSILIZED:
+        b.slot.prune()
+    advance_to(b.slot, stage)
+    b.slots.bind(b.optimizer)
+    host, own = (group["params"] for group in b.optimizer.param_groups)
+    assert own == []
+    kept = stage is SeedStage.FOSSILIZED
+    assert [any(p is q for q in host) for p in seed] == [kept] * len(seed)
+    assert [p in b.optimizer.state for p in seed] == [kept] * len(seed)
+    if not kept:
+        advance_to(b.slot, SeedStage.DORMANT)
+
+
+def test_a_seed_that_went_before_the_first_bind_leaves_the_optimizer(
+    hosts: Any, advance_to: Any
+) -> None:
+    case = hosts["mlp"]
+    model = case.build()
+    slots = esper.attach(model, "first", example=case.inputs())
+    slots["first"].germinate("mlp")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    slots["first"].prune()
+    slots.bind(optimizer)
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == 6
+    advance_to(slots["first"], SeedStage.DORMANT)

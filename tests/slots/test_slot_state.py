@@ -71,7 +71,7 @@ def started() -> Run:
     run.grow("0", "lora", SeedStage.PROBATIONARY)
     run.grow("2", "norm", SeedStage.TRAINING)
     run.step(3)
-    run.slots["2"].nonfinite_gradients.fill_(3)
+    run.slots["2"].nonfinite_steps.fill_(3)
     return run
 
 
@@ -109,7 +109,7 @@ def test_slots_go_back_over_whatever_happened(happens: Callable[[Run], None]) ->
         SeedStage.TRAINING,
     ]
     assert run.groups() == untouched.groups()
-    assert [int(slot.nonfinite_gradients) for slot in run.slots.values()] == [0, 3]
+    assert [int(slot.nonfinite_steps) for slot in run.slots.values()] == [0, 3]
     assert run.slots["2"].guarded
     assert run.step(5) == untouched.step(5)
     commit(run), commit(untouched)
@@ -170,7 +170,7 @@ def lacking_top(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def lacking_count(state: dict[str, Any]) -> dict[str, Any]:
-    del state["slots"]["2"]["nonfinite_gradients"]
+    del state["slots"]["2"]["nonfinite_steps"]
     return state
 
 
@@ -217,7 +217,7 @@ def reshaped(state: dict[str, Any]) -> dict[str, Any]:
     [
         (lacking, ValueError, "SlotSnapshot lacks life.alpha.steepness"),
         (lacking_top, ValueError, "state of the slots lacks gradient_health, breakers; load all"),
-        (lacking_count, ValueError, "state of slot '2' lacks nonfinite_gradients"),
+        (lacking_count, ValueError, "state of slot '2' lacks nonfinite_steps"),
         (lacking_stream, ValueError, "state of the random stream of slot '2' lacks cpu"),
         (lacking_steps, ValueError, "state of the binding's steps lacks 2"),
         (lacking_norms, ValueError, "gradient norms of the seed of slot '2' lacks seed"),

@@ -213,7 +213,7 @@ def test_a_run_that_goes_back_is_commanded_again() -> None:
             return value * float("nan")
         return value
 
-    trainer._loss = loss
+    trainer.training_step.loss = loss
     trainer.fit()
     (back,) = problem.recorder.of(RunWentBack)
     assert back.to_step <= 11 < back.from_step
@@ -360,7 +360,7 @@ def test_a_log_that_cannot_be_written_delays_and_doubles_nothing(
         if other.in_transaction
         else (None, receive(id_, *args, **kwargs))
     )[1]
-    trainer._loss = loss
+    trainer.training_step.loss = loss
     trainer.fit()
     assert [answered[step] for step in (3, 8, 9)] == [0, 0, 2]
     assert sender.told("2-0").startswith("done: mlp germinated")

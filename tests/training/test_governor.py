@@ -13,9 +13,16 @@ from torch.nn.functional import mse_loss
 import esper
 from esper import SeedStage, SlotConfig
 from esper.lifecycle.actions import Action, Germinate, GrowthState, Prune
-from esper.lifecycle.events import RunWentBack, SeedBlamed, SeedPruned, StepSkipped
+from esper.lifecycle.events import (
+    GradientHealthMeasured,
+    RunWentBack,
+    SeedBlamed,
+    SeedPruned,
+    StepSkipped,
+)
 from esper.seeds import Family, Seed, blueprints
 from esper.training.governor import Governor, GovernorConfig
+from esper.training.run_cost import Cost, CostMeter
 from esper.training.safeguard import TrainingDivergedError
 from growth_problem import Recorder
 
@@ -64,6 +71,7 @@ class Run:
         *,
         slot: str | list[str] = "embed",
         isolation: str = "none",
+        accumulation_steps: int = 1,
         **governor: Any,
     ) -> None:
         torch.manual_seed(0)
@@ -86,7 +94,11 @@ class Run:
         growth = esper.Growth(
             slots, optimizer, policy=Script(blueprint), max_epochs=6, sinks=[self.recorder]
         )
-        config = esper.TrainerConfig(epochs=6, governor=GovernorConfig(**SNAPSHOTS | governor))
+        config = esper.TrainerConfig(
+            epochs=6,
+            accumulation_steps=accumulation_steps,
+            governor=GovernorConfig(**SNAPSHOTS | governor),
+        )
         self.trainer = esper.Trainer(
             growth, self, loss=self.loss, evaluate=lambda: 1.0, config=config, keeper=self
         )
@@ -179,6 +191,23 @@ def test_a_run_that_goes_on_has_at_once_what_to_go_back_to() -> None:
     assert all(torch.equal(value, state[name]) for name, value in run.host.state_dict().items())
 
 
+def test_what_a_run_that_went_back_threw_away_was_paid_for() -> None:
+    def spent(run: Run) -> Cost:
+        growth = run.trainer.growth
+        growth.meter = CostMeter(growth.slots, count_flops=True, clock=lambda: float(run.made))
+        run.fit()
+        return growth.meter.cost.training
+
+    run, untouched = Run(), Run()
+    run.spoilt = set(range(37, 40))
+    cost, least = spent(run), spent(untouched)
+    (back,) = run.of(RunWentBack)
+    assert least.flops
+    num_batches, thrown_away = 6 * STEPS, back.from_step - back.to_step
+    assert cost.flops == least.flops // num_batches * (num_batches + thrown_away)
+    assert cost.seconds == run.made > untouched.made == least.seconds
+
+
 def test_bad_data_is_passed_by_the_second_time() -> None:
     run = Run()
     drawn_again = 39 + 14 - 30  # 39 batches before going back to step 30, 14 into its epoch
@@ -210,9 +239,11 @@ def test_without_snapshots_bad_steps_are_skipped_and_no_more(settings: dict[str,
 
 
 class Bomb(Seed):
-    """Emits NaN, or far too much, from its thirtieth forward on."""
+    """Emits NaN, or far too much, in some forwards."""
 
     emits = math.nan
+    bad = range(31, 9999)
+    """The number of the forward, from 1."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -228,7 +259,7 @@ class Bomb(Seed):
     def increment(self, features: Tensor) -> Tensor:
         self.calls += self.training
         increment = self.linear(features)
-        return increment + self.emits if self.calls > 30 else increment
+        return increment + self.emits if self.calls in self.bad else increment
 
 
 def make_bomb(dim: int) -> Seed:
@@ -279,6 +310,55 @@ def test_a_seed_whose_own_gradients_explode_is_pruned_and_the_host_never_knew(
     assert all(torch.equal(value, state[name]) for name, value in run.host.state_dict().items())
 
 
+@pytest.mark.parametrize(
+    ("accumulation_steps", "num_bad"),
+    [
+        pytest.param(1, 7, id="less than half of the steps"),
+        pytest.param(4, 4, id="four batches, but one step"),
+        pytest.param(4, 8, id="half of the steps, but two"),
+    ],
+)
+def test_few_bad_batches_are_no_reason_to_prune_a_seed(
+    accumulation_steps: int, num_bad: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with blueprints.temporarily() as registry:
+        registry.register("bomb", family=Family.TRANSFORMER)(make_bomb)
+        run = Run("bomb", isolation="shadowing", accumulation_steps=accumulation_steps)
+
+        def begin() -> None:
+            calls = run.trainer.growth.slots["embed"].seed.calls
+            monkeypatch.setattr(Bomb, "bad", range(calls + 1, calls + 1 + num_bad))
+
+        run.trainer.growth.isolation_monitor.interval_steps = None  # it calls the seed as well
+        run.tamper = {2 * STEPS + 1: begin}
+        run.fit()
+    assert not run.of(SeedPruned)
+    counts = [event.nonfinite_steps for event in run.of(GradientHealthMeasured)]
+    assert counts == [num_bad // accumulation_steps] * 4
+
+
+@pytest.mark.parametrize("by_step", [False, True])
+def test_a_seed_is_not_blamed_for_what_is_bad_without_it_too_or_only_in_the_step(
+    by_step: bool,
+) -> None:
+    run = Run("mlp")
+    bad = range(45, 48)
+
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        value = mse_loss(output, target)
+        return value * math.nan if run.made in bad and torch.is_grad_enabled() else value
+
+    if by_step:
+        run.trainer.training_step.loss = loss
+    else:
+        run.spoilt = set(bad)
+    run.fit()
+    (back,) = run.of(RunWentBack)
+    assert (back.from_step, back.to_step) == (47, 40)
+    assert not run.of(SeedBlamed, SeedPruned)
+    assert run.trainer.growth.slots["embed"].in_forward_path
+
+
 def losses_of(governor: Governor, values: list[float]) -> list[bool]:
     refused = []
     for value in values:
@@ -312,7 +392,7 @@ def test_a_loss_that_rises_since_a_seed_has_left_is_not_bad(over_steps: int) -> 
         missing = 1.0 - slot.alpha if growth.epoch > 2 else 0.0
         return mse_loss(output, target) * (1.0 + 300.0 * missing)
 
-    run.trainer._loss = loss
+    run.trainer.training_step.loss = loss
     run.fit()
     assert run.of(SeedPruned)
     assert not run.of(StepSkipped, RunWentBack)

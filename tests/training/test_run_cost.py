@@ -1,6 +1,8 @@
 """What a run has cost: counted once per structure, yet equal to counting everything."""
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 import esper
 from esper.lifecycle.actions import Germinate
 from esper.lifecycle.stages import SeedStage
+from esper.training.checkpoints import Checkpoints
 from esper.training.run_cost import CostMeter, flop_counter
 from growth_problem import Problem, make_problem
 
@@ -100,6 +103,75 @@ def test_seconds_are_kept_apart() -> None:
     assert meter.cost.training.seconds == 1.0 + 2.0 + 8.0
     assert meter.cost.decision.seconds == 3.0 + 1.0
     assert meter.cost.evaluation.seconds == 4.0
+
+
+def test_no_second_is_lost_where_the_meter_is_read_or_started_again() -> None:
+    slots = esper.attach(nn.Sequential(nn.Linear(2, 2)), ["0"], example=torch.zeros(1, 2))
+    meter = CostMeter(slots, count_flops=False, clock=ticking([10.0, 13.0, 17.0]))
+    meter.start()
+    kept = meter.state_dict()
+    assert kept["TRAINING"]["seconds"] == 3.0
+    meter.start()
+    meter.stop()
+    assert meter.cost.training.seconds == 3.0 + 4.0
+    resumed = CostMeter(slots, count_flops=False, clock=ticking([50.0, 52.0]))
+    resumed.load_state_dict(kept)
+    resumed.start()
+    resumed.stop()
+    assert resumed.cost.training.seconds == 3.0 + 2.0
+
+
+class Hours:
+    """Batches of an hour each, and a sink that takes a hundred to be flushed."""
+
+    def __init__(self, batches: list[Any]) -> None:
+        self.now = 0.0
+        self._batches = batches
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self._batches:
+            self.now += 1.0
+            yield batch
+
+    def publish(self, record: Any) -> None: ...
+
+    def measure(self, epoch: int, step: int, metrics: Any) -> None: ...
+
+    def flush(self) -> None:
+        self.now += 100.0
+
+
+@pytest.mark.parametrize("interval_steps", [5, None])
+def test_keeping_a_run_is_no_cost_of_it(
+    interval_steps: int | None, problem: Problem, tmp_path: Path
+) -> None:
+    num_batches = len(problem.batches)
+    hours = Hours(problem.batches)
+    problem.batches = hours
+    trainer = problem.trainer(policy(), epochs=3)
+    growth = trainer.growth
+    growth.meter = CostMeter(growth.slots, count_flops=False, clock=lambda: hours.now)
+    growth.sinks.append(hours)
+    trainer.keeper = Checkpoints(tmp_path, interval_steps=interval_steps)
+    for report in trainer.run():
+        assert report.cost.training.seconds == report.epoch * num_batches
+        hours.now += 1000.0  # the caller's own
+        with growth.held_up():
+            hours.now += 1000.0
+
+
+def test_what_goes_by_after_a_run_was_broken_off_is_no_cost_of_it(problem: Problem) -> None:
+    hours = Hours(problem.batches)
+    problem.batches = hours
+    trainer = problem.trainer(policy(), epochs=1)
+    meter = CostMeter(problem.slots, count_flops=False, clock=lambda: hours.now)
+    trainer.growth.meter = meter
+    stops = trainer.stops()
+    next(stops)
+    stops.close()
+    hours.now += 1000.0
+    meter.stop()
+    assert meter.cost.total.seconds == len(hours._batches)
 
 
 def test_a_batch_of_another_size_is_counted_by_its_own() -> None:

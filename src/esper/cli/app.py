@@ -1,7 +1,10 @@
 """The `esper` command."""
 
+from typing import Annotated
+
 import typer
 
+from esper import __version__
 from esper.cli.blueprints import blueprints
 from esper.cli.compare import compare
 from esper.cli.compile import compile_
@@ -23,6 +26,29 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"esper {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _whole(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            callback=_print_version,
+            is_eager=True,
+            help="Print the version and stop.",
+        ),
+    ] = False,
+) -> None:
+    """Grow neural networks while they train."""
+
+
 app.command()(grow)
 app.command()(resume)
 app.command()(compare)

@@ -1,8 +1,7 @@
 """`esper compare`: does growth pay on a task?"""
 
 import os
-import shlex
-from datetime import UTC, datetime
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +9,7 @@ import typer
 from pydantic import ValidationError
 from rich.console import Console
 
+from esper.cli.command_line import command_line
 from esper.cli.compare_views import (
     CompareView,
     JsonCompareView,
@@ -19,8 +19,22 @@ from esper.cli.compare_views import (
     print_comparison,
     summary_record,
 )
-from esper.cli.grow import folder_name, only_task, program
+from esper.cli.options import (
+    AsJson,
+    ConfigFile,
+    DryRun,
+    Report,
+    bad_parameter,
+    new_folder,
+    print_settings,
+    refuse_both,
+    refuse_changes,
+    refuse_neither,
+    run_settings,
+    settings_asked,
+)
 from esper.cli.report import leave_report
+from esper.cli.stopping import EXIT_INTERRUPTED, tell_interrupted
 from esper.experiments.comparison import (
     MIN_SEEDS_FOR_A_CLAIM,
     CompareConfig,
@@ -33,26 +47,33 @@ from esper.experiments.comparison import (
     holds_comparison,
     run_missing,
 )
-from esper.experiments.config import RunConfig, load_run_config
+from esper.experiments.config import RunConfig
 from esper.experiments.run import chosen_policy, usable_device
 from esper.experiments.settings import SettingsError
 from esper.experiments.worker_pool import WorkerDiedError
 from esper.report import draw_charts
 from esper.tasks.task import TaskDataError
 
-_OF_ANY_START = frozenset({"out", "processes", "quiet", "as_json", "dry_run"})
+_OF_ANY_START = frozenset({"out", "processes", "report", "quiet", "as_json", "dry_run"})
 """Options that a comparison begun before still takes; its settings are kept in its folder."""
+
+_CANNOT_BE_MADE = (ComparisonFolderError, SettingsError, TaskDataError, ModuleNotFoundError)
 
 
 def compare(
     context: typer.Context,
     task: Annotated[
         str | None,
-        typer.Argument(help="What to train, as for esper grow; a folder begun before knows."),
+        typer.Argument(
+            metavar="TASK", help="What to train, as for esper grow; a folder begun before knows."
+        ),
     ] = None,
     policy: Annotated[
         list[str] | None,
-        typer.Option(help="Who grows; the first is judged, more are arms beside it. Repeatable."),
+        typer.Option(
+            metavar="NAME|FILE",
+            help="Who grows; the first is judged, more are arms beside it. Repeatable.",
+        ),
     ] = None,
     seeds: Annotated[
         int, typer.Option(min=2, help="Random seeds, the same for every arm.")
@@ -79,36 +100,31 @@ def compare(
     ] = True,
     epochs: Annotated[int | None, typer.Option(min=1, help="Length of a run.")] = None,
     device: Annotated[str | None, typer.Option(help="Where to train, as for esper grow.")] = None,
-    config: Annotated[Path | None, typer.Option(help="TOML file of settings.")] = None,
+    config: ConfigFile = None,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="One setting, as for esper grow."),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder; one begun before goes on where it was.")
+        Path | None,
+        typer.Option(
+            help="Folder; default runs/compare-TASK-TIME. One begun before goes on where it was."
+        ),
     ] = None,
     processes: Annotated[
         int | None, typer.Option(min=1, help="Runs at a time; default one per CPU.")
     ] = None,
+    report: Report = True,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print the folder only.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines.")] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the settings and stop.")
-    ] = False,
+    as_json: AsJson = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Train TASK's network grown and at every size from the start: does growth pay?"""
-    if quiet and as_json:
-        raise typer.BadParameter("--quiet and --json exclude each other")
-    if task is None and out is not None:
-        _refuse_settings(context, out)
-        settings = _kept(out)
-    else:
-        options: dict[str, Any] = {"policy": policy[0] if policy else None, "device": device}
-        if epochs is not None:
-            options["trainer"] = {"epochs": epochs}
-        run = _run_config(only_task(task, None), config, set_ or [], options)
+    refuse_both(quiet=quiet, as_json=as_json)
+    if task is not None:
+        asked = settings_asked(epochs=epochs, policy=policy[0] if policy else None, device=device)
         settings = _settings(
-            run,
+            run_settings(task, config, set_, asked),
             policies=tuple(policy[1:]) if policy else (),
             random_seeds=tuple(range(first_seed, first_seed + seeds)),
             search_rates=rates,
@@ -117,69 +133,52 @@ def compare(
             intermediate_sizes=sizes,
             random_times=random_times,
         )
+    else:
+        settings = _kept(context, out)
     console = Console()
     if dry_run:
-        console.out(settings.model_dump_json(indent=2), highlight=False)
+        print_settings(console, settings)
         return
-    path = out or Path("runs") / f"compare-{folder_name(settings.run.task, datetime.now(UTC))}"
+    folder = _open(new_folder(out, settings.run.task, kind="compare-"), settings)
+    view = _view(console, settings, quiet=quiet, as_json=as_json)
     try:
-        usable_device(settings.run.device)
-        if not holds_comparison(path):
-            check_runs(settings)
-        folder = ComparisonFolder(path, settings)
-        view = _view(console, settings, quiet=quiet, as_json=as_json)
-        comparison = _run(settings, folder, view, processes or os.cpu_count() or 1)
-    except (ComparisonFolderError, SettingsError, TaskDataError, ModuleNotFoundError) as error:
-        raise typer.BadParameter(str(error)) from error
-    except WorkerDiedError as error:
-        typer.echo(f"{error}\n{_go_on(path)}", err=True)
-        raise typer.Exit(1) from error
+        comparison = _run(folder, settings, view, processes or os.cpu_count() or 1)
     except KeyboardInterrupt:
         if not (quiet or as_json):
             print_comparison(console, Comparison(settings, folder.results()))
-        typer.echo(f"stopped; go on with: {_go_on(path)}", err=True)
-        raise typer.Exit(130) from None
-    _conclude(console, folder, comparison, quiet=quiet, as_json=as_json)
+        tell_interrupted(_way_on(folder))
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+    told = _leave(folder, comparison, with_report=report)
+    _print(console, folder, comparison, told, quiet=quiet, as_json=as_json)
 
 
-def _refuse_settings(context: typer.Context, folder: Path) -> None:
-    """Raise if a setting is given for a comparison that has its own."""
+def _kept(context: typer.Context, folder: Path | None) -> CompareConfig:
+    """Return the settings of the comparison that is to go on.
+
+    Raises:
+        typer.BadParameter: No folder is named, it holds none, or options would change its settings.
+    """
+    if folder is None:
+        refuse_neither()
     sources = {name: context.get_parameter_source(name) for name in context.params}
-    given = [
-        name
-        for name, source in sources.items()
-        if name not in _OF_ANY_START and source is not None and source.name != "DEFAULT"
-    ]
-    if given:
-        names = ", ".join(f"--{name.rstrip('_').replace('_', '-')}" for name in given)
-        raise typer.BadParameter(
-            f"{folder} goes on with its own settings, and {names} would change them; leave that "
-            "out, or name a task and another folder"
-        )
-
-
-def _kept(folder: Path) -> CompareConfig:
+    refuse_changes(
+        str(folder),
+        [
+            name
+            for name, source in sources.items()
+            if name not in _OF_ANY_START and source is not None and source.name != "DEFAULT"
+        ],
+    )
     try:
         return ComparisonFolder.config_of(folder)
     except ComparisonFolderError as error:
         raise typer.BadParameter(f"{error}; name a task to begin one there") from error
 
 
-def _run_config(
-    task: str, file: Path | None, settings: list[str], options: dict[str, Any]
-) -> RunConfig:
-    try:
-        return load_run_config(task, file, settings, options)
-    except SettingsError as error:
-        raise typer.BadParameter(str(error)) from error
-
-
 def _settings(run: RunConfig, **chosen: Any) -> CompareConfig:
-    for name in (run.policy, *chosen["policies"]):
-        try:
+    with bad_parameter(SettingsError):
+        for name in (run.policy, *chosen["policies"]):
             chosen_policy(run.model_copy(update={"policy": name}))
-        except SettingsError as error:
-            raise typer.BadParameter(str(error)) from error
     try:
         return CompareConfig(run=run, **chosen)
     except ValidationError as error:
@@ -196,43 +195,60 @@ def _view(console: Console, settings: CompareConfig, *, quiet: bool, as_json: bo
     return LinesCompareView(console)
 
 
+def _open(path: Path, settings: CompareConfig) -> ComparisonFolder:
+    """Return the folder, begun if there was none: only where its runs can be made."""
+    with bad_parameter(*_CANNOT_BE_MADE):
+        usable_device(settings.run.device)
+        if not holds_comparison(path):
+            check_runs(settings)
+        return ComparisonFolder(path, settings)
+
+
 def _run(
-    settings: CompareConfig, folder: ComparisonFolder, view: CompareView, processes: int
+    folder: ComparisonFolder, settings: CompareConfig, view: CompareView, processes: int
 ) -> Comparison:
-    with view:
-        return run_missing(settings, folder, processes=processes, on_change=view.change)
+    """Make the runs that are missing, and show how far they are."""
+    try:
+        with bad_parameter(*_CANNOT_BE_MADE), view:
+            return run_missing(settings, folder, processes=processes, on_change=view.change)
+    except WorkerDiedError as error:
+        typer.echo(f"{error}\n{_way_on(folder)}", err=True)
+        raise typer.Exit(1) from error
 
 
-def _conclude(
+def _leave(folder: ComparisonFolder, comparison: Comparison, *, with_report: bool) -> list[str]:
+    """Write summary, picture and report into the folder, and return a line on each to look at."""
+    folder.summarise(summary_record(comparison))
+    told = [f"picture     {folder.picture}"]
+    try:
+        draw_charts(comparison_title(comparison), comparison_charts(comparison), folder.picture)
+    except (ModuleNotFoundError, ValueError) as error:
+        told = [f"no picture: {error}"]
+    if with_report:
+        told.append(leave_report(folder.path))
+    return [*told, f"folder      {folder.path}"]
+
+
+def _print(
     console: Console,
     folder: ComparisonFolder,
     comparison: Comparison,
+    told: Sequence[str],
     *,
     quiet: bool,
     as_json: bool,
 ) -> None:
-    record = summary_record(comparison)
-    folder.summarise(record)
-    drawn = f"picture     {folder.picture}"
-    try:
-        draw_charts(comparison_title(comparison), comparison_charts(comparison), folder.picture)
-    except (ModuleNotFoundError, ValueError) as error:
-        drawn = f"no picture: {error}"
-    told = leave_report(folder.path)
     if quiet:
         console.out(str(folder.path), highlight=False)
-        return
-    if as_json:
-        console.print_json(
-            data={"kind": "summary", "folder": str(folder.path), **record}, indent=None
-        )
-        return
-    print_comparison(console, comparison)
-    console.print()
-    console.print(drawn, highlight=False, soft_wrap=True)
-    console.print(told, highlight=False, soft_wrap=True)
-    console.print(f"folder      {folder.path}", highlight=False, soft_wrap=True)
+    elif as_json:
+        summary = {"kind": "summary", "folder": str(folder.path), **summary_record(comparison)}
+        console.print_json(data=summary, indent=None)
+    else:
+        print_comparison(console, comparison)
+        console.print()
+        for line in told:
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def _go_on(folder: Path) -> str:
-    return f"{program()} compare --out {shlex.quote(str(folder))}"
+def _way_on(folder: ComparisonFolder) -> str:
+    return f"go on with: {command_line('compare', '--out', folder.path)}"

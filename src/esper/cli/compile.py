@@ -1,10 +1,10 @@
 """`esper compile`: what may grow, compiled before it does."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import typer
@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
+from esper.cli.options import AsJson, bad_parameter
 from esper.compilation import ArtefactError, ArtefactStore, CompileService
 from esper.compilation.alone import seed_alone
 from esper.compilation.artefact_store import Artefact
@@ -21,7 +22,7 @@ from esper.compilation.feature_guards import FeatureGuards, dtype_named
 from esper.compilation.inductor_cache import CacheFolderError
 from esper.experiments.config import CompileConfig
 from esper.experiments.run import artefact_store
-from esper.experiments.settings import SettingsError
+from esper.experiments.settings import SettingsError, explain
 from esper.lifecycle.learning import Isolation
 from esper.seeds.registry import Family
 from esper.slots.config import SlotConfig
@@ -76,44 +77,27 @@ def compile_(
     list_: Annotated[
         bool, typer.Option("--list", help="Show what is kept, each verified, and stop.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Compile seeds ahead of a run, in another process, and keep the result signed.
 
     A run with --compile, the same torch and the same machine then finds them ready.
     """
     console = Console()
-    try:
-        config = CompileConfig.model_validate(
-            {
-                "enabled": True,
-                "store": store,
-                "key_file": key_file,
-                "limit_seconds": limit_seconds,
-                "mode": mode,
-            }
-        )
+    config = _config(store=store, key_file=key_file, limit_seconds=limit_seconds, mode=mode)
+    with bad_parameter(SettingsError):
         kept = artefact_store(config)
-    except (SettingsError, ValidationError) as error:
-        raise typer.BadParameter(str(error)) from error
     if list_:
         rows = list(_kept(kept))
     else:
+        names = blueprint or _no_blueprint()
         if threads is not None:
             torch.set_num_threads(threads)
         set_matmul_precision("highest")
         features = _features(shape, width, dtype, device, family)
         slot = _slot_config(isolation)
-        jobs = [_job(name, features, family, slot, config) for name in blueprint or _no_blueprint()]
-        rows = []
-        try:
-            with CompileService(kept, limit_seconds=limit_seconds) as service:
-                for job in jobs:
-                    if not as_json:
-                        console.print(f"compiling {job.request.living} …", style="dim")
-                    rows.append(_compile(service, job))
-        except CacheFolderError as error:
-            raise typer.BadParameter(str(error)) from error
+        jobs = [_job(name, features, family, slot, config) for name in names]
+        rows = _compile_all(jobs, kept, config, console if not as_json else None)
     if as_json:
         for row in rows:
             console.out(json.dumps(asdict(row)), highlight=False)
@@ -123,24 +107,43 @@ def compile_(
         raise typer.Exit(1)
 
 
+def _config(**asked: Any) -> CompileConfig:
+    try:
+        return CompileConfig.model_validate({"enabled": True, **asked})
+    except ValidationError as error:
+        raise typer.BadParameter(explain(error, CompileConfig)) from error
+
+
 def _features(
     shape: str | None, width: int | None, dtype: str, device: str, family: str | None
 ) -> FeatureGuards:
+    sizes = _sizes(shape)
+    with bad_parameter(ValueError):
+        of_dtype = dtype_named(dtype)
     try:
-        sizes = [int(size) for size in (shape or "").split(",")]
-    except ValueError as error:
-        raise typer.BadParameter(
-            f"--shape is the features' shape, batch first, as 64,32,16,16; got {shape!r}"
-        ) from error
-    try:
-        example = torch.empty(sizes, dtype=dtype_named(dtype), device=device)
-    except (AssertionError, RuntimeError, ValueError) as error:
-        raise typer.BadParameter(str(error)) from error
+        example = torch.empty(sizes, dtype=of_dtype, device=device)
+    except (AssertionError, RuntimeError) as error:
+        raise typer.BadParameter(f"no such features on --device {device}: {error}") from error
     channels_first = len(sizes) == _CHANNELS_FIRST_DIMENSIONS and family != Family.TRANSFORMER
     found = sizes[1] if channels_first else sizes[-1]
     if width is not None and width != found:
         raise typer.BadParameter(f"--width is {width}, and features of shape {shape} have {found}")
     return FeatureGuards.of(example.requires_grad_())
+
+
+def _sizes(shape: str | None) -> list[int]:
+    """Return what --shape says."""
+    wrong = (
+        "--shape is the features' shape, batch first, as 64,32,16,16; "
+        f"{'it is missing' if shape is None else f'got {shape!r}'}"
+    )
+    try:
+        sizes = [int(size) for size in (shape or "").split(",")]
+    except ValueError as error:
+        raise typer.BadParameter(wrong) from error
+    if min(sizes) < 1:
+        raise typer.BadParameter(wrong)
+    return sizes
 
 
 def _slot_config(isolation: str) -> SlotConfig:
@@ -164,6 +167,25 @@ def _job(
         return CompileJob.of(seed, features, seed_options(mode=config.mode))
     except (JobError, TypeError, ValueError) as error:
         raise typer.BadParameter(f"--blueprint {name}: {error}") from error
+
+
+def _compile_all(
+    jobs: Sequence[CompileJob],
+    store: ArtefactStore,
+    config: CompileConfig,
+    console: Console | None,
+) -> list[_Row]:
+    """Compile one after another, tell which on the console if there is one, and keep them."""
+    rows = []
+    with (
+        bad_parameter(CacheFolderError),
+        CompileService(store, limit_seconds=config.limit_seconds) as service,
+    ):
+        for job in jobs:
+            if console is not None:
+                console.print(f"compiling {job.request.living} …", style="dim")
+            rows.append(_compile(service, job))
+    return rows
 
 
 def _compile(service: CompileService, job: CompileJob) -> _Row:

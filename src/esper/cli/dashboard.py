@@ -21,7 +21,8 @@ _PACKAGES = ("plotly", "starlette", "uvicorn")
 
 def dashboard(
     folder: Annotated[
-        Path, typer.Argument(help="Where the runs are: in it, or one folder deeper.")
+        Path,
+        typer.Argument(metavar="FOLDER", help="Where the runs are: in it, or one folder deeper."),
     ] = Path("runs"),
     host: Annotated[
         str,

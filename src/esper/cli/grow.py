@@ -1,26 +1,36 @@
 """`esper grow`: train a task and grow its host while it trains."""
 
 import json
-import re
-import shutil
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
+from esper.cli.command_line import command_line
 from esper.cli.live_view import LiveView
+from esper.cli.options import (
+    AsJson,
+    ConfigFile,
+    DryRun,
+    Report,
+    bad_parameter,
+    new_folder,
+    print_settings,
+    refuse_both,
+    run_settings,
+    settings_asked,
+)
 from esper.cli.report import leave_report
+from esper.cli.stopping import stops_told
 from esper.cli.tables import networks_table, print_compiled, print_seeds, print_twin
 from esper.cli.views import JsonView, LinesView, QuietView, RunView
 from esper.experiments.audit import ForkPoint, Twin, prepare_twin
-from esper.experiments.config import RunConfig, load_run_config
+from esper.experiments.config import RunConfig
 from esper.experiments.run import (
     GrowingRun,
     build_setup,
@@ -37,14 +47,9 @@ from esper.tasks.own import OWN_SCHEME
 from esper.tasks.task import TaskDataError
 from esper.telemetry.run_store import RunFolderError, RunReader
 from esper.training.checkpoints import CheckpointError
-from esper.training.control import RunStoppedError
 from esper.training.run_cost import RunCost
 
-EXIT_TERMINATED = 128 + signal.SIGTERM
-"""As a shell has it of a program that the signal has ended."""
-
 _KNOWN_TASKS = (*TASKS, *SCHEMES, OWN_SCHEME)
-_MAX_TASK_CHARACTERS = 80
 
 Network = tuple[int, dict[str, float]]
 """Its parameters, and how it did on the test split."""
@@ -56,7 +61,8 @@ def grow(
     task: Annotated[
         str | None,
         typer.Argument(
-            help=f"What to train: {', '.join(_KNOWN_TASKS)}. With a data set, {SETTINGS_HELP}."
+            metavar="TASK",
+            help=f"What to train: {', '.join(_KNOWN_TASKS)}. With a data set, {SETTINGS_HELP}.",
         ),
     ] = None,
     task_option: Annotated[
@@ -65,8 +71,9 @@ def grow(
     policy: Annotated[
         str | None,
         typer.Option(
+            metavar="NAME|FILE",
             help=f"Who decides: {', '.join(POLICY_NAMES)}, or the file of a learned policy; "
-            "default the task's own."
+            "default the task's own.",
         ),
     ] = None,
     epochs: Annotated[
@@ -79,7 +86,7 @@ def grow(
     compile_: Annotated[
         bool, typer.Option("--compile", help="Run host and seeds compiled by torch.compile.")
     ] = False,
-    config: Annotated[Path | None, typer.Option(help="TOML file of settings.")] = None,
+    config: ConfigFile = None,
     set_: Annotated[
         list[str] | None,
         typer.Option(
@@ -99,55 +106,37 @@ def grow(
             help="Also train its twin, never grown, with as many operations: did growth pay?",
         ),
     ] = False,
-    report: Annotated[
-        bool,
-        typer.Option(help=r"Write the run's report into its folder (needs esper-lite\[report])."),
-    ] = True,
+    report: Report = True,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print the run folder only.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines.")] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the settings and stop.")
-    ] = False,
+    as_json: AsJson = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Train TASK and grow its network while it trains."""
-    if quiet and as_json:
-        raise typer.BadParameter("--quiet and --json exclude each other")
-    name = only_task(task, task_option)
-    options: dict[str, Any] = {"policy": policy, "random_seed": seed, "device": device}
+    refuse_both(quiet=quiet, as_json=as_json)
+    asked = settings_asked(epochs=epochs, policy=policy, random_seed=seed, device=device)
     if compile_:
-        options["compile"] = {"enabled": True}
-    if epochs is not None:
-        options["trainer"] = {"epochs": epochs}
-    try:
-        settings = load_run_config(name, config, set_ or [], options)
-    except SettingsError as error:
-        raise typer.BadParameter(str(error)) from error
+        asked["compile"] = {"enabled": True}
+    settings = run_settings(only_task(task, task_option), config, set_, asked)
     _check(settings, audit=audit)
     console = Console()
     if dry_run:
-        console.out(settings.model_dump_json(indent=2), highlight=False)
+        print_settings(console, settings)
         return
-    folder = out or Path("runs") / folder_name(settings.task, datetime.now(UTC))
+    folder = new_folder(out, settings.task)
     view = choose_view(console, settings.task, quiet=quiet, as_json=as_json)
-
     beside = views_beside(console, settings.task, silent=quiet or as_json)
-    try:
+    with stops_told(folder, quiet=quiet, as_json=as_json):
         networks = _train_grown(settings, folder, view, beside if audit else None)
-    except RunStoppedError as stopped:
-        raise tell_stopped(stopped, folder, quiet=quiet, as_json=as_json) from stopped
-    if control:
-        networks = {"host alone": train_control(settings, beside), **networks}
-    reader = RunReader(folder)
-    story = tell(reader.events())
+        if control:
+            networks = {"host alone": train_control(settings, beside), **networks}
     told = leave_report(folder) if report else None
+    story = tell(RunReader(folder).events())
     conclude(console, folder, story, networks, settings, told, quiet=quiet, as_json=as_json)
 
 
 def _check(settings: RunConfig, *, audit: bool) -> None:
-    try:
+    with bad_parameter(SettingsError):
         chosen_policy(settings)
-    except SettingsError as error:
-        raise typer.BadParameter(str(error)) from error
     if audit and settings.policy == NEVER:
         raise typer.BadParameter("--audit asks whether growth paid, and the policy never grows")
     if audit and not settings.count_flops:
@@ -165,14 +154,6 @@ def only_task(argument: str | None, option: str | None) -> str:
             f"tasks: {', '.join(_KNOWN_TASKS)}"
         )
     return argument or option or ""
-
-
-def folder_name(task: str, time: datetime) -> str:
-    """Return a name for the run that every file system takes; of a long path the end is kept."""
-    scheme, _, name = task.rpartition(":")
-    plain = re.sub(r"[^A-Za-z0-9._-]+", "-", name)[-_MAX_TASK_CHARACTERS:].strip("-.")
-    kind = f"{scheme}-" if scheme else ""
-    return f"{kind}{plain}-{time:%Y%m%d-%H%M%S-%f}"
 
 
 def choose_view(console: Console, task: str, *, quiet: bool, as_json: bool) -> RunView:
@@ -204,29 +185,27 @@ def _train_grown(
 
     What data, folder or host refuse is a bad parameter.
     """
-    try:
+    with bad_parameter(SettingsError, TaskDataError, ModuleNotFoundError):
         setup = build_setup(settings)
-    except (SettingsError, TaskDataError, ModuleNotFoundError) as error:
-        raise typer.BadParameter(str(error)) from error
-    try:
-        with stored_run(settings, folder, setup, [view]) as run:
-            fork = None if beside is None else ForkPoint(run.growth)
-            with view:
-                for note in setup.notes:
-                    view.note(note, about="data")
-                note_trackers(run, view)
-                cost = train(run, view)
-            networks = {"grown": (run.param_count(), run.finish())}
-            if beside is not None and fork is not None:
-                try:
-                    twin = prepare_twin(settings, run, cost, fork)
-                except ValueError as error:
-                    beside(f"no twin: {error}")
-                else:
-                    networks = {"its twin": _train_twin(twin, run, beside), **networks}
-            return networks
-    except (CheckpointError, RunFolderError, SettingsError) as error:
-        raise typer.BadParameter(str(error)) from error
+    with (
+        bad_parameter(CheckpointError, RunFolderError, SettingsError),
+        stored_run(settings, folder, setup, [view]) as run,
+    ):
+        fork = None if beside is None else ForkPoint(run.growth)
+        with view:
+            for note in setup.notes:
+                view.note(note, about="data")
+            note_trackers(run, view)
+            cost = train(run, view)
+        networks = {"grown": (run.param_count(), run.finish())}
+        if beside is not None and fork is not None:
+            try:
+                twin = prepare_twin(settings, run, cost, fork)
+            except ValueError as error:
+                beside(f"no twin: {error}")
+            else:
+                networks = {"its twin": _train_twin(twin, run, beside), **networks}
+        return networks
 
 
 def train_control(settings: RunConfig, beside: Beside) -> Network:
@@ -291,27 +270,6 @@ def _ended_by_sigterm(run: GrowingRun) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def tell_stopped(
-    stopped: RunStoppedError, folder: Path, *, quiet: bool, as_json: bool
-) -> typer.Exit:
-    """Tell that a run has ended before its end, and return what ends the program.
-
-    Returns:
-        With code 0 if it was told to by a command, as by SIGTERM otherwise.
-    """
-    onward = f"{program()} resume {folder}"
-    console = Console()
-    if as_json:
-        told = {"kind": "stopped", "by": stopped.by, "step": stopped.step, "folder": str(folder)}
-        console.out(json.dumps({**told, "saved": stopped.saved}), highlight=False)
-    elif quiet:
-        console.out(str(folder), highlight=False)
-    else:
-        how = "go on with" if stopped.saved else "no checkpoint could be written; begin anew with"
-        console.print(f"{stopped}; {how}: {onward}", markup=False, highlight=False, soft_wrap=True)
-    return typer.Exit(0 if stopped.commanded else EXIT_TERMINATED)
-
-
 def conclude(
     console: Console,
     folder: Path,
@@ -326,29 +284,39 @@ def conclude(
     """Print what grew, how each network did, and where the run and its report are."""
     if quiet:
         console.out(str(folder), highlight=False)
-        return
-    if as_json:
-        summary = {
-            "kind": "summary",
-            "folder": str(folder),
-            "networks": {
-                name: {"params": params, "test": metrics}
-                for name, (params, metrics) in networks.items()
-            },
-            "seeds": [
-                {
-                    "slot": seed.slot,
-                    "blueprint": seed.blueprint,
-                    "params": seed.param_count,
-                    "outcome": seed.outcome,
-                    "contribution_fraction": seed.contribution_fraction,
-                    "reason": seed.reason,
-                }
-                for seed in story.seeds
-            ],
-        }
-        console.out(json.dumps(summary), highlight=False)
-        return
+    elif as_json:
+        console.out(json.dumps(_summary(folder, story, networks)), highlight=False)
+    else:
+        _print_end(console, story, networks, settings)
+        _print_places(console, folder, report)
+
+
+def _summary(folder: Path, story: RunStory, networks: Mapping[str, Network]) -> dict[str, Any]:
+    return {
+        "kind": "summary",
+        "folder": str(folder),
+        "networks": {
+            name: {"params": params, "test": metrics}
+            for name, (params, metrics) in networks.items()
+        },
+        "seeds": [
+            {
+                "slot": seed.slot,
+                "blueprint": seed.blueprint,
+                "params": seed.param_count,
+                "outcome": seed.outcome,
+                "contribution_fraction": seed.contribution_fraction,
+                "reason": seed.reason,
+            }
+            for seed in story.seeds
+        ],
+    }
+
+
+def _print_end(
+    console: Console, story: RunStory, networks: Mapping[str, Network], settings: RunConfig
+) -> None:
+    """Print what grew, and how each network did."""
     console.print()
     print_seeds(console, story)
     console.print()
@@ -359,18 +327,14 @@ def conclude(
     if story.finished is not None and story.twin is not None:
         console.print()
         print_twin(console, story.finished, story.twin)
+
+
+def _print_places(console: Console, folder: Path, report: str | None) -> None:
+    """Print where the run is, how its story is told, and where its report is."""
     console.print()
     console.print("run folder  ", end="")
-    console.print(str(folder), style="bold", highlight=False, soft_wrap=True)
-    story_command = f"{program()} inspect {folder}"
-    console.print(f"its story   {story_command}", highlight=False, soft_wrap=True)
-    if report is not None:
-        console.print(report, highlight=False, soft_wrap=True)
-
-
-def program() -> str:
-    """Return how this program can be called again: by name if it is on the path."""
-    if shutil.which("esper") is not None:
-        return "esper"
-    called = Path(sys.argv[0])
-    return "python -m esper" if called.name == "__main__.py" else str(called)
+    console.print(str(folder), style="bold", markup=False, highlight=False, soft_wrap=True)
+    story_command = command_line("inspect", folder)
+    for line in (f"its story   {story_command}", report):
+        if line is not None:
+            console.print(line, markup=False, highlight=False, soft_wrap=True)

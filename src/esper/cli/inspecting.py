@@ -37,7 +37,7 @@ _CANNOT_SHOW = (
 def inspect(
     run: Annotated[
         Path,
-        typer.Argument(help="Folder as grow, compare or policy train print it."),
+        typer.Argument(metavar="RUN", help="Folder as grow, compare or policy train print it."),
     ],
     as_json: Annotated[
         bool, typer.Option("--json", help="Print every event, rollout or the table as JSON.")

@@ -3,9 +3,8 @@
 import json
 import os
 import shlex
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,8 +12,20 @@ import typer
 from pydantic import ValidationError
 from rich.console import Console
 
-from esper.cli.grow import folder_name, program
+from esper.cli.command_line import command_line
+from esper.cli.options import (
+    AsJson,
+    ConfigFile,
+    DryRun,
+    new_folder,
+    print_settings,
+    refuse_both,
+    refuse_changes,
+    refuse_neither,
+    settings_asked,
+)
 from esper.cli.policy_views import EvaluationView, TrainingView, print_evaluation, print_training
+from esper.cli.stopping import EXIT_INTERRUPTED, tell_interrupted
 from esper.experiments.settings import SettingsError, explain
 from esper.experiments.worker_pool import WorkerDiedError
 from esper.policies.heuristic import HeuristicPolicy
@@ -23,6 +34,7 @@ from esper.tasks.task import TaskDataError
 from esper.telemetry.run_store import RunFolderError
 
 if TYPE_CHECKING:
+    from esper.rl.evaluation import Evaluation, EvaluationConfig, EvaluationFolder
     from esper.rl.policy_run import PolicyRun
     from esper.rl.training_report import TrainingReport
 
@@ -35,13 +47,15 @@ policy = typer.Typer(
 _NEEDS_RL = "learning to grow needs gymnasium and sb3-contrib: pip install 'esper-lite[rl]'"
 
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print what was written only.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON lines.")]
 
 
 @policy.command()
 def train(
     task: Annotated[
-        str | None, typer.Argument(help="Whose runs are the episodes; left out to go on in --out.")
+        str | None,
+        typer.Argument(
+            metavar="TASK", help="Whose runs are the episodes; left out to go on in --out."
+        ),
     ] = None,
     steps: Annotated[
         int | None, typer.Option(min=1, help="Decisions to learn from, of all environments.")
@@ -64,7 +78,7 @@ def train(
             help=r"Run the environments on a Ray cluster; local starts one (esper-lite\[ray]).",
         ),
     ] = None,
-    config: Annotated[Path | None, typer.Option(help="TOML file of settings.")] = None,
+    config: ConfigFile = None,
     set_: Annotated[
         list[str] | None,
         typer.Option(
@@ -77,79 +91,74 @@ def train(
     out: Annotated[Path | None, typer.Option(help="Folder; default runs/policy-TASK-TIME.")] = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the settings and stop.")
-    ] = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Learn from runs of TASK when and where to grow.
 
     The policy is in FOLDER/policy.safetensors from the first rollout on: esper grow --policy FILE.
     """
-    if quiet and as_json:
-        raise typer.BadParameter("--quiet and --json exclude each other")
-    console = Console()
-    view = TrainingView(console, quiet=quiet, as_json=as_json)
+    refuse_both(quiet=quiet, as_json=as_json)
+    of_its_own: dict[str, object] = {"workers": workers, "epochs": epochs, "seed": seed}
+    of_its_own |= {"imitate": imitate, "ray": ray, "config": config, "set": set_}
     with _errors():
         from esper.rl import policy_run  # noqa: PLC0415 – an optional extra
 
+        console = Console()
         if task is None:
-            if out is None:
-                raise typer.BadParameter("name a task, or a folder to go on in: --out FOLDER")
-            _refuse(
-                workers=workers,
+            folder = _begun_folder(out, of_its_own)
+            settings = policy_run.policy_run_config(folder, total_steps=steps)
+            opened = policy_run.resumed_policy_run(folder, total_steps=steps)
+        else:
+            asked = _training_asked(
+                {"total_steps": steps, "num_workers": workers, "random_seed": seed},
                 epochs=epochs,
-                seed=seed,
-                imitate=imitate,
                 ray=ray,
-                config=config,
-                set_=set_,
+                imitate=imitate,
             )
-            if dry_run:
-                kept = policy_run.policy_run_config(out, total_steps=steps)
-                console.out(kept.model_dump_json(indent=2), highlight=False)
-                return
-            opened = policy_run.resumed_policy_run(out, total_steps=steps)
-            _train(opened, out, view, console, quiet=quiet, as_json=as_json)
-            return
-        training = {"total_steps": steps, "num_workers": workers}
-        training |= {"random_seed": seed}
-        options: dict[str, Any] = {
-            "training": {key: value for key, value in training.items() if value is not None},
-            **({} if ray is None else {"ray": ray}),
-            **({} if imitate is None else {"demonstrations": {"policy": imitate}}),
-            **({} if epochs is None else {"trainer": {"epochs": epochs}}),
-        }
-        settings = policy_run.load_policy_run_config(task, config, set_ or [], options)
+            settings = policy_run.load_policy_run_config(task, config, set_ or [], asked)
+            folder = new_folder(out, settings.run.task, kind="policy-")
+            opened = policy_run.new_policy_run(settings, folder)
         if dry_run:
-            console.out(settings.model_dump_json(indent=2), highlight=False)
+            print_settings(console, settings)
             return
-        name = folder_name(settings.run.task, datetime.now(UTC))
-        folder = out or Path("runs") / f"policy-{name}"
-        opened = policy_run.new_policy_run(settings, folder)
-        _train(opened, folder, view, console, quiet=quiet, as_json=as_json)
+        view = TrainingView(console, quiet=quiet, as_json=as_json)
+        run, reports = _train(opened, folder, view)
+    _print_trained(console, run, reports, quiet=quiet, as_json=as_json)
+
+
+def _begun_folder(out: Path | None, of_its_own: Mapping[str, object]) -> Path:
+    """Return the folder of the training that is to go on, if it does so with its own settings."""
+    if out is None:
+        refuse_neither()
+    refuse_changes("a training", [name for name, value in of_its_own.items() if value is not None])
+    if not out.exists():
+        raise typer.BadParameter(
+            f"{out} is no run folder, it does not exist; name a task to begin a training there"
+        )
+    return out
+
+
+def _training_asked(
+    training: dict[str, int | None], *, epochs: int | None, ray: str | None, imitate: str | None
+) -> dict[str, Any]:
+    """Return the settings that the options of a new training ask for."""
+    return settings_asked(
+        epochs=epochs,
+        training=settings_asked(**training),
+        ray=ray,
+        demonstrations=None if imitate is None else {"policy": imitate},
+    )
 
 
 def _train(
-    opened: AbstractContextManager["PolicyRun"],
-    folder: Path,
-    view: TrainingView,
-    console: Console,
-    *,
-    quiet: bool,
-    as_json: bool,
-) -> None:
-    """Train to the end, and tell what came of it.
+    opened: AbstractContextManager["PolicyRun"], folder: Path, view: TrainingView
+) -> tuple["PolicyRun", list["TrainingReport"]]:
+    """Train to the end, and return what came of it.
 
     A training that is stopped, or comes to nothing, is told without a traceback.
     """
-    from esper.rl.policy_run import can_go_on  # noqa: PLC0415 – an optional extra
-    from esper.rl.policy_training import PolicyDivergedError  # noqa: PLC0415
+    from esper.rl.policy_training import PolicyDivergedError  # noqa: PLC0415 – an optional extra
     from esper.rl.workers import WorkersFailedError  # noqa: PLC0415
-
-    def onward() -> str:
-        if can_go_on(folder):
-            return f"go on with: {program()} policy train --out {shlex.quote(str(folder))}"
-        return "nothing was learned yet; begin anew, in another folder"
 
     reports: list[TrainingReport] = []
     try:
@@ -162,32 +171,53 @@ def _train(
                     reports.append(report)
                     view.rollout(report)
     except KeyboardInterrupt:
-        typer.echo(f"stopped; {onward()}", err=True)
-        raise typer.Exit(130) from None
+        tell_interrupted(_way_on(folder))
+        raise typer.Exit(EXIT_INTERRUPTED) from None
     except (PolicyDivergedError, WorkersFailedError) as error:
         typer.echo(_whole(error), err=True)
         if isinstance(error, WorkersFailedError):  # what diverged would come to the same again
-            typer.echo(onward(), err=True)
+            typer.echo(_way_on(folder), err=True)
         raise typer.Exit(1) from error
+    return run, reports
+
+
+def _way_on(folder: Path) -> str:
+    """Return what can be done with a training that was stopped."""
+    from esper.rl.policy_run import can_go_on  # noqa: PLC0415 – an optional extra
+
+    if can_go_on(folder):
+        return f"go on with: {command_line('policy', 'train', '--out', folder)}"
+    return "nothing was learned yet; begin anew, in another folder"
+
+
+def _print_trained(
+    console: Console,
+    run: "PolicyRun",
+    reports: Sequence["TrainingReport"],
+    *,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Print what a training came to, where its policy is, and what can be done with that."""
     if quiet:
         console.out(str(run.policy_file), highlight=False)
-    elif as_json:
+        return
+    if as_json:
         summary = {"kind": "summary", "folder": str(run.folder), "policy": str(run.policy_file)}
         console.out(json.dumps(summary), highlight=False)
-    else:
-        print_training(console, reports, resumed_at=run.resumed_at)
-        _print_ways_on(console, run)
-
-
-def _print_ways_on(console: Console, run: "PolicyRun") -> None:
+        return
+    print_training(console, reports, resumed_at=run.resumed_at)
     console.print()
-    task, file = shlex.quote(run.config.run.task), shlex.quote(str(run.policy_file))
-    for what, command in (
-        ("policy", str(run.policy_file)),
-        ("deploy it", f"{program()} grow {task} --policy {file}"),
-        ("weigh it", f"{program()} policy eval {task} --policy {file} --policy random"),
+    task, file = run.config.run.task, run.policy_file
+    for what, way in (
+        ("policy", str(file)),
+        ("deploy it", command_line("grow", task, "--policy", file)),
+        (
+            "weigh it",
+            command_line("policy", "eval", task, "--policy", file, "--policy", "random"),
+        ),
     ):
-        console.print(f"{what:11} {command}", highlight=False, soft_wrap=True, markup=False)
+        console.print(f"{what:11} {way}", highlight=False, soft_wrap=True, markup=False)
 
 
 def _whole(error: BaseException) -> str:
@@ -195,18 +225,11 @@ def _whole(error: BaseException) -> str:
     return "\n".join([str(error), *getattr(error, "__notes__", ())])
 
 
-def _refuse(**given: Any) -> None:
-    named = [f"--{name.rstrip('_')}" for name, value in given.items() if value is not None]
-    if named:
-        raise typer.BadParameter(
-            f"a training goes on with its own settings, and {', '.join(named)} would change them; "
-            "leave that out, or name a task and another folder"
-        )
-
-
 @policy.command("eval")
 def eval_(
-    task: Annotated[str, typer.Argument(help="Whose runs the policies decide for.")],
+    task: Annotated[
+        str, typer.Argument(metavar="TASK", help="Whose runs the policies decide for.")
+    ],
     names: Annotated[
         list[str] | None,
         typer.Option(
@@ -239,7 +262,11 @@ def eval_(
         ),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder; one begun before goes on where it was.")
+        Path | None,
+        typer.Option(
+            help="Folder; default runs/policy-eval-TASK-TIME. One begun before goes on where it "
+            "was."
+        ),
     ] = None,
     processes: Annotated[
         int | None, typer.Option(min=1, help="Runs at a time; default one per CPU.")
@@ -248,53 +275,76 @@ def eval_(
     as_json: AsJson = False,
 ) -> None:
     """Let policies decide for the same runs of TASK with as many operations, and compare."""
-    if quiet and as_json:
-        raise typer.BadParameter("--quiet and --json exclude each other")
+    refuse_both(quiet=quiet, as_json=as_json)
     console = Console()
     with _errors():
-        from esper.rl import evaluation  # noqa: PLC0415 – an optional extra
-        from esper.rl.policy_run import SECTIONS, load_policy_run_config  # noqa: PLC0415
-
-        options: dict[str, Any] = {"count_flops": True}
-        if epochs is not None:
-            options["trainer"] = {"epochs": epochs}
-        given = set_ or []
-        _refuse_training_settings(given, {*SECTIONS} - {"rewards"})
-        gamma = [one for one in given if one.startswith("rewards.gamma=")]
-        alike = [one.replace("rewards", "training", 1) for one in gamma]  # as a training wants it
-        loaded = load_policy_run_config(task, config, [*given, *alike], options)
-        chosen = {
-            "run": loaded.run,
-            "policies": tuple(policy_of_anywhere(policy) for policy in names or POLICY_NAMES),
-            "random_seeds": tuple(range(first_seed, first_seed + seeds)),
-            "rewards": loaded.rewards,
-            "budget_of": policy_of_anywhere(budget_of),
-        }
-        try:
-            settings = evaluation.EvaluationConfig.model_validate(chosen)
-        except ValidationError as error:
-            raise SettingsError(explain(error, evaluation.EvaluationConfig)) from error
-        name = folder_name(settings.run.task, datetime.now(UTC))
-        path = out or Path("runs") / f"policy-eval-{name}"
-        if not evaluation.holds_evaluation(path):
-            evaluation.check_policies(settings)
-        folder = evaluation.EvaluationFolder(path, settings)
+        settings = _evaluation_settings(
+            task,
+            config,
+            set_ or [],
+            epochs,
+            policies=tuple(policy_of_anywhere(policy) for policy in names or POLICY_NAMES),
+            random_seeds=tuple(range(first_seed, first_seed + seeds)),
+            budget_of=policy_of_anywhere(budget_of),
+        )
+        folder = _open_evaluation(new_folder(out, settings.run.task, kind="policy-eval-"), settings)
         view = EvaluationView(console, settings, quiet=quiet, as_json=as_json)
-        try:
-            with view:
-                done = evaluation.evaluate(
-                    settings, folder, processes=processes or os.cpu_count() or 1, on_run=view.run
-                )
-        except KeyboardInterrupt:
-            typer.echo(f"stopped; the same command with --out {path} goes on", err=True)
-            raise typer.Exit(130) from None
+        done = _evaluate(folder, settings, view, processes or os.cpu_count() or 1)
     if quiet:
-        console.out(str(path), highlight=False)
+        console.out(str(folder.path), highlight=False)
     elif as_json:
-        console.out(json.dumps({"kind": "summary", "folder": str(path)}), highlight=False)
+        console.out(json.dumps({"kind": "summary", "folder": str(folder.path)}), highlight=False)
     else:
         print_evaluation(console, done)
-        console.print(f"\nfolder  {path}", highlight=False, soft_wrap=True, markup=False)
+        console.print(f"\nfolder  {folder.path}", highlight=False, soft_wrap=True, markup=False)
+
+
+def _evaluation_settings(
+    task: str, file: Path | None, given: Sequence[str], epochs: int | None, **chosen: Any
+) -> "EvaluationConfig":
+    """Return the settings of an evaluation.
+
+    Raises:
+        SettingsError: One is wrong, or of a training only.
+    """
+    from esper.rl.evaluation import EvaluationConfig  # noqa: PLC0415 – an optional extra
+    from esper.rl.policy_run import SECTIONS, load_policy_run_config  # noqa: PLC0415
+
+    _refuse_training_settings(given, {*SECTIONS} - {"rewards"})
+    gamma = [one for one in given if one.startswith("rewards.gamma=")]
+    alike = [one.replace("rewards", "training", 1) for one in gamma]  # as a training wants it
+    asked = settings_asked(epochs=epochs, count_flops=True)
+    loaded = load_policy_run_config(task, file, [*given, *alike], asked)
+    try:
+        return EvaluationConfig.model_validate(
+            {"run": loaded.run, "rewards": loaded.rewards, **chosen}
+        )
+    except ValidationError as error:
+        raise SettingsError(explain(error, EvaluationConfig)) from error
+
+
+def _open_evaluation(path: Path, settings: "EvaluationConfig") -> "EvaluationFolder":
+    """Return the folder, begun if there was none: only where every policy can decide."""
+    from esper.rl import evaluation  # noqa: PLC0415 – an optional extra
+
+    if not evaluation.holds_evaluation(path):
+        evaluation.check_policies(settings)
+    return evaluation.EvaluationFolder(path, settings)
+
+
+def _evaluate(
+    folder: "EvaluationFolder", settings: "EvaluationConfig", view: EvaluationView, processes: int
+) -> "Evaluation":
+    """Make the runs that are missing, and show how far they are."""
+    from esper.rl import evaluation  # noqa: PLC0415 – an optional extra
+
+    try:
+        with view:
+            return evaluation.evaluate(settings, folder, processes=processes, on_run=view.run)
+    except KeyboardInterrupt:
+        out = shlex.quote(str(folder.path))
+        tell_interrupted(f"the same command with --out {out} goes on")
+        raise typer.Exit(EXIT_INTERRUPTED) from None
 
 
 def _refuse_training_settings(settings: Sequence[str], sections: Collection[str]) -> None:

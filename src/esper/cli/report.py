@@ -50,7 +50,7 @@ _CANNOT_SHOW = (
 def report(
     run: Annotated[
         Path,
-        typer.Argument(help="Folder as grow, compare or policy train print it."),
+        typer.Argument(metavar="RUN", help="Folder as grow, compare or policy train print it."),
     ],
     out: Annotated[
         Path | None, typer.Option(help=f"File to write; default {REPORT_FILE} in the folder.")
@@ -77,7 +77,7 @@ def report(
         content = _page(run, beside)
         if png is not None:
             title, charts = _pictures(run, beside)
-            draw_charts(title, _chosen(charts, only), png)
+            _draw(title, _chosen(charts, only), png)
         target = out or run / REPORT_FILE
         target.write_text(content, encoding="utf-8")
     except _CANNOT_SHOW as error:
@@ -87,6 +87,15 @@ def report(
         console.print(f"picture  {png}", highlight=False, soft_wrap=True)
     if open_ and not webbrowser.open(target.resolve().as_uri()):
         console.print("no browser was found here; copy the file to where there is one")
+
+
+def _draw(title: str, charts: Sequence[Chart], target: Path) -> None:
+    try:
+        draw_charts(title, charts, target)
+    except NothingToDrawError:
+        raise
+    except ValueError as error:  # matplotlib's: no picture's file is called so
+        raise typer.BadParameter(f"--png {target}: {error}") from error
 
 
 def _chosen(charts: Sequence[Chart], only: Sequence[str] | None) -> Sequence[Chart]:

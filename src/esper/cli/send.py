@@ -11,8 +11,10 @@ from rich.console import Console
 from esper.bus.bus import BusRefusedError, BusUnavailableError
 from esper.bus.command_sender import CommandSender, NoAnswerError, this_user
 from esper.bus.messages import AnswerMessage
+from esper.cli.command_line import command_line
+from esper.cli.kept_settings import kept_settings
 from esper.experiments.bus_connection import open_run_bus
-from esper.experiments.config import RunConfig
+from esper.experiments.settings import SettingsError
 from esper.lifecycle.actions import Operation, action_from_dump
 from esper.lifecycle.commands import Act, Command, Pause, Resume, SaveCheckpoint, Stop
 from esper.signing import KeyFileError, Keyring
@@ -41,7 +43,8 @@ EXIT_NOT_HEARD = 3
 
 def send(
     run: Annotated[
-        str, typer.Argument(help="Run folder; or, with --bus, the id of a run anywhere.")
+        str,
+        typer.Argument(metavar="RUN", help="Run folder; or, with --bus, the id of a run anywhere."),
     ],
     words: Annotated[
         list[str], typer.Argument(metavar="COMMAND", help=f"One of: {'; '.join(_WORDS)}.")
@@ -138,15 +141,14 @@ def _addressed(run: str, bus: str | None, key_file: Path | None) -> tuple[str, s
         return run, bus, key_file
     try:
         reader = RunReader(Path(run))
-        config = RunConfig.model_validate(reader.config())
-    except (RunFolderError, ValidationError) as error:
+        config = kept_settings(reader)
+    except (RunFolderError, SettingsError) as error:
         hint = "; of a run on another machine give its id, and --bus" if bus is None else ""
         raise typer.BadParameter(f"{error}{hint}") from error
     if not is_written(Path(run)):
-        raise typer.BadParameter(
-            f"no process trains {run} now, it is {reader.standing}; start it again with "
-            "esper resume"
-        )
+        standing = reader.standing
+        onward = "" if standing == "finished" else f"; go on with: {command_line('resume', run)}"
+        raise typer.BadParameter(f"no process trains {run} now, it is {standing}{onward}")
     address = bus or config.bus.commands
     if address is None:
         raise typer.BadParameter(

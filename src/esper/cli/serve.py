@@ -27,7 +27,9 @@ _STATE_STYLES = {
 
 
 def serve(
-    config: Annotated[Path, typer.Argument(help="TOML file of jobs and services.")],
+    config: Annotated[
+        Path, typer.Argument(metavar="CONFIG", help="TOML file of jobs and services.")
+    ],
     check: Annotated[
         bool, typer.Option("--check", help="Only look whether all of it could be started.")
     ] = False,

@@ -3,9 +3,10 @@
 import json
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -44,7 +45,10 @@ _STYLES: dict[str, str] = {
 def status(
     where: Annotated[
         Path | None,
-        typer.Argument(help="Folder of esper serve, or its config file; default serve."),
+        typer.Argument(
+            metavar="FOLDER|CONFIG",
+            help="Folder of esper serve, or its config file; default serve.",
+        ),
     ] = None,
     bus: Annotated[
         str | None,
@@ -57,7 +61,8 @@ def status(
 ) -> None:
     """Show what runs, since when, and why not.
 
-    Ends with 0 if all is well, 1 if something is given up or silent, 3 if nobody serves.
+    Ends with 0 if all is well, 1 if something is given up or silent, 3 if nobody serves or the
+    bus cannot be reached.
     """
     if bus is not None and where is not None:
         raise typer.BadParameter(f"--bus and {where} exclude each other")
@@ -85,10 +90,7 @@ def _from_folder(console: Console, folder: Path, *, as_json: bool) -> int:
     try:
         found = read_status(folder)
     except StatusError as error:
-        if as_json:
-            console.out(json.dumps({"served": False, "problem": str(error)}), highlight=False)
-        else:
-            console.print(str(error), highlight=False, soft_wrap=True)
+        _print_problem(console, {"served": False}, error, as_json=as_json)
         return _NOBODY
     served = is_served(folder)
     age = time.time() - found.time_seconds
@@ -182,14 +184,26 @@ def _print_lines(console: Console, found: ServeStatus) -> None:
                 console.print(Text(f"  {line}", "dim"), soft_wrap=True)
 
 
+def _print_problem(
+    console: Console, standing: dict[str, Any], problem: Exception, *, as_json: bool
+) -> None:
+    """Print why nothing is known of anything."""
+    if as_json:
+        console.out(json.dumps({**standing, "problem": str(problem)}), highlight=False)
+    else:
+        console.print(str(problem), markup=False, highlight=False, soft_wrap=True)
+
+
 def _from_bus(console: Console, address: str, key_file: Path | None, *, as_json: bool) -> int:
     """Print what was told over a bus, and return the exit code."""
     try:
         keyring = Keyring.of_user() if key_file is None else Keyring.from_file(key_file)
-        bus = open_run_bus(address)
-        found = read_health(bus, keyring, now_seconds=time.time())
-        bus.close()
-    except (BusRefusedError, BusUnavailableError, KeyFileError, ModuleNotFoundError) as error:
+        with closing(open_run_bus(address)) as bus:
+            found = read_health(bus, keyring, now_seconds=time.time())
+    except BusUnavailableError as error:
+        _print_problem(console, {"services": []}, error, as_json=as_json)
+        return _NOBODY
+    except (BusRefusedError, KeyFileError, ModuleNotFoundError) as error:
         raise typer.BadParameter(str(error)) from error
     except ValueError as error:
         raise typer.BadParameter(f"--bus: {error}") from error

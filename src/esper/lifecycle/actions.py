@@ -218,7 +218,8 @@ def check_action(state: GrowthState, action: Action) -> None:
 
     Raises:
         IllegalAction: The slot is unknown, its stage does not allow the operation, or the
-            blueprint does not fit it; the message lists what is allowed.
+            blueprint does not fit it; the message lists what is allowed. Whether one fits with
+            options, the slot tells when it builds.
     """
     if isinstance(action, Wait):
         return
@@ -233,7 +234,7 @@ def check_action(state: GrowthState, action: Action) -> None:
         )
     if isinstance(action, Germinate):
         names = [choice.name for choice in slot.choices]
-        if action.blueprint not in names:
+        if action.blueprint not in names and not action.options:  # it may fit with these
             raise IllegalAction(
                 f"blueprint {action.blueprint!r} does not fit slot {slot.path!r}; "
                 f"fitting: {', '.join(names)}"

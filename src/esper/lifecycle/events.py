@@ -208,13 +208,14 @@ class GradientHealthMeasured(_Event):
     host_norm: float
     seed_norm: float
     ratio: float | None
-    nonfinite_gradients: int
+    nonfinite_steps: int
+    """Since the seed was born: those in which a gradient of it was not finite, and became zero."""
     vanishing: bool
     exploding: bool
 
     @property
     def priority(self) -> Priority:
-        unhealthy = self.exploding or self.nonfinite_gradients > 0
+        unhealthy = self.exploding or self.nonfinite_steps > 0
         return Priority.WARNING if unhealthy else Priority.NORMAL
 
 
@@ -308,15 +309,18 @@ class BreakerChanged(_Event):
 
 
 class StepSkipped(_Event):
-    """The governor kept a bad step from the optimizer."""
+    """The governor, or with float16 the loss scaler, kept a bad step from the optimizer."""
 
     type: Literal["step_skipped"] = "step_skipped"
     reason: str
     value: float
+    loss_scale: float | None = None
+    """At which a gradient was not finite, and which is lowered therefore; None: the governor's."""
 
     @property
     def priority(self) -> Priority:
-        return Priority.CRITICAL
+        at_work = self.loss_scale is not None and self.loss_scale >= 1.0
+        return Priority.NORMAL if at_work else Priority.CRITICAL
 
 
 class SeedBlamed(_Event):

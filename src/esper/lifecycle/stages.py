@@ -70,15 +70,25 @@ TRANSITIONS: Mapping[SeedStage, frozenset[SeedStage]] = MappingProxyType(
 
 
 class IllegalTransition(ValueError):  # noqa: N818 - says what was asked, not what broke
-    """A stage change that the table does not list."""
+    """A stage change that the table does not list, or that cannot be made now.
 
-    def __init__(self, current: SeedStage, requested: SeedStage, *, subject: str) -> None:
+    Args:
+        current: The stage to leave.
+        requested: The stage to enter.
+        subject: Who changes stage, as the error should call it.
+        problem: What is wrong where the table is not: follows the subject in the error.
+    """
+
+    def __init__(
+        self, current: SeedStage, requested: SeedStage, *, subject: str, problem: str | None = None
+    ) -> None:
         legal = sorted(stage.name for stage in TRANSITIONS[current])
         allowed = ", ".join(legal) if legal else "none: this stage is final"
-        super().__init__(
-            f"{subject} cannot go from {current.name} to {requested.name}; "
+        not_listed = (
+            f"cannot go from {current.name} to {requested.name}; "
             f"legal from {current.name}: {allowed}"
         )
+        super().__init__(f"{subject} {problem or not_listed}")
         self.current = current
         self.requested = requested
 

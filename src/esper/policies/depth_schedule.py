@@ -279,7 +279,7 @@ def _on_trial(slot: SlotState) -> bool:
 
 def _check_fits(slot: SlotState, blueprint: str, options: dict[str, Any]) -> None:
     fitting = [choice.name for choice in slot.choices]
-    if blueprint not in fitting:
+    if blueprint not in fitting and options.get(_SOURCE_OPTION) is None:
         raise ValueError(
             f"blueprint {blueprint!r} of the schedule does not fit slot {slot.path!r}; fitting: "
             f"{', '.join(fitting) or 'none'}"

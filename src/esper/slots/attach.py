@@ -10,16 +10,18 @@ from torch import nn
 
 from esper.lifecycle.stages import LIVING_STAGES
 from esper.seeds.registry import Family
+from esper.slots.batch_dimension import refuse_unless_batch_first
 from esper.slots.call_arguments import first_parameter
 from esper.slots.config import SlotConfig, choose
 from esper.slots.placement import SLOT_NAME, place, remove_slots
-from esper.slots.probe import feature_layout, observe_features
+from esper.slots.probe import feature_layout, observe_features, seed_dtype
 from esper.slots.slot import SeedSlot
 from esper.slots.slot_set import SlotSet
 
 _CONTAINERS_WITHOUT_FORWARD = (nn.ModuleList, nn.ModuleDict)
 
 
+@torch.inference_mode(mode=False)
 def attach(
     model: nn.Module,
     targets: str | Sequence[str],
@@ -46,7 +48,7 @@ def attach(
     Raises:
         ValueError: A target matches nothing, the model already has slots or cannot run on the
             example, a target was not run or ran several times, or its features have a layout that
-            slots do not take.
+            slots do not take, as one whose first dimension is not the batch.
         TypeError: A target's output is no floating-point tensor, or the target has no forward.
         RuntimeError: The model is compiled, wrapped or scripted.
         In each case the model is as it was.
@@ -67,10 +69,13 @@ def attach(
     features = observe_features(model, locations, example)
     configs = _configs(paths, config)
     families = _families(paths, family)
-    layouts = {}
+    layouts, dtypes = {}, {}
     for path, calls in features.items():
         _refuse_unless_once(path, len(calls))
-        layouts[path] = feature_layout(path, calls[0], families.get(path))
+        dtypes[path] = seed_dtype(model, path, calls[0])
+        layouts[path] = feature_layout(path, calls[0], families.get(path), dtype=dtypes[path])
+    first_calls = {path: calls[0] for path, calls in features.items()}
+    refuse_unless_batch_first(model, locations, first_calls, example)
     slots = SlotSet(model)
     try:
         for path, location in locations.items():
@@ -79,7 +84,7 @@ def attach(
                 layouts[path],
                 configs[path],
                 device=features[path][0].tensor.device,
-                dtype=features[path][0].tensor.dtype,
+                dtype=dtypes[path],
                 call=features[path][0].call,
                 first_parameter=first_parameter(location),
                 owner=slots,

@@ -17,6 +17,17 @@ class SeedBranch(nn.Module):
 
     The gate of the GATE operator is part of the branch: in the state dict, in the optimizer, and
     gone with the seed.
+
+    Args:
+        seed: Computes the increment.
+        blueprint: That built it.
+        options: That it was built with.
+        blend_operator: What makes `u` of its increment.
+        family: How the features are laid out.
+        dim: Their width.
+        casts: The seed and its gate read the features and the call's arguments in the dtype of
+            their own parameters. For hosts that autocast inside a module, and go on with its
+            half-precision features outside.
     """
 
     def __init__(
@@ -28,11 +39,13 @@ class SeedBranch(nn.Module):
         blend_operator: BlendOperator,
         family: Family,
         dim: int,
+        casts: bool = False,
     ) -> None:
         super().__init__()
         self.blueprint = blueprint
         self.options = dict(options)
         self.blend_operator = blend_operator
+        self.casts = casts
         self.seed = seed
         self.gate = (
             SampleGate(dim, channels_first=family is Family.CNN)
@@ -72,6 +85,9 @@ class SeedBranch(nn.Module):
             severed: Cut what the seed and its gate computed off the graph; the operator's own use
                 of `features` stays in it.
         """
+        if self.casts:
+            dtype = next((p.dtype for p in self.parameters()), seed_input.dtype)
+            seed_input, call = seed_input.to(dtype), call.to(seed_input.device, dtype)
         gate = None if self.gate is None else self.gate(seed_input)
         if isinstance(self.seed, ContextualSeed):
             increment = self.seed.increment(seed_input, *call.args, **call.kwargs)

@@ -52,12 +52,14 @@ class FeatureLayout:
         shape: With the example's batch size first.
         dim: The feature width: C, or D.
         overwritten: The host changes the features in place later on, as an in-place ReLU does.
+        cast: They arrive outside autocast, and in another dtype than seeds have.
     """
 
     family: Family
     shape: tuple[int, ...]
     dim: int
     overwritten: bool = False
+    cast: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,6 +161,7 @@ def build_branch(order: SeedOrder) -> SeedBranch:
         blend_operator=order.blend_operator,
         family=layout.family,
         dim=layout.dim,
+        casts=layout.cast,
     )
 
 
@@ -314,11 +317,12 @@ def _rehearse_step(
     if order.objective is not None and increment.shape == features.shape:
         learned = straight_through(features, increment, objective=order.objective)
     learned.float().square().sum().backward()
-    count = torch.zeros((), device=order.device, dtype=torch.int32)
+    broken = torch.zeros((), device=order.device, dtype=torch.bool)
     for parameter in branch.parameters():
         if parameter.grad is not None:
-            zero_if_broken(parameter.grad, lambda: count)
+            zero_if_broken(parameter.grad, lambda: broken)
     gradient_norm(branch.parameters())
+    torch.zeros((), device=order.device, dtype=torch.int32).add_(broken)  # as at a tick
 
 
 def _measure(

@@ -15,20 +15,20 @@ class GradientGuard:
     - `frozen`: the gradient is dropped, so every optimizer skips the parameter: no momentum, no
       weight decay. `requires_grad` stays as it is, and with it the compiled graph.
     - `sanitising`: a gradient with an inf or NaN becomes zero before GradScaler or clipping can
-      see it, so that an isolated seed cannot make the host skip a step. Counted on the device.
+      see it, so that an isolated seed cannot make the host skip a step. Noted on the device.
 
     Never waits for the device.
 
     Args:
         module: The living seed's branch.
-        count: Returns the 0-dim integer tensor, on the branch's device, that counts zeroed
-            gradients; asked each time, since a device move replaces it.
+        broken: Returns the 0-dim bool tensor, on the branch's device, that becomes true where a
+            gradient is zeroed; asked each time, since a device move replaces it.
     """
 
-    def __init__(self, module: nn.Module, count: Callable[[], Tensor]) -> None:
+    def __init__(self, module: nn.Module, broken: Callable[[], Tensor]) -> None:
         self.frozen = False
         self.sanitising = True
-        self._count = count
+        self._broken = broken
         self._handles = [
             _on_gradient(parameter, self._arrived)
             for parameter in module.parameters()
@@ -48,15 +48,15 @@ class GradientGuard:
         if self.frozen:
             parameter.grad = None
         elif self.sanitising:
-            zero_if_broken(local_part(gradient), self._count)
+            zero_if_broken(local_part(gradient), self._broken)
 
 
-def zero_if_broken(gradient: Tensor, count: Callable[[], Tensor]) -> None:
-    """Make a gradient zero, in place, and count it, if it has an inf or NaN; no synchronisation.
+def zero_if_broken(gradient: Tensor, told: Callable[[], Tensor]) -> None:
+    """Make a gradient zero, in place, and tell it, if it has an inf or NaN; no synchronisation.
 
     Args:
         gradient: What of it is in this process.
-        count: Returns the 0-dim integer tensor, on the gradient's device, to count in.
+        told: Returns the 0-dim bool tensor, on the gradient's device, that becomes true then.
     """
     if gradient.numel() == 0:  # no part of it is here
         return
@@ -68,7 +68,7 @@ def zero_if_broken(gradient: Tensor, count: Callable[[], Tensor]) -> None:
         lowest, highest = torch.aminmax(gradient)
         broken = torch.add(lowest * 0.0, highest, alpha=0.0).isnan()
     gradient.masked_fill_(broken, 0.0)
-    count().add_(broken)
+    told().logical_or_(broken)
 
 
 def _on_gradient(parameter: nn.Parameter, hook: Callable[[Tensor], None]) -> RemovableHandle:

@@ -13,6 +13,10 @@ from esper.slots.sharded import is_sharded, whole
 VANISHING_RATIO = 1e-4
 EXPLODING_RATIO = 1e3
 
+NONFINITE_FRACTION = 0.5
+LEAST_NONFINITE_STEPS = 3
+"""A seed is lost whose gradients were not finite in so many of its steps, and in such a part."""
+
 _SOON_STEPS = 10
 
 
@@ -36,6 +40,12 @@ class GradientReading:
         """Whether the ratio lies above `EXPLODING_RATIO`, or a norm is not finite."""
         finite = math.isfinite(self.seed_norm) and math.isfinite(self.host_norm)
         return not finite or (self.ratio is not None and self.ratio > EXPLODING_RATIO)
+
+
+def is_lost(nonfinite_steps: int, *, steps: int) -> bool:
+    """Return whether a seed's gradients were not finite too often for a few batches to be why."""
+    many = nonfinite_steps >= LEAST_NONFINITE_STEPS
+    return many and nonfinite_steps >= NONFINITE_FRACTION * steps
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:

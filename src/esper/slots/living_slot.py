@@ -24,7 +24,6 @@ from esper.slots.life import SeedLife
 from esper.slots.measurements import SeedMeasurements
 from esper.slots.slot_forward import ForwardKind, ForwardMode, SlotForward
 from esper.slots.slot_owner import SlotOwner
-from esper.slots.slot_snapshot import SeedRecipe, SlotSnapshot
 
 _WITHOUT_A_SHADOW = (
     "{subject} learns in shadow, and no shadow pass was made in this step, so that it would never "
@@ -51,7 +50,8 @@ _FORCEABLE = LIVING_STAGES - {SeedStage.GERMINATED}
 class LivingSlot(SlotForward):
     """Knows its seed's life, and keeps what the forward reads in step with it.
 
-    The base of `SeedSlot`, whose methods change that life.
+    The base of `KeptSlot`, whose state can be taken and given back, and so of `SeedSlot`, whose
+    methods change that life.
     """
 
     def __init__(
@@ -73,9 +73,14 @@ class LivingSlot(SlotForward):
         self.first_parameter = first_parameter
         self.hook_handle: RemovableHandle | None = None
         self.committed: list[CommittedSeed] = []
-        self.nonfinite_gradients: Tensor
+        self.nonfinite_steps: Tensor
+        """Optimizer steps in which a gradient of the living, isolated seed was not finite."""
         count = torch.zeros((), device=device, dtype=torch.int32)
-        self.register_buffer("nonfinite_gradients", count, persistent=False)
+        self.register_buffer("nonfinite_steps", count, persistent=False)
+        self._nonfinite_now: Tensor
+        """Whether one was since the last tick."""
+        now = torch.zeros((), device=device, dtype=torch.bool)
+        self.register_buffer("_nonfinite_now", now, persistent=False)
         self._owner: SlotOwner | None = owner
         self._guard: GradientGuard | None = None
         self._shadow_passes = 0
@@ -239,35 +244,6 @@ class LivingSlot(SlotForward):
         finally:
             self.measured_as = before
 
-    def snapshot(self) -> SlotSnapshot:
-        """Return all of the slot that is neither in the state dict nor a tensor."""
-        living = self.living
-        return SlotSnapshot(
-            family=self.family,
-            dim=self.dim,
-            config=self.config,
-            committed=tuple(self.committed),
-            living=None if living is None else SeedRecipe.of(living),
-            life=self._life.snapshot(),
-        )
-
-    def growth_state(self) -> dict[str, Any]:
-        """Return what of the slot is not in the model's state dict; tensors are copies.
-
-        Raises:
-            RuntimeError: A seed's forward has raised, and `tick` has not pruned it yet.
-        """
-        if self._failure is not None:
-            raise RuntimeError(
-                f"{self._life.subject} has raised {self._failure} and is about to be pruned; call "
-                "tick(), then take the state"
-            )
-        return {
-            "slot": self.snapshot().model_dump(mode="json"),
-            "nonfinite_gradients": self.nonfinite_gradients.clone(),
-            "random_stream": None if self._stream is None else self._stream.state_dict(),
-        }
-
     @property
     def owner(self) -> SlotOwner | None:
         """The set this slot belongs to; None in a copy of the model."""
@@ -339,9 +315,20 @@ class LivingSlot(SlotForward):
             if life.steps_in_stage > 1:  # a seed may have begun after this step's forward
                 raise RuntimeError(_WITHOUT_A_SHADOW.format(subject=life.subject))
             return
-        life.measurements.training_steps += learned
+        if self.training or self.learns_in_shadow:  # else the seed has not run
+            life.measurements.training_steps += learned
         if self._shadow_passes:
             self._shadow_passes, self._shadow_gradient_came = 0, False
+
+    def _count_nonfinite_step(self, *, learned: bool) -> None:
+        if self._guard is not None and self._guard.sanitising:
+            if learned:
+                self.nonfinite_steps.add_(self._nonfinite_now)
+            self._nonfinite_now.zero_()
+
+    def _forget_nonfinite_steps(self) -> None:
+        self.nonfinite_steps.zero_()
+        self._nonfinite_now.zero_()
 
     def _has_gradient(self) -> bool:
         return any(p.grad is not None for p in self._living_branch().parameters())

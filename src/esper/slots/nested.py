@@ -37,11 +37,20 @@ def to_device(value: Any, device: torch.device | None) -> Any:
         return value
     if isinstance(value, Tensor):
         return value.to(device, non_blocking=device.type == "cuda")
-    if all(tensor.device == device for tensor in tensors_in(value)):
-        return value
     if callable(getattr(value, "to", None)):
-        return value.to(device)
-    return _rebuilt(value, lambda item: to_device(item, device))
+        tensors = list(tensors_in(value))  # none in a batch that cannot be looked into
+        there = bool(tensors) and all(tensor.device == device for tensor in tensors)
+        return value if there else value.to(device)
+    changed = False
+
+    def moved(item: Any) -> Any:
+        nonlocal changed
+        there = to_device(item, device)
+        changed |= there is not item
+        return there
+
+    rebuilt = _rebuilt(value, moved)
+    return rebuilt if changed else value
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

@@ -1,6 +1,6 @@
 """One parameter group per slot, made once, so that the number of groups never changes."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -80,8 +80,9 @@ class OptimizerBinding:
         if scheduler is not None:
             _adopt_groups(scheduler, before, len(optimizer.param_groups))
         for slot in slots.values():
+            self._catch_up(slot)
             if slot.living is not None:
-                self._take(slot.living, held)
+                self._withdraw(slot.living.parameters())
                 self.add(slot.path, slot.living)
         self._handles: list[RemovableHandle] = [
             optimizer.register_step_pre_hook(self._step_begins),
@@ -123,7 +124,13 @@ class OptimizerBinding:
     def remove(self, path: str, branch: SeedBranch) -> None:
         """Empty the slot's group and drop the seed's optimizer state."""
         self._empty(self._groups()[path])
-        for parameter in branch.parameters():
+        self.forget(branch.parameters())
+
+    def forget(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Drop what is in no slot any more from every group, with its state and gradient."""
+        gone = list(parameters)
+        self._withdraw(gone)
+        for parameter in gone:
             self.optimizer.state.pop(parameter, None)
             parameter.grad = None
 
@@ -154,10 +161,7 @@ class OptimizerBinding:
             removed: Seeds that are in no slot any more.
         """
         for branch in removed:
-            self._withdraw(branch)
-            for parameter in branch.parameters():
-                self.optimizer.state.pop(parameter, None)
-                parameter.grad = None
+            self.forget(branch.parameters())
         own, host = self._groups(), self.optimizer.param_groups[0]
         for path, slot in self._slots.items():
             for index in range(len(slot.branches)):
@@ -169,7 +173,7 @@ class OptimizerBinding:
                 else:
                     right = all(GROUP_KEY not in group for group in places)
                 if not (places and right):
-                    self._withdraw(branch)
+                    self._withdraw(branch.parameters())
                     self._put(own[path] if lives else host, path, branch)
 
     def take_step(self) -> bool:
@@ -206,10 +210,16 @@ class OptimizerBinding:
             group["param_names"] = []
         self.optimizer.add_param_group({**group, "params": [], GROUP_KEY: path})
 
-    def _take(self, branch: SeedBranch, held: set[nn.Parameter]) -> None:
-        """Take a living seed out of the groups that the optimizer was built with."""
-        if not held.isdisjoint(branch.parameters()):
-            self._withdraw(branch)
+    def _catch_up(self, slot: SeedSlot) -> None:
+        """Do what commits and prunes would have done while the optimizer was not bound."""
+        group, host = self._groups()[slot.path], self.optimizer.param_groups[0]
+        for index in range(slot.num_committed):
+            branch = slot.branch(index)
+            if not set(branch.parameters()).isdisjoint(group["params"]):
+                self._withdraw(branch.parameters())
+                self._put(host, slot.path, branch)
+        living = set() if slot.living is None else set(slot.living.parameters())
+        self.forget([parameter for parameter in group["params"] if parameter not in living])
 
     @staticmethod
     def _put(group: dict[str, Any], path: str, branch: SeedBranch) -> None:
@@ -224,9 +234,9 @@ class OptimizerBinding:
         groups = self.optimizer.param_groups
         return [group for group in groups if not seed.isdisjoint(group["params"])]
 
-    def _withdraw(self, branch: SeedBranch) -> None:
-        """Take a branch's parameters out of every group."""
-        seed = set(branch.parameters())
+    def _withdraw(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Take parameters out of every group."""
+        seed = set(parameters)
         for group in self.optimizer.param_groups:
             keep = [index for index, p in enumerate(group["params"]) if p not in seed]
             for key in ("params", "param_names"):

@@ -124,6 +124,8 @@ class Features:
     tensor: Tensor
     call: CallArguments
     """What the module was called with besides."""
+    autocast: bool
+    """Whether autocast was on where they came out."""
     overwritten: bool
     """A later operation of the host changed the tensor in place, or a later module with
     `inplace=True` received it, as a dropout does that acts in training only."""
@@ -138,14 +140,15 @@ def observe_features(
         TypeError: A location's output is no tensor.
         ValueError: The model cannot run on the example.
     """
-    seen: dict[str, list[tuple[Tensor, CallArguments, int]]] = {path: [] for path in locations}
+    seen: dict[str, list[tuple[Tensor, CallArguments, bool, int]]] = {p: [] for p in locations}
     handed_over: set[int] = set()
 
     def recorder(path: str) -> Callable[[nn.Module, Any, Any, Any], None]:
         def record(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             features = first_tensor(output, path)
             call = CallArguments.of_call(args, kwargs, first_parameter(module))
-            seen[path].append((features, call, _changes(features)))
+            autocast = torch.is_autocast_enabled(features.device.type)
+            seen[path].append((features, call, autocast, _changes(features)))
 
         return record
 
@@ -168,9 +171,10 @@ def observe_features(
             Features(
                 tensor=tensor,
                 call=call,
+                autocast=autocast,
                 overwritten=_changes(tensor) != changes or _storage(tensor) in handed_over,
             )
-            for tensor, call, changes in calls
+            for tensor, call, autocast, changes in calls
         ]
         for path, calls in seen.items()
     }
@@ -185,13 +189,42 @@ def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-def feature_layout(path: str, observed: Features, family: Family | None) -> FeatureLayout:
+def seed_dtype(model: nn.Module, path: str, observed: Features) -> torch.dtype:
+    """Return what dtype seeds behind a module have: that of the features, but for autocast's.
+
+    Where autocast has made half-precision features out of float32 parameters, seeds are float32,
+    as a module would be that somebody writes there by hand.
+
+    Args:
+        model: The host.
+        path: Of the module.
+        observed: What came out of it.
+    """
+    made = observed.tensor.dtype
+    half = made in (torch.float16, torch.bfloat16)
+    if not half or (not observed.autocast and made in _parameter_dtypes(model)):
+        return made
+    nearest = _parameter_dtypes(model.get_submodule(path))
+    while path and not nearest:
+        path = path.rpartition(".")[0]
+        nearest = _parameter_dtypes(model.get_submodule(path))
+    return torch.float32 if torch.float32 in nearest else made
+
+
+def _parameter_dtypes(module: nn.Module) -> set[torch.dtype]:
+    return {p.dtype for p in module.parameters() if p.is_floating_point()}
+
+
+def feature_layout(
+    path: str, observed: Features, family: Family | None, *, dtype: torch.dtype
+) -> FeatureLayout:
     """Return family and width: 4 dimensions are `B C H W`, 2 or 3 are `B D` or `B T D`.
 
     Args:
         path: Of the module, for errors.
         observed: What came out of it.
         family: Overrides the rule, for maps with features in the last dimension.
+        dtype: Of seeds there.
 
     Raises:
         ValueError: The number of dimensions is another one, or not one of the family given.
@@ -216,4 +249,5 @@ def feature_layout(path: str, observed: Features, family: Family | None) -> Feat
         shape=tuple(features.shape),
         dim=dim,
         overwritten=observed.overwritten,
+        cast=features.dtype != dtype and not observed.autocast,
     )

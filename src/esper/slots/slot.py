@@ -1,7 +1,7 @@
 """The slot: what a host's forward meets, and where one seed after another lives."""
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,7 +21,6 @@ from esper.lifecycle.events import (
     SeedRescaled,
     SlotReset,
 )
-from esper.lifecycle.learning import Isolation, SeedObjective
 from esper.lifecycle.stages import (
     LIVING_STAGES,
     RECOVERY_PATH,
@@ -36,25 +35,21 @@ from esper.slots.committed_seed import CommittedSeed
 from esper.slots.config import choose
 from esper.slots.germination import (
     GerminationError,
-    SeedOrder,
-    build_again,
     derive_random_seed,
     parameters_finite,
     sprout,
     sprout_guarded,
     state_source,
-    with_own_source,
 )
 from esper.slots.gradient_guard import GradientGuard
+from esper.slots.kept_slot import KeptSlot
 from esper.slots.life import SeedLife
-from esper.slots.living_slot import LivingSlot
 from esper.slots.measurements import SeedMeasurements
 from esper.slots.modes import SeparateRandomStream
 from esper.slots.slot_forward import ForwardMode
-from esper.slots.slot_snapshot import SeedRecipe, SlotSnapshot
 
 
-class SeedSlot(LivingSlot):
+class SeedSlot(KeptSlot):
     """A place behind a host module where seeds grow, one living at a time.
 
     Made by `esper.attach`. The forward is the identity while no seed is in the path. Methods that
@@ -66,6 +61,7 @@ class SeedSlot(LivingSlot):
 
     # Growing
 
+    @torch.inference_mode(mode=False)
     def germinate(
         self,
         blueprint: str,
@@ -130,6 +126,7 @@ class SeedSlot(LivingSlot):
         self._stream = SeparateRandomStream(random_seed) if draws else None
         return [*events, registered, germinated]
 
+    @torch.inference_mode(mode=False)
     def foreseen(
         self,
         blueprint: str,
@@ -173,24 +170,6 @@ class SeedSlot(LivingSlot):
         life.enter(SeedStage.GERMINATED)
         self._follow_stage()
 
-    def _order(
-        self, blueprint: str, options: Mapping[str, Any], blend_operator: BlendOperator
-    ) -> SeedOrder:
-        behind = self.isolation is not Isolation.NONE
-        in_step = behind and self.config.objective is not SeedObjective.SHADOW
-        return SeedOrder(
-            blueprint=blueprint,
-            options=with_own_source(self.family, blueprint, options, own_path=self.path),
-            blend_operator=blend_operator,
-            layout=self.layout,
-            device=self.blend_alpha.device,
-            dtype=self.blend_alpha.dtype,
-            find_source=self._attached().copy_of_host_module,
-            call=self.example_call,
-            samples=self.example_samples,
-            objective=self.config.objective if in_step else None,
-        )
-
     def _register(self, life: SeedLife, branch: SeedBranch, state_of: str | None) -> Event:
         branch.train(self.training)
         self._attached().shard(branch)
@@ -202,8 +181,8 @@ class SeedSlot(LivingSlot):
             self.branches = before
             raise
         self._life = life
-        self.nonfinite_gradients.zero_()
-        self._guard = GradientGuard(branch, lambda: self.nonfinite_gradients)
+        self._forget_nonfinite_steps()
+        self._guard = GradientGuard(branch, lambda: self._nonfinite_now)
         return life.enter(SeedStage.GERMINATED)
 
     def advance(self, force: bool = False) -> list[Event]:
@@ -223,13 +202,17 @@ class SeedSlot(LivingSlot):
         life = self._life
         if self.fading:
             raise IllegalTransition(
-                life.stage, SeedStage.PRUNED, subject=f"{life.subject}, fading out,"
+                life.stage,
+                next_stage(life.stage),
+                subject=life.subject,
+                problem="is fading out and cannot advance",
             )
         if life.stage is SeedStage.DORMANT:
             raise IllegalTransition(
                 life.stage,
                 SeedStage.GERMINATED,
-                subject=f"{life.subject} needs germinate(blueprint), not advance(); it",
+                subject=life.subject,
+                problem="is DORMANT and needs germinate(blueprint), not advance()",
             )
         if life.stage in RECOVERY_PATH:
             return self._recover(force=force)
@@ -302,10 +285,12 @@ class SeedSlot(LivingSlot):
         """
         life = self._life
         if life.stage is not SeedStage.BLENDING or self.fading:
+            only = f"is {life.stage.name}; alpha can be set only in BLENDING"
             raise IllegalTransition(
                 life.stage,
                 SeedStage.BLENDING,
-                subject=f"{life.subject}: alpha can be set only in BLENDING; it",
+                subject=life.subject,
+                problem="is fading out; its alpha cannot be set" if self.fading else only,
             )
         known_curve = choose(AlphaCurve, curve, "curve")
         return self._start_ramp(target, steps, curve=known_curve, steepness=steepness)
@@ -374,67 +359,6 @@ class SeedSlot(LivingSlot):
         check_transition(current.stage, SeedStage.GERMINATED, subject=current.subject)
         return self._new_life(current.number)
 
-    # Restoring
-
-    def branches_of(self, snapshot: SlotSnapshot) -> list[SeedBranch]:
-        """Return the branches that a slot had, in their order; nothing is changed.
-
-        A branch that is here in the same place, built the same way, is taken as it is; others are
-        built anew, and their weights are yet to be loaded.
-
-        Raises:
-            BlueprintError: Unknown blueprint or option.
-            ValueError: The slot is another one, or a blueprint refuses an option's value or the
-                width, or builds another number of parameters than it did.
-
-        Effects: random streams are left as they were.
-        """
-        snapshot.check_fits(self.path, family=self.family, dim=self.dim, config=self.config)
-        branches: list[SeedBranch] = []
-        for index, recipe in enumerate(snapshot.recipes):
-            standing = self.branches[index] if index < len(self.branches) else None
-            if isinstance(standing, SeedBranch) and SeedRecipe.of(standing) == recipe:
-                branches.append(standing)
-            else:
-                order = self._order(recipe.blueprint, recipe.options, recipe.blend_operator)
-                branch = build_again(order, param_count=recipe.param_count, path=self.path)
-                self._attached().shard(branch)
-                branches.append(branch.train(self.training))
-        return branches
-
-    def load_growth_state(
-        self, snapshot: SlotSnapshot, state: Mapping[str, Any], branches: Sequence[SeedBranch]
-    ) -> list[SeedBranch]:
-        """Become what the slot was; `SlotSet.load_state_dict` does this.
-
-        Args:
-            snapshot: Of the slot.
-            state: As `growth_state` returned it.
-            branches: From `branches_of` of the snapshot.
-
-        Returns:
-            The branches that were here and are not any more.
-        """
-        self._drop_guard()
-        removed = [b for b in self.branches if isinstance(b, SeedBranch) and b not in branches]
-        if list(self.branches) != list(branches):
-            self.branches = nn.ModuleList(branches)
-        self.committed = list(snapshot.committed)
-        self.num_committed = len(self.committed)
-        self._life = self._new_life(snapshot.life.number)
-        self._life.go_on_from(snapshot.life)
-        self._failure = None
-        self._stream = None
-        if state["random_stream"] is not None:
-            self._stream = SeparateRandomStream(0)
-            self._stream.load_state_dict(state["random_stream"])
-        self.nonfinite_gradients.copy_(state["nonfinite_gradients"])
-        self.blend_alpha.fill_(self.alpha)
-        if self.living is not None:
-            self._guard = GradientGuard(self.living, lambda: self.nonfinite_gradients)
-        self._follow_stage()
-        return removed
-
     # Removing
 
     def prune(self, over_steps: int = 0, *, reason: str = "asked") -> list[Event]:
@@ -479,7 +403,7 @@ class SeedSlot(LivingSlot):
         life.measurements = SeedMeasurements()
         life.blueprint = life.fading_because = None
         self.blend_alpha.zero_()
-        self.nonfinite_gradients.zero_()
+        self._forget_nonfinite_steps()
         self._follow_stage()
         return [pruned, changed]
 
@@ -497,7 +421,8 @@ class SeedSlot(LivingSlot):
                 raise IllegalTransition(
                     life.stage,
                     SeedStage.RESETTING,
-                    subject=f"{life.subject}: {left} epochs of its embargo are left; it",
+                    subject=life.subject,
+                    problem=f"is EMBARGOED for {left} more epochs; advance(force=True) ends that",
                 )
         if life.stage is not SeedStage.RESETTING:
             return [life.enter(next_stage(life.stage))]
@@ -526,6 +451,7 @@ class SeedSlot(LivingSlot):
         if self._failure is not None:
             return self._remove_failed(self._failure)
         life.steps_in_stage += 1
+        self._count_nonfinite_step(learned=learned)
         if life.stage is SeedStage.TRAINING:
             self._count_training_step(learned=learned)
         if self.mode is not ForwardMode.BLENDED:

@@ -1,11 +1,8 @@
 """All slots of one model, and what they share: ownership, the optimizer, caches."""
 
-import difflib
-import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
@@ -16,27 +13,24 @@ from esper.lifecycle.events import CachesSwept, Event
 from esper.lifecycle.learning import Isolation, SeedObjective
 from esper.lifecycle.stages import SeedStage
 from esper.seeds.block_masks import block_masks
-from esper.seeds.copied_block import copy_module
-from esper.seeds.registry import blueprints
 from esper.slots.branch import SeedBranch
 from esper.slots.breaker import CircuitBreaker
-from esper.slots.caches import BoundedCache, CacheStatistics
-from esper.slots.germination import SeedOrder, fits
+from esper.slots.caches import CacheStatistics
+from esper.slots.fitting_blueprints import FittingBlueprints
 from esper.slots.gradient_health import GradientHealth, GradientReading
-from esper.slots.modes import SeparateRandomStream, device_of
+from esper.slots.host_copy import copy_of_host_module
+from esper.slots.modes import device_of
 from esper.slots.optimizer_binding import OptimizerBinding
 from esper.slots.ownership import HOST, OwnershipLedger
-from esper.slots.placement import SLOT_NAME, remove_slots
+from esper.slots.pruned_seeds import PrunedSeeds
 from esper.slots.replication import Replication, keep_out_of_wrappers
 from esper.slots.shadow_pass import teach_in_shadow
 from esper.slots.sharded import keep_sharded, whole
 from esper.slots.slot import SeedSlot
 from esper.slots.slot_snapshot import SlotSnapshot
-from esper.slots.state_fields import check_fields
+from esper.slots.state_fields import check_set_state, check_slot_states
 
 _LEARNING_STAGES = frozenset({SeedStage.TRAINING, SeedStage.BLENDING, SeedStage.PROBATIONARY})
-_FIELDS = ("slots", "gradient_health", "breakers", "binding")
-_SLOT_FIELDS = ("slot", "nonfinite_gradients", "random_stream")
 
 
 class SlotSet(Mapping[str, SeedSlot]):
@@ -57,10 +51,8 @@ class SlotSet(Mapping[str, SeedSlot]):
         """Whether the gradients of this step are averaged over processes."""
         self._slots: dict[str, SeedSlot] = {}
         self._breakers: dict[str, CircuitBreaker] = {}
-        self._shape_probes: BoundedCache[int | None] = BoundedCache(
-            max_entries=512, max_age_seconds=3600.0
-        )
-        self._removed: dict[str, list[weakref.ref[nn.Parameter]]] = {}
+        self._fitting = FittingBlueprints()
+        self._pruned = PrunedSeeds()
         self._host_parameters: list[nn.Parameter] | None = None
         self._living_slots: tuple[SeedSlot, ...] | None = None
         self._seeds_changed = 0
@@ -115,6 +107,7 @@ class SlotSet(Mapping[str, SeedSlot]):
             scheduler=scheduler,
             before_step=self._before_step,
         )
+        self.binding.forget(self._pruned.alive())
 
     def unbind(self) -> None:
         """Let go of the optimizer; its empty groups stay."""
@@ -239,10 +232,10 @@ class SlotSet(Mapping[str, SeedSlot]):
         """Let one epoch pass in every slot and sweep the caches."""
         events = [event for slot in self._slots.values() for event in slot.end_epoch()]
         self.gradient_health.decided()
-        self._shape_probes.sweep()
+        self._fitting.cache.sweep()
         self._renew_block_masks()
         caches: dict[str, CacheStatistics] = {
-            "shape_probes": self._shape_probes,
+            "shape_probes": self._fitting.cache,
             "block_masks": block_masks,
         }
         swept = CachesSwept(
@@ -372,7 +365,7 @@ class SlotSet(Mapping[str, SeedSlot]):
         Effects: random streams are left as they were. Weights are those of fresh seeds until the
         model's state dict is loaded.
         """
-        self._check_whole(state)
+        check_set_state(state, self._slots, health_fields=self.gradient_health.state_dict())
         if (state["binding"] is None) != (self.binding is None):
             bound = "no optimizer" if state["binding"] is None else "an optimizer"
             raise ValueError(f"the slots were bound to {bound} when their state was taken")
@@ -385,20 +378,6 @@ class SlotSet(Mapping[str, SeedSlot]):
             self.binding.load_state_dict(state["binding"])
         self._averaged = False
 
-    def _check_whole(self, state: Mapping[str, Any]) -> None:
-        """Raise ValueError if the slots are others or a field is missing."""
-        check_fields(state, _FIELDS, of="the slots")
-        self._check_slots(state["slots"])
-        health, binding = state["gradient_health"], state["binding"]
-        check_fields(health, self.gradient_health.state_dict(), of="gradient_health")
-        for owner, norms in health["norms"].items():
-            check_fields(norms, ("host", "seed"), of=f"the gradient norms of the {owner}")
-        for name, kept in state["breakers"].items():
-            check_fields(kept, CircuitBreaker(name).state_dict(), of=f"the breaker {name!r}")
-        if binding is not None:
-            check_fields(binding, ("steps",), of="the binding")
-            check_fields(binding["steps"], self._slots, of="the binding's steps")
-
     def restore(self, states: Mapping[str, Mapping[str, Any]]) -> None:
         """Give each slot back its seeds and its life; the part of `load_state_dict` about slots.
 
@@ -409,31 +388,17 @@ class SlotSet(Mapping[str, SeedSlot]):
             ValueError: As `load_state_dict`.
             BlueprintError: As `load_state_dict`.
         """
-        self._check_slots(states)
+        check_slot_states(states, self._slots)
         snapshots = {path: SlotSnapshot.from_dump(kept["slot"]) for path, kept in states.items()}
         branches = {path: self._slots[path].branches_of(snapshots[path]) for path in snapshots}
         removed: list[SeedBranch] = []
         for path, slot in self._slots.items():
             removed += slot.load_growth_state(snapshots[path], states[path], branches[path])
-            self._removed.pop(path, None)
+            self._pruned.forget(path)
         self._note_seeds_changed()
         self._renew_block_masks()
         if self.binding is not None:
             self.binding.regroup(removed)
-
-    def _check_slots(self, states: Mapping[str, Mapping[str, Any]]) -> None:
-        """Raise ValueError if the slots are others or a field of one is missing."""
-        if list(states) != list(self._slots):
-            raise ValueError(
-                f"the slots were {', '.join(states)}, and are {', '.join(self._slots)}; attach to "
-                "the same targets in the same order"
-            )
-        stream_fields = SeparateRandomStream(0).state_dict()
-        for path, kept in states.items():
-            check_fields(kept, _SLOT_FIELDS, of=f"slot {path!r}")
-            stream = kept["random_stream"]
-            if stream is not None:
-                check_fields(stream, stream_fields, of=f"the random stream of slot {path!r}")
 
     # What slots ask for
 
@@ -443,13 +408,7 @@ class SlotSet(Mapping[str, SeedSlot]):
 
     def choices(self, path: str) -> tuple[BlueprintChoice, ...]:
         """Return the blueprints that fit a slot, cheapest first."""
-        slot = self._slots[path]
-        fitting = [
-            BlueprintChoice(name=name, param_count=count)
-            for name in blueprints.names(slot.family)
-            if (count := self._param_count_if_fits(slot, name)) is not None
-        ]
-        return tuple(sorted(fitting, key=lambda choice: choice.param_count))
+        return self._fitting.of(self._slots[path])
 
     def check_unshared(self, path: str, seed: nn.Module) -> None:
         """Raise OwnershipError if a new seed shares a parameter."""
@@ -459,31 +418,14 @@ class SlotSet(Mapping[str, SeedSlot]):
         """Return a copy of a module of the host, without slots and seeds.
 
         Raises:
-            ValueError: The name is no string, or the host has no such module; the nearest ones are
-                listed. Or the host is sharded.
+            ValueError: As `esper.slots.host_copy`, or the host is sharded.
         """
         if self.sharded:
             raise ValueError(
                 f"source={name!r}: the host is sharded, and torch cannot copy a sharded module; "
                 "take a blueprint that is built anew"
             )
-        if not isinstance(name, str):
-            raise ValueError(  # noqa: TRY004 – as for any other value that names no module
-                f"source must be the path of a module of the host, got a {type(name).__name__}"
-            )
-        names = [path for path, _ in self.model.named_modules() if path and SLOT_NAME not in path]
-        if name not in names:
-            nearest = difflib.get_close_matches(str(name), names, n=3, cutoff=0.3)
-            hint = f"; did you mean {' or '.join(map(repr, nearest))}?" if nearest else ""
-            raise ValueError(
-                f"source={name!r}: {type(self.model).__name__} has no such module{hint}"
-            )
-        module = copy_module(self.model.get_submodule(name))
-        remove_slots(module)
-        for part in module.modules():  # hooks are the host's or its user's, not a seed's
-            part._forward_hooks.clear()  # noqa: SLF001 – torch has no other way to drop them
-            part._forward_pre_hooks.clear()  # noqa: SLF001
-        return module.requires_grad_(requires_grad=True)
+        return copy_of_host_module(self.model, name)
 
     def shard(self, branch: SeedBranch) -> None:
         """Shard a seed that is not attached yet as the host is, if it is."""
@@ -530,7 +472,7 @@ class SlotSet(Mapping[str, SeedSlot]):
     def seed_removed(self, path: str, branch: SeedBranch) -> None:
         """Take a pruned seed from the optimizer and remember what must be gone."""
         self._note_seeds_changed()
-        self._removed[path] = [weakref.ref(parameter) for parameter in branch.parameters()]
+        self._pruned.add(path, branch.parameters())
         self.gradient_health.forget(_owner_name(path))
         self._renew_block_masks()
         if self.binding is not None:
@@ -546,8 +488,7 @@ class SlotSet(Mapping[str, SeedSlot]):
     def leftovers(self, path: str) -> tuple[str, ...]:
         """Return where anything of the slot's last pruned seed is still found."""
         slot = self._slots[path]
-        removed = [ref() for ref in self._removed.get(path, ())]
-        alive = [parameter for parameter in removed if parameter is not None]
+        alive = self._pruned.alive(path)
         in_model = {id(parameter) for parameter in self.model.parameters()}
         found = []
         if slot.living is not None:
@@ -561,7 +502,7 @@ class SlotSet(Mapping[str, SeedSlot]):
         if slot.guarded:
             found.append("gradient hooks")
         if not found:
-            self._removed.pop(path, None)
+            self._pruned.forget(path)
         return tuple(found)
 
     def _note_seeds_changed(self) -> None:
@@ -580,28 +521,6 @@ class SlotSet(Mapping[str, SeedSlot]):
             for slot in self._slots.values()
             if slot.living is not None
         }
-
-    def _param_count_if_fits(self, slot: SeedSlot, blueprint: str) -> int | None:
-        order = SeedOrder(
-            blueprint=blueprint,
-            options={},
-            blend_operator=slot.config.blend_operator,
-            layout=slot.layout,
-            device=torch.device("meta"),
-            dtype=slot.blend_alpha.dtype,
-            call=slot.example_call,
-            samples=slot.example_samples,
-        )
-        own_call = slot.path if slot.example_call.has_tensors else None
-        key = (
-            blueprints.version,
-            slot.layout,
-            own_call,
-            blueprint,
-            order.blend_operator,
-            order.dtype,
-        )
-        return self._shape_probes.get_or_make(key, lambda: fits(order))
 
 
 def _num_learning(parameters: Iterable[nn.Parameter]) -> int:

@@ -35,7 +35,7 @@ from esper.training.trainer import Trainer
 INFO_FILE = "checkpoint.json"
 LATEST = "latest"
 """A link to the newest checkpoint, for people; a run goes on from the newest that is whole."""
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 
 _STATE = "state"
 _PREFIX = "step-"
@@ -163,7 +163,13 @@ class Checkpoints:
 
         Raises:
             TypeError: The state holds what no checkpoint can; it says what and where.
+
+        Effects: the time that it takes is no step's, and no cost of the run.
         """
+        with trainer.growth.held_up():
+            return self._save(trainer)
+
+    def _save(self, trainer: Trainer) -> Path | None:
         growth, slots = trainer.growth, trainer.growth.slots
         target = self.folder / f"{_PREFIX}{growth.step:010d}"
         started = self._clock()

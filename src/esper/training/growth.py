@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from typing import Any
 
 from torch import Tensor
@@ -12,13 +11,8 @@ from torch.optim import Optimizer
 from esper.compilation.compiled_host import CompiledHost
 from esper.lifecycle.actions import (
     Action,
-    Advance,
-    Commit,
-    Germinate,
     GrowthState,
     IllegalAction,
-    Prune,
-    SetAlphaTarget,
     Wait,
     action_from_dump,
     check_action,
@@ -28,34 +22,21 @@ from esper.lifecycle.events import (
     ActionRefused,
     Event,
     EventRecord,
-    GerminationFailed,
-    GradientHealthMeasured,
-    IsolationChecked,
-    IsolationViolated,
     SeedFailed,
-    StageChanged,
 )
-from esper.lifecycle.learning import Isolation
-from esper.lifecycle.stages import SeedStage
-from esper.slots.germination import GerminationError
-from esper.slots.gradient_health import EXPLODING_RATIO
 from esper.slots.isolation_monitor import IsolationMonitor
 from esper.slots.modes import device_of, forked_random_state
-from esper.slots.replication import Replication
 from esper.slots.slot import SeedSlot
 from esper.slots.slot_set import SlotSet
 from esper.telemetry.sink import Sink
 from esper.telemetry.sink_guard import SinkGuard
+from esper.training.action_runner import ActionRunner
 from esper.training.held_out import Evaluate, metrics_of
 from esper.training.policy import ForesightedPolicy, FrugalPolicy, Policy, StatefulPolicy
 from esper.training.probing import probe_seeds
 from esper.training.run_cost import CostMeter
-from esper.training.step_timer import StepTimer
-
-_NO_OPTIONS = frozenset({"self", "blueprint", "blend_operator", "copy_optimizer_state"})
-"""What germinating takes beside a blueprint's options."""
-_NAMED_PARAMETERS = 5
-"""How many of the parameters that a leak reached an event names."""
+from esper.training.seed_readings import SeedReadings
+from esper.training.step_times import StepTimes
 
 
 class Growth:
@@ -114,10 +95,9 @@ class Growth:
         self._clock = clock
         self._caused: list[Event] | None = None
         """What the action that is being carried out has caused so far; None where none is."""
-        self._timer = StepTimer()
-        self._step_seconds_before: dict[str, float | None] = {}
-        self._steps_change = False
-        """The next step is of another network than those that were timed."""
+        self._step_times = StepTimes()
+        self._readings = SeedReadings(slots, self.isolation_monitor)
+        self._runner = ActionRunner(self._readings, self._step_times)
         slots.bind(optimizer, scheduler)
 
     def check_isolation(self, loss: Callable[[], Tensor]) -> None:
@@ -160,10 +140,7 @@ class Growth:
             RuntimeError: A seed learns in shadow, and `shadow_pass` was not called for this step.
         """
         self.step += 1
-        if self._steps_change:
-            self._timer.restart()
-            self._steps_change = False
-        self._timer.step()
+        self._step_times.step()
         events = self.slots.tick()
         if events:
             self.publish(events)
@@ -252,7 +229,7 @@ class Growth:
             self.sink_guard.flush()
 
     def _look(self, evaluate: Evaluate) -> dict[str, float]:
-        self._timer.pause()
+        self._step_times.pause()
         replication = self.slots.replication
         if replication is not None:  # before anything is attached
             replication.check_equal("the network", self._network())
@@ -261,10 +238,11 @@ class Growth:
         if replication is not None:
             metrics = replication.from_first(metrics)
         self.losses.append(metrics["loss"])
-        self._note_losses(metrics["loss"])
-        self.publish(self._read_gradient_health())
-        self._prune_exploding()
-        self.publish(self._read_isolation())
+        self._readings.note_loss(metrics["loss"])
+        self.publish(self._readings.read_gradient_health())
+        for path, reason in self._readings.broken_behind_the_host().items():
+            self.publish(self.slots[path].prune(reason=reason))
+        self.publish(self._readings.read_isolation())
         host_learns = self.slots.host_learns()
         for slot in self.slots.values():
             slot.measurements.host_learns = host_learns
@@ -273,9 +251,12 @@ class Growth:
         with forked_random_state(device):  # a DataLoader draws from it whenever it is iterated
             measured = probe_seeds(self.slots.model, weighed, evaluate, host_learns=host_learns)
         self.publish(measured)
-        self._note_step_times()
+        for path, slot in self.slots.items():
+            ratio = self._step_times.ratio_with_seed(path)
+            if slot.living is not None and ratio is not None:
+                slot.measurements.step_time_ratio = ratio
         self.epoch += 1
-        median = self._timer.median_seconds
+        median = self._step_times.median_seconds
         timing = {} if median is None else {"step_seconds": median}
         self.measure({**metrics, **timing})
         return metrics
@@ -301,19 +282,12 @@ class Growth:
         replication = self.slots.replication
         if replication is None:
             return self.policy.decide(self.state())
-        self._share_measurements(replication)
+        self._readings.share()
         decided: list[Any] = []
         if replication.rank == 0:
             actions = self.policy.decide(self.state())
             decided = [action.model_dump(mode="json") for action in actions]
         return [action_from_dump(action) for action in replication.from_first(decided)]
-
-    def _share_measurements(self, replication: Replication) -> None:
-        """Let the gates of every process judge what the first one has measured."""
-        mine = {path: asdict(slot.measurements) for path, slot in self.slots.items()}
-        for path, measured in replication.from_first(mine).items():
-            for name, value in measured.items():
-                setattr(self.slots[path].measurements, name, value)
 
     def _weighed(self) -> Mapping[str, SeedSlot]:
         """Return the slots whose seeds the policy wants to be weighed now."""
@@ -348,7 +322,7 @@ class Growth:
             What was published: first that the action was applied or refused, nothing for WAIT. A
             gate may still have refused the stage.
         """
-        self._timer.pause()
+        self._step_times.pause()
         caused: list[Event] = []
         self._caused = caused
         try:
@@ -358,20 +332,20 @@ class Growth:
         else:
             if not isinstance(action, Wait):
                 self.publish([ActionApplied(action=action)])
-                self._carry_out(self.slots[action.slot], action)
+                loss = self.losses[-1] if self.losses else None
+                slot = self.slots[action.slot]
+                for events in self._runner.carry_out(slot, action, held_out_loss=loss):
+                    self.publish(events)
         finally:
             self._caused = None
         return caused
 
     @contextmanager
     def held_up(self) -> Iterator[None]:
-        """Count the time that the run waits for somebody as no step's and no cost of its own."""
-        self._timer.pause()
-        self.meter.stop()
-        try:
+        """Count the time that a run waits for somebody, or is kept, as no step's and no cost."""
+        self._step_times.pause()
+        with self.meter.paused():
             yield
-        finally:
-            self.meter.start()
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that growth remembers, the slots' part and the policy's included.
@@ -389,7 +363,7 @@ class Growth:
             "step": self.step,
             "losses": list(self.losses),
             "train_losses": list(self.train_losses),
-            "step_seconds_before": dict(self._step_seconds_before),
+            "step_seconds_before": self._step_times.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -407,9 +381,7 @@ class Growth:
         self.epoch, self.step = state["epoch"], state["step"]
         self.losses = list(state["losses"])
         self.train_losses = list(state["train_losses"])
-        self._step_seconds_before = dict(state["step_seconds_before"])
-        self._timer.restart()
-        self._steps_change = False
+        self._step_times.load_state_dict(state["step_seconds_before"])
         self.awaits_decision = False
 
     @property
@@ -435,101 +407,6 @@ class Growth:
             time_seconds=self._clock(), epoch=self.epoch, step=self.step, event=event
         )
 
-    def _carry_out(self, slot: SeedSlot, action: Action) -> None:
-        if isinstance(action, Germinate):
-            self._germinate(slot, action)
-        elif isinstance(action, Advance):
-            self.publish(self._read_isolation())
-            events = slot.advance()
-            self.publish(events)
-            if _entered(events, SeedStage.BLENDING):
-                self._start_ramp(slot, action)
-        elif isinstance(action, SetAlphaTarget):
-            if action.target != slot.alpha:
-                self.publish(slot.set_alpha_target(action.target, action.steps, curve=action.curve))
-        elif isinstance(action, Prune):
-            self.publish(slot.prune(action.over_steps, reason=action.reason))
-        elif isinstance(action, Commit):
-            self.publish(slot.advance())
-
-    def _germinate(self, slot: SeedSlot, action: Germinate) -> None:
-        try:
-            _check_options(action)
-            events = slot.germinate(
-                action.blueprint,
-                blend_operator=action.blend_operator,
-                copy_optimizer_state=action.copy_optimizer_state,
-                **action.options,
-            )
-        except (GerminationError, ValueError) as error:
-            earlier = error.events if isinstance(error, GerminationError) else []
-            failed = GerminationFailed(slot=slot.path, blueprint=action.blueprint, error=str(error))
-            self.publish([*earlier, failed])
-            return
-        self.publish(events)
-        self._step_seconds_before[slot.path] = self._timer.median_seconds
-        slot.measurements.reference_loss = self.losses[-1] if self.losses else None
-        events = slot.advance()
-        if slot.isolation is Isolation.NONE and _entered(events, SeedStage.TRAINING):
-            events += slot.advance()
-            if _entered(events, SeedStage.BLENDING):
-                events += slot.set_alpha_target(1.0, 0)
-        self.publish(events)
-        self._steps_change = True
-
-    def _start_ramp(self, slot: SeedSlot, action: Advance) -> None:
-        steps = slot.config.ramp_steps if action.ramp_steps is None else action.ramp_steps
-        curve = action.ramp_curve or slot.config.ramp_curve
-        self.publish(slot.set_alpha_target(1.0, steps, curve=curve))
-        self._steps_change = True
-
-    def _note_losses(self, loss: float) -> None:
-        for slot in self.slots.values():
-            if slot.stage is SeedStage.TRAINING:
-                slot.measurements.reference_loss = loss
-            reference = slot.measurements.reference_loss
-            if reference:
-                slot.measurements.loss_increase_fraction = (loss - reference) / abs(reference)
-
-    def _read_gradient_health(self) -> list[Event]:
-        events: list[Event] = []
-        for slot in self.slots.values():
-            reading = self.slots.read_gradient_health(slot)
-            if reading is None:
-                continue
-            slot.measurements.gradient_ratio = reading.ratio
-            events.append(
-                GradientHealthMeasured(
-                    slot=slot.path,
-                    host_norm=reading.host_norm,
-                    seed_norm=reading.seed_norm,
-                    ratio=reading.ratio,
-                    nonfinite_gradients=int(slot.nonfinite_gradients),
-                    vanishing=reading.vanishing,
-                    exploding=reading.exploding,
-                )
-            )
-        return events
-
-    def _prune_exploding(self) -> None:
-        """Prune seeds behind the host whose own gradients explode; the host never felt them."""
-        replication = self.slots.replication
-        exploding: dict[str, str] = {}
-        for path, slot in self.slots.items():
-            if slot.stage is not SeedStage.TRAINING:
-                continue
-            ratio, zeroed = slot.measurements.gradient_ratio, int(slot.nonfinite_gradients)
-            if replication is not None:  # each counts what arrives in it
-                zeroed = replication.largest(zeroed)
-            steps = slot.state().steps_in_stage
-            if (ratio is not None and ratio > EXPLODING_RATIO) or zeroed >= max(steps, 1):
-                told = "its gradients explode" if zeroed < steps else "its gradients are not finite"
-                exploding[path] = told
-        if replication is not None:
-            exploding = replication.from_first(exploding)
-        for path, told in exploding.items():
-            self.publish(self.slots[path].prune(reason=told))
-
     def _prune_failed(self) -> None:
         """Prune seeds that raised since the last step, which a state between steps cannot hold."""
         for slot in self.slots.living_slots:
@@ -539,52 +416,3 @@ class Growth:
                 assert blueprint is not None
                 failed = SeedFailed(slot=slot.path, blueprint=blueprint, error=error)
                 self.publish([failed, *slot.prune(reason=f"its forward raised {error}")])
-
-    def _read_isolation(self) -> list[Event]:
-        events: list[Event] = []
-        for reading in self.isolation_monitor.read():
-            slot = self.slots[reading.slot]
-            if reading.seed_lives:
-                known = slot.measurements.isolation_leaks or 0
-                slot.measurements.isolation_leaks = known + reading.violations
-            events.append(
-                IsolationChecked(
-                    slot=reading.slot,
-                    blueprint=reading.blueprint,
-                    checks=reading.checks,
-                    violations=reading.violations,
-                    without_verdict=reading.without_verdict,
-                )
-            )
-            if reading.violations:
-                events.append(
-                    IsolationViolated(
-                        slot=reading.slot,
-                        blueprint=reading.blueprint,
-                        reached=dict(list(reading.reached.items())[:_NAMED_PARAMETERS]),
-                        num_reached=len(reading.reached),
-                    )
-                )
-        return events
-
-    def _note_step_times(self) -> None:
-        now = self._timer.median_seconds
-        for path, slot in self.slots.items():
-            before = self._step_seconds_before.get(path)
-            if slot.living is not None and now is not None and before:
-                slot.measurements.step_time_ratio = now / before
-
-
-def _check_options(action: Germinate) -> None:
-    """Raise if an option would pass for something else.
-
-    Raises:
-        ValueError: No blueprint can have it.
-    """
-    taken = sorted(_NO_OPTIONS & action.options.keys())
-    if taken:
-        raise ValueError(f"blueprint {action.blueprint!r} has no option {taken[0]!r}")
-
-
-def _entered(events: Sequence[Event], stage: SeedStage) -> bool:
-    return any(isinstance(event, StageChanged) and event.to_stage is stage for event in events)

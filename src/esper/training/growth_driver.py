@@ -13,6 +13,7 @@ from esper.training.ema import EMA, check_average
 from esper.training.growth import Growth
 from esper.training.held_out import Evaluate
 from esper.training.optimizer_state import order_parameters, parameter_names
+from esper.training.step_losses import StepLosses
 
 
 class GrowthDriver:
@@ -42,7 +43,7 @@ class GrowthDriver:
         self._model = model
         self._evaluate = evaluate
         self._interval = decision_interval_steps
-        self._losses: list[Tensor] = []
+        self._losses = StepLosses()
         """Of the steps since the last decision."""
         self._decided_at = growth.step
         """The step after which a decision was made last."""
@@ -50,7 +51,7 @@ class GrowthDriver:
     def note_loss(self, loss: Tensor | float) -> None:
         """Take note of a training loss, for policies that decide by it."""
         value = torch.as_tensor(loss, device=device_of(self._model))
-        self._losses.append(value.detach().float())
+        self._losses.add(value.detach().float())
 
     def after_step(self) -> None:
         """Let one optimizer step pass."""
@@ -75,9 +76,8 @@ class GrowthDriver:
         return self._decide() if due else None
 
     def _decide(self) -> dict[str, float]:
-        losses, self._losses = self._losses, []
         self._decided_at = self.growth.step
-        train_loss = float(torch.stack(losses).mean()) if losses else None
+        train_loss = self._losses.take_mean() if self._losses else None
         return self.growth.after_epoch(self._evaluate, train_loss=train_loss)
 
     def state_dict(self) -> dict[str, Any]:
@@ -88,7 +88,7 @@ class GrowthDriver:
             "growth": self.growth.state_dict(),
             "trained": parameter_names(binding.optimizer, self._model),
             "ema": None if self.ema is None else self.ema.state_dict(),
-            "losses": [loss.clone() for loss in self._losses],
+            "losses": self._losses.tensor(),
             "decided_at": self._decided_at,
         }
 
@@ -109,8 +109,7 @@ class GrowthDriver:
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
         self._decided_at = state["decided_at"]
-        device = device_of(self._model)
-        self._losses = [loss.to(device) for loss in state["losses"]]
+        self._losses.load(state["losses"], device=device_of(self._model))
 
 
 def check_loop(slots: SlotSet, *, joint_clipping: bool, several: bool, scaled: bool) -> None:

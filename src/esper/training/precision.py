@@ -1,12 +1,21 @@
-"""Matmul precision: set once per process, visible in the run record."""
+"""Precision of a run: what autocast computes in, and matmuls, which are set once per process."""
 
 from typing import Literal
 
 import torch
 
+Precision = Literal["float32", "bfloat16", "float16"]
+"""What a step computes in."""
 MatmulPrecision = Literal["highest", "high", "medium"]
 
 _chosen: MatmulPrecision | None = None
+
+
+def autocast(device: torch.device, precision: Precision) -> torch.autocast:
+    """Return torch's autocast to a precision, which does nothing for float32."""
+    dtypes = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    dtype = dtypes[precision]
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
 
 
 def set_matmul_precision(precision: MatmulPrecision) -> None:

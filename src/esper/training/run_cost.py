@@ -111,6 +111,7 @@ class CostMeter:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what has been spent so far."""
+        self._take_time()
         return {
             purpose.name: {"flops": self._flops[purpose], "seconds": self._seconds[purpose]}
             for purpose in _Purpose
@@ -122,13 +123,25 @@ class CostMeter:
         self._seconds = {purpose: state[purpose.name]["seconds"] for purpose in _Purpose}
 
     def start(self) -> None:
-        """Begin to take the time; what came before was setting up."""
-        self._mark = self._clock()
+        """Begin to take the time, unless it is taken; what came before was setting up."""
+        if self._mark is None:
+            self._mark = self._clock()
 
     def stop(self) -> None:
         """Take the time up to now, and none until `start`."""
         self._take_time()
         self._mark = None
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Take no time inside the block, and go on after it if time was taken before."""
+        running = self._mark is not None
+        self.stop()
+        try:
+            yield
+        finally:
+            if running:
+                self.start()
 
     def batch(self, batch: Any) -> AbstractContextManager[None]:
         """Count a batch's forward and backward.

@@ -1,7 +1,5 @@
 """The training loop, growth included."""
 
-import functools
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -13,15 +11,10 @@ from pydantic import Field, FiniteFloat
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from esper.compilation.captured_step import CapturedStep
-from esper.lifecycle.events import StepSkipped
 from esper.lifecycle.record import Record
-from esper.slots.counterfactual import call_model
 from esper.slots.isolation_monitor import DEFAULT_INTERVAL_STEPS
-from esper.slots.modes import beside_the_step, device_of, sole_device
-from esper.slots.nested import to_device
+from esper.slots.modes import device_of
 from esper.slots.sharded import sharded_like
-from esper.slots.slot import SeedSlot
 from esper.training.control import RunControl
 from esper.training.data_position import DataPosition
 from esper.training.ema import EMA, check_average
@@ -29,9 +22,11 @@ from esper.training.governor import Governor, GovernorConfig
 from esper.training.growth import Growth
 from esper.training.held_out import Evaluate
 from esper.training.optimizer_state import load_optimizer_state, optimizer_state
-from esper.training.precision import MatmulPrecision, set_matmul_precision
+from esper.training.precision import MatmulPrecision, Precision, set_matmul_precision
 from esper.training.run_cost import RunCost
-from esper.training.safeguard import Safeguard, blamed, suspect, went_back
+from esper.training.safeguard import Safeguard, suspect, went_back
+from esper.training.step_losses import StepLosses
+from esper.training.training_step import Batch, TrainingStep
 
 Positive = Annotated[FiniteFloat, Field(gt=0.0)]
 AtLeastOne = Annotated[int, Field(ge=1)]
@@ -41,7 +36,7 @@ class TrainerConfig(Record):
     """Settings of the loop."""
 
     epochs: AtLeastOne
-    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    precision: Precision = "float32"
     """Autocast dtype; float16 also scales gradients."""
     accumulation_steps: AtLeastOne = 1
     """Batches per optimizer step. A shorter last group still steps."""
@@ -125,7 +120,7 @@ class Trainer:
     def __init__(
         self,
         growth: Growth,
-        batches: Iterable[tuple[Any, Any]],
+        batches: Iterable[Batch],
         *,
         loss: Callable[[Any, Any], Tensor],
         evaluate: Evaluate,
@@ -152,32 +147,28 @@ class Trainer:
         """Epochs that are finished."""
         self.data = DataPosition(batches)
         """Where the run is in its data, and in the random streams."""
-        self._loss = loss
         self._evaluate = evaluate
         self._scheduler = scheduler
         self.keeper = keeper
         self.control: RunControl | None = None
         """Carries out what somebody asks between two steps; None: nobody can."""
         self.ema = ema
-        self.forward = self.model if forward is None else forward
         if isinstance(forward, nn.parallel.DistributedDataParallel):
             growth.slots.replicate(forward.process_group)
         self._optimizer = binding.optimizer
-        self._device = device_of(self.model)
-        self._input_device = sole_device(self.model)
-        self._scaler = torch.amp.GradScaler(
-            self._device.type, enabled=config.precision == "float16"
+        self.training_step = TrainingStep(
+            growth,
+            self.governor,
+            loss=loss,
+            forward=self.model if forward is None else forward,
+            precision=config.precision,
+            max_gradient_norm=config.max_gradient_norm,
+            cuda_graphs=config.cuda_graphs,
         )
-        self._captured: CapturedStep | None = None
-        if config.cuda_graphs:
-            loss_of = functools.partial(self._forward, self.forward)
-            self._captured = CapturedStep(
-                growth.slots, loss_of, scale=self._scaler.scale, compiled=growth.compiled
-            )
         self._metrics: dict[str, float] = {}
-        self._losses: list[Tensor] = []
+        self._losses = StepLosses()
         """Of the steps of the epoch under way."""
-        self._undecided: list[Tensor] = []
+        self._undecided = StepLosses()
         """Of the steps since the last decision, which may lie in the epoch before."""
 
     def fit(self) -> list[EpochReport]:
@@ -214,11 +205,14 @@ class Trainer:
             RunStoppedError: As `run`.
             TrainingDivergedError: The same.
         """
-        while self.epoch < self.config.epochs:
-            self.growth.meter.start()
-            self._obey()
-            with suppress(_WentBack):
-                yield from self._train_epoch()
+        try:
+            while self.epoch < self.config.epochs:
+                self.growth.meter.start()
+                self._obey()
+                with suppress(_WentBack):
+                    yield from self._train_epoch()
+        finally:
+            self.growth.meter.stop()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the whole run between two steps, model and optimizer included.
@@ -237,12 +231,12 @@ class Trainer:
             "governor": self.governor.state_dict(),
             "optimizer": optimizer_state(self._optimizer, self.model),
             "scheduler": None if self._scheduler is None else self._scheduler.state_dict(),
-            "scaler": self._scaler.state_dict(),
+            "scaler": self.training_step.scaler.state_dict(),
             "data": self.data.state_dict(),
             "control": None if self.control is None else self.control.state_dict(),
             "epoch": self.epoch,
-            "losses": [loss.clone() for loss in self._losses],
-            "undecided": [loss.clone() for loss in self._undecided],
+            "losses": self._losses.tensor(),
+            "undecided": self._undecided.tensor(),
             "metrics": dict(self._metrics),
         }
 
@@ -279,14 +273,15 @@ class Trainer:
         load_optimizer_state(self._optimizer, self.model, state["optimizer"])
         if self._scheduler is not None:
             self._scheduler.load_state_dict(state["scheduler"])
-        self._scaler.load_state_dict(state["scaler"])
+        self.training_step.scaler.load_state_dict(state["scaler"])
         self.governor.load_state_dict(state["governor"])
         self.data.load_state_dict(state["data"])
         if self.control is not None and state["control"] is not None:
             self.control.load_state_dict(state["control"])
         self.epoch = state["epoch"]
-        self._losses = [loss.to(self._device) for loss in state["losses"]]
-        self._undecided = [loss.to(self._device) for loss in state["undecided"]]
+        device = device_of(self.model)
+        self._losses.load(state["losses"], device=device)
+        self._undecided.load(state["undecided"], device=device)
         self._metrics = dict(state["metrics"])
         self._optimizer.zero_grad(set_to_none=True)
         self._in_path = self._seeds_in_path()
@@ -296,7 +291,7 @@ class Trainer:
         self._keep_snapshot()
         for group in self._accumulation_groups():
             self.model.train()
-            self._note(self._step(group))
+            self._make_step(group)
             if self.governor.at_a_loss:
                 self._intervene(group)
             if interval is not None and self.growth.step % interval == 0:
@@ -311,8 +306,7 @@ class Trainer:
             self.settle()
         if self.config.scheduler_interval == "epoch":
             self._step_scheduler()
-        train_loss = _mean(self._losses)
-        self._losses = []
+        train_loss = self._losses.take_mean()
         self.epoch += 1
         self.growth.meter.stop()
         cost = self.growth.meter.cost
@@ -331,12 +325,18 @@ class Trainer:
             cost=cost,
         )
 
-    def _note(self, loss: Tensor | None) -> None:
-        """Take note of a step's loss; None if it was refused."""
+    def _make_step(self, group: list[Batch]) -> None:
+        """Make one optimizer step, and let all that counts steps take note of it."""
+        loss = self.training_step.make(group)
+        self.growth.after_step()
         if loss is not None:
-            self._losses.append(loss)
-            self._undecided.append(loss)
+            if self.ema is not None:
+                self.ema.update()
+            self._losses.add(loss)
+            self._undecided.add(loss)
             self._safeguard.note_good_step()
+        if self.config.scheduler_interval == "step":
+            self._step_scheduler()
 
     def _obey(self) -> None:
         if self.control is not None:
@@ -369,20 +369,19 @@ class Trainer:
         if self.governor.bad_steps == 0 and self._safeguard.due(self.growth.step):
             self._safeguard.keep(self.state_dict())
 
-    def _intervene(self, group: list[tuple[Any, Any]]) -> None:
+    def _intervene(self, group: list[Batch]) -> None:
         """Prune the seed that bad steps are the fault of, or go back to the last good state.
 
         Raises:
             _WentBack: The run has gone back, and the epoch begins anew from there.
             TrainingDivergedError: It has gone back too often.
         """
-        governor, growth = self.governor, self.growth
+        growth = self.growth
         slot = suspect(growth.slots)
         if slot is not None:
-            loss, without = self._losses_without(slot, group)
-            bad_with = self._anywhere(bad=governor.is_bad(loss))
-            if not self._anywhere(bad=governor.is_bad(without)) and bad_with:
-                growth.publish([blamed(slot, loss=loss, without=without)])
+            event = self.training_step.blame(slot, group)
+            if event is not None:
+                growth.publish([event])
                 growth.publish(slot.prune(reason="steps are bad with it, and not without"))
                 self._safeguard.mend_buffers(self.model)
                 return
@@ -391,27 +390,17 @@ class Trainer:
             return
         state, same_batches = found
         growth.publish([went_back(state, from_step=growth.step, same_batches=same_batches)])
+        # What is thrown away was paid for.
+        spent = {"meter": growth.meter.state_dict()}
+        state = {**state, "growth": {**state["growth"], **spent}}
         if not same_batches:
             onward = {"data": self.data.state_dict(), "epoch": self.epoch}
-            state = {**state, **onward, "losses": [], "undecided": []}
+            state = {**state, **onward, "losses": torch.empty(0), "undecided": torch.empty(0)}
         self.load_state_dict(state)
         raise _WentBack
 
-    def _losses_without(self, slot: SeedSlot, group: list[tuple[Any, Any]]) -> tuple[float, float]:
-        """Return the step's loss, and what it would be without the slot's seed."""
-
-        def total() -> float:
-            batches = (to_device(batch, self._input_device) for batch in group)
-            return sum(float(self._forward(self.model, x, y, len(group))) for x, y in batches)
-
-        with beside_the_step(self.model), torch.no_grad():
-            loss = total()
-            with slot.left_out():
-                return loss, total()
-
     def _decide(self) -> Iterator[DecisionDue]:
-        train_loss = _mean(self._undecided)
-        self._undecided = []
+        train_loss = self._undecided.take_mean()
         self._metrics = self.growth.look(self._evaluate, train_loss=train_loss)
         if isinstance(self._scheduler, ReduceLROnPlateau):
             self._scheduler.step(self._metrics["loss"])
@@ -426,8 +415,8 @@ class Trainer:
         if self._scheduler is not None and not isinstance(self._scheduler, ReduceLROnPlateau):
             self._scheduler.step()
 
-    def _accumulation_groups(self) -> Iterator[list[tuple[Any, Any]]]:
-        group: list[tuple[Any, Any]] = []
+    def _accumulation_groups(self) -> Iterator[list[Batch]]:
+        group: list[Batch] = []
         for batch in self.data.epoch():
             group.append(batch)
             if len(group) == self.config.accumulation_steps:
@@ -435,113 +424,6 @@ class Trainer:
                 group = []
         if group:
             yield group
-
-    def _step(self, group: list[tuple[Any, Any]]) -> Tensor | None:
-        """Make one optimizer step; None if the governor refused it."""
-        total: Tensor | None = None
-        for number, batch in enumerate(group, start=1):
-            inputs, targets = to_device(batch, self._input_device)
-            # Beside the step the model itself runs: a wrapper would wait for its gradients.
-            beside = functools.partial(self._forward, self.model, inputs, targets, len(group))
-            scaled = functools.partial(self._scaled, beside)
-            if number == len(group):
-                self.growth.check_isolation(scaled)
-            with self.growth.meter.batch((inputs, targets)):
-                self.growth.shadow_pass(scaled)
-                last = number == len(group)
-                total = self._passes(inputs, targets, len(group), total, look=last)
-        self.growth.slots.average_gradients()
-        norm = None
-        if self.config.max_gradient_norm is not None:
-            self._scaler.unscale_(self._optimizer)
-            norm = self.growth.slots.clip_grad_norm_(self.config.max_gradient_norm)
-        # With a GradScaler a non-finite gradient is its own affair: it skips and lowers the scale.
-        refusal = self._refusal(None if self._scaler.is_enabled() else norm)
-        if refusal is not None:
-            self._optimizer.zero_grad(set_to_none=True)
-            self.growth.publish([refusal])
-            self._reset_scaler()
-        else:
-            with self.growth.meter.optimizer_step():
-                self._scaler.step(self._optimizer)
-            self._scaler.update()
-            self._optimizer.zero_grad(set_to_none=True)
-        self.growth.after_step()
-        if self.ema is not None and refusal is None:
-            self.ema.update()
-        if self.config.scheduler_interval == "step":
-            self._step_scheduler()
-        return None if refusal is not None else total
-
-    def _passes(
-        self, inputs: Any, targets: Any, num_batches: int, total: Tensor | None, *, look: bool
-    ) -> Tensor:
-        """Make one batch's forward and backward.
-
-        Args:
-            inputs: Of the model.
-            targets: Of the loss.
-            num_batches: In the step.
-            total: The loss of the step's batches so far.
-            look: The governor takes a look at the loss of all of them.
-
-        Returns:
-            The loss of the step's batches with this one.
-        """
-
-        def see(loss: Tensor) -> None:
-            nonlocal total
-            total = loss if total is None else total + loss
-            if look:  # before the backward, so that the loss is read meanwhile
-                self.governor.look(total)
-
-        if self._captured is None:
-            loss = self._forward(self.forward, inputs, targets, num_batches)
-            see(loss.detach())
-            self._scaler.scale(loss).backward()
-        else:
-            self._captured(inputs, targets, num_batches, between=see)
-            self.growth.publish(self._captured.take_events())
-        assert total is not None
-        return total
-
-    def _refusal(self, norm: Tensor | None) -> StepSkipped | None:
-        """Return why the optimizer must not step, in this process or, of several, in any."""
-        refusal = self.governor.judge(norm)
-        if refusal is None and self._anywhere(bad=False):
-            refusal = StepSkipped(reason="the step is bad in another process", value=math.nan)
-        elif refusal is not None:
-            self._anywhere(bad=True)
-        self.governor.count(refused=refusal is not None)
-        return refusal
-
-    def _anywhere(self, *, bad: bool) -> bool:
-        """Return whether it is so here or in another process; all of them must ask."""
-        replication = self.growth.slots.replication
-        return bad if replication is None else replication.any(bad)
-
-    def _forward(self, model: nn.Module, inputs: Any, targets: Any, num_batches: int) -> Tensor:
-        """Return one batch's share of the step's loss."""
-        with self._autocast():
-            return self._loss(call_model(model, inputs), targets) / num_batches
-
-    def _scaled(self, forward: Callable[[], Tensor]) -> Tensor:
-        """Return the loss as the step's backward will see it."""
-        return self._scaler.scale(forward())
-
-    def _reset_scaler(self) -> None:
-        if self._scaler.is_enabled() and self.config.max_gradient_norm is not None:
-            self._scaler.update()
-
-    def _autocast(self) -> torch.autocast:
-        names = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
-        dtype = names[self.config.precision]
-        return torch.autocast(self._device.type, dtype=dtype, enabled=dtype is not None)
-
-
-def _mean(losses: list[Tensor]) -> float:
-    """Return the mean loss of steps; NaN where there is none. Waits for the device."""
-    return float(torch.stack(losses).mean()) if losses else math.nan
 
 
 def _copy(value: Any) -> Any:

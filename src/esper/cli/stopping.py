@@ -1,0 +1,67 @@
+"""What a run says that ends before its end: on Ctrl-C, by a command, on SIGTERM."""
+
+import json
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import typer
+from rich.console import Console
+
+from esper.cli.command_line import command_line
+from esper.telemetry.run_store import CHECKPOINTS_FOLDER, RunFolderError, RunReader
+from esper.training.control import RunStoppedError
+
+EXIT_INTERRUPTED = 128 + signal.SIGINT
+EXIT_TERMINATED = 128 + signal.SIGTERM
+"""As a shell has it of a program that the signal has ended."""
+
+
+@contextmanager
+def stops_told(folder: Path, *, quiet: bool, as_json: bool) -> Iterator[None]:
+    """End the program where the run in a folder is stopped, and tell how to go on with it.
+
+    Raises:
+        typer.Exit: The run was stopped; code 0 if a command has told it to.
+    """
+    try:
+        yield
+    except RunStoppedError as stopped:
+        _tell_stopped(stopped, folder, quiet=quiet, as_json=as_json)
+        raise typer.Exit(0 if stopped.commanded else EXIT_TERMINATED) from stopped
+    except KeyboardInterrupt:
+        tell_interrupted(_way_on(folder))
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+
+
+def tell_interrupted(way_on: str) -> None:
+    """Tell that Ctrl-C has ended the program, and how to go on; never among what is printed."""
+    typer.echo(f"stopped; {way_on}", err=True)
+
+
+def _tell_stopped(stopped: RunStoppedError, folder: Path, *, quiet: bool, as_json: bool) -> None:
+    console = Console()
+    if as_json:
+        told = {"kind": "stopped", "by": stopped.by, "step": stopped.step, "folder": str(folder)}
+        console.out(json.dumps({**told, "saved": stopped.saved}), highlight=False)
+    elif quiet:
+        console.out(str(folder), highlight=False)
+    else:
+        how = "go on with" if stopped.saved else "no checkpoint could be written; begin anew with"
+        told_so = f"{stopped}; {how}: {command_line('resume', folder)}"
+        console.print(told_so, markup=False, highlight=False, soft_wrap=True)
+
+
+def _way_on(folder: Path) -> str:
+    """Return what can be done with a run that was interrupted."""
+    try:
+        finished = RunReader(folder).status == "finished"
+    except RunFolderError:
+        return "the run had not begun"
+    if finished:
+        return f"the run itself has come to its end: {command_line('inspect', folder)}"
+    resume = command_line("resume", folder)
+    if any((folder / CHECKPOINTS_FOLDER).glob("step-*")):
+        return f"go on from the newest checkpoint with: {resume}"
+    return f"there is no checkpoint yet; begin anew with: {resume}"
