@@ -84,9 +84,9 @@ class World:
 
 
 @cache
-def config(seeds: int = 5, **settings: object) -> CompareConfig:
+def config(seeds: int = 5, *, epochs: int = EPOCHS, **settings: object) -> CompareConfig:
     run = load_run_config(
-        "digits", None, [], {"learning_rate": BEST_RATE, "trainer": {"epochs": EPOCHS}}
+        "digits", None, [], {"learning_rate": BEST_RATE, "trainer": {"epochs": epochs}}
     )
     return CompareConfig(run=run, random_seeds=tuple(range(seeds)), **settings)
 
@@ -159,13 +159,55 @@ def test_an_arm_that_is_ahead_is_shortened_until_it_is_not() -> None:
     assert lengths == [[64, 80, 100, 125]] * 5, "2 ** (-0.03 / 0.05) is 0.66"
 
 
-def test_the_same_runs_are_made_in_whatever_order_they_end() -> None:
-    world, settings = World(growth_bonus=0.03), config(seeds=3)
+@pytest.mark.parametrize("epochs", range(1, 7))
+def test_however_short_its_runs_a_comparison_comes_to_an_end(epochs: int) -> None:
+    comparison = played(World(growth_bonus=0.5), config(epochs=epochs))
+    (lengths,) = {
+        tuple(run.request.epochs for run in runs) for runs in comparison.runs("grown").values()
+    }
+    assert lengths[0] == math.ceil(0.4 * epochs)
+
+
+class Bent(World):
+    """The host's loss falls at first, and no more: a line between its budgets lies far above it."""
+
+    def make(self, request: RunRequest) -> RunResult:
+        result = super().make(request)
+        if request.arm != "host" or request.epochs <= EPOCHS:
+            return result
+        loss = 0.85 + 0.1 * request.random_seed + random.Random(request.key).gauss(0.0, 0.001)
+        return result.model_copy(update={"test": {**result.test, "loss": loss}})
+
+
+@pytest.mark.parametrize("kind", [World, Bent])
+def test_the_same_runs_are_made_in_whatever_order_they_end(kind: type[World]) -> None:
+    world, settings = kind(growth_bonus=0.03), config(random_times=False)
     together = played(world, settings)
     for at_a_time in (1, 2):
         assert (
             played(world, settings, at_a_time=at_a_time).results.keys() == together.results.keys()
         )
+
+
+def test_networks_that_never_grew_get_the_grown_ones_operations() -> None:
+    """Unless they are found better there by the line through their runs, which lies too high."""
+    comparison = played(World(growth_bonus=0.02), config())
+    grown = comparison.at_equal_steps("grown")
+    for arm in ("host", "static 1", "static 2", "static"):
+        for seed, runs in comparison.runs(arm).items():
+            nearest = min(runs, key=lambda run: abs(run.flops - grown[seed].flops))
+            assert nearest.flops == pytest.approx(grown[seed].flops, rel=0.02), arm
+    behind = played(World(growth_bonus=-0.05), config())
+    for arm in ("host", "static 1", "static 2"):
+        assert {len(runs) for runs in behind.runs(arm).values()} == {2}, arm
+
+
+def test_a_line_between_budgets_far_apart_does_not_make_growth_pay() -> None:
+    comparison = played(Bent(growth_bonus=0.03), config())
+    equal = at_equal_flops(comparison)
+    assert equal.rival == "host"
+    assert equal.any_steps.above_zero
+    assert judge(comparison).outcome is Outcome.PAYS_PER_STEP
 
 
 def test_without_equal_budgets_growth_can_be_found_to_pay_per_step_at_most() -> None:
@@ -257,6 +299,111 @@ def test_where_size_buys_nothing_the_host_is_the_rival(bonus: float, outcome: Ou
     assert equal.rival == "host"
     assert equal.any_steps.above_zero
     assert judge(comparison).outcome is outcome
+
+
+@dataclass(frozen=True)
+class Null(World):
+    """Loss is a law of the cost of a step and the number of steps, grown or not."""
+
+    draw: int = 0
+
+    def make(self, request: RunRequest) -> RunResult:
+        result = super().make(request)
+        step = result.flops / (request.epochs * 1e6)
+        loss = 1.0 + 0.1 * request.random_seed - 0.02 * math.log2(step)
+        loss -= 0.04 * math.log2(request.epochs / EPOCHS)
+        loss += random.Random(f"{request.key} {self.draw}").gauss(0.0, 0.003)
+        return result.model_copy(update={"test": {**result.test, "loss": loss}})
+
+
+def test_where_growth_gains_nothing_it_is_said_to_pay_in_one_of_twenty_at_most() -> None:
+    settings = config(search_rates=1, random_times=False)
+    worlds = [Null(num_seeds=lambda _: 2, draw=draw) for draw in range(40)]
+    outcomes = [judge(played(world, settings)).outcome for world in worlds]
+    assert sum(outcome in (Outcome.PAYS, Outcome.PAYS_PER_STEP) for outcome in outcomes) <= 2
+
+
+class Convex(World):
+    """Loss falls less and less with the cost of a step, and growth gains nothing."""
+
+    def make(self, request: RunRequest) -> RunResult:
+        result = super().make(request)
+        step = result.flops / (request.epochs * 1e6)
+        loss = 1.0 + 0.1 * request.random_seed + 0.2 / step**1.5
+        loss -= 0.05 * math.log2(request.epochs / EPOCHS)
+        loss += random.Random(request.key).gauss(0.0, 0.001)
+        return result.model_copy(update={"test": {**result.test, "loss": loss}})
+
+
+@pytest.mark.parametrize(
+    ("settings", "num_seeds", "words"),
+    [
+        ({"intermediate_sizes": False}, 3, "sizes in between were left out"),
+        ({}, 1, "there is no size in between"),
+    ],
+)
+def test_the_line_from_the_host_to_the_grown_size_is_no_size_in_between(
+    settings: dict[str, object], num_seeds: int, words: str
+) -> None:
+    comparison = played(Convex(num_seeds=lambda _: num_seeds), config(**settings))
+    assert at_equal_flops(comparison).same_steps is None
+    verdict = judge(comparison)
+    assert verdict.outcome not in (Outcome.PAYS, Outcome.PAYS_PER_STEP)
+    assert any(words in reason for reason in verdict.reasons)
+
+
+def test_a_size_in_between_is_said_to_be_interpolated() -> None:
+    verdict = judge(played(World(), config()))
+    assert any("interpolated between the next smaller and" in r for r in verdict.reasons)
+
+
+@pytest.mark.parametrize("arm", ["host", "static 1", "static"])
+def test_nothing_is_claimed_for_growth_while_a_better_rate_may_lie_beyond_those_tried(
+    arm: str,
+) -> None:
+    class Edge(World):
+        """The arm is best at the highest rate tried, by validation loss, and as ever by test."""
+
+        def make(self, request: RunRequest) -> RunResult:
+            result = super().make(request)
+            if request.arm != arm:
+                return result
+            missed = 0.05 * abs(math.log2(request.learning_rate / BEST_RATE))
+            return result.model_copy(
+                update={
+                    "validation": {**result.validation, "loss": -request.learning_rate},
+                    "test": {**result.test, "loss": result.test["loss"] - missed},
+                }
+            )
+
+    assert judge(played(World(growth_bonus=0.02), config())).outcome is Outcome.PAYS
+    verdict = judge(played(Edge(growth_bonus=0.02), config()))
+    assert verdict.outcome is Outcome.UNDECIDED
+    assert verdict.reasons[0].startswith(f"the best learning rate of {arm} is the last one tried")
+    assert "--rates" in verdict.reasons[0]
+
+
+def test_growth_that_is_dearer_and_far_better_is_not_said_to_lose() -> None:
+    """Measured at 1.3 of the static network's operations alone, where it is better."""
+
+    class Dearer(World):
+        def make(self, request: RunRequest) -> RunResult:
+            result = super().make(request)
+            factor = 1.3 / 0.8 if request.policy != "none" else 1.0
+            return result.model_copy(update={"flops": factor * result.flops})
+
+    comparison = played(Dearer(growth_bonus=0.3), config(equal_flops=False))
+    assert judge(comparison).outcome is Outcome.UNDECIDED
+
+
+def test_it_is_told_that_random_times_are_not_charged_with_evaluations() -> None:
+    def told(policy: str) -> str:
+        run = config().run.model_copy(update={"policy": policy})
+        comparison = played(World(), config().model_copy(update={"run": run}))
+        return judge(comparison).reasons[-1]
+
+    assert "evaluations are not counted at random times" in told("heuristic")
+    assert "evaluations" not in told("schedule"), "neither is charged with any"
 
 
 def test_noise_is_not_decided_upon() -> None:
@@ -370,6 +517,22 @@ def test_nothing_is_made_up_where_nothing_is_finished() -> None:
 
 
 # The picture
+
+
+def test_a_mean_curve_joins_budgets_that_are_alike_relative_to_equal_steps() -> None:
+    """Growth is dear on the first random seed, and cut short there, cheap on others."""
+
+    class Uneven(World):
+        def make(self, request: RunRequest) -> RunResult:
+            result = super().make(request)
+            factor = 1.5 if request.policy != "none" and request.random_seed == 0 else 1.0
+            return result.model_copy(update={"flops": factor * result.flops})
+
+    comparison = played(Uneven(), config(seeds=3))
+    lengths = [[run.request.epochs for run in runs] for runs in comparison.runs("grown").values()]
+    assert lengths == [[83, 100], [100, 125], [100, 125]]
+    (grown,) = (s for s in summarise(comparison) if s.arm == "grown")
+    assert [cost for cost, _ in grown.curve] == [grown.flops]
 
 
 def test_an_arm_that_diverged_is_left_out_of_the_pictures() -> None:

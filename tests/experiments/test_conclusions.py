@@ -21,6 +21,10 @@ def reached(
     )
 
 
+def from_dear(low: float | None, high: float | None) -> Crossing:
+    return Crossing(ratio=None, low=low, high=high, above=high is None, first=1.3, last=1.4)
+
+
 CHEAPER = reached(0.7, 0.9, 0.8)
 NOT_TOLD_APART = reached(0.8, 1.05, 0.95)
 SEEMS_DEARER = reached(0.8, None, 1.05)
@@ -35,10 +39,16 @@ def equal(same_steps: Interval | None, any_steps: Interval | None) -> EqualFlops
     ("to_host", "to_static", "at_equal_flops", "outcome"),
     [
         (BETTER, CHEAPER, equal(BETTER, BETTER), Outcome.PAYS),
-        (BETTER, CHEAPER, equal(SEEMS_BETTER, SEEMS_BETTER), Outcome.PAYS),
         # A smaller network does as well with the same compute, if only in more steps.
         (BETTER, CHEAPER, equal(BETTER, WORSE), Outcome.PAYS_PER_STEP),
-        (BETTER, CHEAPER, equal(BETTER, SEEMS_WORSE), Outcome.UNDECIDED),
+        # Or may do as well: what is claimed is what is known, that it pays per step.
+        (BETTER, CHEAPER, equal(BETTER, SEEMS_BETTER), Outcome.PAYS_PER_STEP),
+        (BETTER, CHEAPER, equal(BETTER, SEEMS_WORSE), Outcome.PAYS_PER_STEP),
+        # Means are no claim.
+        (BETTER, CHEAPER, equal(SEEMS_BETTER, BETTER), Outcome.UNDECIDED),
+        (BETTER, CHEAPER, equal(SEEMS_BETTER, SEEMS_BETTER), Outcome.UNDECIDED),
+        (BETTER, CHEAPER, equal(SEEMS_BETTER, WORSE), Outcome.UNDECIDED),
+        (BETTER, CHEAPER, equal(SEEMS_BETTER, None), Outcome.UNDECIDED),
         # Each condition by itself.
         (SEEMS_BETTER, CHEAPER, equal(BETTER, BETTER), Outcome.UNDECIDED),
         (SEEMS_WORSE, CHEAPER, equal(BETTER, BETTER), Outcome.UNDECIDED),
@@ -65,6 +75,11 @@ def equal(same_steps: Interval | None, any_steps: Interval | None) -> EqualFlops
         (BETTER, reached(0.5, 1.05), equal(BETTER, BETTER), Outcome.UNDECIDED),
         (BETTER, reached(None, None), equal(BETTER, BETTER), Outcome.DOES_NOT_PAY),
         (BETTER, reached(0.8, None), equal(BETTER, BETTER), Outcome.UNDECIDED),
+        # Not measured before 1.3 of the static network's cost, which says nothing of less.
+        (BETTER, from_dear(1.3, 1.3), equal(None, None), Outcome.UNDECIDED),
+        (BETTER, from_dear(1.3, None), equal(None, SEEMS_WORSE), Outcome.UNDECIDED),
+        (BETTER, from_dear(1.35, None), equal(None, None), Outcome.DOES_NOT_PAY),
+        (BETTER, from_dear(None, None), equal(None, None), Outcome.DOES_NOT_PAY),
         # Not measured up to the static network's cost, which says nothing of what lies beyond.
         (BETTER, reached(None, None, last=0.9), equal(BETTER, BETTER), Outcome.UNDECIDED),
         (BETTER, reached(0.8, None, last=0.9), equal(None, WORSE), Outcome.UNDECIDED),

@@ -1,6 +1,7 @@
 """A comparison on disk: its settings, and one file per finished run."""
 
 import contextlib
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ from pydantic import ValidationError
 from esper.experiments.comparison.config import CompareConfig
 from esper.experiments.comparison.plan import Comparison
 from esper.experiments.comparison.runs import RunResult
+from esper.policies.named import is_policy_file
 from esper.telemetry.environment import describe_environment
 
 CONFIG_FILE = "compare.json"
@@ -35,11 +37,13 @@ class ComparisonFolder:
 
     Raises:
         ComparisonFolderError: The folder holds something else, a comparison with other settings or
-            one made with another version of Python, torch or Esper.
+            one made with another version of Python, torch, Esper or a policy's file; or that file
+            cannot be read.
     """
 
     def __init__(self, path: Path, config: CompareConfig) -> None:
         self.path = path
+        self._policy_files = _policy_files(config)
         if (path / CONFIG_FILE).exists():
             self._check_same(config)
             return
@@ -66,9 +70,13 @@ class ComparisonFolder:
             ) from error
 
     def add(self, result: RunResult) -> None:
-        """Keep a finished run; it is there as a whole or not at all."""
-        name = f"{result.request.key}.json"
-        _write(self.path / RESULTS_FOLDER / name, result.model_dump_json(indent=2))
+        """Keep a finished run; it is there as a whole or not at all.
+
+        Raises:
+            ComparisonFolderError: Its policy's file has changed; the run is not kept.
+        """
+        self._check_policy(result)
+        _write(self._file_of(result), result.model_dump_json(indent=2))
 
     def results(self) -> list[RunResult]:
         """Return all finished runs.
@@ -101,14 +109,26 @@ class ComparisonFolder:
                 f"{self.path} holds a comparison with other settings: {differences}; go on with "
                 "its own, or choose another folder"
             )
-        kept_environment = json.loads((self.path / ENVIRONMENT_FILE).read_text(encoding="utf-8"))
-        begun_with, now = map(_versions, (kept_environment, _environment(config)))
-        for name, version in now.items():
+        begun_with = _kept_versions(self.path / ENVIRONMENT_FILE)
+        for name, version in _versions(_environment(config)).items():
             if begun_with[name] != version:
                 raise ComparisonFolderError(
                     f"{self.path} was begun with {name} {begun_with[name]}, this is {version}; "
                     "figures of both would not compare, choose another folder"
                 )
+        for result in self.results():
+            self._check_policy(result)
+
+    def _check_policy(self, result: RunResult) -> None:
+        policy = result.request.policy
+        if result.policy_sha256 != self._policy_files.get(policy):
+            raise ComparisonFolderError(
+                f"{policy} has changed since {self._file_of(result)} was made with it, or while "
+                "that was; bring the file back, or compare the new one in another folder"
+            )
+
+    def _file_of(self, result: RunResult) -> Path:
+        return self.path / RESULTS_FOLDER / f"{result.request.key}.json"
 
 
 def _environment(config: CompareConfig) -> dict[str, Any]:
@@ -120,6 +140,34 @@ def _versions(environment: Mapping[str, Any]) -> dict[str, str]:
     packages = environment["packages"]
     versions = {name: packages[name] for name in ("torch", "esper-lite")}
     return {"Python": environment["python"], **versions, "device": environment["device"]}
+
+
+def _kept_versions(file: Path) -> dict[str, str]:
+    try:
+        return _versions(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ComparisonFolderError(
+            f"{file} does not tell which versions the comparison was begun with "
+            f"({type(error).__name__}: {error}), and figures of two would not compare; bring the "
+            "file back, or choose another folder"
+        ) from error
+
+
+def _policy_files(config: CompareConfig) -> dict[str, str]:
+    """Return the SHA-256 of every policy that is a file.
+
+    Raises:
+        ComparisonFolderError: One cannot be read.
+    """
+    files = {}
+    for policy in filter(is_policy_file, (config.run.policy, *config.policies)):
+        try:
+            files[policy] = hashlib.sha256(Path(policy).read_bytes()).hexdigest()
+        except OSError as error:
+            raise ComparisonFolderError(
+                f"the policy file {policy} cannot be read: {error}"
+            ) from error
+    return files
 
 
 def holds_comparison(path: Path) -> bool:

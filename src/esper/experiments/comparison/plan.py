@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 
 from esper.experiments.comparison.config import CompareConfig
+from esper.experiments.comparison.curves import losses_at
+from esper.experiments.comparison.intervals import mean_interval
 from esper.experiments.comparison.runs import RunRequest, RunResult, Topology, structure
 from esper.experiments.comparison.search import best_rate, next_rate
 from esper.policies.named import NEVER
@@ -15,8 +17,6 @@ GROWN = "grown"
 STATIC = "static"
 RANDOM_TIMES = "random times"
 
-REACH = 1.02
-"""How far beyond its last run a curve still stands for its arm: budgets are whole epochs."""
 _SHORTER = 0.8
 _SHORTEST_FRACTION = 0.4
 """An arm that beats the static network in fewer steps is shortened down to this share of them."""
@@ -167,10 +167,13 @@ class Comparison:
         equal = epochs_for(lambda seed: static[seed].flops)
         if not _all_there(lengths, equal):
             return equal
-        if self.never_grows(arm) and _mean_flops(grown) > REACH * _mean_flops(static):
-            largest = epochs_for(lambda seed: max(static[seed].flops, grown[seed].flops))
-            if not _all_there(lengths, largest):
-                return largest
+        as_grown = epochs_for(lambda seed: grown[seed].flops)
+        if self.never_grows(arm) and not _all_there(lengths, as_grown):
+            known = {
+                seed: [found[self.epochs], found[equal[seed]]] for seed, found in lengths.items()
+            }
+            if not _surely_better(known, {seed: grown[seed] for seed in known}):
+                return as_grown
         floor = max(_SHORTEST_FRACTION * self.epochs, 1.0)
         shortest = {seed: min(self.epochs, length) for seed, length in equal.items()}
         while _all_there(lengths, shortest):  # all seeds at one budget before any at the next
@@ -178,7 +181,9 @@ class Comparison:
                 lengths[seed][length].test["loss"] - static[seed].test["loss"]
                 for seed, length in shortest.items()
             )
-            shorter = {seed: round(_SHORTER * length) for seed, length in shortest.items()}
+            shorter = {
+                seed: min(length - 1, round(_SHORTER * length)) for seed, length in shortest.items()
+            }
             if not math.isfinite(ahead) or ahead >= 0.0 or min(shorter.values()) < floor:
                 return {}
             shortest = shorter
@@ -248,13 +253,22 @@ class Comparison:
         return self.at_equal_steps(arm).keys() >= set(self.config.random_seeds)
 
 
-def _mean_flops(runs: Mapping[int, RunResult]) -> float:
-    return statistics.fmean(run.flops for run in runs.values())
-
-
 def _by_length(results: Sequence[RunResult]) -> dict[int, RunResult]:
     return {result.request.epochs: result for result in results}
 
 
 def _all_there(lengths: Mapping[int, Mapping[int, RunResult]], epochs: Mapping[int, int]) -> bool:
     return all(length in lengths[seed] for seed, length in epochs.items())
+
+
+def _surely_better(runs: Mapping[int, Sequence[RunResult]], grown: Mapping[int, RunResult]) -> bool:
+    """Whether runs are told to be better than the grown ones at the operations that those took.
+
+    It is asked of the line between two runs, which favours growth: no further run is needed.
+    """
+    losses = losses_at(runs, grown)
+    if losses is None:
+        return False
+    return mean_interval(
+        [run.test["loss"] - loss for run, loss in zip(grown.values(), losses, strict=True)]
+    ).above_zero

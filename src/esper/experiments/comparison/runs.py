@@ -14,6 +14,7 @@ from esper.lifecycle.actions import Germinate
 from esper.lifecycle.events import EventRecord, SeedCommitted, SeedGerminated, SeedPruned
 from esper.lifecycle.record import Record
 from esper.policies.depth_schedule import SLOPE, DepthSchedulePolicy
+from esper.policies.learned import LearnedPolicy
 from esper.policies.named import NEVER
 from esper.policies.replay import ReplayPolicy
 from esper.policies.timing import FractionTiming
@@ -21,6 +22,9 @@ from esper.slots.committed_seed import CommittedSeed
 from esper.slots.slot_set import SlotSet
 from esper.training.policy import Policy
 from esper.training.run_cost import RunCost
+
+DEPTH_POLICIES = (DepthSchedulePolicy.name, SLOPE)
+"""Those that grow depth, and decide by the number of steps or the training loss alone."""
 
 
 class GrownSeed(Record):
@@ -86,6 +90,8 @@ class RunResult(Record):
     committed: Topology
     num_germinated: int
     num_pruned: int
+    policy_sha256: str | None = None
+    """Of the file of the policy that decided, if it has one."""
 
 
 class GrowthRecord:
@@ -182,7 +188,7 @@ def random_times_policy(request: RunRequest, config: RunConfig, decisions: int) 
     is too late to germinate.
     """
     draw = random.Random(request.random_seed)  # noqa: S311 – no secret
-    if config.policy in (DepthSchedulePolicy.name, SLOPE):
+    if config.policy in DEPTH_POLICIES:
         schedule = config.depth_schedule
         latest = min(1.0 - config.decay_fraction, schedule.verdict_fraction)
         num_events = 1 if config.policy == SLOPE else len(schedule.fractions)
@@ -224,6 +230,7 @@ def result_of(
 ) -> RunResult:
     """Return what came out of a run that has come to its end."""
     spent = run.spent(cost) if request.grows else cost.training
+    policy = run.growth.policy
     assert spent.flops is not None
     assert cost.training.flops is not None
     return RunResult(
@@ -238,6 +245,7 @@ def result_of(
         committed=record.topology(run.growth.slots),
         num_germinated=record.num_germinated,
         num_pruned=record.num_pruned,
+        policy_sha256=policy.state_dict()["sha256"] if isinstance(policy, LearnedPolicy) else None,
     )
 
 

@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -62,24 +62,31 @@ def run_missing(
     def outlook() -> Outlook:
         return _outlook(comparison, tuple(running.values()), seconds, processes)
 
+    def keep(ended: Iterable[Future[RunResult]]) -> None:
+        nonlocal comparison
+        for future in sorted(ended, key=_failed):  # what is finished is kept first
+            request = running.pop(future)
+            result = _result_of(future, request)
+            folder.add(result)
+            seconds.setdefault(request.arm, []).append(clock() - begun.pop(future))
+            comparison = Comparison(config, [*comparison.results.values(), result])
+            on_change(outlook(), result)
+
     with worker_pool(processes) as pool:
         while True:
             under_way = {request.key for request in running.values()}
             waiting = [r for r in comparison.missing() if r.key not in under_way]
             for request in waiting[: processes - len(running)]:
-                future = pool.submit(execute, request, config.run)
+                try:
+                    future = pool.submit(execute, request, config.run)
+                except BrokenProcessPool as error:  # those under way end now, if none has told yet
+                    keep(wait(running).done)
+                    raise _worker_died(request) from error
                 running[future], begun[future] = request, clock()
                 on_change(outlook(), None)
             if not running:
                 return comparison
-            ended, _ = wait(running, return_when=FIRST_COMPLETED)
-            for future in sorted(ended, key=_failed):  # what is finished is kept first
-                request = running.pop(future)
-                result = _result_of(future, request)
-                folder.add(result)
-                seconds.setdefault(request.arm, []).append(clock() - begun.pop(future))
-                comparison = Comparison(config, [*comparison.results.values(), result])
-                on_change(outlook(), result)
+            keep(wait(running, return_when=FIRST_COMPLETED).done)
 
 
 def _outlook(
@@ -100,6 +107,14 @@ def _outlook(
     )
 
 
+def _worker_died(request: RunRequest) -> WorkerDiedError:
+    return WorkerDiedError(
+        f"a process was killed, perhaps for want of memory; {request.arm} of random seed "
+        f"{request.random_seed} was under way. Start again with the same folder, and with "
+        "fewer processes, to go on"
+    )
+
+
 def _failed(future: Future[RunResult]) -> bool:
     return future.exception() is not None
 
@@ -108,11 +123,7 @@ def _result_of(future: Future[RunResult], request: RunRequest) -> RunResult:
     try:
         return future.result()
     except BrokenProcessPool as error:
-        raise WorkerDiedError(
-            f"a process was killed, perhaps for want of memory; {request.arm} of random seed "
-            f"{request.random_seed} was under way. Start again with the same folder, and with "
-            "fewer processes, to go on"
-        ) from error
+        raise _worker_died(request) from error
     except Exception as error:
         error.add_note(
             f"in the run of arm {request.arm!r}, random seed {request.random_seed}, learning rate "

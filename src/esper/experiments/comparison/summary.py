@@ -7,19 +7,17 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from esper.experiments.comparison.config import MIN_SEEDS_FOR_A_CLAIM
+from esper.experiments.comparison.curves import REACH, Runs, curve_of, losses_at
 from esper.experiments.comparison.intervals import (
     Crossing,
     Curve,
     Interval,
     crossing,
-    loss_at,
     mean_interval,
 )
-from esper.experiments.comparison.plan import GROWN, HOST, RANDOM_TIMES, REACH, STATIC, Comparison
-from esper.experiments.comparison.runs import RunResult
+from esper.experiments.comparison.plan import GROWN, HOST, RANDOM_TIMES, STATIC, Comparison
+from esper.experiments.comparison.runs import DEPTH_POLICIES, RunResult
 from esper.experiments.comparison.search import at_edge
-
-Runs = Mapping[int, Sequence[RunResult]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,8 +83,10 @@ class EqualFlops:
     """The grown network beside networks that never grew, at the operations that it took.
 
     Attributes:
-        same_steps: Paired test loss of the grown network minus that of a size in between, which
-            takes as many operations in as many steps; None where the sizes do not enclose it.
+        same_steps: Paired test loss of the grown network minus that of a size which takes as many
+            operations in as many steps, interpolated between the next smaller and the next larger
+            one; None where these do not enclose it, or are the host and the grown size with none in
+            between, too far apart for a line.
         rival: The arm with the lowest mean loss at those operations, in however many steps; None
             where no size has runs that enclose them on every seed.
         any_steps: Paired test loss of the grown network minus the rival's.
@@ -159,24 +159,22 @@ def _summarise_arm(
     )
 
 
-def curve_of(runs: Sequence[RunResult], cost: Callable[[RunResult], float]) -> Curve:
-    """Return one seed's budgets as pairs of cost and test loss, rising."""
-    return sorted((cost(run), run.test["loss"]) for run in runs)
-
-
 def _mean_curve(runs: Runs, full: Mapping[int, RunResult]) -> Curve:
-    """Return mean cost and loss of each budget; of equal steps alone if seeds have unlike ones.
+    """Return mean cost and loss of each budget that every seed has, counted from equal steps.
 
-    For one seed a budget may be so near to equal steps that it is the same run.
+    Seeds may have unlike budgets: what is longer for one is shorter for another, or the same run.
     """
-    alike = len({len(results) for results in runs.values()}) == 1
-    columns = zip(*(runs.values() if alike else ([run] for run in full.values())), strict=True)
+    by_place = [
+        {place - results.index(full[seed]): run for place, run in enumerate(results)}
+        for seed, results in runs.items()
+    ]
+    common = set[int].intersection(*map(set, by_place))
     return [
         (
-            statistics.fmean(run.flops for run in column),
-            statistics.fmean(run.test["loss"] for run in column),
+            statistics.fmean(found[place].flops for found in by_place),
+            statistics.fmean(found[place].test["loss"] for found in by_place),
         )
-        for column in columns
+        for place in sorted(common)
     ]
 
 
@@ -184,7 +182,9 @@ def at_equal_flops(comparison: Comparison) -> EqualFlops:
     """Return the grown network beside networks of the same compute that never grew.
 
     Every size counts, the host included, at a budget that its runs enclose; taking the best of
-    several afterwards favours them, not growth.
+    several afterwards favours them, not growth. Where a loss is interpolated, that favours growth:
+    between sizes always, between budgets only where growth is found to be worse all the same, since
+    the plan asks for a run at the grown one's operations else.
     """
     grown = comparison.at_equal_steps(GROWN)
     if not grown:
@@ -192,7 +192,7 @@ def at_equal_flops(comparison: Comparison) -> EqualFlops:
     static = list(filter(comparison.never_grows, comparison.arms))
     candidates: dict[str, list[float]] = {}
     for rival in static:
-        losses = _losses_at({s: comparison.runs(rival).get(s, ()) for s in grown}, grown)
+        losses = losses_at({s: comparison.runs(rival).get(s, ()) for s in grown}, grown)
         if losses is not None:
             candidates[rival] = losses
     best = min(candidates, key=lambda rival: statistics.fmean(candidates[rival]), default=None)
@@ -200,7 +200,8 @@ def at_equal_flops(comparison: Comparison) -> EqualFlops:
         seed: [full[seed] for full in map(comparison.at_equal_steps, static) if seed in full]
         for seed in grown
     }
-    between = _losses_at(sizes, grown)
+    enough = all(len(sizes[seed]) > 2 or not run.committed for seed, run in grown.items())
+    between = losses_at(sizes, grown) if enough else None
     return EqualFlops(
         same_steps=None if between is None else _difference(grown, between),
         rival=best,
@@ -214,24 +215,15 @@ def _difference(grown: Mapping[int, RunResult], losses: Sequence[float]) -> Inte
     )
 
 
-def _losses_at(runs: Runs, grown: Mapping[int, RunResult]) -> list[float] | None:
-    """Return losses at the grown runs' operations, seed by seed; None where runs do not reach."""
-    losses = []
-    for seed, run in grown.items():
-        curve = curve_of(runs[seed], lambda result: result.flops)
-        if not curve or not curve[0][0] / REACH <= run.flops <= curve[-1][0] * REACH:
-            return None
-        losses.append(loss_at(curve, run.flops))
-    return losses
-
-
 def judge(comparison: Comparison) -> Verdict:
     """Return whether growth pays.
 
     It does if the grown network is better than the host, reaches the static network's loss with
-    fewer operations, and is not worse than networks that never grew at the operations that it took:
-    neither than a size in between in as many steps, nor than a smaller one in more. If only the
-    latter are better it pays where data, not compute, is short.
+    fewer operations, and is better than networks that never grew at the operations that it took:
+    than a size in between in as many steps, and than a smaller one in more. If it is not known to
+    be better than the latter, it pays where data, not compute, is short. "Better" is told by the
+    whole 95 % interval, and nothing is claimed for growth while a network that never grew does best
+    at the last learning rate tried on a side.
     """
     summaries = {summary.arm: summary for summary in summarise(comparison)}
     grown = summaries.get(GROWN)
@@ -259,12 +251,18 @@ def judge(comparison: Comparison) -> Verdict:
     reasons = [
         f"in as many steps the grown network's loss is {_tell_difference(to_host)} the host's",
         _tell_cost(to_static),
-        *_tell_equal(equal),
-        *_tell_timing(summaries),
+        *_tell_equal(comparison, equal),
+        *_tell_timing(comparison, summaries),
     ]
     if too_few is not None:
         return _undecided(too_few, *reasons)
-    return Verdict(outcome=conclude(to_host, to_static, equal), reasons=reasons)
+    outcome = conclude(to_host, to_static, equal)
+    at_an_edge = [
+        s.arm for s in summaries.values() if comparison.never_grows(s.arm) and s.rate_at_edge
+    ]
+    if at_an_edge and outcome is not Outcome.DOES_NOT_PAY:
+        return _undecided(_tell_edge(at_an_edge), *reasons)
+    return Verdict(outcome=outcome, reasons=reasons)
 
 
 def _diverged(comparison: Comparison) -> list[str]:
@@ -294,13 +292,13 @@ def conclude(to_host: Interval, to_static: Crossing, equal: EqualFlops) -> Outco
         return Outcome.DOES_NOT_PAY
     if rival_is_better and _seems_to_cost_more(to_static):
         return Outcome.DOES_NOT_PAY
-    if same_steps is None or same_steps.mean > 0.0:
+    if same_steps is None or not same_steps.below_zero:
         return Outcome.UNDECIDED
     if not (to_host.below_zero and _costs_less(to_static)):
         return Outcome.UNDECIDED
-    if any_steps is None or rival_is_better:
-        return Outcome.PAYS_PER_STEP
-    return Outcome.PAYS if any_steps.mean <= 0.0 else Outcome.UNDECIDED
+    if any_steps is not None and any_steps.below_zero:
+        return Outcome.PAYS
+    return Outcome.PAYS_PER_STEP
 
 
 def _undecided(*reasons: str) -> Verdict:
@@ -314,7 +312,8 @@ def _costs_less(found: Crossing) -> bool:
 
 def _costs_more(found: Crossing) -> bool:
     """Whether the loss is reached only beyond the static network's cost, with confidence."""
-    return (found.last * REACH if found.low is None else found.low) > 1.0
+    earliest = found.last * REACH if found.low is None else found.earliest
+    return earliest is not None and earliest > 1.0
 
 
 def _seems_to_cost_more(found: Crossing) -> bool:
@@ -344,17 +343,35 @@ def tell_bounds(found: Crossing, between: str) -> str:
     return f"{low}{between}{high}"
 
 
-def _tell_equal(equal: EqualFlops) -> list[str]:
+def _tell_edge(arms: Sequence[str]) -> str:
+    """Tell why nothing is claimed for growth, and what to do."""
+    return (
+        f"the best learning rate of {' and of '.join(arms)} is the last one tried on its side, and "
+        "a better one may lie beyond, so try more: --rates, in a comparison of its own"
+    )
+
+
+def _tell_equal(comparison: Comparison, equal: EqualFlops) -> list[str]:
     told = []
-    if equal.same_steps is None:
+    if equal.same_steps is not None:
         told.append(
-            "the sizes in between cost less or more in as many steps on some seed, and none can be "
-            "compared with it there"
+            f"its loss is {_tell_difference(equal.same_steps)} that of a size from the start with "
+            "the same FLOPs and steps, interpolated between the next smaller and the next larger"
+        )
+    elif not comparison.config.intermediate_sizes:
+        told.append(
+            "the sizes in between were left out, and one may do as well with the same FLOPs and "
+            "steps, so train them too: --sizes, in a comparison of its own"
+        )
+    elif any(len(topology) == 1 for topology in comparison.topologies.values()):
+        told.append(
+            "a single seed was grown on some random seed, so that there is no size in between to "
+            "compare with, with the same FLOPs and steps"
         )
     else:
         told.append(
-            f"its loss is {_tell_difference(equal.same_steps)} that of a size in between, from the "
-            "start, with the same FLOPs and steps"
+            "the sizes in between cost less or more in as many steps on some seed, and none can be "
+            "compared with it there"
         )
     if equal.any_steps is None:
         told.append("no network that never grew was trained with as many FLOPs in other steps")
@@ -376,13 +393,19 @@ def _tell_difference(difference: Interval) -> str:
     return f"{told} {direction}"
 
 
-def _tell_timing(summaries: Mapping[str, ArmSummary]) -> list[str]:
+def _tell_timing(comparison: Comparison, summaries: Mapping[str, ArmSummary]) -> list[str]:
     random, grown = summaries.get(RANDOM_TIMES), summaries[GROWN]
     if random is None:
         return []
     gap = random.test_loss.mean - grown.test_loss.mean
     direction = "higher" if gap >= 0.0 else "lower"
-    return [
+    told = (
         f"grown at random times, to {random.param_count / grown.param_count:.2f} of its size, its "
         f"loss is {abs(gap):.4f} {direction}, with {random.flops / grown.flops:.2f} of the FLOPs"
-    ]
+    )
+    if comparison.config.run.policy not in DEPTH_POLICIES:
+        told += (
+            "; evaluations are not counted at random times, and are where a policy decides by the "
+            "loss"
+        )
+    return [told]
