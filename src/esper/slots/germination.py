@@ -1,6 +1,7 @@
 """Building a seed and proving, before it is registered, that it is what it must be."""
 
 import time
+import warnings
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -375,6 +376,10 @@ def fits(order: SeedOrder) -> int | None:
     """Return the parameters of a blueprint in this layout, or None if it does not fit.
 
     Built and run on the meta device: no memory is allocated and nothing is computed.
+
+    Warns:
+        RuntimeWarning: It raises what no blueprint raises that is asked for the wrong layout. It
+            does not fit then either, so that it does not stop every decision.
     """
     try:
         with torch.random.fork_rng(devices=()), torch.device("meta"):
@@ -382,7 +387,15 @@ def fits(order: SeedOrder) -> int | None:
             features = order.random_features()
             increment = branch(features, features, order.call.to(features.device, order.dtype))
             same_shape = increment.shape == features.shape
-    except Exception:  # noqa: BLE001 - one blueprint must not stop every decision; germinate tells
+    except (ValueError, RuntimeError):  # of a factory, or of torch
+        return None
+    except Exception as error:  # noqa: BLE001 - whatever a package's own blueprint raises
+        warnings.warn(
+            f"blueprint {order.blueprint!r} is offered to no slot like this one, as building and "
+            f"running it on the meta device raises {type(error).__name__}: {error}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
         return None
     return branch.param_count if same_shape else None
 
