@@ -194,6 +194,7 @@ def test_dry_run_prints_a_config_that_can_be_read_back_and_trains_nothing(tmp_pa
         (("digits", "--set", "slot.ramp_steps=-1"), "slot.ramp_steps"),
         (("digits", "--set", "slot.thresholds.max_step_time_ratio=nan"), "finite"),
         (("digits", "--config", "missing.toml"), "cannot be read"),
+        (("digits", "--config", sys.executable), "is not TOML"),
         (("digits", "--quiet", "--json"), "exclude each other"),
         (
             ("digits", "--set", "trainer.decision_interval_steps=99999"),

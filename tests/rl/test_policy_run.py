@@ -113,6 +113,7 @@ def test_later_ones_win_the_file_first_and_options_last(tmp_path: Path) -> None:
         ("trainer.epoch=5", "'trainer.epoch'; did you mean 'trainer.epochs'"),
         ("threds=5", "'threds'; did you mean 'threads'"),
         ("run.task=text", "unknown key 'run.task'"),
+        ("nonsense", "a setting is key=value, got 'nonsense'"),
         ("training.gamma=0.9", "rewards.gamma 1.0: shaping leaves what is best"),
         ("rewards.gamma=0.9", "training.gamma is 1.0, and rewards.gamma 0.9"),
         ("rewards.compute_rent=1", "operations, which are not counted; add count_flops=true"),

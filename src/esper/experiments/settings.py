@@ -34,8 +34,20 @@ def read_settings(file: Path) -> dict[str, Any]:
         return tomllib.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise SettingsError(f"config file {file} cannot be read: {error}") from error
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise SettingsError(f"config file {file} is not TOML: {error}") from error
+
+
+def key_of(setting: str) -> str:
+    """Return the key of `key=value`.
+
+    Raises:
+        SettingsError: It is not of that form.
+    """
+    key, separator, _ = setting.partition("=")
+    if not separator or not key:
+        raise SettingsError(f"a setting is key=value, got {setting!r}")
+    return key
 
 
 def parse_setting(setting: str, record: type[Record]) -> dict[str, Any]:
@@ -44,9 +56,7 @@ def parse_setting(setting: str, record: type[Record]) -> dict[str, Any]:
     Raises:
         SettingsError: It is not of that form.
     """
-    key, separator, text = setting.partition("=")
-    if not separator or not key:
-        raise SettingsError(f"a setting is key=value, got {setting!r}")
+    key, text = key_of(setting), setting.partition("=")[2]
     try:
         value: Any = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:

@@ -17,6 +17,7 @@ from esper.experiments.run import usable_device
 from esper.experiments.settings import (
     SettingsError,
     explain,
+    key_of,
     known_keys,
     merge,
     parse_setting,
@@ -161,7 +162,7 @@ def _split(settings: Sequence[str]) -> tuple[list[str], list[str]]:
     of_runs: list[str] = []
     mine: list[str] = []
     for setting in settings:
-        key = setting.split("=")[0]
+        key = key_of(setting)
         _check_section(key)
         (mine if key.split(".")[0] in SECTIONS else of_runs).append(setting)
     return of_runs, mine
