@@ -140,5 +140,5 @@ def test_status_of_a_bus_that_is_away_says_so(tmp_path: Path) -> None:
     (tmp_path / "keys").chmod(0o600)
     url = f"redis://127.0.0.1:{free_port()}"
     told = served.run(STATUS, "--bus", url, "--key-file", "keys")
-    assert told.returncode == 2
-    assert "is not available" in told.stderr
+    assert told.returncode == 3
+    assert "is not available" in told.stdout

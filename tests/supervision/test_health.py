@@ -183,7 +183,7 @@ command = ["sleep", "1000"]
         before = served.status
         wait_for(lambda: (s := served.status) and before and s.time_seconds > before.time_seconds)
         served.wait_for("sleeper", "ready")
-        assert served.run(STATUS, *asking).returncode == 2
+        assert served.run(STATUS, *asking).returncode == 3
         server.start()
         wait_for(lambda: (s := served.status) and s.bus == "told")
         found = json.loads(served.run(STATUS, *asking, "--json").stdout)
