@@ -85,6 +85,7 @@ CONTESTS = {
             training=(
                 "trainer.epochs=7",
                 "count_flops=true",
+                "observation.loss=training",
                 "rewards.compute_rent=0.25",
                 "rewards.progress=0",
                 "rewards.potential=none",

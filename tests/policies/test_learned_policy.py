@@ -47,8 +47,11 @@ from esper.policies.learned import (
     JointDistribution,
     LearnedPolicy,
     NetworkConfig,
+    ObservationConfig,
     PolicyFileError,
     SeenHost,
+    WatchedLoss,
+    feature_names,
     features,
     head_sizes,
     load_policy,
@@ -472,7 +475,7 @@ Parts = tuple[dict[str, Any], dict[str, Tensor]]
 
 
 def _other_version(document: dict[str, Any], _: dict[str, Tensor]) -> None:
-    document["format_version"] = 2
+    document["format_version"] = 99
 
 
 def _other_feature(document: dict[str, Any], _: dict[str, Tensor]) -> None:
@@ -534,7 +537,7 @@ def _not_a_number(_: dict[str, Any], weights: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize(
     ("breaks", "told"),
     [
-        (_other_version, "format version 2; this esper reads version 1"),
+        (_other_version, "format version 99; this esper reads version 2"),
         (_other_feature, r"other slot features .* is_sleepy beyond, and lacks is_\w+; train"),
         (_moved_feature, "other run features .* they are in another order"),
         (_other_head, "other heads .* LEARNING_RATE beyond, and lacks nothing"),
@@ -597,6 +600,33 @@ def test_it_is_a_policy_that_says_what_it_needs_and_what_it_remembers(saved: Pat
     assert (policy.name, policy.reads_losses) == ("learned", True)
     assert policy.weighs(state(slot("a"), slot("b", SeedStage.BLENDING))) == ["a"]
     assert policy.trained_on == {"task": "digits", "steps": 4000}
+
+
+def test_one_that_watches_the_training_loss_needs_no_evaluation_and_knows_none(tmp_path: Path):
+    path = tmp_path / "policy.safetensors"
+    watched = ObservationConfig(loss=WatchedLoss.TRAINING)
+    save_policy(path, lively(["conv", "norm"]), observation=watched)
+    assert load_policy(path).observation == watched
+    assert not LearnedPolicy.load(path).reads_losses
+
+    def decisions(**losses: tuple[float, ...]) -> list[Action]:
+        host = state(slot("a"), slot("b", choices=slot("b").choices[:2]), **losses)
+        return decided(LearnedPolicy.load(path, deterministic=False), [host] * 30)
+
+    falling, flat, unknown = (2.0, 1.0, 0.5), (2.0, 2.0, 2.0), (math.nan,) * 3
+    expected = decisions(train_losses=falling, losses=falling)
+    assert decisions(train_losses=falling, losses=unknown) == expected
+    assert decisions(train_losses=flat, losses=falling) != expected
+    host = state(slot("a"), train_losses=falling, losses=unknown)
+    names = dict(zip(feature_names(ActionCoder.of(host)), values_of(host, watched), strict=True))
+    assert (names["loss_is_finite"], names["held_out_over_train"]) == (1.0, 0.0)
+    assert names["loss_fall_1"] == math.tanh(20.0 / 3.0)
+    with pytest.raises(ValueError, match="and the loop does not tell it; pass it"):
+        decisions(train_losses=falling[:2])
+
+
+def values_of(host: GrowthState, observation: ObservationConfig) -> list[float]:
+    return features(host, ActionCoder.of(host), observation)
 
 
 @pytest.mark.parametrize("deterministic", [True, False])

@@ -17,7 +17,7 @@ from stable_baselines3.common.vec_env import SubprocVecEnv
 import esper
 from esper.lifecycle.actions import Action, Advance, Commit, Germinate, Operation, Prune, Wait
 from esper.lifecycle.events import RewardGiven
-from esper.policies.learned import Head
+from esper.policies.learned import Head, ObservationConfig, WatchedLoss, features
 from esper.rl import GrowthEnv, GrowthEpisode, RewardConfig
 from esper.rl.growth_episode import reference_of
 from esper.training.random_states import random_streams_apart
@@ -108,6 +108,21 @@ def test_it_terminates_after_the_last_decision_and_never_truncates() -> None:
     assert ends == [(False, False)] * (RUNS.epochs - 1) + [(True, False)]
     with pytest.raises(RuntimeError, match="the episode is over; call reset"):
         env.step([0] * len(Head))
+
+
+def test_the_training_loss_can_be_seen_in_place_of_the_held_out_one() -> None:
+    watched = ObservationConfig(loss=WatchedLoss.TRAINING)
+    held_out, training = GrowthEnv(RUNS), GrowthEnv(RUNS, observation=watched)
+    for env in (held_out, training):
+        env.reset(seed=0)
+    for _ in range(RUNS.epochs - 1):
+        (seen, reward, *_), (other, same, *_) = (
+            env.step([0] * len(Head)) for env in (held_out, training)
+        )
+        expected = np.array(features(training.state, training.coder, watched), np.float32)
+        assert np.array_equal(other["obs"], expected)
+        assert not np.array_equal(other["obs"], seen["obs"])
+        assert reward == same, "rewards are of the held-out loss in any case"
 
 
 def test_no_legal_choice_of_every_head_is_refused_as_illegal() -> None:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from esper.lifecycle.actions import GrowthState
 from esper.lifecycle.events import ActionRefused, GateEvaluated, GerminationFailed
 from esper.policies.learned.action_coder import ActionChoices, ActionCoder, Head
-from esper.policies.learned.features import feature_names, features
+from esper.policies.learned.features import ObservationConfig, feature_names, features
 from esper.rl.growth_episode import GrowthEpisode, MakeHostRun
 from esper.rl.rewards import RewardConfig
 from esper.training.random_states import random_states, random_streams_apart
@@ -53,6 +53,7 @@ class GrowthEnv(gymnasium.Env[Observation, NDArray[np.int64]]):
         make_run: Makes the run of an episode from its random seed. `TaskRuns` does for a task.
         rewards: What decisions are weighed by.
         choices: Of the heads that are the same for every slot.
+        observation: Which loss is seen; rewards are of the held-out one in any case.
         render_mode: "ansi" renders a line per slot.
 
     Raises:
@@ -67,6 +68,7 @@ class GrowthEnv(gymnasium.Env[Observation, NDArray[np.int64]]):
         *,
         rewards: RewardConfig | None = None,
         choices: ActionChoices | None = None,
+        observation: ObservationConfig | None = None,
         render_mode: str | None = None,
     ) -> None:
         if render_mode not in (None, *self.metadata["render_modes"]):
@@ -74,6 +76,7 @@ class GrowthEnv(gymnasium.Env[Observation, NDArray[np.int64]]):
         self.render_mode = render_mode
         self.rewards = rewards or RewardConfig()
         self.make_run = make_run
+        self._seen = observation or ObservationConfig()
         with random_streams_apart():
             state = make_run(0).trainer.growth.state()
         self.coder = ActionCoder.of(state, choices)
@@ -186,7 +189,7 @@ class GrowthEnv(gymnasium.Env[Observation, NDArray[np.int64]]):
 
     def _observation(self) -> Observation:
         state = self._begun().state
-        values = np.array(features(state, self.coder), dtype=np.float32)
+        values = np.array(features(state, self.coder, self._seen), dtype=np.float32)
         mask = self.action_masks().astype(np.int8)
         return {"obs": values, "action_mask": mask}
 

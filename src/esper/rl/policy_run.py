@@ -28,6 +28,7 @@ from esper.lifecycle.record import Record
 from esper.policies.learned import (
     ActionChoices,
     NetworkConfig,
+    ObservationConfig,
     PolicyFileError,
     load_policy,
     save_policy,
@@ -79,6 +80,7 @@ class PolicyRunConfig(Record):
     episodes: EpisodeConfig = EpisodeConfig()
     rewards: RewardConfig = RewardConfig()
     network: NetworkConfig = NetworkConfig()
+    observation: ObservationConfig = ObservationConfig()
     actions: ActionChoices = ActionChoices()
     demonstrations: DemonstrationConfig | None = None
     """What is imitated first; None begins with a policy that knows nothing."""
@@ -200,7 +202,9 @@ class MakeGrowthEnv:
             num_runs=episodes.num_runs,
             referenced=episodes.referenced,
         )
-        return GrowthEnv(runs, rewards=config.rewards, choices=config.actions)
+        return GrowthEnv(
+            runs, rewards=config.rewards, choices=config.actions, observation=config.observation
+        )
 
 
 @dataclass(kw_only=True)
@@ -282,6 +286,7 @@ class PolicyRun:
         save_policy(
             self.policy_file,
             policy.actor(),
+            observation=self.config.observation,
             trained_on={
                 "task": run.task,
                 "epochs": run.trainer.epochs,

@@ -6,10 +6,12 @@ on a host, a task or a run length that it was not trained on.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from enum import StrEnum
 from types import MappingProxyType
 
 from esper.lifecycle.actions import GrowthState, SlotState
 from esper.lifecycle.alpha import AlphaMode
+from esper.lifecycle.record import Record
 from esper.lifecycle.stages import LIVING_STAGES, SeedStage
 from esper.policies.learned.action_coder import ActionCoder
 from esper.policies.timing import elapsed_fraction
@@ -23,6 +25,36 @@ _STAGE_EPOCHS = 8.0
 _REFUSALS = 4.0
 _HALF_SIZE = 0.1
 """The share of the host's parameters at which a size is 0.5."""
+
+
+class WatchedLoss(StrEnum):
+    """Which loss tells how a run goes."""
+
+    HELD_OUT = "held_out"
+    TRAINING = "training"
+
+
+class ObservationConfig(Record):
+    """What a learned policy looks at."""
+
+    loss: WatchedLoss = WatchedLoss.HELD_OUT
+    """The held-out one has to be evaluated at each decision, which is then a cost of deciding; the
+    mean training loss since the last decision is there anyway."""
+
+    def seen(self, state: GrowthState) -> GrowthState:
+        """Return the state with the watched loss in place of the held-out one.
+
+        Raises:
+            ValueError: The training loss is to be watched, and the loop does not tell it.
+        """
+        if self.loss is WatchedLoss.HELD_OUT:
+            return state
+        if len(state.train_losses) < state.epoch:
+            raise ValueError(
+                "the learned policy decides by the training loss, and the loop does not tell it; "
+                "pass it: growth.after_epoch(evaluate, train_loss=…)"
+            )
+        return state.model_copy(update={"losses": state.train_losses, "train_losses": ()})
 
 
 def relative_fall(before: float, now: float) -> float:
@@ -128,18 +160,23 @@ def feature_names(coder: ActionCoder) -> list[str]:
     return names
 
 
-def features(state: GrowthState, coder: ActionCoder) -> list[float]:
+def features(
+    state: GrowthState, coder: ActionCoder, observation: ObservationConfig | None = None
+) -> list[float]:
     """Return what is to be seen of a state, each number within [-1, 1].
 
     First `RUN_FEATURES`, then for each slot `SLOT_FEATURES` and its place, then for each pair of
     slot and blueprint its `relative_size`, then for each whether it fits, 1 or 0. What is not
-    measured is 0, and the feature beside it says so.
+    measured is 0, and the feature beside it says so. Where the training loss is watched it stands
+    for the held-out one, and there is no gap between them.
 
     Raises:
-        ValueError: The run's length or the host's size is not known, or the slots are others.
+        ValueError: The run's length, the host's size or the watched loss is not known, or the slots
+            are others.
     """
     coder.check_host(state)
-    values = [feature(state) for feature in RUN_FEATURES.values()]
+    seen = (observation or ObservationConfig()).seen(state)
+    values = [feature(seen) for feature in RUN_FEATURES.values()]
     last = max(len(state.slots) - 1, 1)
     for place, slot in enumerate(state.slots):
         values += [feature(slot) for feature in SLOT_FEATURES.values()]

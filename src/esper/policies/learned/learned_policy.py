@@ -9,7 +9,7 @@ from torch import Tensor
 
 from esper.lifecycle.actions import Action, GrowthState
 from esper.policies.learned.action_coder import ActionCoder, Head
-from esper.policies.learned.features import features
+from esper.policies.learned.features import WatchedLoss, features
 from esper.policies.learned.joint_distribution import JointDistribution
 from esper.policies.learned.network import split_features
 from esper.policies.learned.policy_file import SavedPolicy, load_policy
@@ -29,7 +29,6 @@ class LearnedPolicy:
     """
 
     name = "learned"
-    reads_losses = True
 
     def __init__(
         self, saved: SavedPolicy, *, deterministic: bool = True, random_seed: int = 0
@@ -37,6 +36,7 @@ class LearnedPolicy:
         self.trained_on = saved.trained_on
         """What was written about its training, for people."""
         self._network = saved.network
+        self._observation = saved.observation
         self._sha256 = saved.sha256
         self._deterministic = deterministic
         self._random = torch.Generator().manual_seed(random_seed)
@@ -56,6 +56,11 @@ class LearnedPolicy:
         """
         return cls(load_policy(path), deterministic=deterministic, random_seed=random_seed)
 
+    @property
+    def reads_losses(self) -> bool:
+        """Whether it decides by the held-out loss, whose evaluation is a cost of growing then."""
+        return self._observation.loss is WatchedLoss.HELD_OUT
+
     def weighs(self, state: GrowthState) -> Sequence[str]:
         """Return every slot whose next gate may ask."""
         return asked_to_be_weighed(state)
@@ -64,8 +69,8 @@ class LearnedPolicy:
         """Return one legal action.
 
         Raises:
-            ValueError: There is no slot, no blueprint with parameters fits any, or the state tells
-                neither the run's length nor the host's size.
+            ValueError: There is no slot, no blueprint with parameters fits any, or the state does
+                not tell the run's length, the host's size or the loss that it was trained to watch.
         """
         coder = ActionCoder.of(state, self._network.choices)
         numbers = self._numbers(state, coder)
@@ -97,7 +102,8 @@ class LearnedPolicy:
 
     def _numbers(self, state: GrowthState, coder: ActionCoder) -> list[int]:
         num_slots, num_blueprints = len(coder.slots), len(coder.blueprints)
-        observation = torch.tensor([features(state, coder)], dtype=torch.float32, device=_CPU)
+        values = features(state, coder, self._observation)
+        observation = torch.tensor([values], dtype=torch.float32, device=_CPU)
         legal = torch.tensor([coder.masks(state)[Head.OPERATION]], device=_CPU)
         with torch.inference_mode(), torch.autocast("cpu", enabled=False):
             seen = split_features(observation, num_slots, num_blueprints)

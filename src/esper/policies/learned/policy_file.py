@@ -17,11 +17,11 @@ from torch import Tensor
 
 from esper.lifecycle.record import Record
 from esper.policies.learned.action_coder import SLOT_OPERATIONS, ActionChoices, Head
-from esper.policies.learned.features import RUN_FEATURES, SLOT_FEATURES
+from esper.policies.learned.features import RUN_FEATURES, SLOT_FEATURES, ObservationConfig
 from esper.policies.learned.network import GrowthNetwork, NetworkConfig
 from esper.policies.named import POLICY_FILE_SUFFIX, is_policy_file
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _KEY = "esper_policy"
 """Names the document among the file's metadata."""
 _HEADER_LENGTH_BYTES = 8
@@ -42,6 +42,7 @@ class PolicyDocument(Record):
     heads: tuple[str, ...] = tuple(head.name for head in Head)
     operations: tuple[str, ...] = SLOT_OPERATIONS
     """What may be asked of a slot, in the order of the operation head."""
+    observation: ObservationConfig
     choices: ActionChoices
     blueprints: tuple[str, ...]
     """Names met in training, in the order of their embeddings."""
@@ -55,19 +56,25 @@ class SavedPolicy:
     """What a file holds."""
 
     network: GrowthNetwork
+    observation: ObservationConfig
     trained_on: Mapping[str, JsonValue]
     sha256: str
     """Of the whole file."""
 
 
 def save_policy(
-    path: str | Path, network: GrowthNetwork, *, trained_on: Mapping[str, JsonValue] | None = None
+    path: str | Path,
+    network: GrowthNetwork,
+    *,
+    observation: ObservationConfig | None = None,
+    trained_on: Mapping[str, JsonValue] | None = None,
 ) -> str:
     """Write a policy, whole or not at all; a file that stands there is replaced.
 
     Args:
         path: Ends in `.safetensors`; missing folders are created.
         network: Its weights are written as they are now.
+        observation: What it was trained to look at.
         trained_on: For people, in plain values.
 
     Returns:
@@ -86,6 +93,7 @@ def save_policy(
     }
     _check_finite(weights, "the network to save")
     document = PolicyDocument(
+        observation=observation or ObservationConfig(),
         choices=network.choices,
         blueprints=network.blueprints,
         network=network.config,
@@ -123,6 +131,7 @@ def load_policy(path: str | Path) -> SavedPolicy:
     network = _network(weights, document, path)
     return SavedPolicy(
         network=network,
+        observation=document.observation,
         trained_on=document.trained_on,
         sha256=hashlib.sha256(data).hexdigest(),
     )
