@@ -35,6 +35,10 @@ def equal(same_steps: Interval | None, any_steps: Interval | None) -> EqualFlops
     return EqualFlops(same_steps=same_steps, rival="host", any_steps=any_steps)
 
 
+def by_one_seed(any_steps: Interval | None) -> EqualFlops:
+    return EqualFlops(same_steps=None, rival="host", any_steps=any_steps, nothing_between=True)
+
+
 @pytest.mark.parametrize(
     ("to_host", "to_static", "at_equal_flops", "outcome"),
     [
@@ -64,6 +68,12 @@ def equal(same_steps: Interval | None, any_steps: Interval | None) -> EqualFlops
         (BETTER, CHEAPER, equal(SEEMS_WORSE, None), Outcome.UNDECIDED),
         (BETTER, CHEAPER, equal(WORSE, None), Outcome.DOES_NOT_PAY),
         (BETTER, CHEAPER, equal(None, None), Outcome.UNDECIDED),
+        # There is no size in between to be better than.
+        (BETTER, CHEAPER, by_one_seed(BETTER), Outcome.PAYS),
+        (BETTER, CHEAPER, by_one_seed(SEEMS_BETTER), Outcome.UNDECIDED),
+        (BETTER, CHEAPER, by_one_seed(WORSE), Outcome.UNDECIDED),
+        (BETTER, CHEAPER, by_one_seed(None), Outcome.UNDECIDED),
+        (BETTER, NOT_TOLD_APART, by_one_seed(BETTER), Outcome.UNDECIDED),
         # A network that never grew is better with the same compute, and growth seems no cheaper.
         (BETTER, SEEMS_DEARER, equal(None, WORSE), Outcome.DOES_NOT_PAY),
         (BETTER, SEEMS_DEARER, equal(None, SEEMS_WORSE), Outcome.UNDECIDED),

@@ -90,11 +90,13 @@ class EqualFlops:
         rival: The arm with the lowest mean loss at those operations, in however many steps; None
             where no size has runs that enclose them on every seed.
         any_steps: Paired test loss of the grown network minus the rival's.
+        nothing_between: No network grew by more than one seed: there is no size in between.
     """
 
     same_steps: Interval | None
     rival: str | None
     any_steps: Interval | None
+    nothing_between: bool = False
 
 
 def summarise(comparison: Comparison) -> list[ArmSummary]:
@@ -206,6 +208,7 @@ def at_equal_flops(comparison: Comparison) -> EqualFlops:
         same_steps=None if between is None else _difference(grown, between),
         rival=best,
         any_steps=None if best is None else _difference(grown, candidates[best]),
+        nothing_between=all(len(run.committed) <= 1 for run in grown.values()),
     )
 
 
@@ -220,8 +223,9 @@ def judge(comparison: Comparison) -> Verdict:
 
     It does if the grown network is better than the host, reaches the static network's loss with
     fewer operations, and is better than networks that never grew at the operations that it took:
-    than a size in between in as many steps, and than a smaller one in more. If it is not known to
-    be better than the latter, it pays where data, not compute, is short. "Better" is told by the
+    than a size in between in as many steps, if there is one, and than a smaller one in more. If it
+    is not known to be better than the latter, and is than the former, it pays where data, not
+    compute, is short. "Better" is told by the
     whole 95 % interval, and nothing is claimed for growth while a network that never grew does best
     at the last learning rate tried on a side.
     """
@@ -292,13 +296,14 @@ def conclude(to_host: Interval, to_static: Crossing, equal: EqualFlops) -> Outco
         return Outcome.DOES_NOT_PAY
     if rival_is_better and _seems_to_cost_more(to_static):
         return Outcome.DOES_NOT_PAY
-    if same_steps is None or not same_steps.below_zero:
+    beats_between = same_steps is not None and same_steps.below_zero
+    if not (beats_between or equal.nothing_between):
         return Outcome.UNDECIDED
     if not (to_host.below_zero and _costs_less(to_static)):
         return Outcome.UNDECIDED
     if any_steps is not None and any_steps.below_zero:
         return Outcome.PAYS
-    return Outcome.PAYS_PER_STEP
+    return Outcome.PAYS_PER_STEP if beats_between else Outcome.UNDECIDED
 
 
 def _undecided(*reasons: str) -> Verdict:
@@ -363,6 +368,8 @@ def _tell_equal(comparison: Comparison, equal: EqualFlops) -> list[str]:
             "the sizes in between were left out, and one may do as well with the same FLOPs and "
             "steps, so train them too: --sizes, in a comparison of its own"
         )
+    elif equal.nothing_between:
+        told.append("a single seed was grown, so that there is no size in between")
     elif any(len(topology) == 1 for topology in comparison.topologies.values()):
         told.append(
             "a single seed was grown on some random seed, so that there is no size in between to "
