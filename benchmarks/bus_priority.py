@@ -46,7 +46,7 @@ from esper.lifecycle.stages import SeedStage
 from esper.signing import Keyring
 from esper.supervision import children
 from esper.supervision.config import ROUTER
-from esper.telemetry.run_store import DATABASE_FILE
+from esper.telemetry.run_folder import DATABASE_FILE
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 from redis_server import RedisServer

@@ -34,7 +34,7 @@ from esper.rl.policy_run import (
     policy_run_config,
     resumed_policy_run,
 )
-from esper.telemetry.run_store import RunReader
+from esper.telemetry.run_reader import RunReader
 from objective_tables import machine
 
 POLICIES = (NEVER, "random", "schedule", "heuristic", "ucb1")
@@ -65,6 +65,7 @@ CONTESTS = {
             decisions=7_680,
             training=(
                 "trainer.epochs=20",
+                "observation.loss=training",
                 "demonstrations.policy=schedule",
                 "demonstrations.num_episodes=32",
                 "demonstrations.passes=50",
@@ -81,19 +82,23 @@ CONTESTS = {
         Contest(
             task="text",
             settings=("trainer.epochs=14",),
-            decisions=1_344,
+            decisions=672,
             training=(
                 "trainer.epochs=7",
                 "count_flops=true",
                 "observation.loss=training",
+                "demonstrations.policy=none",
+                "demonstrations.num_episodes=16",
+                "demonstrations.passes=50",
+                "training.steps_per_fragment=28",
+                "training.batch_size=28",
+                "training.num_epochs=6",
+                "training.learning_rate=0.0002",
+                "training.target_kl=0.02",
                 "rewards.compute_rent=0.25",
                 "rewards.progress=0",
                 "rewards.potential=none",
                 "training.gae_lambda=1.0",
-                "training.steps_per_fragment=28",
-                "training.batch_size=28",
-                "training.learning_rate=0.002",
-                "training.target_kl=0.1",
             ),
         ),
     )

@@ -15,7 +15,8 @@ from esper.lifecycle.commands import Act
 from esper.lifecycle.events import ActionApplied, Event, EventRecord, SeedGerminated
 from esper.lifecycle.learning import Isolation, SeedObjective
 from esper.signing import Keyring
-from esper.telemetry.run_store import DATABASE_FILE, ReopenedRunStore, RunStore
+from esper.telemetry.run_folder import DATABASE_FILE
+from esper.telemetry.run_store import ReopenedRunStore, RunStore
 from esper.training.control import RunControl
 
 KEYRING = Keyring([b"a key for tests, 24 bytes or more"])

@@ -19,7 +19,8 @@ from eager_policy import write_eager_policy
 from esper.cli.app import app
 from esper.cli.policy_views import TrainingView, print_evaluation
 from esper.experiments.config import load_run_config
-from esper.experiments.run import build_setup, stored_run
+from esper.experiments.run import build_setup
+from esper.experiments.stored_run import stored_run
 from esper.rl import demonstrations, policy_run
 from esper.rl.evaluation import EvaluatedRun, Evaluation, EvaluationConfig
 from esper.rl.workers import InProcessWorkers

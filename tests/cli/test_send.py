@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from esper.telemetry.run_store import RunReader, is_written
+from esper.telemetry.run_folder import is_written
+from esper.telemetry.run_reader import RunReader
 from redis_server import RedisServer
 
 pytestmark = [pytest.mark.redis, pytest.mark.slow]

@@ -12,7 +12,8 @@ from esper.bus import Bus, InProcessBus
 from esper.dashboard.bus_channel import BusCommandChannel
 from esper.dashboard.commands import Command, CommandRefusedError
 from esper.telemetry.command_log import CommandLog, LoggedCommand
-from esper.telemetry.run_store import DATABASE_FILE, RunReader
+from esper.telemetry.run_folder import DATABASE_FILE
+from esper.telemetry.run_reader import RunReader
 
 
 @contextmanager

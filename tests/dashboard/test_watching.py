@@ -16,7 +16,8 @@ from esper.dashboard.trend import Trend
 from esper.dashboard.watched_run import WatchedRun
 from esper.dashboard.watcher import UnknownRunError, Watcher
 from esper.telemetry import RunStore
-from esper.telemetry.run_store import ReopenedRunStore, RunReader
+from esper.telemetry.run_reader import RunReader
+from esper.telemetry.run_store import ReopenedRunStore
 from served_runs import CONFIG, skip, write_run
 
 

@@ -19,11 +19,12 @@ import torch
 from mlflow import MlflowClient
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import esper.experiments.run as experiments_run
+import esper.experiments.parts as parts_of_runs
 from esper.experiments.comparison.config import CompareConfig
 from esper.experiments.config import RunConfig, load_run_config
-from esper.experiments.run import build_setup, resumed_run, stored_run
+from esper.experiments.run import build_setup
 from esper.experiments.settings import SettingsError
+from esper.experiments.stored_run import resumed_run, stored_run
 from esper.lifecycle.events import SeedGerminated, SinkFailed, SinkLossesCounted
 from esper.lifecycle.words import notable
 from esper.telemetry import (
@@ -220,13 +221,13 @@ def test_what_was_in_the_folder_before_stays(tmp_path: Path) -> None:
 def test_what_somebody_else_writes_meanwhile_stays_too(
     tmp_path: Path, port_in_use: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    opens = experiments_run.open_trackers
+    opens = parts_of_runs.open_trackers
 
     def writes_meanwhile(*given: object, **others: object) -> object:
         (tmp_path / "precious.csv").write_text("1")
         return opens(*given, **others)
 
-    monkeypatch.setattr(experiments_run, "open_trackers", writes_meanwhile)
+    monkeypatch.setattr(parts_of_runs, "open_trackers", writes_meanwhile)
     with pytest.raises(SettingsError, match=r"tracking\.prometheus"):
         train(config(*ALL, port_in_use), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["precious.csv"]

@@ -14,7 +14,7 @@ from esper.report import Chart, Reference, RunStory, StoryTeller, draw_charts, r
 from esper.report.chart import STAGE_COLOURS, json_values, log_axis, si
 from esper.report.story import AlphaRamp
 from esper.telemetry import RunReader
-from esper.telemetry.run_store import MetricRow
+from esper.telemetry.run_reader import MetricRow
 
 
 @pytest.fixture(scope="module")

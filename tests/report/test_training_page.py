@@ -15,7 +15,7 @@ from esper.report.png import NothingToDrawError
 from esper.report.training_story import RETURN, TrainingStory, running_means
 from esper.rl.training_report import TrainingReport
 from esper.telemetry import RunReader
-from esper.telemetry.run_store import MetricRow
+from esper.telemetry.run_reader import MetricRow
 from told_training import STEPS, begin, no_episode, report, tell, write_training
 
 EACH = "mean of a rollout's episodes"

@@ -11,7 +11,7 @@ import torch
 from sb3_contrib.common.recurrent.type_aliases import RNNStates
 
 from esper.experiments.config import RunConfig, load_run_config
-from esper.experiments.run import chosen_policy
+from esper.experiments.parts import chosen_policy
 from esper.experiments.settings import SettingsError
 from esper.experiments.worker_pool import WorkerDiedError
 from esper.lifecycle import (

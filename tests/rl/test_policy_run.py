@@ -32,7 +32,8 @@ from esper.rl.task_runs import TaskRuns
 from esper.rl.training_report import TrainingReport
 from esper.rl.workers import InProcessWorkers
 from esper.telemetry import RunReader
-from esper.telemetry.run_store import RunFolderError, RunStore
+from esper.telemetry.run_folder import RunFolderError
+from esper.telemetry.run_store import RunStore
 
 TINY = (
     "trainer.epochs=2",

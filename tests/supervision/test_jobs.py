@@ -9,7 +9,7 @@ import pytest
 
 from esper.supervision.program import Run, RunState, clear_half_made, state_of
 from esper.telemetry import RunStore
-from esper.telemetry.run_store import RunFolderError, RunStatus, _WriterLock
+from esper.telemetry.run_folder import RunFolderError, RunStatus, WriterLock
 
 
 def run_in(folder: Path, *, resume_stopped: bool = False) -> Run:
@@ -78,7 +78,7 @@ def test_nothing_is_removed_that_may_be_of_use_to_somebody(tmp_path: Path) -> No
         folder.mkdir()
         only_config(folder)
     (mine / "notes").touch()
-    lock = _WriterLock(written)
+    lock = WriterLock(written)
     RunStore(whole, config={}, environment={}).close()
     before = sorted(tmp_path.rglob("*"))
     assert not any(clear_half_made(folder) for folder in (mine, written, whole, tmp_path / "none"))

@@ -16,7 +16,9 @@ from esper.lifecycle.events import EventRecord, SeedPruned, StepSkipped
 from esper.lifecycle.stages import SeedStage
 from esper.report import run_page
 from esper.telemetry import DATABASE_FILE, RunFolderError, RunReader, RunStore
-from esper.telemetry.run_store import ReopenedRunStore, RunGlance, RunStatus, is_written
+from esper.telemetry.run_folder import RunStatus, is_written
+from esper.telemetry.run_reader import RunGlance
+from esper.telemetry.run_store import ReopenedRunStore
 
 ROOT = Path(__file__).parents[2]
 

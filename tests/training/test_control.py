@@ -24,7 +24,9 @@ from esper.lifecycle.events import (
     SeedGerminated,
 )
 from esper.telemetry.command_log import CommandLog, LoggedCommand
-from esper.telemetry.run_store import DATABASE_FILE, ReopenedRunStore, RunReader, RunStore
+from esper.telemetry.run_folder import DATABASE_FILE
+from esper.telemetry.run_reader import RunReader
+from esper.telemetry.run_store import ReopenedRunStore, RunStore
 from esper.training.control import RunControl, RunStoppedError
 from growth_problem import Problem, make_problem
 

@@ -9,7 +9,7 @@ from esper.bus.envelope import Envelope, MessageRefusedError, Refusal
 from esper.lifecycle.commands import Command, Name, Outcome
 from esper.lifecycle.events import EventRecord
 from esper.lifecycle.record import Record
-from esper.telemetry.run_store import RunStatus
+from esper.telemetry.run_folder import RunStatus
 
 
 class CommandMessage(Record):

@@ -26,13 +26,8 @@ from esper.bus.messages import (
 from esper.bus.sequences import SequenceTracker
 from esper.lifecycle.events import Priority
 from esper.lifecycle.record import Record
-from esper.telemetry.run_store import (
-    CONFIG_FILE,
-    DATABASE_FILE,
-    ENVIRONMENT_FILE,
-    RunFolderError,
-    RunStore,
-)
+from esper.telemetry.run_folder import CONFIG_FILE, DATABASE_FILE, ENVIRONMENT_FILE, RunFolderError
+from esper.telemetry.run_store import RunStore
 
 Telling = RunMessage | EventMessage | MetricsMessage | BundleMessage | StatusMessage
 """What a run tells of itself."""

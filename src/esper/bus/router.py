@@ -30,7 +30,7 @@ from esper.bus.mirror import Told, check_telling
 from esper.bus.mirrors import Mirrors, check_name
 from esper.lifecycle.record import Record
 from esper.signing import Keyring
-from esper.telemetry.run_store import RunFolderError
+from esper.telemetry.run_folder import RunFolderError
 
 BATCH_MESSAGES = 500
 """Received at once."""

@@ -17,7 +17,7 @@ from esper.bus.spool import MAX_SPOOL_BYTES, Spool
 from esper.bus.telemetry_lane import BATCH_MESSAGES, TelemetryLane
 from esper.lifecycle.events import EventRecord, Priority
 from esper.signing import Keyring
-from esper.telemetry.run_store import RunStatus
+from esper.telemetry.run_folder import RunStatus
 
 SPOOL_FOLDER = "spool"
 """In a run's folder."""

@@ -48,7 +48,7 @@ from esper.experiments.comparison import (
     run_missing,
 )
 from esper.experiments.config import RunConfig
-from esper.experiments.run import chosen_policy, usable_device
+from esper.experiments.parts import chosen_policy, usable_device
 from esper.experiments.settings import SettingsError
 from esper.experiments.worker_pool import WorkerDiedError
 from esper.report import draw_charts

@@ -21,7 +21,7 @@ from esper.compilation.compiled_host import seed_options
 from esper.compilation.feature_guards import FeatureGuards, dtype_named
 from esper.compilation.inductor_cache import CacheFolderError
 from esper.experiments.config import CompileConfig
-from esper.experiments.run import artefact_store
+from esper.experiments.parts import artefact_store
 from esper.experiments.settings import SettingsError, explain
 from esper.lifecycle.learning import Isolation
 from esper.seeds.registry import Family

@@ -31,21 +31,18 @@ from esper.cli.tables import networks_table, print_compiled, print_seeds, print_
 from esper.cli.views import JsonView, LinesView, QuietView, RunView
 from esper.experiments.audit import ForkPoint, Twin, prepare_twin
 from esper.experiments.config import RunConfig
-from esper.experiments.run import (
-    GrowingRun,
-    build_setup,
-    chosen_policy,
-    prepare,
-    stored_run,
-)
+from esper.experiments.parts import chosen_policy
+from esper.experiments.run import GrowingRun, build_setup, prepare
 from esper.experiments.settings import SettingsError
+from esper.experiments.stored_run import stored_run
 from esper.policies.named import NEVER, POLICY_NAMES
 from esper.report.story import RunStory, tell
 from esper.tasks.collection.address import SCHEMES, SETTINGS_HELP
 from esper.tasks.named import TASKS
 from esper.tasks.own import OWN_SCHEME
 from esper.tasks.task import TaskDataError
-from esper.telemetry.run_store import RunFolderError, RunReader
+from esper.telemetry.run_folder import RunFolderError
+from esper.telemetry.run_reader import RunReader
 from esper.training.checkpoints import CheckpointError
 from esper.training.run_cost import RunCost
 

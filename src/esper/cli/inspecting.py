@@ -13,17 +13,14 @@ from esper.cli.compare_views import print_comparison, summary_record
 from esper.cli.tables import print_seeds, print_twin
 from esper.cli.training_tables import print_training_story, training_records
 from esper.cli.views import STAGE_STYLES
-from esper.experiments.comparison import (
-    ComparisonFolderError,
-    holds_comparison,
-    read_comparison,
-)
+from esper.experiments.comparison import ComparisonFolderError, holds_comparison, read_comparison
 from esper.lifecycle.events import EventSchemaError
 from esper.lifecycle.stages import GROWTH_PATH
 from esper.report.story import GateVisit, RunStory, SeedStory, StageVisit, tell
 from esper.report.training_story import tell_training
+from esper.telemetry.run_folder import RunFolderError
 from esper.telemetry.run_kind import training_settings
-from esper.telemetry.run_store import RunFolderError, RunReader
+from esper.telemetry.run_reader import RunReader
 
 _CANNOT_SHOW = (
     RunFolderError,

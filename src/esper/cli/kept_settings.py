@@ -6,7 +6,7 @@ from esper.cli.command_line import command_line
 from esper.experiments.config import RunConfig
 from esper.experiments.settings import SettingsError, explain
 from esper.telemetry.run_kind import training_settings
-from esper.telemetry.run_store import RunReader
+from esper.telemetry.run_reader import RunReader
 
 
 def kept_settings(reader: RunReader) -> RunConfig:

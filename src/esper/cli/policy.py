@@ -31,7 +31,7 @@ from esper.experiments.worker_pool import WorkerDiedError
 from esper.policies.heuristic import HeuristicPolicy
 from esper.policies.named import POLICY_NAMES, policy_of_anywhere
 from esper.tasks.task import TaskDataError
-from esper.telemetry.run_store import RunFolderError
+from esper.telemetry.run_folder import RunFolderError
 
 if TYPE_CHECKING:
     from esper.rl.evaluation import Evaluation, EvaluationConfig, EvaluationFolder

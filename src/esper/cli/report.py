@@ -32,8 +32,9 @@ from esper.report import (
 from esper.report.chart import growth_words
 from esper.report.png import NothingToDrawError
 from esper.report.training_page import training_title
+from esper.telemetry.run_folder import RunFolderError
 from esper.telemetry.run_kind import training_settings
-from esper.telemetry.run_store import RunFolderError, RunReader
+from esper.telemetry.run_reader import RunReader
 
 REPORT_FILE = "report.html"
 

@@ -22,12 +22,14 @@ from esper.cli.options import AsJson, Report, bad_parameter, refuse_both
 from esper.cli.report import leave_report
 from esper.cli.stopping import stops_told
 from esper.cli.views import RunView
-from esper.experiments.run import GrowingRun, resumed_run
+from esper.experiments.run import GrowingRun
 from esper.experiments.settings import SettingsError
+from esper.experiments.stored_run import resumed_run
 from esper.report.story import tell
 from esper.seeds.registry import BlueprintError
 from esper.tasks.task import TaskDataError
-from esper.telemetry.run_store import RunFolderError, RunReader
+from esper.telemetry.run_folder import RunFolderError
+from esper.telemetry.run_reader import RunReader
 from esper.training.checkpoints import CheckpointError
 
 _CANNOT_GO_ON = (

@@ -18,7 +18,8 @@ from esper.experiments.settings import SettingsError
 from esper.lifecycle.actions import Operation, action_from_dump
 from esper.lifecycle.commands import Act, Command, Pause, Resume, SaveCheckpoint, Stop
 from esper.signing import KeyFileError, Keyring
-from esper.telemetry.run_store import RunFolderError, RunReader, is_written
+from esper.telemetry.run_folder import RunFolderError, is_written
+from esper.telemetry.run_reader import RunReader
 
 _PLAIN: dict[str, Command] = {
     "pause": Pause(),

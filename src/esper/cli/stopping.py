@@ -10,7 +10,8 @@ import typer
 from rich.console import Console
 
 from esper.cli.command_line import command_line
-from esper.telemetry.run_store import CHECKPOINTS_FOLDER, RunFolderError, RunReader
+from esper.telemetry.run_folder import CHECKPOINTS_FOLDER, RunFolderError
+from esper.telemetry.run_reader import RunReader
 from esper.training.control import RunStoppedError
 
 EXIT_INTERRUPTED = 128 + signal.SIGINT

@@ -24,7 +24,7 @@ from esper.report.training_story import (
     training_facts,
     words_of,
 )
-from esper.telemetry.run_store import RunReader
+from esper.telemetry.run_reader import RunReader
 
 _MAX_ROWS = 10
 _MAX_RESTARTS = 10

@@ -11,7 +11,7 @@ from esper.lifecycle import commands
 from esper.lifecycle.actions import Action, Advance, Commit, Prune
 from esper.signing import Keyring
 from esper.telemetry.run_kind import training_settings
-from esper.telemetry.run_store import RunReader
+from esper.telemetry.run_reader import RunReader
 
 _WAIT_SECONDS = 10.0
 _OF_RUNS: dict[str, commands.Command] = {

@@ -11,7 +11,7 @@ from esper.lifecycle.events import RunFinished, RunStarted, SeedCommitted
 from esper.report.chart import Chart, layout_of, line_of, log_axis
 from esper.report.charts import quality_names
 from esper.report.training_story import RETURN, TrainingStory, running_means
-from esper.telemetry.run_store import MetricRow, RunReader
+from esper.telemetry.run_reader import MetricRow, RunReader
 
 MAX_COMPARED = 8
 """More lines cannot be told apart by colour."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from esper.telemetry.run_store import CONFIG_FILE, DATABASE_FILE, ENVIRONMENT_FILE, LOCK_FILE
+from esper.telemetry.run_folder import CONFIG_FILE, DATABASE_FILE, ENVIRONMENT_FILE, LOCK_FILE
 
 _READ_FILES = (
     DATABASE_FILE,

@@ -20,7 +20,7 @@ from esper.report.training_charts import training_charts
 from esper.report.training_page import training_figures
 from esper.report.training_story import TrainingStory
 from esper.telemetry.run_kind import training_settings
-from esper.telemetry.run_store import MetricRow, RunGlance, RunReader
+from esper.telemetry.run_reader import MetricRow, RunGlance, RunReader
 
 CHUNK_EVENTS = 2000
 CHUNK_VALUES = 20_000

@@ -15,15 +15,9 @@ from esper.dashboard.run_folders import as_text
 from esper.dashboard.trend import Trend
 from esper.lifecycle.events import EventSchemaError
 from esper.report.training_story import RETURN, TRAINING_WORDS, setting
+from esper.telemetry.run_folder import CONFIG_FILE, DATABASE_FILE, RunFolderError, is_written
 from esper.telemetry.run_kind import training_settings
-from esper.telemetry.run_store import (
-    CONFIG_FILE,
-    DATABASE_FILE,
-    RunFolderError,
-    RunReader,
-    is_written,
-    standing,
-)
+from esper.telemetry.run_reader import RunReader, standing
 
 CANNOT_READ = (RunFolderError, EventSchemaError, OSError, sqlite3.Error)
 """What reading a run folder raises that is damaged, half written, or gone."""

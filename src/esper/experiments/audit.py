@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from itertools import takewhile
 
 from esper.experiments.config import RunConfig
-from esper.experiments.run import GrowingRun, learning_rate_factor, prepare
+from esper.experiments.parts import learning_rate_factor
+from esper.experiments.run import GrowingRun, prepare
 from esper.lifecycle.events import EventRecord, SeedGerminated, TwinFinished
 from esper.policies.named import NEVER
 from esper.training.growth import Growth

@@ -10,7 +10,8 @@ from esper.bus.telemetry_link import TelemetryLink
 from esper.experiments.config import BusConfig
 from esper.experiments.settings import SettingsError
 from esper.signing import KeyFileError, Keyring
-from esper.telemetry.run_store import DATABASE_FILE, RunReader, RunStatus
+from esper.telemetry.run_folder import DATABASE_FILE, RunStatus
+from esper.telemetry.run_reader import RunReader
 from esper.training.control import RunControl
 from esper.training.growth import Growth
 

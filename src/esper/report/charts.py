@@ -10,7 +10,7 @@ from esper.report.light_charts import lightened
 from esper.report.quality_charts import loss_chart, quality_chart
 from esper.report.seed_charts import contribution_chart, gradient_chart
 from esper.report.story import RunStory
-from esper.telemetry.run_store import MetricRow
+from esper.telemetry.run_reader import MetricRow
 
 NOT_QUALITY = frozenset({"loss", "train_loss", "step_seconds", "flops"})
 """Metrics that are not a measure of quality besides the loss."""

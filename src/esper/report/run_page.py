@@ -13,7 +13,7 @@ from esper.report.cost_charts import Reference
 from esper.report.markup import chip, figures, settings_table, table, text
 from esper.report.page import Section, page
 from esper.report.story import GateVisit, RunStory, SeedStory, tell
-from esper.telemetry.run_store import MetricRow, RunReader
+from esper.telemetry.run_reader import MetricRow, RunReader
 
 _OUTCOMES = {"committed": "good", "pruned": "bad", "still growing": "warn"}
 STATUS_KINDS = {

@@ -20,7 +20,7 @@ from esper.report.training_story import (
     words_of,
 )
 from esper.telemetry.run_kind import training_settings
-from esper.telemetry.run_store import RunReader
+from esper.telemetry.run_reader import RunReader
 
 
 def training_report(reader: RunReader) -> str:

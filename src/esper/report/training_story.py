@@ -8,7 +8,7 @@ from typing import Any
 
 from esper.lifecycle.events import EnvironmentRestarted, EventRecord
 from esper.telemetry.run_kind import training_settings
-from esper.telemetry.run_store import MetricRow, RunReader
+from esper.telemetry.run_reader import MetricRow, RunReader
 
 TRAINING_WORDS = "learning a policy"
 """What a training is called where runs are named by their policy."""

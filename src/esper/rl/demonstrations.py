@@ -13,7 +13,7 @@ from sb3_contrib.common.recurrent.type_aliases import RNNStates
 from torch import Tensor
 
 from esper.experiments.config import RunConfig
-from esper.experiments.run import chosen_policy
+from esper.experiments.parts import chosen_policy
 from esper.experiments.worker_pool import WorkerDiedError, worker_pool
 from esper.lifecycle.actions import (
     Action,

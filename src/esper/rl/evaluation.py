@@ -14,7 +14,8 @@ import torch
 from pydantic import Field, ValidationError, model_validator
 
 from esper.experiments.config import RunConfig
-from esper.experiments.run import build_setup, chosen_policy, prepare
+from esper.experiments.parts import chosen_policy
+from esper.experiments.run import build_setup, prepare
 from esper.experiments.settings import SettingsError, explain
 from esper.experiments.worker_pool import WorkerDiedError, worker_pool
 from esper.lifecycle.events import EventRecord, SeedCommitted, SeedGerminated, SeedPruned

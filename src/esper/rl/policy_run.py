@@ -13,7 +13,7 @@ import torch
 from pydantic import Field, ValidationError, model_validator
 
 from esper.experiments.config import RunConfig, load_run_config
-from esper.experiments.run import usable_device
+from esper.experiments.parts import usable_device
 from esper.experiments.settings import (
     SettingsError,
     explain,
@@ -51,8 +51,10 @@ from esper.rl.task_runs import TaskRuns
 from esper.rl.training_report import TrainingReport
 from esper.rl.workers import Workers
 from esper.telemetry.environment import describe_environment
+from esper.telemetry.run_folder import RunStatus
 from esper.telemetry.run_kind import POLICY_TRAINING
-from esper.telemetry.run_store import ReopenedRunStore, RunReader, RunStatus, RunStore
+from esper.telemetry.run_reader import RunReader
+from esper.telemetry.run_store import ReopenedRunStore, RunStore
 from esper.telemetry.sink import Sink
 
 POLICY_FILE = "policy.safetensors"

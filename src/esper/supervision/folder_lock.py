@@ -4,7 +4,7 @@ import os
 import time
 from pathlib import Path
 
-from esper.telemetry.run_store import LOCK_FILE, is_written
+from esper.telemetry.run_folder import LOCK_FILE, is_written
 
 _WAITS = 5
 _WAIT_SECONDS = 0.02

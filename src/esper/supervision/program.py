@@ -18,7 +18,8 @@ from esper.supervision.config import (
     ServiceConfig,
 )
 from esper.supervision.status import Kind
-from esper.telemetry.run_store import DATABASE_FILE, RUN_FILES, RunReader, is_written
+from esper.telemetry.run_folder import DATABASE_FILE, RUN_FILES, is_written
+from esper.telemetry.run_reader import RunReader
 
 _ESPER = (sys.executable, "-m", "esper")
 _CHILDREN = (sys.executable, "-m", "esper.supervision.children")

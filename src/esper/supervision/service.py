@@ -15,7 +15,7 @@ from esper.supervision.log_tail import last_lines
 from esper.supervision.program import Program, RunState, clear_half_made, state_of
 from esper.supervision.restart_policy import RestartPolicy
 from esper.supervision.status import BeatStatus, ServiceState, ServiceStatus
-from esper.telemetry.run_store import RunFolderError
+from esper.telemetry.run_folder import RunFolderError
 
 _LOOK_SECONDS = 0.05
 """Between two tries of a port."""

@@ -29,7 +29,7 @@ from esper.supervision.status import (
     ServiceState,
     write_status,
 )
-from esper.telemetry.run_store import RunFolderError
+from esper.telemetry.run_folder import RunFolderError
 
 _DRAIN_ORDER: tuple[Kind, ...] = ("job", "router", "dashboard", "service")
 """The router outlives the jobs, so that their last words are routed."""

@@ -4,14 +4,9 @@ from esper.telemetry.command_log import CommandLog
 from esper.telemetry.environment import describe_environment
 from esper.telemetry.mlflow_sink import MlflowSink
 from esper.telemetry.prometheus_sink import PrometheusSink
-from esper.telemetry.run_store import (
-    DATABASE_FILE,
-    WEIGHTS_FILE,
-    MetricRow,
-    RunFolderError,
-    RunReader,
-    RunStore,
-)
+from esper.telemetry.run_folder import DATABASE_FILE, WEIGHTS_FILE, RunFolderError
+from esper.telemetry.run_reader import MetricRow, RunReader
+from esper.telemetry.run_store import RunStore
 from esper.telemetry.sink import Sink
 from esper.telemetry.sink_guard import SinkGuard
 from esper.telemetry.tensorboard_sink import TensorBoardSink

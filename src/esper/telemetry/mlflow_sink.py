@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
 from esper.lifecycle.events import EventRecord, StageChanged
-from esper.telemetry.run_store import RunStatus
+from esper.telemetry.run_folder import RunStatus
 from esper.telemetry.tracked_values import named_values, told
 from esper.telemetry.tracker import (
     Tracker,

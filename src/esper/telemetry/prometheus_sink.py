@@ -16,7 +16,7 @@ from esper.lifecycle.events import (
     StageChanged,
 )
 from esper.lifecycle.stages import SeedStage
-from esper.telemetry.run_store import RunStatus
+from esper.telemetry.run_folder import RunStatus
 from esper.telemetry.tracked_values import run_values, slot_values
 from esper.telemetry.tracker import Tracker, TrackerError
 

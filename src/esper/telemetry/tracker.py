@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from esper.lifecycle.events import EventRecord
-from esper.telemetry.run_store import RunStatus
+from esper.telemetry.run_folder import RunStatus
 
 Setting = bool | int | float | str
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, final
 
 from esper.lifecycle.events import EventRecord, Priority
-from esper.telemetry.run_store import RunStatus
+from esper.telemetry.run_folder import RunStatus
 from esper.telemetry.tracked_values import named_values, told
 from esper.telemetry.tracker import Tracker, TrackerError, read_run_id, write_run_id
 

@@ -1,0 +1,227 @@
+"""A run that keeps itself in a folder, and goes on from there."""
+
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from esper.experiments.config import RunConfig
+from esper.experiments.parts import (
+    checkpoints_in,
+    compile_service,
+    connection_with_bus,
+    opened_trackers,
+)
+from esper.experiments.run import GrowingRun, prepare
+from esper.tasks.task import TaskSetup
+from esper.telemetry.environment import describe_environment
+from esper.telemetry.heartbeat import Heartbeat
+from esper.telemetry.run_folder import RUN_FILES, WEIGHTS_FILE, RunFolderError, RunStatus
+from esper.telemetry.run_reader import RunReader
+from esper.telemetry.run_store import ReopenedRunStore, RunStore
+from esper.telemetry.sink import Sink
+from esper.telemetry.tracker import Tracker
+from esper.telemetry.tracking import TRACKER_FOLDERS
+from esper.training.checkpoints import CheckpointError, FoundCheckpoint
+from esper.training.control import RunControl, RunStoppedError
+from esper.training.precision import matmul_settings, set_matmul_precision
+from esper.training.trainer import Trainer
+
+
+@contextmanager
+def stored_run(
+    config: RunConfig, folder: Path, setup: TaskSetup, sinks: Sequence[Sink] = ()
+) -> Iterator[GrowingRun]:
+    """Open a run folder, and close it with a status however the run ends.
+
+    Args:
+        config: Of the run.
+        folder: Made if it is not there.
+        setup: From `build_setup`, which comes first, so that bad data leaves no folder.
+        sinks: Receive every event and metric, besides the folder.
+
+    Effects: sets the process's matmul precision and number of threads.
+
+    Raises:
+        RunFolderError: The folder holds a run already.
+        SettingsError: As `prepare`, compiled graphs cannot be kept, the bus is set wrongly, or a
+            tracker cannot be opened; there is no folder then.
+        CheckpointError: Checkpoints cannot be written.
+    """
+    _set_process(config)
+    environment = {
+        **describe_environment(torch.device(config.device)),
+        "matmul": matmul_settings(),
+        "random_seed": config.random_seed,
+        "data_notes": list(setup.notes),
+    }
+    with compile_service(config.compile) as service:
+        run = prepare(config, run_id=folder.name, setup=setup, service=service)
+        run.connection = connection_with_bus(config)
+        store, run.trackers = _new_folder(config, folder, environment)
+        with _in_folder(run, store, sinks, after_step=-1):
+            run.trainer.keeper = checkpoints_in(config.checkpoint, folder)
+            yield run
+
+
+@contextmanager
+def resumed_run(folder: Path, sinks: Sequence[Sink] = ()) -> Iterator[GrowingRun]:
+    """Go on with a run that was stopped, from its newest checkpoint that is whole.
+
+    On a CPU what follows is, to the bit, what would have followed. Without any checkpoint the run
+    begins anew.
+
+    Args:
+        folder: Of the run.
+        sinks: Receive every further event and metric, besides the folder.
+
+    Effects: sets the process's matmul precision and number of threads. What the folder holds of
+    steps after the checkpoint is forgotten.
+
+    Raises:
+        RunFolderError: It is no run folder, the run is finished, or a process writes it.
+        CheckpointError: Every checkpoint is damaged, or of another version.
+        SettingsError: As `prepare`, or a tracker cannot be opened; the run can be resumed still.
+        TaskDataError: The data cannot be read or used any more.
+        ModuleNotFoundError: The task needs an extra that is not installed.
+    """
+    reader = RunReader(folder)
+    if reader.status == "finished":
+        raise RunFolderError(f"{folder} holds a run that is finished; there is nothing to resume")
+    config = RunConfig.model_validate(reader.config())
+    _set_process(config)
+    with compile_service(config.compile) as service:
+        run = prepare(config, run_id=folder.name, service=service)
+        checkpoints = checkpoints_in(config.checkpoint, folder)
+        found = checkpoints.newest() if checkpoints is not None and checkpoints.names() else None
+        after_step = -1 if found is None else found.info.step
+        store = ReopenedRunStore(folder, after_step=after_step)
+        run.trainer.keeper, run.resumed = checkpoints, found
+        try:
+            run.connection = connection_with_bus(config)
+            run.trackers = opened_trackers(config, folder, after_step=after_step)
+        except BaseException:
+            _close(run, store, "failed")
+            raise
+        with _in_folder(run, store, sinks, after_step=after_step):
+            if found is not None:
+                _give(found, run.trainer)
+            yield run
+
+
+def _give(found: FoundCheckpoint, trainer: Trainer) -> None:
+    """Let a run go on from a checkpoint.
+
+    Raises:
+        CheckpointError: Something is not as it was then, as the file of a learned policy.
+    """
+    try:
+        found.give_to(trainer)
+    except ValueError as error:
+        raise CheckpointError(f"the run cannot go on from {found.name}: {error}") from error
+
+
+def _set_process(config: RunConfig) -> None:
+    set_matmul_precision(config.trainer.matmul_precision)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+
+
+@contextmanager
+def _in_folder(
+    run: GrowingRun, store: RunStore, sinks: Sequence[Sink], *, after_step: int
+) -> Iterator[None]:
+    """Let a run write into its folder, and close it with a status however the run ends."""
+    run.growth.sinks.extend([store, *run.trackers, *sinks])
+    run.weights_file = store.folder / WEIGHTS_FILE
+    run.run_id = store.run_id
+    status: RunStatus = "failed"
+    try:
+        _control(run, store, after_step=after_step)
+        yield
+        status = "finished"
+    except BaseException as error:
+        if run.finished:
+            status = "finished"
+        elif isinstance(error, RunStoppedError):
+            status = "stopped" if error.commanded else "interrupted"
+        elif isinstance(error, KeyboardInterrupt):
+            status = "interrupted"
+        raise
+    finally:
+        _close(run, store, status)
+
+
+def _control(run: GrowingRun, store: RunStore, *, after_step: int) -> None:
+    """Let a run be told what to do: what it was told before, and what the bus brings."""
+    heartbeat, connection = Heartbeat.from_environment(), run.connection
+    control = RunControl(
+        store.commands,
+        beat=heartbeat.beat if heartbeat.is_supervised else None,
+        link=None if connection is None else connection.link,
+    )
+    run.trainer.control = control
+    if connection is None:
+        control.paused = False  # nobody could end it
+        return
+    connection.open(RunReader(store.folder), run.growth, control, after_step=after_step)
+
+
+def _close(run: GrowingRun, store: RunStore, status: RunStatus) -> None:
+    """Close trackers and folder; what cannot be closed, or was lost before, is told."""
+    guard, connection, control = run.growth.sink_guard, run.connection, run.trainer.control
+    with ExitStack() as last_first:  # all of it, also where closing one is interrupted
+        last_first.callback(guard.attempt, store, lambda store: store.close())
+        if connection is not None:
+            last_first.callback(connection.close, status)
+        last_first.callback(lambda: run.growth.publish(guard.losses))
+        for tracker in reversed(run.trackers):
+            last_first.callback(run.growth.sinks.remove, tracker)
+            last_first.callback(guard.attempt, tracker, lambda tracker: tracker.close(status))
+        last_first.callback(guard.attempt, store, lambda store: store.set_status(status))
+        if connection is not None:
+            finished = status == "finished"
+            last_first.callback(connection.stop_receiving, refuse_rest=finished)
+        if control is not None:
+            refusal = "the run has finished" if status == "finished" else None
+            last_first.callback(control.close, run.growth, refuse=refusal)
+
+
+def _new_folder(
+    config: RunConfig, folder: Path, environment: Mapping[str, Any]
+) -> tuple[RunStore, list[Tracker]]:
+    """Make a run folder, and open what is to follow the run; there is no folder if that fails.
+
+    Raises:
+        RunFolderError: The folder holds a run already.
+        SettingsError: A tracker cannot be opened.
+    """
+    before = set(folder.iterdir()) if folder.exists() else None
+    try:
+        store = RunStore(folder, config=config.model_dump(mode="json"), environment=environment)
+        try:
+            return store, opened_trackers(config, folder)
+        except BaseException:
+            store.close()
+            raise
+    except RunFolderError:
+        raise  # nothing was made
+    except BaseException:
+        _undo(folder, before)
+        raise
+
+
+def _undo(folder: Path, before: set[Path] | None) -> None:
+    """Remove what a run makes in a folder, and the folder too if it was not there."""
+    made = {folder / name for name in (*RUN_FILES, *TRACKER_FOLDERS)} - (before or set())
+    for path in made:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    if before is None:
+        with suppress(OSError):  # somebody else has put something there
+            folder.rmdir()
