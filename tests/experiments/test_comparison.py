@@ -391,7 +391,7 @@ def test_nothing_is_claimed_for_growth_while_a_better_rate_may_lie_beyond_those_
     assert judge(played(World(growth_bonus=0.02), config())).outcome is Outcome.PAYS
     verdict = judge(played(Edge(growth_bonus=0.02), config()))
     assert verdict.outcome is Outcome.UNDECIDED
-    assert verdict.reasons[0].startswith(f"the best learning rate of {arm} is the last one tried")
+    assert verdict.reasons[0].startswith(f"the best learning rate of {arm} is the only one")
     assert "--rates" in verdict.reasons[0]
 
 

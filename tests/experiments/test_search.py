@@ -46,7 +46,7 @@ def test_a_best_rate_on_the_edge_is_told_and_looked_beyond(sign: float, fourth: 
 
 def test_a_diverged_rate_is_never_the_best() -> None:
     assert best_rate({0.1: 2.0, 0.2: math.inf}) == 0.1
-    assert not at_edge({0.1: 2.0})
+    assert at_edge({0.1: 2.0})
 
 
 def test_a_best_rate_inside_is_refined_towards_the_better_neighbour() -> None:

@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import mse_loss
 
 import esper
-from esper.lifecycle.events import Priority, StepSkipped
+from esper.lifecycle.events import Priority, RunWentBack, StepSkipped
+from esper.training.safeguard import TrainingDivergedError
 from growth_problem import Problem
 
 FIRST_SCALE = 2.0**16
@@ -23,7 +25,7 @@ def make_trainer(problem: Problem, *, epochs: int, fused: bool, **settings: Any)
 
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("max_gradient_norm", [None, 1.0])
-def test_gradients_that_are_never_finite_are_told_at_each_step(
+def test_gradients_that_are_never_finite_are_told_at_each_step_and_end_the_run(
     fused: bool, max_gradient_norm: float | None, problem: Problem, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = make_trainer(problem, epochs=2, fused=fused, max_gradient_norm=max_gradient_norm)
@@ -31,15 +33,55 @@ def test_gradients_that_are_never_finite_are_told_at_each_step(
     monkeypatch.setattr(trainer.ema, "update", lambda: pytest.fail("nothing was learned"))
     before = [parameter.clone() for parameter in problem.model.parameters()]
     problem.model.head.weight.register_hook(lambda gradient: gradient * math.inf)
-    first, second = trainer.fit()
+    reports = trainer.run()
+    first = next(reports)
+    with pytest.raises(
+        TrainingDivergedError, match=r"no step of epoch 2 .*is not finite at loss scale"
+    ):
+        next(reports)
     told = problem.recorder.of(StepSkipped)
     assert [event.loss_scale for event in told] == [FIRST_SCALE / 2**k for k in range(32)]
     assert [event.priority for event in told] == [Priority.NORMAL] * 17 + [Priority.CRITICAL] * 15
     assert "not finite at loss scale 65536" in told[0].reason
     assert math.isnan(first.train_loss)
-    assert math.isnan(second.train_loss)
     assert all(map(torch.equal, problem.model.parameters(), before))
     assert trainer._safeguard._good is None, "no step has shown that a state is good"
+
+
+def test_a_scale_that_is_lowered_below_1_leads_back(problem: Problem) -> None:
+    trainer = make_trainer(problem, epochs=4, fused=False, max_gradient_norm=None)
+    steps = itertools.count(1)
+
+    def spoil(gradient: Tensor) -> Tensor:
+        return gradient * (math.inf if next(steps) > 20 else 1.0)
+
+    problem.model.head.weight.register_hook(spoil)
+    with pytest.raises(TrainingDivergedError, match="again, 2 times after going back"):
+        trainer.fit()
+    backs = problem.recorder.of(RunWentBack)
+    assert [back.same_batches for back in backs] == [True, False]
+    below_one = [e for e in problem.recorder.of(StepSkipped) if e.priority is Priority.CRITICAL]
+    assert len(below_one) == 3 * len([*backs, "the error"]), "three in a row each time"
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_seed_has_not_learned_in_a_step_that_the_scaler_skips(
+    fused: bool, problem: Problem
+) -> None:
+    optimizer = torch.optim.Adam(problem.model.parameters(), lr=1e-2, fused=fused)
+    problem.slots.bind(optimizer)
+    scaler = torch.amp.GradScaler("cpu")
+    features, targets = problem.batches[0]
+
+    def has_learned(factor: float) -> bool:
+        scaler.scale(mse_loss(problem.model(features), targets) * factor).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        assert problem.slots.binding is not None
+        return problem.slots.binding.take_step()
+
+    assert [has_learned(factor) for factor in (1.0, math.inf, 1.0)] == [True, False, True]
 
 
 @pytest.mark.parametrize("fused", [False, True])

@@ -238,6 +238,21 @@ def test_without_snapshots_bad_steps_are_skipped_and_no_more(settings: dict[str,
     assert not run.of(RunWentBack)
 
 
+@pytest.mark.parametrize("settings", [{}, {"snapshot_steps": None}])
+def test_an_epoch_without_one_step_that_could_be_made_ends_the_run(
+    settings: dict[str, Any],
+) -> None:
+    run = Run(**settings)
+    run.spoilt = set(range(500))
+    with pytest.raises(TrainingDivergedError, match=r"no step of epoch 1 .*the loss is not finite"):
+        run.fit()
+    assert run.made == STEPS
+    one_was_made = Run(**settings)
+    one_was_made.spoilt = set(range(1, STEPS))
+    one_was_made.fit()
+    assert len(one_was_made.recorder.of(StepSkipped)) == STEPS - 1
+
+
 class Bomb(Seed):
     """Emits NaN, or far too much, in some forwards."""
 
@@ -287,6 +302,23 @@ def test_the_seed_that_bad_steps_are_the_fault_of_is_pruned(
     assert len(run.of(StepSkipped)) == 3
     assert not run.of(RunWentBack), "no step of the host is lost"
     assert all(torch.isfinite(value).all() for value in run.host.state_dict().values())
+    assert run.trainer.growth.step == 6 * STEPS
+
+
+def test_a_run_goes_on_after_an_epoch_that_was_all_the_fault_of_a_seed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Bomb, "bad", ())
+    with blueprints.temporarily() as registry:
+        registry.register("bomb", family=Family.TRANSFORMER)(make_bomb)
+        run = Run("bomb", max_bad_steps=STEPS)
+        run.tamper = {3 * STEPS + 1: lambda: monkeypatch.setattr(Bomb, "bad", range(9999))}
+        run.trainer.growth.isolation_monitor.interval_steps = None  # it calls the seed as well
+        run.fit()
+    records = run.recorder.records
+    skipped = [record.step for record in records if isinstance(record.event, StepSkipped)]
+    assert skipped == [*range(3 * STEPS, 4 * STEPS)]
+    assert run.of(SeedBlamed)
     assert run.trainer.growth.step == 6 * STEPS
 
 
@@ -363,8 +395,9 @@ def losses_of(governor: Governor, values: list[float]) -> list[bool]:
     refused = []
     for value in values:
         governor.look(torch.tensor(value))
-        refused.append(governor.judge() is not None)
-        governor.count(refused=refused[-1])
+        skipped = governor.judge()
+        refused.append(skipped is not None)
+        governor.count(skipped)
     return refused
 
 

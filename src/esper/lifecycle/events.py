@@ -318,9 +318,13 @@ class StepSkipped(_Event):
     """At which a gradient was not finite, and which is lowered therefore; None: the governor's."""
 
     @property
+    def of_search(self) -> bool:
+        """Whether the loss scaler only looks for a scale; below 1 it has looked far enough."""
+        return self.loss_scale is not None and self.loss_scale >= 1.0
+
+    @property
     def priority(self) -> Priority:
-        at_work = self.loss_scale is not None and self.loss_scale >= 1.0
-        return Priority.NORMAL if at_work else Priority.CRITICAL
+        return Priority.NORMAL if self.of_search else Priority.CRITICAL
 
 
 class SeedBlamed(_Event):

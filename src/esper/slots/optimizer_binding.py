@@ -278,6 +278,8 @@ class OptimizerBinding:
 
     def _step_ends(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._restore_learning_rates()
+        if not has_stepped(optimizer):
+            return
         self._stepped = True
         for path, _ in self._filled_groups():
             if self._slots[path].stage is not SeedStage.GERMINATED:
@@ -294,6 +296,17 @@ class OptimizerBinding:
         for group, learning_rate in self._restore:
             group["lr"] = learning_rate
         self._restore = []
+
+
+def has_stepped(optimizer: Optimizer) -> bool:
+    """Return whether the call of `step` that ends now has changed anything.
+
+    GradScaler always calls a fused optimizer, which skips by itself where a gradient is not finite.
+
+    Effects: waits for the device, under a GradScaler with a fused optimizer only.
+    """
+    found = getattr(optimizer, "found_inf", None)
+    return found is None or not bool(found)
 
 
 def _copied(value: Any, key: str, optimizer: str) -> Any:

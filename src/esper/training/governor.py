@@ -50,6 +50,8 @@ class Governor:
         self.config = config or GovernorConfig()
         self.bad_steps = 0
         """In a row, up to now."""
+        self.last_skipped: StepSkipped | None = None
+        """What told so, if the last step was skipped."""
         self._history: deque[float] = deque(maxlen=self.config.history_steps)
         self._limit: float | None = None
         self._unread = 0
@@ -96,9 +98,19 @@ class Governor:
                 return StepSkipped(reason="the host's gradient norm is not finite", value=norm)
         return None
 
-    def count(self, *, refused: bool) -> None:
-        """Count bad steps in a row."""
-        self.bad_steps = self.bad_steps + 1 if refused else 0
+    def count(self, skipped: StepSkipped | None) -> None:
+        """Count bad steps in a row.
+
+        Args:
+            skipped: Tells that the step was skipped; None if it was made.
+        """
+        self.last_skipped = skipped
+        bad = skipped is not None and not skipped.of_search
+        self.bad_steps = self.bad_steps + 1 if bad else 0
+
+    def begin_anew(self) -> None:
+        """Count from none: what made steps bad is gone."""
+        self.bad_steps = 0
 
     def is_bad(self, loss: float) -> bool:
         """Whether a loss is not finite, or above the band of recent ones."""

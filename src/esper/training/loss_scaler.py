@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from esper.lifecycle.events import StepSkipped
+from esper.slots.optimizer_binding import has_stepped
 
 
 class LossScaler:
@@ -49,9 +50,7 @@ class LossScaler:
 
         def note(stepping: Optimizer, *_: Any) -> None:
             nonlocal stepped
-            # A fused optimizer is always called, and skips by itself where this is not zero.
-            found = getattr(stepping, "found_inf", None)
-            stepped = found is None or not bool(found)
+            stepped = has_stepped(stepping)
 
         handle = optimizer.register_step_post_hook(note)
         try:

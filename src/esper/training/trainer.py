@@ -24,7 +24,7 @@ from esper.training.held_out import Evaluate
 from esper.training.optimizer_state import load_optimizer_state, optimizer_state
 from esper.training.precision import MatmulPrecision, Precision, set_matmul_precision
 from esper.training.run_cost import RunCost
-from esper.training.safeguard import Safeguard, suspect, went_back
+from esper.training.safeguard import Safeguard, TrainingDivergedError, suspect, went_back
 from esper.training.step_losses import StepLosses
 from esper.training.training_step import Batch, TrainingStep
 
@@ -186,7 +186,7 @@ class Trainer:
 
         Raises:
             RunStoppedError: Somebody has asked for it, by `control`.
-            TrainingDivergedError: Going back did not help.
+            TrainingDivergedError: Going back did not help, or no step of an epoch could be made.
         """
         for stop in self.stops():
             if isinstance(stop, EpochReport):
@@ -301,6 +301,7 @@ class Trainer:
             self._obey()
             if self.keeper is not None:
                 self.keeper.after_step(self)
+        self._check_progress()
         if interval is None:
             yield from self._decide()
             self.settle()
@@ -337,6 +338,15 @@ class Trainer:
             self._safeguard.note_good_step()
         if self.config.scheduler_interval == "step":
             self._step_scheduler()
+
+    def _check_progress(self) -> None:
+        """Raise TrainingDivergedError if no step of the epoch was made, the last of them bad."""
+        skipped = self.governor.last_skipped
+        if self.governor.at_a_loss and skipped is not None and not self._losses:
+            raise TrainingDivergedError(
+                f"no step of epoch {self.epoch + 1} could be made, the last one because "
+                f"{skipped.reason}; look at the data and the loss, or lower the learning rate"
+            )
 
     def _obey(self) -> None:
         if self.control is not None:
@@ -384,6 +394,7 @@ class Trainer:
                 growth.publish([event])
                 growth.publish(slot.prune(reason="steps are bad with it, and not without"))
                 self._safeguard.mend_buffers(self.model)
+                self.governor.begin_anew()
                 return
         found = self._safeguard.way_back(growth.step)
         if found is None:

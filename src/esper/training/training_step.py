@@ -105,6 +105,7 @@ class TrainingStep:
                 skipped = self.scaler.step(self._optimizer)
         else:
             self.scaler.drop()
+        self._governor.count(skipped)
         self._optimizer.zero_grad(set_to_none=True)
         if skipped is not None:
             self._growth.publish([skipped])
@@ -169,7 +170,6 @@ class TrainingStep:
             refusal = StepSkipped(reason="the step is bad in another process", value=math.nan)
         elif refusal is not None:
             self._anywhere(bad=True)
-        self._governor.count(refused=refusal is not None)
         return refusal
 
     def _anywhere(self, *, bad: bool) -> bool:

@@ -38,5 +38,5 @@ def best_rate(scores: Mapping[float, float]) -> float:
 
 
 def at_edge(scores: Mapping[float, float]) -> bool:
-    """Whether the best rate is the lowest or the highest of several tried."""
-    return len(scores) > 1 and best_rate(scores) in (min(scores), max(scores))
+    """Whether the best rate is the lowest or the highest tried, as a single one is."""
+    return best_rate(scores) in (min(scores), max(scores))

@@ -28,7 +28,8 @@ class ArmSummary:
 
     Attributes:
         learning_rate: Chosen by validation loss.
-        rate_at_edge: The best rate is the lowest or highest tried: a better one may lie beyond.
+        rate_at_edge: The best rate is the lowest or highest tried, or the only one: a better one
+            may lie beyond.
         flops_fraction: Mean share of what the static network spent on the same seed.
         difference: Paired test loss minus the static network's.
         flops_to_static: Share of the static network's operations at which its loss is reached.
@@ -351,8 +352,9 @@ def tell_bounds(found: Crossing, between: str) -> str:
 def _tell_edge(arms: Sequence[str]) -> str:
     """Tell why nothing is claimed for growth, and what to do."""
     return (
-        f"the best learning rate of {' and of '.join(arms)} is the last one tried on its side, and "
-        "a better one may lie beyond, so try more: --rates, in a comparison of its own"
+        f"the best learning rate of {' and of '.join(arms)} is the only one tried, or the last on "
+        "its side, and a better one may lie beyond, so try more: --rates, in a comparison of its "
+        "own"
     )
 
 

@@ -43,7 +43,7 @@ def notes(comparison: Comparison, summaries: Sequence[ArmSummary]) -> list[str]:
     ]
     if any(summary.rate_at_edge for summary in summaries):
         told.append(
-            "* the best learning rate is the last one tried on its side; more of them: --rates, in "
-            "a comparison of its own"
+            "* the best learning rate is the only one tried, or the last on its side; more of "
+            "them: --rates, in a comparison of its own"
         )
     return told
