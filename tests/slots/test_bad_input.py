@@ -592,10 +592,10 @@ def test_a_bad_alpha_target_changes_nothing(
     model = chain()
     slot = esper.attach(model, "0", example=X)["0"]
     grow(slot, "norm", SeedStage.BLENDING)
-    before = slot.alpha_state
+    before = slot.snapshot()
     with pytest.raises(ValueError, match=message):
         slot.set_alpha_target(target, steps)
-    assert slot.alpha_state == before
+    assert slot.snapshot() == before
     assert float(slot.blend_alpha) == 0.0
 
 

@@ -71,6 +71,12 @@ def test_features_with_the_batch_further_back_are_refused(
     esper.attach(model, ["stem", "head"], example=inputs)
 
 
+def encoder(*, batch_first: bool) -> nn.Module:
+    layer = nn.TransformerEncoderLayer(WIDTH, 2, 16, batch_first=batch_first)
+    norm = nn.LayerNorm(WIDTH)
+    return nn.TransformerEncoder(layer, 2, norm=norm, enable_nested_tensor=False)
+
+
 @pytest.mark.parametrize(
     ("layer", "target"),
     [
@@ -79,6 +85,8 @@ def test_features_with_the_batch_further_back_are_refused(
         (AttendsToSelf(), "0.attention"),
         (nn.TransformerEncoderLayer(WIDTH, 2, 16), "0"),
         (nn.TransformerEncoderLayer(WIDTH, 2, 16, norm_first=True), "0.linear2"),
+        (encoder(batch_first=False), "0"),
+        (encoder(batch_first=False), "0.norm"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else value,
 )
@@ -94,6 +102,7 @@ def test_torchs_layers_that_take_tokens_first_are_refused_whatever_the_example(
     [
         nn.LSTM(WIDTH, WIDTH, batch_first=True),
         nn.TransformerEncoderLayer(WIDTH, 2, 16, batch_first=True),
+        encoder(batch_first=True),
     ],
     ids=lambda layer: type(layer).__name__,
 )

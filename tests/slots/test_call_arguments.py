@@ -232,3 +232,25 @@ def test_what_is_kept_of_an_example_is_small_its_own_and_gone_with_the_slot():
     assert not copy.deepcopy(host).layer.esper_slot.example_call.has_tensors
     esper.detach(host)
     assert not slot.example_call.has_tensors
+
+
+def test_slots_that_are_called_alike_are_asked_together_what_fits() -> None:
+    class Stack(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(Layer() for _ in range(4))
+            self.head = nn.Linear(4, 2)
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            for number, layer in enumerate(self.layers):
+                width = 1 if number == 3 else 4
+                tokens = layer(tokens, torch.ones(4), mask=torch.ones(1, 5, width))
+            return self.head(tokens)
+
+    slots = esper.attach(Stack(), "layers.*", example=INPUTS)
+    statistics = slots._fitting.cache
+    slots["layers.0"].state()
+    one = statistics.misses
+    for slot in slots.values():
+        slot.state()
+    assert statistics.misses == 2 * one, "the last one's mask is of another shape"

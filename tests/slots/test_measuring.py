@@ -162,6 +162,38 @@ def test_fused_losses_take_what_models_take(hosts: Any, grow: Any, randomise: An
             torch.testing.assert_close(row, model(**inputs))
 
 
+@pytest.mark.parametrize("batch", [1, 4])
+def test_where_a_host_folds_tokens_into_the_batch_samples_are_not_mistaken_for_others(
+    batch: int, grow: Any, randomise: Any
+) -> None:
+    class Folding(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.head = nn.Linear(4, 8), nn.Linear(8, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.embed(x.reshape(-1, 4))).reshape(x.shape[:2]).mean(1)
+
+    torch.manual_seed(0)
+    model, x = Folding(), torch.randn(batch, 3, 4)
+    slots = esper.attach(model, "embed", example=torch.randn(2, 3, 4))
+    grow(slots["embed"], "mlp_small", SeedStage.BLENDING)
+    randomise(slots["embed"].living)
+    model.eval()
+    alphas = (0.0, 0.3, 1.0)
+    found = fused_losses(
+        model, slots, x, None, lambda out, _: out, [{"embed": alpha} for alpha in alphas]
+    )
+    for row, alpha in zip(found, alphas, strict=True):
+        with slots["embed"].force_alpha(alpha):
+            assert torch.equal(row, model(x))
+    with (
+        slots["embed"].force_alpha(torch.tensor([0.0, 1.0])),
+        pytest.raises(ValueError, match=r"\(6, 8\) have not one row for each of 2 samples"),
+    ):
+        model(torch.randn(2, 3, 4))
+
+
 def test_fused_losses_refuse_what_they_cannot_measure(host: Any, grow: Any) -> None:
     model, slots = attach(host)
     path = host.targets[0]

@@ -332,6 +332,34 @@ def test_rebinding_uses_the_same_groups_and_takes_living_seeds_along(hosts: Any)
         run.slots.unbind()
 
 
+def test_a_seed_committed_while_unbound_is_trained_where_the_same_optimizer_is_bound(
+    hosts: Any, grow: Any
+) -> None:
+    run = Run(hosts["mlp"], OPTIMIZERS["SGD"])
+    run.slots.bind(run.optimizer)
+    run.slots.unbind()
+    grow(run.slot, "mlp", SeedStage.FOSSILIZED)
+    seed = run.slot.branch(0)
+    run.slots.bind(run.optimizer)
+    places = [set(seed.parameters()) <= set(g["params"]) for g in run.optimizer.param_groups]
+    assert places == [True, False]
+    run.slots.unbind()
+    other = OPTIMIZERS["SGD"](run.model.head.parameters())
+    run.slots.bind(other)
+    assert not any(map(run.slots.binding.holds, seed.parameters())), "left out on purpose"
+
+
+def test_detaching_leaves_no_seed_in_the_optimizer() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 2))
+    slots = esper.attach(model, ["0", "1"], example=torch.zeros(2, 4))
+    optimizer = OPTIMIZERS["SGD"](model.parameters())
+    slots.bind(optimizer)
+    for slot in slots.values():
+        slot.germinate("mlp_small")
+    esper.detach(model)
+    assert [len(group["params"]) for group in optimizer.param_groups] == [6, 0, 0]
+
+
 def test_groups_carry_parameter_names_where_the_optimizer_does(hosts: Any) -> None:
     case = hosts["mlp"]
     run = Run(case, lambda p: optim.SGD(case.build().parameters(), lr=0.1))

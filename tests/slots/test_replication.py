@@ -113,3 +113,22 @@ def test_a_seed_that_begins_to_learn_in_shadow_is_averaged(
     slots["0"].advance(force=True)
     step(slots, optimizer)
     assert sizes == [slots["0"].living.param_count]
+
+
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize("actions", [None, []], ids=["by the policy", "from outside"])
+def test_gates_judge_what_the_first_process_has_measured_whoever_decides(
+    actions: list[Any] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slots, optimizer = bound()
+    slots.unbind()
+    slots.replicate()
+    growth = esper.Growth(slots, optimizer, policy=esper.SchedulePolicy({}))
+    sent: list[Any] = []
+    monkeypatch.setattr(
+        slots.replication, "from_first", lambda value: (sent.append(value), value)[1]
+    )
+    growth.look(lambda: 1.0)
+    sent.clear()
+    growth.conclude(actions)
+    assert set(sent[0]) == {"0"}, "measurements by slot"

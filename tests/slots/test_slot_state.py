@@ -159,6 +159,23 @@ def test_a_state_is_a_copy() -> None:
     assert all(map(torch.equal, kept, tensors_in(state)))
 
 
+def test_an_optimizer_goes_on_from_a_state_without_changing_it() -> None:
+    """NAdam keeps a float32 factor for weights of half precision."""
+    model = nn.Linear(3, 3).bfloat16()
+    optimizer = torch.optim.NAdam(model.parameters())
+
+    def step() -> None:
+        model(torch.ones(2, 3).bfloat16()).float().square().sum().backward()
+        optimizer.step()
+
+    step()
+    state = optimizer_state(optimizer, model)
+    kept = [tensor.clone() for tensor in tensors_in(state)]
+    load_optimizer_state(optimizer, model, state)
+    step()
+    assert all(map(torch.equal, kept, tensors_in(state)))
+
+
 def lacking(state: dict[str, Any]) -> dict[str, Any]:
     del state["slots"]["2"]["slot"]["life"]["alpha"]["steepness"]
     return state

@@ -48,6 +48,50 @@ def test_gradients_that_are_never_finite_are_told_at_each_step_and_end_the_run(
     assert trainer._safeguard._good is None, "no step has shown that a state is good"
 
 
+@pytest.mark.parametrize("max_gradient_norm", [None, 1.0])
+@pytest.mark.parametrize("fused", [False, True])
+def test_steps_in_which_nothing_has_a_gradient_are_none_of_the_scalers(
+    fused: bool, max_gradient_norm: float | None, problem: Problem
+) -> None:
+    """The host is frozen, and so is the only seed; one batch is refused besides."""
+    problem.model.requires_grad_(requires_grad=False)
+    features, targets = problem.batches[7]
+    problem.batches[7] = (features, torch.full_like(targets, math.nan))
+    trainer = make_trainer(problem, epochs=1, fused=fused, max_gradient_norm=max_gradient_norm)
+    slot = problem.slots["embed"]
+    slot.germinate("mlp")
+    while slot.stage is not esper.SeedStage.SHADOWING:
+        slot.advance(force=True)
+    trainer.fit()
+    assert [event.loss_scale for event in problem.recorder.of(StepSkipped)] == [None]
+    assert trainer.training_step.scaler.state_dict()["scale"] == FIRST_SCALE
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_that_the_scaler_skips_is_not_measured(fused: bool, problem: Problem) -> None:
+    slot = problem.slots["embed"]
+    problem.optimizer = torch.optim.Adam(problem.model.parameters(), fused=fused)
+    problem.slots.bind(problem.optimizer)
+    slot.germinate("mlp")
+    slot.advance(force=True)
+    scaler = torch.amp.GradScaler("cpu")
+    features, targets = problem.batches[0]
+
+    def step(factor: float) -> None:
+        scaler.scale(mse_loss(problem.model(features), targets) * factor).backward()
+        scaler.step(problem.optimizer)
+        scaler.update()
+        problem.optimizer.zero_grad()
+        problem.slots.tick()
+
+    step(math.inf)
+    assert problem.slots.read_gradient_health(slot) is None
+    step(1.0)
+    reading = problem.slots.read_gradient_health(slot)
+    assert reading is not None
+    assert math.isfinite(reading.host_norm)
+
+
 def test_a_scale_that_is_lowered_below_1_leads_back(problem: Problem) -> None:
     trainer = make_trainer(problem, epochs=4, fused=False, max_gradient_norm=None)
     steps = itertools.count(1)

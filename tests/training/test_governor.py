@@ -322,6 +322,20 @@ def test_a_run_goes_on_after_an_epoch_that_was_all_the_fault_of_a_seed(
     assert run.trainer.growth.step == 6 * STEPS
 
 
+def test_the_seed_at_fault_is_found_behind_one_that_came_later(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with blueprints.temporarily() as registry:
+        registry.register("bomb", family=Family.TRANSFORMER)(make_bomb)
+        run = Run("bomb", slot=["embed", "dropout"])
+        later = Germinate(slot="dropout", blueprint="mlp")
+        run.tamper = {2 * STEPS + 5: lambda: run.trainer.growth.apply(later)}
+        run.fit()
+    assert [event.slot for event in run.of(SeedBlamed)] == ["embed"]
+    assert not run.of(RunWentBack)
+    assert run.trainer.growth.slots["dropout"].in_forward_path
+
+
 @pytest.mark.parametrize("emits", [math.nan, math.inf])
 def test_a_seed_whose_own_gradients_explode_is_pruned_and_the_host_never_knew(
     emits: float, monkeypatch: pytest.MonkeyPatch

@@ -36,6 +36,7 @@ from esper.lifecycle.stages import GROWTH_PATH, SeedStage
 from esper.seeds import Family, Seed, blueprints
 from esper.slots.modes import evaluation_mode
 from esper.training import Checkpoints
+from esper.training.safeguard import TrainingDivergedError
 from growth_problem import LENIENT, TEST_CONFIG, Problem, Recorder, make_problem
 
 
@@ -375,7 +376,8 @@ def test_non_finite_host_gradient_is_refused_where_clipping_measures_it() -> Non
     weight = problem.model.embed.weight
     before = weight.detach().clone()
     weight.register_hook(lambda gradient: gradient * math.inf)
-    problem.trainer(Script({}), epochs=1, max_gradient_norm=1.0).fit()
+    with pytest.raises(TrainingDivergedError, match="the host's gradient norm is not finite"):
+        problem.trainer(Script({}), epochs=1, max_gradient_norm=1.0).fit()
     assert len(problem.recorder.of(StepSkipped)) == len(problem.batches)
     assert torch.equal(weight, before)
 
@@ -520,12 +522,51 @@ def test_a_seed_behind_a_host_that_is_frozen_can_get_in() -> None:
     problem = make_problem()
     for module in (problem.model.embed, problem.model.head):
         module.requires_grad_(requires_grad=False)
-    trainer = problem.trainer(esper.SchedulePolicy({}), epochs=16)
-    trainer.growth.apply(Germinate(slot="embed", blueprint="mlp"))  # without it nothing learns
+    policy = esper.SchedulePolicy({2: [Germinate(slot="embed", blueprint="mlp")]})
+    trainer = problem.trainer(policy, epochs=18)
     trainer.fit()
+    assert trainer.growth.step == 18 * len(problem.batches), (
+        "before it nothing learns, and no step fails"
+    )
     (first, *_) = [e.result for e in problem.recorder.of(GateEvaluated) if e.result.gate is Gate.G2]
     assert "gradient_ratio" not in {check.name for check in first.checks}
     assert len(problem.recorder.of(SeedCommitted)) == 1
+
+
+def test_a_loss_that_is_detached_from_a_host_that_learns_is_an_error(problem: Problem) -> None:
+    trainer = problem.trainer(
+        esper.SchedulePolicy({}),
+        epochs=1,
+        loss=lambda output, target: mse_loss(output, target).detach(),
+    )
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        trainer.fit()
+
+
+def test_what_a_decision_is_due_for_is_no_state_to_go_on_from(problem: Problem) -> None:
+    trainer = problem.trainer(esper.SchedulePolicy({}), epochs=2)
+    stops = trainer.stops()
+    assert isinstance(next(stops), esper.training.DecisionDue)
+    with pytest.raises(RuntimeError, match=r"a decision is due.*growth\.conclude"):
+        trainer.state_dict()
+    trainer.growth.conclude([])
+    next(stops)
+    trainer.state_dict()
+
+
+@pytest.mark.parametrize(
+    "field", sorted(make_problem().trainer(esper.SchedulePolicy({}), 1).growth.state_dict())
+)
+def test_a_state_that_lacks_a_field_is_refused_and_nothing_changes(field: str) -> None:
+    policy = esper.SchedulePolicy({})
+    grown, fresh = (make_problem().trainer(policy, epochs=1).growth for _ in range(2))
+    grown.apply(Germinate(slot="embed", blueprint="mlp"))
+    state, before = grown.state_dict(), fresh.state_dict()
+    del state[field]
+    with pytest.raises(ValueError, match=f"the state of growth lacks {field}"):
+        fresh.load_state_dict(state)
+    assert fresh.slots["embed"].stage is esper.SeedStage.DORMANT
+    assert fresh.state_dict()["slots"] == before["slots"]
 
 
 @pytest.mark.parametrize(("budget", "committed"), [(1e6, 1), (1e-6, 0)])

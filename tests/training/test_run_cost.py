@@ -1,5 +1,6 @@
 """What a run has cost: counted once per structure, yet equal to counting everything."""
 
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import esper
 from esper.lifecycle.actions import Germinate
 from esper.lifecycle.stages import SeedStage
 from esper.training.checkpoints import Checkpoints
+from esper.training.loss_scaler import LossScaler
 from esper.training.run_cost import CostMeter, flop_counter
 from growth_problem import Problem, make_problem
 
@@ -172,6 +174,33 @@ def test_what_goes_by_after_a_run_was_broken_off_is_no_cost_of_it(problem: Probl
     hours.now += 1000.0
     meter.stop()
     assert meter.cost.total.seconds == len(hours._batches)
+
+
+def test_a_step_of_the_optimizer_that_is_skipped_costs_nothing() -> None:
+    class MatrixSGD(torch.optim.SGD):
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> None:
+            for parameter in self.param_groups[0]["params"]:
+                parameter.sub_(1e-6 * parameter.grad @ parameter.grad.T)
+
+    model = nn.Sequential(nn.Linear(8, 8, bias=False))
+    slots = esper.attach(model, ["0"], example=torch.zeros(1, 8))
+    optimizer = MatrixSGD(model.parameters(), lr=0.1)
+    slots.bind(optimizer)
+    meter, scaler = (
+        CostMeter(slots, count_flops=True),
+        LossScaler(torch.device("cpu"), enabled=True),
+    )
+    flops = []
+    for factor in (math.inf, 1.0, 1.0, math.inf):
+        scaler.scale(model(torch.ones(1, 8)).sum() * factor).backward()
+        with meter.optimizer_step():
+            scaler.step(optimizer)
+        optimizer.zero_grad()
+        slots.tick()
+        flops.append(meter.cost.training.flops)
+    one = 2 * 8 * 8 * 8
+    assert flops == [0, one, 2 * one, 2 * one]
 
 
 def test_a_batch_of_another_size_is_counted_by_its_own() -> None:

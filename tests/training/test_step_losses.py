@@ -46,6 +46,15 @@ def test_losses_that_were_kept_do_not_change_with_those_that_come() -> None:
     assert losses.take_mean() == 1.5
 
 
+def test_losses_that_were_kept_go_where_the_next_one_is() -> None:
+    """As where the model lies on several devices."""
+    losses = StepLosses()
+    losses.load(torch.ones(3), device=CPU)
+    losses.add(torch.empty((), device="meta"))
+    assert losses.tensor().device.type == "meta"
+    assert losses.tensor().shape == (4,)
+
+
 def test_keeping_a_run_late_in_an_epoch_takes_no_longer_than_early_in_it() -> None:
     trainer = make_problem().trainer(esper.SchedulePolicy({}), epochs=1)
     trainer.fit()

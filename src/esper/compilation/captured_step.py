@@ -191,7 +191,8 @@ class CapturedStep:
         value = loss.detach()
         if between is not None:
             between(value)
-        self._scaled(loss).backward()
+        if self._slots.have_backward(loss):
+            self._scaled(loss).backward()
         return value
 
     def _scaled(self, loss: Tensor) -> Tensor:
@@ -222,6 +223,9 @@ class CapturedStep:
             with self._capturing(forward):
                 loss = self._loss(*inputs)
                 scaled = self._scaled(loss)
+            if not self._slots.have_backward(loss):  # eager steps are as fast: there is nothing
+                window.refused = True
+                return
             with self._capturing(backward):
                 scaled.backward()
             gradients = [(p, p.grad) for p in parameters if p.grad is not None]

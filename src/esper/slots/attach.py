@@ -122,6 +122,7 @@ def detach(model: nn.Module) -> None:
     for slot in slots:
         if slot.owner is not None and slot.stage in LIVING_STAGES:
             slot.prune(reason="detached")
+    for slot in slots:  # afterwards, so that the optimizer has let go of every seed
         if isinstance(slot.owner, SlotSet):
             slot.owner.unbind()
         slot.release()

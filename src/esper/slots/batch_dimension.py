@@ -16,6 +16,7 @@ from esper.slots.nested import map_tensors, tensors_in, to_device
 from esper.slots.probe import Features, example_arguments, observe_features
 
 _LAYERS_WITH_BATCH_FIRST = (nn.MultiheadAttention, nn.RNNBase, nn.Transformer)
+_STACKS = (nn.TransformerEncoder, nn.TransformerDecoder)
 _LAYERS_WITH_ATTENTION = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 
 
@@ -72,7 +73,8 @@ def _takes_tokens_first(model: nn.Module, path: str) -> bool:
     names = path.split(".")
     around = [model.get_submodule(".".join(names[:depth])) for depth in range(len(names) + 1)]
     for module in around:
-        layer = module.self_attn if isinstance(module, _LAYERS_WITH_ATTENTION) else module
+        layer = module.layers[0] if isinstance(module, _STACKS) else module
+        layer = layer.self_attn if isinstance(layer, _LAYERS_WITH_ATTENTION) else layer
         if isinstance(layer, _LAYERS_WITH_BATCH_FIRST) and not layer.batch_first:
             return True
     return False

@@ -44,6 +44,10 @@ class CallArguments(NamedTuple):
         """Whether a tensor is among them, which belongs to one batch size."""
         return any(True for _ in tensors_in((self.args, self.kwargs)))
 
+    def described(self) -> str:
+        """Return what the meta device can tell of the call: all but the values of its tensors."""
+        return repr(map_tensors(lambda t: (tuple(t.shape), t.dtype), (self.args, self.kwargs)))
+
     def detached(self) -> "CallArguments":
         """Return the same with every tensor detached."""
         if not self.args and not self.kwargs:

@@ -13,6 +13,7 @@ from esper.seeds.registry import Family
 from esper.slots.linear_imitation import ImitationFit, LinearImitation
 from esper.slots.nested import map_tensors, tensors_in
 from esper.slots.slot import SeedSlot
+from esper.slots.slot_forward import FoldedBatchError
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ def fused_losses(
     """Return every sample's loss under every variant, from one forward.
 
     The batch is repeated once per variant and each slot gets its alpha per sample, so the result
-    equals separate runs up to the rounding of larger batches.
+    equals separate runs up to the rounding of larger batches. Where features have not one row per
+    sample, as in a host that folds tokens or windows into the batch, the runs are separate.
 
     Args:
         model: In eval mode.
@@ -63,16 +65,27 @@ def fused_losses(
     batch = batch_size(inputs)
     count = len(variants)
     paths = sorted({path for variant in variants for path in variant})
-    with ExitStack() as stack, torch.inference_mode():
-        for path in paths:
-            slot = slots[path]
-            own = effective_alpha(slot)
-            chosen = [variant.get(path, own) for variant in variants]
-            stack.enter_context(_weigh_each(slot, chosen, copies=batch))
-        outputs = call_model(model, _repeat(inputs, batch, count))
-        losses = loss(outputs, _repeat(targets, batch, count))
-    check_per_sample("loss", losses, count * batch)
-    return losses.reshape(count, batch)
+    own = {path: effective_alpha(slots[path]) for path in paths}
+    choices = {path: [variant.get(path, own[path]) for variant in variants] for path in paths}
+    with torch.inference_mode():
+        try:
+            with ExitStack() as stack:
+                for path, chosen in choices.items():
+                    stack.enter_context(_weigh_each(slots[path], chosen, copies=batch))
+                outputs = call_model(model, _repeat(inputs, batch, count))
+            losses = loss(outputs, _repeat(targets, batch, count))
+            check_per_sample("loss", losses, count * batch)
+            return losses.reshape(count, batch)
+        except FoldedBatchError:
+            separate = []
+            for number in range(count):
+                with ExitStack() as stack:
+                    for path, chosen in choices.items():
+                        stack.enter_context(weigh(slots[path], chosen[number]))
+                    outputs = call_model(model, inputs)
+                separate.append(loss(outputs, targets))
+                check_per_sample("loss", separate[-1], batch)
+            return torch.stack(separate)
 
 
 def check_per_sample(name: str, values: Tensor, samples: int) -> None:

@@ -21,14 +21,15 @@ class FittingBlueprints:
 
     def of(self, slot: SeedSlot) -> tuple[BlueprintChoice, ...]:
         """Return the blueprints that fit a slot when built without options, cheapest first."""
+        call = slot.example_call.described()
         fitting = [
             BlueprintChoice(name=name, param_count=count)
             for name in blueprints.names(slot.family)
-            if (count := self._param_count_if_fits(slot, name)) is not None
+            if (count := self._param_count_if_fits(slot, name, call)) is not None
         ]
         return tuple(sorted(fitting, key=lambda choice: choice.param_count))
 
-    def _param_count_if_fits(self, slot: SeedSlot, blueprint: str) -> int | None:
+    def _param_count_if_fits(self, slot: SeedSlot, blueprint: str, call: str) -> int | None:
         order = SeedOrder(
             blueprint=blueprint,
             options={},
@@ -39,11 +40,10 @@ class FittingBlueprints:
             call=slot.example_call,
             samples=slot.example_samples,
         )
-        own_call = slot.path if slot.example_call.has_tensors else None
         key = (
             blueprints.version,
             slot.layout,
-            own_call,
+            call,
             blueprint,
             order.blend_operator,
             order.dtype,

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from esper.blending.schedule import AlphaState
 from esper.lifecycle.actions import SlotState
 from esper.lifecycle.learning import Isolation, SeedObjective
 from esper.lifecycle.stages import LIVING_STAGES, SeedStage
@@ -97,11 +96,6 @@ class LivingSlot(SlotForward):
     def alpha(self) -> float:
         """Weight of the living seed's increment in the host's output, in [0, 1]."""
         return self._life.alpha.alpha
-
-    @property
-    def alpha_state(self) -> AlphaState:
-        """The alpha controller's state."""
-        return self._life.alpha.state
 
     @property
     def seed(self) -> Seed | None:
@@ -209,6 +203,9 @@ class LivingSlot(SlotForward):
         Raises:
             RuntimeError: The slot is in train mode.
             ValueError: There is no seed that has begun to train.
+
+        A forward inside raises FoldedBatchError if the features have not one row per sample, as
+        where the host folds tokens or windows into the batch, and alphas are.
         """
         if self.training:
             raise RuntimeError(

@@ -80,7 +80,7 @@ class OptimizerBinding:
         if scheduler is not None:
             _adopt_groups(scheduler, before, len(optimizer.param_groups))
         for slot in slots.values():
-            self._catch_up(slot)
+            self._catch_up(slot, was_bound=slot.path not in missing)
             if slot.living is not None:
                 self._withdraw(slot.living.parameters())
                 self.add(slot.path, slot.living)
@@ -176,8 +176,13 @@ class OptimizerBinding:
                     self._withdraw(branch.parameters())
                     self._put(own[path] if lives else host, path, branch)
 
+    @property
+    def has_stepped(self) -> bool:
+        """Whether the optimizer has stepped since a step was taken note of."""
+        return self._stepped
+
     def take_step(self) -> bool:
-        """Return whether the optimizer has stepped since this was asked last."""
+        """Take note of a step, and return whether the optimizer has made it."""
         stepped, self._stepped = self._stepped, False
         return stepped
 
@@ -210,12 +215,19 @@ class OptimizerBinding:
             group["param_names"] = []
         self.optimizer.add_param_group({**group, "params": [], GROUP_KEY: path})
 
-    def _catch_up(self, slot: SeedSlot) -> None:
-        """Do what commits and prunes would have done while the optimizer was not bound."""
+    def _catch_up(self, slot: SeedSlot, *, was_bound: bool) -> None:
+        """Do what commits and prunes would have done while the optimizer was not bound.
+
+        Args:
+            slot: That may have changed meanwhile.
+            was_bound: Before; else committed seeds that the optimizer lacks were left out of it on
+                purpose, as parameters of the host can be.
+        """
         group, host = self._groups()[slot.path], self.optimizer.param_groups[0]
         for index in range(slot.num_committed):
             branch = slot.branch(index)
-            if not set(branch.parameters()).isdisjoint(group["params"]):
+            places = self._places(branch)
+            if any(place is group for place in places) or (was_bound and not places):
                 self._withdraw(branch.parameters())
                 self._put(host, slot.path, branch)
         living = set() if slot.living is None else set(slot.living.parameters())
@@ -278,7 +290,7 @@ class OptimizerBinding:
 
     def _step_ends(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._restore_learning_rates()
-        if not has_stepped(optimizer):
+        if skips_step(optimizer):
             return
         self._stepped = True
         for path, _ in self._filled_groups():
@@ -298,15 +310,15 @@ class OptimizerBinding:
         self._restore = []
 
 
-def has_stepped(optimizer: Optimizer) -> bool:
-    """Return whether the call of `step` that ends now has changed anything.
+def skips_step(optimizer: Optimizer) -> bool:
+    """Return whether the call of `step` that is under way changes nothing.
 
     GradScaler always calls a fused optimizer, which skips by itself where a gradient is not finite.
 
     Effects: waits for the device, under a GradScaler with a fused optimizer only.
     """
     found = getattr(optimizer, "found_inf", None)
-    return found is None or not bool(found)
+    return found is not None and bool(found)
 
 
 def _copied(value: Any, key: str, optimizer: str) -> Any:

@@ -39,6 +39,10 @@ class ForwardKind(NamedTuple):
     """Equal kinds of graphs have equal ones: a commit changes no graph."""
 
 
+class FoldedBatchError(ValueError):
+    """Features that have not one row per sample met alphas that are one per sample."""
+
+
 class SlotForward(nn.Module):
     """Applies a slot's branches to features; which, and how, is set by the slot's life.
 
@@ -152,6 +156,11 @@ class SlotForward(nn.Module):
         self, branch: nn.Module, features: Tensor, call: CallArguments, forced: Tensor
     ) -> Tensor:
         """Return the features with the living seed at the forced alpha; at 0 it does not run."""
+        if forced.numel() != 1 and forced.numel() != features.shape[0]:
+            raise FoldedBatchError(
+                f"features of shape {tuple(features.shape)} have not one row for each of "
+                f"{forced.numel()} samples; force one alpha for all of them"
+            )
         rows = self.forced_rows
         if rows is None:
             increment = self._try(branch, features, features, call)

@@ -20,7 +20,7 @@ from esper.slots.fitting_blueprints import FittingBlueprints
 from esper.slots.gradient_health import GradientHealth, GradientReading
 from esper.slots.host_copy import copy_of_host_module
 from esper.slots.modes import device_of
-from esper.slots.optimizer_binding import OptimizerBinding
+from esper.slots.optimizer_binding import OptimizerBinding, skips_step
 from esper.slots.ownership import HOST, OwnershipLedger
 from esper.slots.pruned_seeds import PrunedSeeds
 from esper.slots.replication import Replication, keep_out_of_wrappers
@@ -293,6 +293,14 @@ class SlotSet(Mapping[str, SeedSlot]):
         }
         return any(p.requires_grad and p not in committed for p in self.host_parameters())
 
+    def have_backward(self, loss: Tensor) -> bool:
+        """Return whether a step's loss leads back to anything.
+
+        Not so where the host is frozen and no seed is in its path; a loss that is detached from a
+        host that learns is an error, which its backward raises.
+        """
+        return loss.requires_grad or self.host_learns()
+
     def structure(self) -> Hashable:
         """Return what a step's operations depend on, apart from its batch.
 
@@ -317,6 +325,10 @@ class SlotSet(Mapping[str, SeedSlot]):
         self._averaged = False
         for slot in self.living_slots:
             slot.check_shadow_gradient()
+        assert self.binding is not None
+        if skips_step(self.binding.optimizer):
+            self.gradient_health.note_before_clipping({})
+            return
         if not self.gradient_health.step_is_due():
             return
         learning = {
@@ -325,7 +337,6 @@ class SlotSet(Mapping[str, SeedSlot]):
             if slot.stage in _LEARNING_STAGES and slot.living is not None
         }
         # GradScaler leaves its factor to a fused optimizer, under this attribute.
-        assert self.binding is not None
         scale = getattr(self.binding.optimizer, "grad_scale", None)
         self.gradient_health.measure(self.host_parameters(), learning, HOST, gradient_scale=scale)
 

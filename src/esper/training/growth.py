@@ -28,6 +28,7 @@ from esper.slots.isolation_monitor import IsolationMonitor
 from esper.slots.modes import device_of, forked_random_state
 from esper.slots.slot import SeedSlot
 from esper.slots.slot_set import SlotSet
+from esper.slots.state_fields import check_fields
 from esper.telemetry.sink import Sink
 from esper.telemetry.sink_guard import SinkGuard
 from esper.training.action_runner import ActionRunner
@@ -37,6 +38,11 @@ from esper.training.probing import probe_seeds
 from esper.training.run_cost import CostMeter
 from esper.training.seed_readings import SeedReadings
 from esper.training.step_times import StepTimes
+
+_STATE_FIELDS = (
+    *("slots", "isolation_monitor", "policy", "meter", "epoch", "step"),
+    *("losses", "train_losses", "step_seconds_before"),
+)
 
 
 class Growth:
@@ -218,6 +224,7 @@ class Growth:
                 "growth.after_epoch(evaluate), which does both"
             )
         with self.meter.decision():
+            self._readings.share()
             for action in self._decided() if actions is None else actions:
                 self.apply(action)
             self._prune_failed()
@@ -282,7 +289,6 @@ class Growth:
         replication = self.slots.replication
         if replication is None:
             return self.policy.decide(self.state())
-        self._readings.share()
         decided: list[Any] = []
         if replication.rank == 0:
             actions = self.policy.decide(self.state())
@@ -352,7 +358,15 @@ class Growth:
 
         Mappings, lists, plain values and tensors, which are copies. Take it between two steps. What
         is in the state dicts of model and optimizer is not in it.
+
+        Raises:
+            RuntimeError: A decision is due, which no state can hold.
         """
+        if self.awaits_decision:
+            raise RuntimeError(
+                "a decision is due, and no state holds what it is made of; call "
+                "growth.conclude(actions) first"
+            )
         policy = self.policy
         return {
             "slots": self.slots.state_dict(),
@@ -373,6 +387,7 @@ class Growth:
             ValueError: The slots are others, or a field is missing; nothing has changed.
             BlueprintError: A blueprint is not registered here; nothing has changed.
         """
+        check_fields(state, _STATE_FIELDS, of="growth")
         self.slots.load_state_dict(state["slots"])
         self.isolation_monitor.load_state_dict(state["isolation_monitor"])
         if isinstance(self.policy, StatefulPolicy):

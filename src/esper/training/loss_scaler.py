@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from esper.lifecycle.events import StepSkipped
-from esper.slots.optimizer_binding import has_stepped
+from esper.slots.optimizer_binding import skips_step
 
 
 class LossScaler:
@@ -32,6 +32,8 @@ class LossScaler:
 
     def unscale(self, optimizer: Optimizer) -> None:
         """Give gradients their own size before the step, as clipping needs."""
+        if not _has_gradient(optimizer):
+            return
         self._scaler.unscale_(optimizer)
         self._unscaled = self.enabled
 
@@ -43,14 +45,14 @@ class LossScaler:
 
         Effects: waits for the backward with float16, and not otherwise.
         """
-        if not self.enabled:
+        if not self.enabled or not _has_gradient(optimizer):
             optimizer.step()
             return None
         stepped = False
 
         def note(stepping: Optimizer, *_: Any) -> None:
             nonlocal stepped
-            stepped = has_stepped(stepping)
+            stepped = not skips_step(stepping)
 
         handle = optimizer.register_step_post_hook(note)
         try:
@@ -86,3 +88,9 @@ class LossScaler:
             value=math.nan,
             loss_scale=scale,
         )
+
+
+def _has_gradient(optimizer: Optimizer) -> bool:
+    """Return whether there is anything to scale: not so on a frozen host whose seeds are frozen."""
+    groups = optimizer.param_groups
+    return any(parameter.grad is not None for group in groups for parameter in group["params"])

@@ -132,7 +132,7 @@ def load_optimizer_state(optimizer: Optimizer, model: nn.Module, state: Mapping[
         loaded = optimizer.state[parameters[name]]
         for key, value in kept.items():
             if hasattr(value, "dtype") and loaded[key].dtype != value.dtype:
-                loaded[key] = value.to(loaded[key].device)
+                loaded[key] = value.to(loaded[key].device, copy=True)
 
 
 def _copies(value: Mapping[str, Any]) -> dict[str, Any]:

@@ -154,8 +154,11 @@ class CostMeter:
         return self._counted("batch", tuple(tensor.shape for tensor in tensors_in(batch)))
 
     def optimizer_step(self) -> AbstractContextManager[None]:
-        """Count an optimizer's step: nothing for elementwise ones, matrix products for others."""
-        return self._counted("optimizer") if self._count else _NOT_COUNTED
+        """Count an optimizer's step: nothing for elementwise ones, matrix products for others.
+
+        One that is skipped, as GradScaler does, costs nothing.
+        """
+        return self._optimizer_step() if self._count else _NOT_COUNTED
 
     @contextmanager
     def decision(self) -> Iterator[None]:
@@ -191,6 +194,17 @@ class CostMeter:
             now = self._clock()
             self._seconds[self._purpose] += now - self._mark
             self._mark = now
+
+    @contextmanager
+    def _optimizer_step(self) -> Iterator[None]:
+        key, binding = (self._slots.structure(), "optimizer"), self._slots.binding
+        known = self._known.get(key)
+        with self._counted("optimizer"):
+            yield
+        if binding is not None and not binding.has_stepped:
+            self._flops[_Purpose.TRAINING] -= self._known[key]
+            if known is None:
+                del self._known[key]
 
     @contextmanager
     def _counted(self, *what: Hashable) -> Iterator[None]:

@@ -90,14 +90,10 @@ class Safeguard:
                     buffer.copy_(kept[name])
 
 
-def suspect(slots: SlotSet) -> SeedSlot | None:
-    """Return the slot whose seed entered the forward path last; None if there is none."""
+def suspects(slots: SlotSet) -> list[SeedSlot]:
+    """Return the slots with a seed in the forward path, the youngest by stage first."""
     in_path = [slot for slot in slots.values() if slot.in_forward_path]
-    return min(
-        in_path,
-        key=lambda slot: (_AGES.index(slot.stage), slot.state().steps_in_stage),
-        default=None,
-    )
+    return sorted(in_path, key=lambda slot: (_AGES.index(slot.stage), slot.state().steps_in_stage))
 
 
 def blamed(slot: SeedSlot, *, loss: float, without: float) -> SeedBlamed:

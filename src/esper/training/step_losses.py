@@ -37,7 +37,9 @@ class StepLosses:
         """Return the losses in the order of steps, copied; no host–device synchronisation."""
         single = [torch.stack(self._single)] if self._single else []
         parts = [*self._packed, *single]
-        return torch.cat(parts) if parts else torch.empty(0)
+        if not parts:
+            return torch.empty(0)
+        return torch.cat([part.to(parts[-1].device) for part in parts])
 
     def load(self, losses: Tensor, *, device: torch.device) -> None:
         """Go on from losses that were kept, on the device of the steps to come."""

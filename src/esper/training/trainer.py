@@ -24,7 +24,7 @@ from esper.training.held_out import Evaluate
 from esper.training.optimizer_state import load_optimizer_state, optimizer_state
 from esper.training.precision import MatmulPrecision, Precision, set_matmul_precision
 from esper.training.run_cost import RunCost
-from esper.training.safeguard import Safeguard, TrainingDivergedError, suspect, went_back
+from esper.training.safeguard import Safeguard, TrainingDivergedError, suspects, went_back
 from esper.training.step_losses import StepLosses
 from esper.training.training_step import Batch, TrainingStep
 
@@ -387,15 +387,14 @@ class Trainer:
             TrainingDivergedError: It has gone back too often.
         """
         growth = self.growth
-        slot = suspect(growth.slots)
-        if slot is not None:
-            event = self.training_step.blame(slot, group)
-            if event is not None:
-                growth.publish([event])
-                growth.publish(slot.prune(reason="steps are bad with it, and not without"))
-                self._safeguard.mend_buffers(self.model)
-                self.governor.begin_anew()
-                return
+        event = self.training_step.blame(suspects(growth.slots), group)
+        if event is not None:
+            growth.publish([event])
+            reason = "steps are bad with it, and not without"
+            growth.publish(growth.slots[event.slot].prune(reason=reason))
+            self._safeguard.mend_buffers(self.model)
+            self.governor.begin_anew()
+            return
         found = self._safeguard.way_back(growth.step)
         if found is None:
             return

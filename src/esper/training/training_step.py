@@ -111,12 +111,18 @@ class TrainingStep:
             self._growth.publish([skipped])
         return None if skipped is not None else total
 
-    def blame(self, slot: SeedSlot, batches: Sequence[Batch]) -> SeedBlamed | None:
+    def blame(self, suspects: Sequence[SeedSlot], batches: Sequence[Batch]) -> SeedBlamed | None:
         """Return what tells that a step is bad with a slot's seed and not without, if it is so.
 
-        Effects: runs the model on the batches twice, beside the step. Of several processes all must
-        ask.
+        Args:
+            suspects: Slots with a seed in the forward path, in the order in which they are tried.
+            batches: Of the step.
+
+        Effects: runs the model on the batches, and once more for each suspect that is tried, beside
+        the step. Of several processes all must ask.
         """
+        if not suspects:
+            return None
 
         def total() -> float:
             moved = (to_device(batch, self._input_device) for batch in batches)
@@ -125,11 +131,14 @@ class TrainingStep:
 
         with beside_the_step(self._slots.model), torch.no_grad():
             loss = total()
-            with slot.left_out():
-                without = total()
-        bad_with = self._anywhere(bad=self._governor.is_bad(loss))
-        bad_without = self._anywhere(bad=self._governor.is_bad(without))
-        return blamed(slot, loss=loss, without=without) if bad_with and not bad_without else None
+            if not self._anywhere(bad=self._governor.is_bad(loss)):
+                return None
+            for slot in suspects:
+                with slot.left_out():
+                    without = total()
+                if not self._anywhere(bad=self._governor.is_bad(without)):
+                    return blamed(slot, loss=loss, without=without)
+        return None
 
     def _passes(
         self, inputs: Any, targets: Any, num_batches: int, total: Tensor | None, *, look: bool
@@ -156,7 +165,8 @@ class TrainingStep:
         if self._captured is None:
             loss = self._loss_of(self.forward, inputs, targets, num_batches)
             see(loss.detach())
-            self.scaler.scale(loss).backward()
+            if self._slots.have_backward(loss):
+                self.scaler.scale(loss).backward()
         else:
             self._captured(inputs, targets, num_batches, between=see)
             self._growth.publish(self._captured.take_events())
