@@ -98,6 +98,7 @@ benchmarks: $(VENV)/.dev chromium redis
 	$(BIN)/python benchmarks/bus_throughput.py
 	$(BIN)/python benchmarks/host_parallelism.py --hosts 1 4 16 64
 	$(BIN)/python benchmarks/policies.py --tasks digits --seeds 10
+	$(BIN)/python benchmarks/policies.py --tasks text --seeds 5
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info src/*.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -74,11 +74,23 @@ def test_comma_without_a_key_belongs_to_the_name() -> None:
         ("folder:x,lable=y", "did you mean 'label'"),
         ("folder:x,size=-3", "whole number of at least 1, got '-3'"),
         ("folder:x,samples=many", "whole number of at least 1, got 'many'"),
+        ("folder:x,config=raw", "a folder has no configurations"),
     ],
 )
 def test_bad_address_is_named(task: str, message: str) -> None:
     with pytest.raises(TaskDataError, match=message):
         named_task(task)
+
+
+@pytest.mark.parametrize("setting", ["image=title", "label=kind", "size=8"])
+def test_a_setting_of_images_is_refused_for_text(tmp_path: Path, setting: str) -> None:
+    (tmp_path / "train.jsonl").write_text('{"title": "a", "body": "b", "kind": 1}\n' * 20)
+    named_task(f"folder:{tmp_path},text=body")
+    key = setting.partition("=")[0]
+    with pytest.raises(
+        TaskDataError, match=rf"read as text, of column 'body', where {key}= has no"
+    ):
+        named_task(f"folder:{tmp_path},text=body,{setting}")
 
 
 # images

@@ -4,10 +4,11 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 import typer
@@ -25,16 +26,25 @@ from esper.training.sealed_folder import check_sealed, sealed_folder
 from esper.training.state_tree import read_tree, write_tree
 
 _MIN_FREE_BYTES = 1 << 30
-_EXTRAS = (
-    ("sklearn", "data"),
-    ("datasets", "data"),
-    ("PIL", "data"),
-    ("transformers", "hf"),
-    ("accelerate", "hf"),
-    ("lightning", "lightning"),
-    ("matplotlib", "report"),
+EXTRAS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "data": ("sklearn", "datasets", "PIL"),
+        "report": ("matplotlib", "plotly"),
+        "dashboard": ("plotly", "starlette", "uvicorn"),
+        "tensorboard": ("tensorboard",),
+        "wandb": ("wandb",),
+        "mlflow": ("mlflow",),
+        "prometheus": ("prometheus_client",),
+        "tracking": ("tensorboard", "wandb", "mlflow", "prometheus_client"),
+        "hf": ("transformers", "accelerate"),
+        "lightning": ("lightning",),
+        "redis": ("redis", "hiredis"),
+        "serve": ("anyio", "redis", "hiredis"),
+        "rl": ("gymnasium", "stable_baselines3", "sb3_contrib"),
+        "ray": ("ray", "gymnasium", "stable_baselines3", "sb3_contrib"),
+    }
 )
-"""Modules that an extra brings."""
+"""Modules that each extra brings, those of the extras that it includes among them."""
 
 
 @dataclass(frozen=True)
@@ -108,10 +118,11 @@ def _keeping() -> Iterator[Finding]:
 
 
 def _extras() -> Iterator[Finding]:
-    for module, extra in _EXTRAS:
-        found = find_spec(module) is not None
-        how = "installed" if found else f"pip install 'esper-lite[{extra}]'"
-        yield Finding(f"extra [{extra}]", found, f"{module}: {how}", needed=False)
+    for extra, modules in EXTRAS.items():
+        missing = [module for module in modules if find_spec(module) is None]
+        installed = ", ".join(modules)
+        how = f"lacks {', '.join(missing)}: pip install 'esper-lite[{extra}]'"
+        yield Finding(f"extra [{extra}]", not missing, how if missing else installed, needed=False)
     for task in TASKS.values():
         yield Finding(f"task {task.name}", ok=True, detail=task.summary)
     for scheme, summary in SCHEMES.items():

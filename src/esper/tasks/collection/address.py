@@ -54,8 +54,8 @@ def parse_address(task: str) -> Address:
     """Read `scheme:name,key=value,…`; a comma without a key after it belongs to the name.
 
     Raises:
-        TaskDataError: The scheme or a key is unknown, the name is missing, or a value is no
-            positive number where one is needed.
+        TaskDataError: The scheme or a key is unknown, the name is missing, a value is no positive
+            number where one is needed, or a folder is asked for a configuration.
     """
     match = _ADDRESS.fullmatch(task)
     schemes = [example.partition(":")[0] for example in SCHEMES]
@@ -68,6 +68,10 @@ def parse_address(task: str) -> Address:
     for setting in match["settings"].split(",")[1:]:
         key, _, value = setting.partition("=")
         settings[_known_key(key)] = _value(key, value)
+    if match["scheme"] == "folder" and "config" in settings:
+        raise TaskDataError(
+            f"task {task!r}: a folder has no configurations, config= is for the hub; leave it out"
+        )
     return Address(scheme=match["scheme"], name=match["name"], **settings)  # type: ignore[arg-type]
 
 

@@ -31,12 +31,18 @@ def choose_columns(features: Mapping[str, Any], address: Address) -> ImageColumn
     column of strings is the text.
 
     Raises:
-        TaskDataError: A named column does not exist or holds something else, or there is not
-            exactly one candidate.
+        TaskDataError: A named column does not exist or holds something else, there is not exactly
+            one candidate, or settings of images are given for text.
     """
     images = _named(features, _is_image)
     if address.text is not None or (address.image is None and not images):
         text = _column(features, "text", address.text, [_named(features, _is_text)])
+        of_images = [key for key in ("image", "label", "size") if getattr(address, key) is not None]
+        if of_images:
+            raise TaskDataError(
+                f"{address.name} is read as text, of column {text!r}, where {of_images[0]}= has no "
+                "meaning; leave it out, or leave out text= if its images are meant"
+            )
         return TextColumn(text)
     image = _column(features, "image", address.image, [images])
     classes = [_named(features, _is_class), _named(features, _is_plain_label)]
