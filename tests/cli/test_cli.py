@@ -191,6 +191,7 @@ def test_dry_run_prints_a_config_that_can_be_read_back_and_trains_nothing(tmp_pa
         (("digits", "--set", "slot.ramp_step=3"), "did you mean 'slot.ramp_steps'"),
         (("digits", "--set", "slot.ramp_steps"), "key=value"),
         (("digits", "--set", "slot.random_seed=3"), "the run's own, got 3; set random_seed"),
+        (("digits", "--set", "trainer.scheduler_interval=epoch"), "whose schedules count steps"),
         (("digits", "--set", "slot.ramp_steps=-1"), "slot.ramp_steps"),
         (("digits", "--set", "slot.thresholds.max_step_time_ratio=nan"), "finite"),
         (("digits", "--config", "missing.toml"), "cannot be read"),

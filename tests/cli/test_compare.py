@@ -58,7 +58,7 @@ def test_options_say_which_arms_take_part_and_on_what() -> None:
         (("digits", "--policy", "nonesuch"), "no policy 'nonesuch'; did you mean 'none'?"),
         (("digits", "--policy", "none"), "which grows nothing"),
         (("digits", "--policy", "random", "--policy", "random"), "compared anyway"),
-        (("digits", "--rates", "2"), "at least 3"),
+        (("digits", "--rates", "2"), "Invalid value: search_rates must be 1, or at least 3"),
         (("digits", "--search-seeds", "6"), "there are 5 random seeds"),
         (("digits", "--set", "trainer.epoch=3"), "did you mean 'trainer.epochs'"),
         (("digits", "--quiet", "--json"), "exclude each other"),

@@ -142,6 +142,13 @@ def test_a_dry_run_prints_settings_and_leaves_nothing() -> None:
 
 
 @pytest.mark.usefixtures("in_process")
+def test_help_names_every_section_of_settings() -> None:
+    told = esper("policy", "train", "--help")
+    for name in policy_run.SECTIONS:
+        assert f" {name}.KEY" in told or f"--{name} " in told, name
+
+
+@pytest.mark.usefixtures("in_process")
 def test_a_dry_run_of_a_training_that_goes_on_learns_nothing() -> None:
     esper("policy", "train", "digits", *TINY, "--steps", "8", "--out", "run")
     before = {file: file.read_bytes() for file in sorted(Path().rglob("*")) if file.is_file()}
@@ -166,6 +173,7 @@ def test_a_dry_run_of_a_training_that_goes_on_learns_nothing() -> None:
         (("digits", "--quiet", "--json"), "exclude each other"),
         (("digits", "--config", "missing.toml"), "cannot be read"),
         (("digits", "--set", "training.gamma=0.5"), "set both alike"),
+        (("digits", "--set", "bus.commands=redis://127.0.0.1"), "run: bus connects one run"),
     ],
 )
 def test_what_cannot_be_learned_is_refused(arguments: tuple[str, ...], words: str) -> None:
@@ -371,7 +379,7 @@ def test_policies_are_compared_in_a_table_and_the_folder_goes_on(
     (summary,) = esper(*arguments, "--json").splitlines()
     assert json.loads(summary) == {"kind": "summary", "folder": "kept"}
     words = refused(*arguments, "--first-seed", "1")
-    assert "kept holds an evaluation with other settings" in words
+    assert "kept holds another evaluation, with other settings: random_seeds" in words
 
 
 @pytest.mark.parametrize(
@@ -383,6 +391,7 @@ def test_policies_are_compared_in_a_table_and_the_folder_goes_on(
         (("digits", "--set", "depth_schedule.min_layers=9"), "from at least 9 layers"),
         (("digits", "--set", "trainer.epoch=3"), "did you mean 'trainer.epochs'"),
         (("digits", "--set", "training.gamma=1.0"), "an evaluation trains no policy"),
+        (("digits", "--set", "tracking.wandb=true"), "run: tracking follows one run"),
         (("digits", "--quiet", "--json"), "exclude each other"),
         (("nonesuch",), "nonesuch"),
     ],

@@ -3,7 +3,7 @@
 import json
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 
@@ -22,8 +22,10 @@ from esper.experiments.comparison import (
     comparison_charts,
     comparison_report,
     judge,
+    plan,
     summarise,
 )
+from esper.experiments.comparison.curves import losses_at
 from esper.experiments.comparison.runs import GrownSeed
 from esper.lifecycle.alpha import BlendOperator
 from esper.slots.committed_seed import CommittedSeed
@@ -91,9 +93,15 @@ def config(seeds: int = 5, *, epochs: int = EPOCHS, **settings: object) -> Compa
     return CompareConfig(run=run, random_seeds=tuple(range(seeds)), **settings)
 
 
-def played(world: World, settings: CompareConfig, *, at_a_time: int = 1000) -> Comparison:
-    """Return the comparison after every run that it asked for."""
-    comparison = Comparison(settings, [])
+def played(
+    world: World,
+    settings: CompareConfig,
+    *,
+    at_a_time: int = 1000,
+    kept: Iterable[RunResult] = (),
+) -> Comparison:
+    """Return the comparison after every run that it asked for, some of which may be kept."""
+    comparison = Comparison(settings, kept)
     while missing := comparison.missing():
         made = map(world.make, missing[:at_a_time])
         comparison = Comparison(settings, [*comparison.results.values(), *made])
@@ -168,6 +176,69 @@ def test_however_short_its_runs_a_comparison_comes_to_an_end(epochs: int) -> Non
     assert lengths[0] == math.ceil(0.4 * epochs)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Saturated(World):
+    """The grown size is as good after fewer steps, which makes it better than what was grown."""
+
+    dear: float = 1.03
+
+    def make(self, request: RunRequest) -> RunResult:
+        result = super().make(request)
+        full = request.policy == "none" and not request.at_random_times and request.topology
+        loss = 0.9 if full else result.test["loss"] - 0.1 * request.random_seed
+        loss += random.Random(request.key).gauss(0.0, 0.0005)
+        dear = 1.0 if request.policy == "none" else self.dear + 0.01 * request.random_seed
+        return result.model_copy(
+            update={"flops": dear * result.flops, "test": {**result.test, "loss": loss}}
+        )
+
+
+@pytest.mark.parametrize(("epochs", "dear"), [(3, 1.03), (20, 1.03), (30, 1.03), (3, 1.7)])
+def test_whole_epochs_are_so_many_that_no_size_falls_short_of_the_grown_ones_operations(
+    epochs: int, dear: float
+) -> None:
+    """Half an epoch of 20 is more than a curve may reach; the run that it made must count."""
+    world, settings = Saturated(num_seeds=lambda _: 1, dear=dear), config(epochs=epochs)
+    comparison = played(world, settings)
+    grown = comparison.at_equal_steps("grown")
+    for arm in ("host", "static"):
+        assert losses_at(comparison.runs(arm), grown) is not None, arm
+    assert at_equal_flops(comparison).rival == "static"
+    assert judge(comparison).outcome is not Outcome.PAYS
+
+
+def test_a_comparison_begun_by_nearest_epochs_goes_on_with_what_it_lacks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    world, settings = Saturated(num_seeds=lambda _: 1), config(epochs=20)
+    with monkeypatch.context() as before:
+        before.setattr(plan, "REACH", math.inf)
+        kept = played(world, settings).results
+    again = played(world, settings, kept=kept.values())
+    assert {run.request.arm for key, run in again.results.items() if key not in kept} == {"static"}
+    assert at_equal_flops(again).rival == "static"
+
+
+@pytest.mark.parametrize(("interval", "shortest"), [(1, 4), (6, 6), (10, 10)])
+def test_what_grows_is_shortened_only_as_far_as_something_can_be_decided(
+    interval: int, shortest: int
+) -> None:
+    """A world's epoch is a step: a run of fewer steps than the interval would be refused."""
+    settings = config(epochs=10)
+    trainer = settings.run.trainer.model_copy(update={"decision_interval_steps": interval})
+    run = settings.run.model_copy(update={"trainer": trainer})
+    settings = settings.model_copy(update={"run": run})
+    for world in (World(growth_bonus=0.5), Saturated(dear=6.0)):
+        lengths = [
+            request.epochs
+            for request in (run.request for run in played(world, settings).results.values())
+            if request.grows
+        ]
+        assert min(lengths) >= interval
+        if world.growth_bonus:
+            assert min(lengths) == shortest
+
+
 class Bent(World):
     """The host's loss falls at first, and no more: a line between its budgets lies far above it."""
 
@@ -220,13 +291,20 @@ def test_without_equal_budgets_growth_can_be_found_to_pay_per_step_at_most() -> 
     assert any("no network that never grew was trained with" in r for r in verdict.reasons)
 
 
-def test_a_single_seed_has_no_size_in_between_that_it_must_be_better_than() -> None:
-    paying = played(World(growth_bonus=0.05, num_seeds=lambda _: 1), config())
+@pytest.mark.parametrize("intermediate_sizes", [True, False])
+def test_a_single_seed_has_no_size_in_between_that_it_must_be_better_than(
+    *, intermediate_sizes: bool
+) -> None:
+    settings = config(intermediate_sizes=intermediate_sizes)
+    paying = played(World(growth_bonus=0.05, num_seeds=lambda _: 1), settings)
     assert "static 1" not in paying.arms
     assert at_equal_flops(paying).nothing_between
     verdict = judge(paying)
     assert verdict.outcome is Outcome.PAYS
     assert "a single seed was grown, so that there is no size in between" in verdict.reasons
+
+
+def test_a_single_seed_on_some_random_seeds_leaves_others_with_a_size_in_between() -> None:
     for num_seeds, outcome in ((1, Outcome.UNDECIDED), (2, Outcome.PAYS)):
         mixed = World(growth_bonus=0.05, num_seeds=lambda seed, n=num_seeds: n if seed else 2)
         assert judge(played(mixed, config())).outcome is outcome

@@ -97,14 +97,6 @@ def test_what_is_not_told_apart_at_an_end_has_no_bound_there() -> None:
     found = crossing(lines(0.2), TARGETS)
     assert found.low == found.first
     assert found.high is None
-    assert found.earliest is None, "it may have been reached for less"
-
-
-def test_where_it_is_told_to_be_worse_the_loss_is_not_reached_yet() -> None:
-    found = crossing(lines(0.01), TARGETS)
-    assert found.earliest == found.low > found.first
-    worse = crossing(lines(), dict.fromkeys(range(3), (1.0, 0.5)))
-    assert worse.earliest == worse.last
 
 
 def test_a_curve_that_is_better_nowhere_is_not_taken_for_better_where_it_gets_worse() -> None:

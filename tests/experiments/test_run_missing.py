@@ -6,29 +6,23 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from concurrent.futures import Future
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from eager_policy import write_eager_policy
-from esper.experiments import RunConfig, load_run_config, prepare
+from esper.experiments import load_run_config, prepare
 from esper.experiments.comparison import (
     CompareConfig,
     ComparisonFolder,
-    ComparisonFolderError,
     Outlook,
     RunRequest,
     RunResult,
     run_missing,
-    scheduler,
 )
 from esper.experiments.comparison.runs import GrowthRecord, execute, random_times_policy, result_of
-from esper.experiments.worker_pool import WorkerDiedError
+from esper.experiments.series_folder import SeriesFolderError
 from esper.policies import DepthSchedulePolicy, FractionTiming, ReplayPolicy
 from esper.tasks.digits import DIGITS
 from esper.training.run_cost import Cost, RunCost
@@ -183,8 +177,12 @@ def test_every_run_is_kept_once_and_progress_is_told(tmp_path: Path) -> None:
     last, _ = told[-1]
     assert (last.finished, last.expected, last.running, last.seconds_left) == (4, 4, (), 0.0)
     assert max(len(outlook.running) for outlook, _ in told) == 2
-    kept = ComparisonFolder(tmp_path / "compare", settings).results()
+    (tmp_path / "compare" / "environment.json").unlink()
+    kept = ComparisonFolder(tmp_path / "compare", settings).runs()  # of another machine, or lost
     assert {result.request.key for result in kept} == set(comparison.results)
+    (tmp_path / "compare" / "runs" / f"{kept[0].request.key}.json").unlink()
+    with pytest.raises(SeriesFolderError, match="does not tell which versions"):
+        ComparisonFolder(tmp_path / "compare", settings)
 
 
 def test_a_run_that_raises_names_itself_and_keeps_the_others(tmp_path: Path) -> None:
@@ -200,63 +198,45 @@ def test_a_run_that_raises_names_itself_and_keeps_the_others(tmp_path: Path) -> 
     assert any("arm 'grown', random seed 0" in note for note in caught.value.__notes__)
 
 
-def test_a_process_killed_between_two_runs_is_told_and_what_is_finished_is_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The pool is broken when the next run is handed to it, before any of its runs says so."""
-    first, second = Future[RunResult](), Future[RunResult]()
-
-    class BrokenPool:
-        def submit(self, _: object, request: RunRequest, run: RunConfig) -> Future[RunResult]:
-            handed.append(request)
-            if len(handed) == 1:
-                first.set_result(execute(request, run))
-                return first
-            if len(handed) == 2:
-                return second
-            second.set_result(execute(handed[1], run))
-            raise BrokenProcessPool("a child process terminated abruptly")
-
-    @contextmanager
-    def broken_pool(_: int) -> Iterator[BrokenPool]:
-        yield BrokenPool()
-
-    handed: list[RunRequest] = []
-    monkeypatch.setattr(scheduler, "worker_pool", broken_pool)
-    settings = config(epochs=1)
-    folder = ComparisonFolder(tmp_path / "compare", settings)
-    with pytest.raises(WorkerDiedError, match=r"of random seed \d was under way"):
-        run_missing(settings, folder, processes=2, on_change=lambda *_: None)
-    kept = {result.request.key for result in folder.results()}
-    assert kept == {request.key for request in handed[:2]}
-
-
 def test_another_comparison_is_not_mixed_in(tmp_path: Path) -> None:
     ComparisonFolder(tmp_path / "compare", config(epochs=2))
-    with pytest.raises(ComparisonFolderError, match=r"run\.trainer\.epochs is 2 there, 3 here"):
+    with pytest.raises(SeriesFolderError, match=r"run\.trainer\.epochs is 2 there, 3 here"):
         ComparisonFolder(tmp_path / "compare", config(epochs=3))
     environment = tmp_path / "compare" / "environment.json"
     kept = json.loads(environment.read_text())
     old_torch = {"packages": {**kept["packages"], "torch": "1.0"}}
     for old, words in ((old_torch, r"torch 1\.0"), ({"python": "3.1"}, r"Python 3\.1")):
         environment.write_text(json.dumps({**kept, **old}))
-        with pytest.raises(ComparisonFolderError, match=f"begun with {words}"):
+        with pytest.raises(SeriesFolderError, match=f"begun with {words}"):
             ComparisonFolder(tmp_path / "compare", config(epochs=2))
     environment.write_text("{}")
-    with pytest.raises(ComparisonFolderError, match="does not tell which versions"):
+    with pytest.raises(SeriesFolderError, match="does not tell which versions"):
         ComparisonFolder(tmp_path / "compare", config(epochs=2))
     environment.write_text('{"packages": {"torch": 1')
-    with pytest.raises(ComparisonFolderError, match="does not tell which versions"):
+    with pytest.raises(SeriesFolderError, match="does not tell which versions"):
         ComparisonFolder(tmp_path / "compare", config(epochs=2))
     environment.unlink()
-    with pytest.raises(ComparisonFolderError, match="does not tell which versions"):
+    with pytest.raises(SeriesFolderError, match="does not tell which versions"):
         ComparisonFolder(tmp_path / "compare", config(epochs=2))
     (tmp_path / "else").mkdir()
     (tmp_path / "else" / "file").touch()
-    with pytest.raises(ComparisonFolderError, match="not empty"):
+    with pytest.raises(SeriesFolderError, match="not empty"):
         ComparisonFolder(tmp_path / "else", config(epochs=2))
-    with pytest.raises(ComparisonFolderError, match="no comparison"):
+    with pytest.raises(SeriesFolderError, match="no comparison"):
         ComparisonFolder.config_of(tmp_path / "else")
+
+
+def test_a_comparison_whose_start_was_killed_begins_anew(tmp_path: Path) -> None:
+    ComparisonFolder(tmp_path, config(epochs=2))
+    (tmp_path / "compare.json").rename(tmp_path / ".compare.json.4711")
+    folder = ComparisonFolder(tmp_path, config(epochs=3))
+    assert ComparisonFolder.config_of(tmp_path).run.trainer.epochs == 3
+    assert folder.runs() == []
+    for name in ("compare.json", ".compare.json.4711"):
+        (tmp_path / name).unlink(missing_ok=True)
+    (tmp_path / ".kept").touch()
+    with pytest.raises(SeriesFolderError, match="not empty and holds no comparison"):
+        ComparisonFolder(tmp_path, config(epochs=3))
 
 
 def test_a_policy_file_that_has_changed_is_not_mixed_in(tmp_path: Path) -> None:
@@ -269,16 +249,16 @@ def test_a_policy_file_that_has_changed_is_not_mixed_in(tmp_path: Path) -> None:
     request = RunRequest(arm="grown", random_seed=0, learning_rate=0.01, epochs=1, policy=str(file))
     result = execute(request, run)
     folder.add(result)
-    assert ComparisonFolder(tmp_path / "compare", settings).results() == [result]
+    assert ComparisonFolder(tmp_path / "compare", settings).runs() == [result]
     write_eager_policy(file, random_seed=1)
-    with pytest.raises(ComparisonFolderError, match="has changed since"):
+    with pytest.raises(SeriesFolderError, match="has changed since"):
         ComparisonFolder(tmp_path / "compare", settings)
     again = request.model_copy(update={"random_seed": 1})
-    with pytest.raises(ComparisonFolderError, match="has changed since"):
+    with pytest.raises(SeriesFolderError, match="has changed since"):
         folder.add(execute(again, run))
-    assert folder.results() == [result], "made with the other file"
+    assert folder.runs() == [result], "made with the other file"
     file.unlink()
-    with pytest.raises(ComparisonFolderError, match=r"learned\.safetensors cannot be read"):
+    with pytest.raises(SeriesFolderError, match=r"learned\.safetensors cannot be read"):
         ComparisonFolder(tmp_path / "compare", settings)
 
 

@@ -10,6 +10,7 @@ import threading
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from mlflow import MlflowClient
+from pydantic import ValidationError
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import esper.experiments.parts as parts_of_runs
@@ -27,6 +29,8 @@ from esper.experiments.settings import SettingsError
 from esper.experiments.stored_run import resumed_run, stored_run
 from esper.lifecycle.events import SeedGerminated, SinkFailed, SinkLossesCounted
 from esper.lifecycle.words import notable
+from esper.rl.evaluation import EvaluationConfig
+from esper.rl.policy_run import PolicyRunConfig
 from esper.telemetry import (
     MlflowSink,
     PrometheusSink,
@@ -294,9 +298,17 @@ def test_a_wrong_key_is_an_error_that_names_the_right_one() -> None:
         config("tracking.tensorbord=true")
 
 
-def test_a_comparison_is_not_tracked() -> None:
-    with pytest.raises(ValueError, match="tracking follows one run"):
-        CompareConfig(run=config("tracking.tensorboard=true"))
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("tracking.tensorboard=true", "tracking follows one run, and these are many"),
+        ("bus.commands=redis://127.0.0.1", "bus connects one run, and these are many"),
+    ],
+)
+def test_many_runs_are_followed_by_nothing(setting: str, words: str) -> None:
+    for many in (CompareConfig, PolicyRunConfig, partial(EvaluationConfig, policies=("none",))):
+        with pytest.raises(ValidationError, match=words):
+            many(run=config(setting))
 
 
 @contextmanager

@@ -5,7 +5,6 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Callable
-from concurrent.futures import Future
 from itertools import count
 from math import nan
 from pathlib import Path
@@ -19,18 +18,16 @@ from hypothesis import strategies as st
 from eager_policy import write_eager_policy
 from esper.experiments.config import RunConfig, load_run_config
 from esper.experiments.run import prepare
+from esper.experiments.series_folder import SeriesFolderError
 from esper.experiments.settings import SettingsError
 from esper.experiments.worker_pool import WorkerDiedError
 from esper.lifecycle.events import SeedCommitted, SeedGerminated, SeedPruned
 from esper.rl.evaluation import (
-    CONFIG_FILE,
     TOLERANCE,
     EvaluatedRun,
     Evaluation,
     EvaluationConfig,
-    EvaluationError,
     EvaluationFolder,
-    _results,
     check_policies,
     evaluate,
     play,
@@ -234,12 +231,14 @@ def test_a_folder_goes_on_where_it_was(tmp_path: Path) -> None:
 def test_another_evaluations_folder_is_refused(tmp_path: Path) -> None:
     EvaluationFolder(tmp_path / "kept", evaluation_config("random"))
     for other in (evaluation_config("none"), evaluation_config("random", seeds=(0, 1))):
-        with pytest.raises(EvaluationError, match="an evaluation with other settings"):
+        with pytest.raises(
+            SeriesFolderError, match="holds another evaluation, with other settings: "
+        ):
             EvaluationFolder(tmp_path / "kept", other)
-    with pytest.raises(EvaluationError, match="is not empty and holds no evaluation"):
+    with pytest.raises(SeriesFolderError, match="is not empty and holds no evaluation"):
         EvaluationFolder(tmp_path, evaluation_config("random"))
-    (tmp_path / "kept" / CONFIG_FILE).write_text("{}", encoding="utf-8")
-    with pytest.raises(EvaluationError, match="holds no evaluation: "):
+    (tmp_path / "kept" / "evaluation.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(SeriesFolderError, match=r"evaluation\.json is not of this version: "):
         EvaluationFolder(tmp_path / "kept", evaluation_config("random"))
 
 
@@ -248,7 +247,7 @@ def test_a_damaged_file_is_named_with_a_remedy(tmp_path: Path) -> None:
     folder.add(finished("random"))
     (file,) = tmp_path.glob("run-*")
     file.write_text(file.read_text("utf-8")[:-20], encoding="utf-8")
-    with pytest.raises(EvaluationError, match=f"{file} is damaged; delete it"):
+    with pytest.raises(SeriesFolderError, match=f"{file} is damaged; delete it"):
         folder.runs()
     file.unlink()
     assert folder.runs() == []
@@ -289,8 +288,33 @@ def test_a_policy_that_was_trained_on_meanwhile_is_refused(tmp_path: Path) -> No
     folder.add(finished("heuristic"))
     folder.add(finished(str(file), policy_sha256=sha256))
     write_eager_policy(file, random_seed=1)
-    with pytest.raises(EvaluationError, match=r"has changed since .*run-1-policy-0-100.json was"):
-        evaluate(config, folder, processes=1)
+    with pytest.raises(SeriesFolderError, match=r"has changed since .*run-1-policy-0-100.json was"):
+        EvaluationFolder(tmp_path / "kept", config)
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        ({"packages": {"torch": "1.0", "esper-lite": "0.1"}}, r"torch 1\.0"),
+        ({"device": "NVIDIA H100"}, "device NVIDIA H100, this is cpu"),
+    ],
+)
+def test_runs_of_another_machine_are_shown_and_no_others_added(
+    other: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    config = evaluation_config("random")
+    kept = [finished("heuristic"), finished("random")]
+    folder = EvaluationFolder(tmp_path, config)
+    for run in kept:
+        folder.add(run)
+    environment = tmp_path / "environment.json"
+    made_on = json.loads(environment.read_text("utf-8"))
+    environment.write_text(json.dumps({**made_on, **other}), encoding="utf-8")
+    shown = evaluate(config, EvaluationFolder(tmp_path, config), processes=1)
+    assert list(shown.runs.values()) == kept
+    folder.file_of(kept[1]).unlink()
+    with pytest.raises(SeriesFolderError, match=f"was begun with {words}"):
+        EvaluationFolder(tmp_path, config)
 
 
 # The runs
@@ -334,7 +358,9 @@ def test_a_killed_process_loses_its_run_and_no_other(tmp_path: Path) -> None:
             assert child.pid is not None
             os.kill(child.pid, signal.SIGKILL)
 
-    with pytest.raises(WorkerDiedError, match=r"with random seed \d was under way. Start again"):
+    with pytest.raises(
+        WorkerDiedError, match=r"random seed \d, 1 epochs was under way. Start again"
+    ):
         evaluate(config, folder, processes=2, on_run=kill)
     for child in multiprocessing.active_children():
         child.join()
@@ -347,16 +373,3 @@ def test_a_killed_process_loses_its_run_and_no_other(tmp_path: Path) -> None:
     assert before < evaluation.runs.keys()
     again = play(config, "random", 1, 1)
     assert evaluation.runs["random", 1, 1] == again
-
-
-def test_what_a_run_raises_is_told_with_its_policy_and_seed_after_what_is_finished() -> None:
-    futures: list[Future[EvaluatedRun]] = [Future() for _ in range(5)]
-    running = {future: ("random", seed, 3) for seed, future in enumerate(futures)}
-    futures[2].set_exception(OSError("no space left"))
-    for seed in (0, 1, 3, 4):
-        futures[seed].set_result(finished("random", seed, 3))
-    told = []
-    with pytest.raises(OSError, match="no space left") as caught:
-        told.extend(run.random_seed for run in _results(set(futures), running))
-    assert sorted(told) == [0, 1, 3, 4]
-    assert caught.value.__notes__ == ["in the run of random, random seed 2, 3 epochs"]

@@ -15,6 +15,7 @@ from esper.experiments.settings import SettingsError
 from esper.lifecycle.events import EnvironmentRestarted
 from esper.policies.learned import LearnedPolicy, load_policy
 from esper.rl import demonstrations, policy_run
+from esper.rl.demonstrations import NotImitableError
 from esper.rl.learner_state import LearnerStateError
 from esper.rl.policy_run import (
     POLICY_FILE,
@@ -231,6 +232,25 @@ def test_what_could_not_begin_leaves_no_folder(
     ):
         pass
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("in_process")
+@pytest.mark.parametrize("before", [(), ("notes.txt",)])
+def test_a_policy_that_cannot_be_imitated_leaves_no_folder(
+    before: tuple[str, ...], tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    for name in before:
+        folder.mkdir()
+        (folder / name).touch()
+    config = tiny("demonstrations.policy=random", "actions.ramp_steps=[7]", "trainer.epochs=12")
+    with (
+        pytest.raises(NotImitableError, match="random cannot be imitated, it asks for"),
+        new_policy_run(config, folder) as run,
+    ):
+        trained(run)
+    assert tuple(path.name for path in tmp_path.rglob("*") if path.is_file()) == before
+    assert folder.exists() == bool(before)
 
 
 @pytest.mark.usefixtures("in_process")

@@ -152,6 +152,20 @@ def test_resumed_run_says_that_rows_may_be_gone(tmp_path: Path) -> None:
     assert (len(reader.events()), reader.metrics()) == (1, [])
 
 
+def test_a_run_that_has_finished_meanwhile_is_left_alone(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    store.publish(PRUNED)
+    store.set_status("finished")
+    store.close()
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(RunFolderError, match="is finished; there is nothing to resume"):
+        ReopenedRunStore(tmp_path, after_step=-1, unfinished=True)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert not is_written(tmp_path)
+    ReopenedRunStore(tmp_path, after_step=-1).close()  # a training may go on still
+    assert RunReader(tmp_path).events() == []
+
+
 def test_killed_run_loses_nothing_that_it_was_given(tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE, text=True

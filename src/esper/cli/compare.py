@@ -40,7 +40,6 @@ from esper.experiments.comparison import (
     CompareConfig,
     Comparison,
     ComparisonFolder,
-    ComparisonFolderError,
     check_runs,
     comparison_charts,
     comparison_title,
@@ -48,8 +47,9 @@ from esper.experiments.comparison import (
     run_missing,
 )
 from esper.experiments.config import RunConfig
-from esper.experiments.parts import chosen_policy, usable_device
-from esper.experiments.settings import SettingsError
+from esper.experiments.parts import chosen_policy
+from esper.experiments.series_folder import SeriesFolderError
+from esper.experiments.settings import SettingsError, explain
 from esper.experiments.worker_pool import WorkerDiedError
 from esper.report import draw_charts
 from esper.tasks.task import TaskDataError
@@ -57,7 +57,7 @@ from esper.tasks.task import TaskDataError
 _OF_ANY_START = frozenset({"out", "processes", "report", "quiet", "as_json", "dry_run"})
 """Options that a comparison begun before still takes; its settings are kept in its folder."""
 
-_CANNOT_BE_MADE = (ComparisonFolderError, SettingsError, TaskDataError, ModuleNotFoundError)
+_CANNOT_BE_MADE = (SeriesFolderError, SettingsError, TaskDataError, ModuleNotFoundError)
 
 
 def compare(
@@ -145,7 +145,7 @@ def compare(
         comparison = _run(folder, settings, view, processes or os.cpu_count() or 1)
     except KeyboardInterrupt:
         if not (quiet or as_json):
-            print_comparison(console, Comparison(settings, folder.results()))
+            print_comparison(console, Comparison(settings, folder.runs()))
         tell_interrupted(_way_on(folder))
         raise typer.Exit(EXIT_INTERRUPTED) from None
     told = _leave(folder, comparison, with_report=report)
@@ -171,7 +171,7 @@ def _kept(context: typer.Context, folder: Path | None) -> CompareConfig:
     )
     try:
         return ComparisonFolder.config_of(folder)
-    except ComparisonFolderError as error:
+    except SeriesFolderError as error:
         raise typer.BadParameter(f"{error}; name a task to begin one there") from error
 
 
@@ -182,7 +182,7 @@ def _settings(run: RunConfig, **chosen: Any) -> CompareConfig:
     try:
         return CompareConfig(run=run, **chosen)
     except ValidationError as error:
-        raise typer.BadParameter("; ".join(issue["msg"] for issue in error.errors())) from error
+        raise typer.BadParameter(explain(error, CompareConfig)) from error
 
 
 def _view(console: Console, settings: CompareConfig, *, quiet: bool, as_json: bool) -> CompareView:
@@ -198,7 +198,6 @@ def _view(console: Console, settings: CompareConfig, *, quiet: bool, as_json: bo
 def _open(path: Path, settings: CompareConfig) -> ComparisonFolder:
     """Return the folder, begun if there was none: only where its runs can be made."""
     with bad_parameter(*_CANNOT_BE_MADE):
-        usable_device(settings.run.device)
         if not holds_comparison(path):
             check_runs(settings)
         return ComparisonFolder(path, settings)

@@ -13,7 +13,8 @@ from esper.cli.compare_views import print_comparison, summary_record
 from esper.cli.tables import print_seeds, print_twin
 from esper.cli.training_tables import print_training_story, training_records
 from esper.cli.views import STAGE_STYLES
-from esper.experiments.comparison import ComparisonFolderError, holds_comparison, read_comparison
+from esper.experiments.comparison import holds_comparison, read_comparison
+from esper.experiments.series_folder import SeriesFolderError
 from esper.lifecycle.events import EventSchemaError
 from esper.lifecycle.stages import GROWTH_PATH
 from esper.report.story import GateVisit, RunStory, SeedStory, StageVisit, tell
@@ -24,7 +25,7 @@ from esper.telemetry.run_reader import RunReader
 
 _CANNOT_SHOW = (
     RunFolderError,
-    ComparisonFolderError,
+    SeriesFolderError,
     EventSchemaError,
     ModuleNotFoundError,
     OSError,

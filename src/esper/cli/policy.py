@@ -85,7 +85,7 @@ def train(
             "--set",
             metavar="KEY=VALUE",
             help="One setting: of the runs, as for esper grow, or training.KEY, rewards.KEY, "
-            "network.KEY, actions.KEY, episodes.KEY, demonstrations.KEY.",
+            "network.KEY, observation.KEY, actions.KEY, episodes.KEY, demonstrations.KEY.",
         ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder; default runs/policy-TASK-TIME.")] = None,

@@ -9,7 +9,6 @@ import typer
 from rich.console import Console
 
 from esper.experiments.comparison import (
-    ComparisonFolderError,
     comparison_charts,
     comparison_report,
     comparison_title,
@@ -17,6 +16,7 @@ from esper.experiments.comparison import (
     read_comparison,
     references_of,
 )
+from esper.experiments.series_folder import SeriesFolderError
 from esper.lifecycle.events import EventSchemaError
 from esper.report import (
     Chart,
@@ -40,7 +40,7 @@ REPORT_FILE = "report.html"
 
 _CANNOT_SHOW = (
     RunFolderError,
-    ComparisonFolderError,
+    SeriesFolderError,
     EventSchemaError,
     ModuleNotFoundError,
     NothingToDrawError,

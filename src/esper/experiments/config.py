@@ -140,6 +140,15 @@ class RunConfig(Record):
         return self
 
     @model_validator(mode="after")
+    def _steps_its_schedule(self) -> "RunConfig":
+        if self.trainer.scheduler_interval != "step":
+            raise ValueError(
+                "trainer.scheduler_interval is 'step' in a run of a task, whose schedules count "
+                f"steps, got {self.trainer.scheduler_interval!r}; leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _has_one_random_seed(self) -> "RunConfig":
         if self.slot.random_seed != SlotConfig.model_fields["random_seed"].default:
             raise ValueError(
@@ -165,6 +174,23 @@ class RunConfig(Record):
         if self.policy in patience:
             _check_patience(*patience[self.policy], self.slot.thresholds.trial_epochs)
         return self
+
+
+def _followed_by_nothing(run: RunConfig) -> RunConfig:
+    """Return settings that many runs share, none of which belongs to one run alone."""
+    for name, chosen in (
+        ("tracking follows", run.tracking.chosen),
+        ("bus connects", run.bus.commands is not None),
+    ):
+        if chosen:
+            raise ValueError(
+                f"{name} one run, and these are many; leave it out, or make a run by esper grow"
+            )
+    return run
+
+
+SharedRunConfig = Annotated[RunConfig, AfterValidator(_followed_by_nothing)]
+"""What many runs have in common."""
 
 
 def _check_growth_times(config: RunConfig, names: str, first: float, last: float) -> None:

@@ -21,7 +21,7 @@ from esper.telemetry.environment import describe_environment
 from esper.telemetry.heartbeat import Heartbeat
 from esper.telemetry.run_folder import RUN_FILES, WEIGHTS_FILE, RunFolderError, RunStatus
 from esper.telemetry.run_reader import RunReader
-from esper.telemetry.run_store import ReopenedRunStore, RunStore
+from esper.telemetry.run_store import ReopenedRunStore, RunStore, check_unfinished
 from esper.telemetry.sink import Sink
 from esper.telemetry.tracker import Tracker
 from esper.telemetry.tracking import TRACKER_FOLDERS
@@ -89,8 +89,7 @@ def resumed_run(folder: Path, sinks: Sequence[Sink] = ()) -> Iterator[GrowingRun
         ModuleNotFoundError: The task needs an extra that is not installed.
     """
     reader = RunReader(folder)
-    if reader.status == "finished":
-        raise RunFolderError(f"{folder} holds a run that is finished; there is nothing to resume")
+    check_unfinished(reader)
     config = RunConfig.model_validate(reader.config())
     _set_process(config)
     with compile_service(config.compile) as service:
@@ -98,7 +97,7 @@ def resumed_run(folder: Path, sinks: Sequence[Sink] = ()) -> Iterator[GrowingRun
         checkpoints = checkpoints_in(config.checkpoint, folder)
         found = checkpoints.newest() if checkpoints is not None and checkpoints.names() else None
         after_step = -1 if found is None else found.info.step
-        store = ReopenedRunStore(folder, after_step=after_step)
+        store = ReopenedRunStore(folder, after_step=after_step, unfinished=True)
         run.trainer.keeper, run.resumed = checkpoints, found
         try:
             run.connection = connection_with_bus(config)
@@ -199,7 +198,7 @@ def _new_folder(
         RunFolderError: The folder holds a run already.
         SettingsError: A tracker cannot be opened.
     """
-    before = set(folder.iterdir()) if folder.exists() else None
+    before = contents(folder)
     try:
         store = RunStore(folder, config=config.model_dump(mode="json"), environment=environment)
         try:
@@ -210,11 +209,16 @@ def _new_folder(
     except RunFolderError:
         raise  # nothing was made
     except BaseException:
-        _undo(folder, before)
+        undo(folder, before)
         raise
 
 
-def _undo(folder: Path, before: set[Path] | None) -> None:
+def contents(folder: Path) -> set[Path] | None:
+    """Return what is in a folder before a run begins there; None if there is no folder."""
+    return set(folder.iterdir()) if folder.exists() else None
+
+
+def undo(folder: Path, before: set[Path] | None) -> None:
     """Remove what a run makes in a folder, and the folder too if it was not there."""
     made = {folder / name for name in (*RUN_FILES, *TRACKER_FOLDERS)} - (before or set())
     for path in made:

@@ -43,6 +43,10 @@ _VALUE_COEFFICIENT = 0.5
 _MAX_GRADIENT_NORM = 0.5
 
 
+class NotImitableError(ValueError):
+    """A policy takes actions that the environment does not offer."""
+
+
 class DemonstrationConfig(Record):
     """What is imitated, before anything is learned from rewards."""
 
@@ -97,7 +101,7 @@ def demonstrations(
 
     Raises:
         SettingsError: There is no such policy.
-        ValueError: It takes actions that the environment does not offer.
+        NotImitableError: It takes actions that the environment does not offer.
         WorkerDiedError: A process was killed.
     """
     demonstrating_policy(config, run)
@@ -138,7 +142,7 @@ def demonstrate(
         seed: Of the run, and of the policy.
 
     Raises:
-        ValueError: It takes an action that the environment does not offer.
+        NotImitableError: It takes an action that the environment does not offer.
     """
     teacher = demonstrating_policy(config, run.model_copy(update={"random_seed": seed}))
     observation, _ = env.reset(seed=seed)
@@ -200,7 +204,7 @@ def _encoded(coder: ActionCoder, action: Action, policy: str) -> list[int]:
     try:
         return coder.encode(action)
     except ValueError as error:
-        raise ValueError(
+        raise NotImitableError(
             f"{policy} cannot be imitated, it asks for {action!r}: {error}; but for slots and "
             f"blueprints, that is set by {', '.join(_CHOICES)}"
         ) from error

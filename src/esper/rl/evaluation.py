@@ -1,48 +1,35 @@
 """Policies side by side: what each makes of the same tasks with as many operations."""
 
-import hashlib
-import json
 import math
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
-from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Self
 
 import torch
 from pydantic import Field, ValidationError, model_validator
 
-from esper.experiments.config import RunConfig
+from esper.experiments.config import RunConfig, SharedRunConfig
 from esper.experiments.parts import chosen_policy
 from esper.experiments.run import build_setup, prepare
+from esper.experiments.series_folder import SeriesFiles, SeriesFolder
 from esper.experiments.settings import SettingsError, explain
-from esper.experiments.worker_pool import WorkerDiedError, worker_pool
+from esper.experiments.worker_pool import make_missing
 from esper.lifecycle.events import EventRecord, SeedCommitted, SeedGerminated, SeedPruned
 from esper.lifecycle.record import Record
 from esper.policies.heuristic import HeuristicPolicy
 from esper.policies.learned import LearnedPolicy
-from esper.policies.named import is_policy_file
 from esper.rl.growth_episode import GrowthEpisode, HostRun
 from esper.rl.rewards import RewardConfig
-from esper.telemetry.environment import describe_environment
 
 TOLERANCE = 0.03
 """How far a run's operations may lie from the budget: a run has whole epochs."""
 _MAX_TRIES = 5
 
-CONFIG_FILE = "evaluation.json"
-ENVIRONMENT_FILE = "environment.json"
-
-
-class EvaluationError(ValueError):
-    """An evaluation's folder holds another one, or is damaged; the message says which and why."""
-
 
 class EvaluationConfig(Record):
     """Which policies are evaluated, and on what."""
 
-    run: RunConfig
+    run: SharedRunConfig
     """Of every run but for policy, random seed and, at equal operations, epochs."""
     policies: Annotated[tuple[str, ...], Field(min_length=1)]
     """By name, or as files."""
@@ -217,76 +204,47 @@ class Evaluation:
         return None if wanted in tried else wanted
 
 
-class EvaluationFolder:
-    """Keeps an evaluation: its settings, where it was made, and one file per finished run.
+_FILES = SeriesFiles(
+    noun="evaluation",
+    config=EvaluationConfig,
+    config_file="evaluation.json",
+    run=EvaluatedRun,
+    run_files="run-*.json",
+)
+
+
+class EvaluationFolder(SeriesFolder[EvaluationConfig, EvaluatedRun]):
+    """Keeps an evaluation.
 
     Args:
         path: Is created; may hold the same evaluation, begun earlier.
         config: Of the evaluation.
 
     Raises:
-        EvaluationError: It holds something else, or an evaluation with other settings.
+        SeriesFolderError, SettingsError: As `SeriesFolder`.
     """
 
     def __init__(self, path: Path, config: EvaluationConfig) -> None:
-        self.path = path
         self._policies = config.all_policies
-        kept = path / CONFIG_FILE
-        if holds_evaluation(path):
-            if evaluation_config(path) != config:
-                raise EvaluationError(
-                    f"{path} holds an evaluation with other settings, see {kept}; choose another "
-                    "folder, or give the same settings to go on with it"
-                )
-            return
-        if path.exists() and any(path.iterdir()):
-            raise EvaluationError(f"{path} is not empty and holds no evaluation")
-        path.mkdir(parents=True, exist_ok=True)
-        environment = describe_environment(torch.device(config.run.device))
-        _write(path / ENVIRONMENT_FILE, json.dumps(environment, indent=2))
-        _write(kept, config.model_dump_json(indent=2))
+        super().__init__(_FILES, path, config, device=config.run.device, policies=self._policies)
 
-    def runs(self) -> list[EvaluatedRun]:
-        """Return all finished runs.
+    def file_of(self, run: EvaluatedRun) -> Path:
+        """Return where a run is kept; policies that are files of one name have places."""
+        place, name = self._policies.index(run.policy), Path(run.policy).stem
+        return self.path / f"run-{place}-{name}-{run.random_seed}-{run.epochs}.json"
 
-        Raises:
-            EvaluationError: A file is damaged.
-        """
-        runs = []
-        for file in sorted(self.path.glob("run-*.json")):
-            try:
-                runs.append(EvaluatedRun.model_validate_json(file.read_bytes()))
-            except ValidationError as error:
-                raise EvaluationError(
-                    f"{file} is damaged; delete it, and the run is made again: {error}"
-                ) from error
-        return runs
+    def made_with(self, run: EvaluatedRun) -> tuple[str, str | None]:
+        """Return the policy that decided in a run, and the SHA-256 of its file if it has one."""
+        return run.policy, run.policy_sha256
 
-    def add(self, run: EvaluatedRun) -> None:
-        """Keep a finished run."""
-        _write(self.path / self.file_of(run), run.model_dump_json(indent=2))
-
-    def file_of(self, run: EvaluatedRun) -> str:
-        """Return the name of a run's file; policies that are files of one name have places."""
-        place = self._policies.index(run.policy)
-        return f"run-{place}-{Path(run.policy).stem}-{run.random_seed}-{run.epochs}.json"
+    def is_complete(self, runs: Sequence[EvaluatedRun]) -> bool:
+        """Return whether no run is missing besides these."""
+        return not Evaluation(self.config, runs).missing()
 
 
 def holds_evaluation(path: Path) -> bool:
     """Return whether an evaluation was begun in a folder."""
-    return (path / CONFIG_FILE).exists()
-
-
-def evaluation_config(path: Path) -> EvaluationConfig:
-    """Return the settings of the evaluation in a folder.
-
-    Raises:
-        EvaluationError: There is none that this version can read.
-    """
-    try:
-        return EvaluationConfig.model_validate_json((path / CONFIG_FILE).read_bytes())
-    except (OSError, ValidationError) as error:
-        raise EvaluationError(f"{path} holds no evaluation: {error}") from error
+    return _FILES.begun_in(path)
 
 
 def check_policies(config: EvaluationConfig) -> None:
@@ -322,79 +280,26 @@ def evaluate(
         on_run: Called with every finished run.
 
     Raises:
-        EvaluationError: A file in the folder is damaged, or a policy's has changed since a run.
-        WorkerDiedError: A process was killed; the runs that were finished are kept.
-        Exception: What a run raised; policy and seed are in a note.
+        SeriesFolderError: A file in the folder is damaged, or a policy's has changed.
+        WorkerDiedError, Exception: As `make_missing`.
 
     Effects: starts processes, and ends them however this ends.
     """
     evaluation = Evaluation(config, folder.runs())
-    files = {policy: _sha256(policy) for policy in config.all_policies}
-    for kept in evaluation.runs.values():
-        _check_file(kept, files, folder)
-    running: dict[Future[EvaluatedRun], tuple[str, int, int]] = {}
-    with worker_pool(processes) as pool:
-        while True:
-            waiting = [key for key in evaluation.missing() if key not in running.values()]
-            for key in waiting[: processes - len(running)]:
-                running[_submit(pool, config, key)] = key
-            if not running:
-                return evaluation
-            ended, _ = wait(running, return_when=FIRST_COMPLETED)
-            for run in _results(ended, running):
-                _check_file(run, files, folder)
-                folder.add(run)
-                evaluation.add(run)
-                on_run(evaluation, run)
 
+    def keep(_: object, run: EvaluatedRun) -> None:
+        folder.add(run)
+        evaluation.add(run)
+        on_run(evaluation, run)
 
-def _submit(
-    pool: ProcessPoolExecutor, config: EvaluationConfig, key: tuple[str, int, int]
-) -> Future[EvaluatedRun]:
-    try:
-        return pool.submit(play, config, *key)
-    except BrokenProcessPool as error:  # of another run, which has not been told yet
-        raise _worker_died(*key[:2]) from error
-
-
-def _worker_died(policy: str, random_seed: int) -> WorkerDiedError:
-    return WorkerDiedError(
-        f"a process was killed, perhaps for want of memory; {policy} with random seed "
-        f"{random_seed} was under way. Start again with the same folder to go on"
+    make_missing(
+        evaluation.missing,
+        lambda pool, key: pool.submit(play, config, *key),
+        keep=keep,
+        describe=lambda key: "{}, random seed {}, {} epochs".format(*key),
+        processes=processes,
     )
-
-
-def _sha256(policy: str) -> str | None:
-    if not is_policy_file(policy):
-        return None
-    try:
-        return hashlib.sha256(Path(policy).read_bytes()).hexdigest()
-    except OSError as error:
-        raise EvaluationError(f"the policy file {policy} cannot be read: {error}") from error
-
-
-def _check_file(
-    run: EvaluatedRun, files: Mapping[str, str | None], folder: EvaluationFolder
-) -> None:
-    if run.policy_sha256 != files[run.policy]:
-        raise EvaluationError(
-            f"{run.policy} has changed since {folder.path / folder.file_of(run)} was made with it, "
-            "or while that was; evaluate it in another folder"
-        )
-
-
-def _results(
-    ended: set[Future[EvaluatedRun]], running: dict[Future[EvaluatedRun], tuple[str, int, int]]
-) -> Iterator[EvaluatedRun]:
-    for future in sorted(ended, key=lambda future: future.exception() is not None):
-        policy, random_seed, epochs = running.pop(future)
-        try:
-            yield future.result()
-        except BrokenProcessPool as error:
-            raise _worker_died(policy, random_seed) from error
-        except Exception as error:
-            error.add_note(f"in the run of {policy}, random seed {random_seed}, {epochs} epochs")
-            raise
+    return evaluation
 
 
 class _Counted:
@@ -413,10 +318,3 @@ class _Counted:
 
     def flush(self) -> None:
         pass
-
-
-def _write(file: Path, text: str) -> None:
-    """Write a file as a whole: a kill leaves the old one or the new one."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(file)

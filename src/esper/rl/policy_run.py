@@ -12,7 +12,7 @@ from typing import Annotated, Any, Self
 import torch
 from pydantic import Field, ValidationError, model_validator
 
-from esper.experiments.config import RunConfig, load_run_config
+from esper.experiments.config import RunConfig, SharedRunConfig, load_run_config
 from esper.experiments.parts import usable_device
 from esper.experiments.settings import (
     SettingsError,
@@ -23,6 +23,7 @@ from esper.experiments.settings import (
     parse_setting,
     read_settings,
 )
+from esper.experiments.stored_run import contents, undo
 from esper.lifecycle.events import EnvironmentRestarted, EventRecord
 from esper.lifecycle.record import Record
 from esper.policies.learned import (
@@ -35,6 +36,7 @@ from esper.policies.learned import (
 )
 from esper.rl.demonstrations import (
     DemonstrationConfig,
+    NotImitableError,
     demonstrating_policy,
     demonstrations,
     imitate,
@@ -76,7 +78,7 @@ class EpisodeConfig(Record):
 class PolicyRunConfig(Record):
     """Everything that the training of a policy can be told; in config.json of its folder."""
 
-    run: RunConfig
+    run: SharedRunConfig
     """Of the runs that are its episodes, but for the random seed."""
     training: PolicyTrainingConfig = PolicyTrainingConfig()
     episodes: EpisodeConfig = EpisodeConfig()
@@ -313,11 +315,14 @@ def new_policy_run(
         ValueError: The host has no slot, no blueprint fits one, or the Ray cluster is too small;
             there is no folder then.
         ConnectionError: There is no Ray cluster at the address; there is no folder then.
+        NotImitableError: The policy to imitate, which plays then, takes actions that the heads do
+            not offer; there is no folder any more.
     """
     if config.demonstrations is not None:
         demonstrating_policy(config.demonstrations, config.run)
     device = usable_device(config.training.device)
     options = _options(config)
+    before = contents(folder)
     with _workers(config, options) as workers:
         store = RunStore(
             folder,
@@ -327,9 +332,13 @@ def new_policy_run(
                 "random_seed": config.training.random_seed,
             },
         )
-        with _closed(store) as done:
-            yield (run := _policy_run(config, folder, store, workers, options, sinks))
-            done(run)
+        try:
+            with _closed(store) as done:
+                yield (run := _policy_run(config, folder, store, workers, options, sinks))
+                done(run)
+        except NotImitableError:  # nothing was learned, nothing can go on
+            undo(folder, before)
+            raise
 
 
 @contextmanager

@@ -93,11 +93,15 @@ class RunStore:
         """The run's own: its folder's first name, and what no other run of that name has."""
         return RunReader(self.folder).run_id
 
-    def _open(self, folder: Path, *, busy_seconds: float = BUSY_SECONDS) -> None:
+    def _open(
+        self, folder: Path, *, unfinished: bool = False, busy_seconds: float = BUSY_SECONDS
+    ) -> None:
         self.folder = folder
         with ExitStack() as undoing:
             self._lock = WriterLock(folder)
             undoing.callback(self._lock.release)
+            if unfinished:
+                check_unfinished(RunReader(folder))
             self._database = sqlite3.connect(
                 folder / DATABASE_FILE, isolation_level=None, timeout=busy_seconds
             )
@@ -178,6 +182,14 @@ class RunStore:
         self._database.execute("INSERT OR REPLACE INTO run VALUES (?, ?)", (key, value))
 
 
+def check_unfinished(reader: RunReader) -> None:
+    """Raise a `RunFolderError` if a run is finished."""
+    if reader.status == "finished":
+        raise RunFolderError(
+            f"{reader.folder} holds a run that is finished; there is nothing to resume"
+        )
+
+
 class ReopenedRunStore(RunStore):
     """Goes on writing the folder of a run that was stopped.
 
@@ -185,15 +197,18 @@ class ReopenedRunStore(RunStore):
         folder: Of a run.
         after_step: The last step that the run still knows of; what was written of later ones is
             forgotten. Below 0 that is everything.
+        unfinished: Whether a run that is finished is to be left alone.
 
     Raises:
-        RunFolderError: It is no run folder, of another version, or a process writes it.
+        RunFolderError: It is no run folder, of another version, or a process writes it; or the run
+            is finished, perhaps since it was looked at, and is to be left alone then.
     """
 
-    def __init__(self, folder: Path, *, after_step: int) -> None:
-        attempt = RunReader(folder).attempt
-        self._open(folder)
+    def __init__(self, folder: Path, *, after_step: int, unfinished: bool = False) -> None:
+        reader = RunReader(folder)
+        self._open(folder, unfinished=unfinished)
         with self._let_go_on_error(), self._transaction():
+            attempt = reader.attempt
             for forget in (_FORGET_EVENTS, _FORGET_METRICS):
                 self._database.execute(forget, (after_step,))
             self._set("attempt", str(attempt + 1))

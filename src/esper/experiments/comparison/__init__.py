@@ -3,7 +3,6 @@
 from esper.experiments.comparison.config import MIN_SEEDS_FOR_A_CLAIM, CompareConfig
 from esper.experiments.comparison.folder import (
     ComparisonFolder,
-    ComparisonFolderError,
     holds_comparison,
     read_comparison,
 )
@@ -32,7 +31,6 @@ __all__ = [
     "CompareConfig",
     "Comparison",
     "ComparisonFolder",
-    "ComparisonFolderError",
     "Outcome",
     "Outlook",
     "RunRequest",

@@ -4,7 +4,7 @@ from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from esper.experiments.config import RunConfig
+from esper.experiments.config import RunConfig, SharedRunConfig
 from esper.lifecycle.record import Record
 from esper.policies.named import NEVER
 
@@ -16,7 +16,7 @@ AtLeastOne = Annotated[int, Field(ge=1)]
 class CompareConfig(Record):
     """A comparison, fully specified; kept as compare.json in its folder."""
 
-    run: RunConfig
+    run: SharedRunConfig
     """What all arms share. Its learning rate is where every arm's search begins, its number of
     epochs is what "equal steps" means, and its policy is the one that has to prove itself."""
     policies: tuple[str, ...] = ()
@@ -48,11 +48,6 @@ class CompareConfig(Record):
         if self.search_rates == 2:
             raise ValueError(
                 "search_rates must be 1, or at least 3: one below and one above the configured rate"
-            )
-        if self.run.tracking.chosen:
-            raise ValueError(
-                "tracking follows one run, and a comparison makes many; leave it out, or track "
-                "runs of esper grow"
             )
         if NEVER in (self.run.policy, *self.policies):
             raise ValueError(

@@ -108,16 +108,6 @@ class Crossing:
     last: float
 
     @property
-    def earliest(self) -> float | None:
-        """Where the loss is reached at the earliest, by a t-test at 95 %; None where nothing tells.
-
-        A curve that is not told to be worse at its first cost may have come down anywhere before.
-        """
-        if self.low is None:
-            return self.last
-        return None if self.low == self.first else self.low
-
-    @property
     def below(self) -> bool:
         """Whether the mean is as good as the target at the first cost already."""
         return self.ratio is None and not self.above

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 
 from esper.experiments.comparison.config import CompareConfig
-from esper.experiments.comparison.curves import losses_at
+from esper.experiments.comparison.curves import REACH, losses_at
 from esper.experiments.comparison.intervals import mean_interval
 from esper.experiments.comparison.runs import RunRequest, RunResult, Topology, structure
 from esper.experiments.comparison.search import best_rate, next_rate
@@ -158,9 +158,13 @@ class Comparison:
         if not (static.keys() >= runs.keys() and grown.keys() >= runs.keys()):
             return {}
         lengths = {seed: _by_length(results) for seed, results in runs.items()}
+        least = self._least_epochs(arm)
 
         def epochs_for(flops: Callable[[int], float]) -> dict[int, int]:
-            return {seed: self._epochs_for(found, flops(seed)) for seed, found in runs.items()}
+            return {
+                seed: max(least, self._epochs_for(found, flops(seed)))
+                for seed, found in runs.items()
+            }
 
         if arm == STATIC:
             return epochs_for(lambda seed: grown[seed].flops)
@@ -174,7 +178,7 @@ class Comparison:
             }
             if not _surely_better(known, {seed: grown[seed] for seed in known}):
                 return as_grown
-        floor = max(_SHORTEST_FRACTION * self.epochs, 1.0)
+        floor = max(_SHORTEST_FRACTION * self.epochs, least)
         shortest = {seed: min(self.epochs, length) for seed, length in equal.items()}
         while _all_there(lengths, shortest):  # all seeds at one budget before any at the next
             ahead = statistics.mean(
@@ -190,9 +194,25 @@ class Comparison:
         return shortest
 
     def _epochs_for(self, results: Sequence[RunResult], flops: float) -> int:
-        """Return how many epochs cost so much, from what the run of equal steps cost."""
+        """Return how many epochs cost so much, from what the run of equal steps cost.
+
+        The nearest whole number; where that falls short by more than a curve reaches, the next one,
+        so that the run and that of equal steps enclose the operations.
+        """
         (full,) = (result for result in results if result.request.epochs == self.epochs)
-        return max(1, round(self.epochs * flops / full.flops))
+        exact = self.epochs * flops / full.flops
+        nearest = round(exact)
+        if nearest / REACH <= exact <= nearest * REACH:
+            return nearest
+        return math.floor(exact) if exact < self.epochs else math.ceil(exact)
+
+    def _least_epochs(self, arm: str) -> int:
+        """Return how many epochs an arm's run has at least: one, and a decision if it may grow."""
+        interval = self.config.run.trainer.decision_interval_steps
+        if interval is None or self.never_grows(arm):
+            return 1
+        steps = max(run.steps for run in self.at_equal_steps(STATIC).values())
+        return min(self.epochs, math.ceil(interval * self.epochs / steps))
 
     def ahead(self) -> list[str]:
         """Return the arm of every run that is still to come, as far as can be told by now."""

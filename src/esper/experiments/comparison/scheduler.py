@@ -2,16 +2,14 @@
 
 import statistics
 import time
-from collections.abc import Callable, Iterable
-from concurrent.futures import FIRST_COMPLETED, Future, wait
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from esper.experiments.comparison.config import CompareConfig
 from esper.experiments.comparison.folder import ComparisonFolder
 from esper.experiments.comparison.plan import Comparison
 from esper.experiments.comparison.runs import RunRequest, RunResult, execute
-from esper.experiments.worker_pool import WorkerDiedError, worker_pool
+from esper.experiments.worker_pool import make_missing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,44 +47,43 @@ def run_missing(
         clock: Monotonic seconds.
 
     Raises:
-        WorkerDiedError: A process was killed, for want of memory perhaps.
-        Exception: Whatever a run raised; its request is in a note.
+        SeriesFolderError: A policy's file has changed.
+        WorkerDiedError, Exception: As `make_missing`.
 
     Effects: starts processes, and ends them however this ends.
     """
-    comparison = Comparison(config, folder.results())
-    running: dict[Future[RunResult], RunRequest] = {}
+    comparison = Comparison(config, folder.runs())
+    running: dict[str, RunRequest] = {}
+    begun: dict[str, float] = {}
     seconds: dict[str, list[float]] = {}
-    begun: dict[Future[RunResult], float] = {}
 
     def outlook() -> Outlook:
         return _outlook(comparison, tuple(running.values()), seconds, processes)
 
-    def keep(ended: Iterable[Future[RunResult]]) -> None:
-        nonlocal comparison
-        for future in sorted(ended, key=_failed):  # what is finished is kept first
-            request = running.pop(future)
-            result = _result_of(future, request)
-            folder.add(result)
-            seconds.setdefault(request.arm, []).append(clock() - begun.pop(future))
-            comparison = Comparison(config, [*comparison.results.values(), result])
-            on_change(outlook(), result)
+    def missing() -> list[RunRequest]:
+        return comparison.missing()
 
-    with worker_pool(processes) as pool:
-        while True:
-            under_way = {request.key for request in running.values()}
-            waiting = [r for r in comparison.missing() if r.key not in under_way]
-            for request in waiting[: processes - len(running)]:
-                try:
-                    future = pool.submit(execute, request, config.run)
-                except BrokenProcessPool as error:  # those under way end now, if none has told yet
-                    keep(wait(running).done)
-                    raise _worker_died(request) from error
-                running[future], begun[future] = request, clock()
-                on_change(outlook(), None)
-            if not running:
-                return comparison
-            keep(wait(running, return_when=FIRST_COMPLETED).done)
+    def begin(request: RunRequest) -> None:
+        running[request.key], begun[request.key] = request, clock()
+        on_change(outlook(), None)
+
+    def keep(request: RunRequest, result: RunResult) -> None:
+        nonlocal comparison
+        del running[request.key]
+        folder.add(result)
+        seconds.setdefault(request.arm, []).append(clock() - begun.pop(request.key))
+        comparison = Comparison(config, [*comparison.results.values(), result])
+        on_change(outlook(), result)
+
+    make_missing(
+        missing,
+        lambda pool, request: pool.submit(execute, request, config.run),
+        keep=keep,
+        describe=_describe,
+        processes=processes,
+        on_start=begin,
+    )
+    return comparison
 
 
 def _outlook(
@@ -107,26 +104,8 @@ def _outlook(
     )
 
 
-def _worker_died(request: RunRequest) -> WorkerDiedError:
-    return WorkerDiedError(
-        f"a process was killed, perhaps for want of memory; {request.arm} of random seed "
-        f"{request.random_seed} was under way. Start again with the same folder, and with "
-        "fewer processes, to go on"
+def _describe(request: RunRequest) -> str:
+    return (
+        f"arm {request.arm!r}, random seed {request.random_seed}, learning rate "
+        f"{request.learning_rate:g}, {request.epochs} epochs"
     )
-
-
-def _failed(future: Future[RunResult]) -> bool:
-    return future.exception() is not None
-
-
-def _result_of(future: Future[RunResult], request: RunRequest) -> RunResult:
-    try:
-        return future.result()
-    except BrokenProcessPool as error:
-        raise _worker_died(request) from error
-    except Exception as error:
-        error.add_note(
-            f"in the run of arm {request.arm!r}, random seed {request.random_seed}, learning rate "
-            f"{request.learning_rate:g}, {request.epochs} epochs"
-        )
-        raise

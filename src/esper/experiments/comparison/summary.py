@@ -317,9 +317,13 @@ def _costs_less(found: Crossing) -> bool:
 
 
 def _costs_more(found: Crossing) -> bool:
-    """Whether the loss is reached only beyond the static network's cost, with confidence."""
-    earliest = found.last * REACH if found.low is None else found.earliest
-    return earliest is not None and earliest > 1.0
+    """Whether the loss is reached only beyond the static network's cost, with confidence.
+
+    A curve that is not told to be worse at its first cost may have come down anywhere before.
+    """
+    if found.low is None:
+        return found.last * REACH > 1.0
+    return found.low > max(1.0, found.first)
 
 
 def _seems_to_cost_more(found: Crossing) -> bool:
@@ -365,13 +369,13 @@ def _tell_equal(comparison: Comparison, equal: EqualFlops) -> list[str]:
             f"its loss is {_tell_difference(equal.same_steps)} that of a size from the start with "
             "the same FLOPs and steps, interpolated between the next smaller and the next larger"
         )
+    elif equal.nothing_between:
+        told.append("a single seed was grown, so that there is no size in between")
     elif not comparison.config.intermediate_sizes:
         told.append(
             "the sizes in between were left out, and one may do as well with the same FLOPs and "
             "steps, so train them too: --sizes, in a comparison of its own"
         )
-    elif equal.nothing_between:
-        told.append("a single seed was grown, so that there is no size in between")
     elif any(len(topology) == 1 for topology in comparison.topologies.values()):
         told.append(
             "a single seed was grown on some random seed, so that there is no size in between to "

@@ -1,0 +1,42 @@
+"""A run in a folder: whoever goes on with it takes nothing from it."""
+
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from esper.experiments.config import RunConfig, load_run_config
+from esper.experiments.run import GrowingRun, build_setup, prepare
+from esper.experiments.stored_run import resumed_run, stored_run
+from esper.telemetry import RunFolderError, RunReader
+from esper.telemetry.run_store import ReopenedRunStore
+
+
+def stop_at_once(folder: Path) -> None:
+    config = load_run_config("digits", None, [], {"trainer": {"epochs": 2}})
+    with stored_run(config, folder, build_setup(config)) as run:
+        next(run.reports)
+        raise KeyboardInterrupt
+
+
+def test_a_run_that_finishes_while_another_is_about_to_resume_it_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        stop_at_once(tmp_path)
+    events = RunReader(tmp_path).events()
+    assert events
+
+    def finished_meanwhile(config: RunConfig, **settings: Any) -> GrowingRun:
+        other = ReopenedRunStore(tmp_path, after_step=10**9)
+        other.set_status("finished")
+        other.close()
+        return prepare(config, **settings)
+
+    module = import_module("esper.experiments.stored_run")
+    monkeypatch.setattr(module, "prepare", finished_meanwhile)
+    with pytest.raises(RunFolderError, match="is finished"), resumed_run(tmp_path):
+        pass
+    assert RunReader(tmp_path).events() == events
+    assert RunReader(tmp_path).status == "finished"
