@@ -12,6 +12,7 @@ from typing import Any
 import fsspec
 import pytest
 import torch
+from fsspec.implementations.local import LocalFileSystem
 
 from esper.compilation import ArtefactError, ArtefactStore
 from esper.compilation.alone import seed_alone
@@ -48,6 +49,53 @@ def request_for(
 @pytest.fixture
 def store(tmp_path: Path) -> ArtefactStore:
     return ArtefactStore(str(tmp_path / "store"), KEYRING)
+
+
+class CachedListings(LocalFileSystem):
+    """Keeps listings, as file systems of object stores do, and looks into nothing else."""
+
+    protocol = "cachedlistings"
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return LocalFileSystem._strip_protocol(path.removeprefix(f"{cls.protocol}://"))
+
+    def ls(self, path: str, detail: bool = False, *, refresh: bool = False, **_: Any) -> Any:
+        listed = None if refresh else self.dircache.get(path)
+        if listed is None:
+            listed = self.dircache[path] = super().ls(path, detail=True)
+        return listed if detail else [entry["name"] for entry in listed]
+
+    def _open(self, path: str, mode: str = "rb", **settings: Any) -> Any:
+        listed = self.dircache.get(self._parent(path))
+        if mode == "rb" and listed is not None and path not in {e["name"] for e in listed}:
+            raise FileNotFoundError(path)
+        return super()._open(path, mode, **settings)
+
+    def invalidate_cache(self, path: str | None = None) -> None:
+        self.dircache.clear()
+
+
+def test_what_another_process_has_saved_is_seen(tmp_path: Path) -> None:
+    fsspec.register_implementation("cachedlistings", CachedListings, clobber=True)
+    (tmp_path / "store").mkdir()
+    here = ArtefactStore(f"cachedlistings://{tmp_path / 'store'}", KEYRING)
+    request = request_for()
+    assert here.load(request) is None
+    ArtefactStore(str(tmp_path / "store"), KEYRING).save(request, FILES, **TIMES)
+    assert here.load(request) is not None
+
+
+def test_nothing_is_left_of_what_could_not_be_saved(
+    store: ArtefactStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(store._files, "mv", fails)
+    with pytest.raises(OSError, match="no space left"):
+        store.save(request_for(), FILES, **TIMES)
+    assert list(Path(store.url).iterdir()) == []
 
 
 def only_file(store: ArtefactStore) -> Path:

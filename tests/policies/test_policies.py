@@ -1,6 +1,7 @@
 """Policies decide on states alone: what they do when, and that it is legal."""
 
 import itertools
+import math
 from typing import Any
 
 import pytest
@@ -126,6 +127,12 @@ def test_nothing_germinates_before_there_is_a_window_to_compare_with():
         ((-1.0,) * 10, True),
         ((-1.0,) * 7 + (-1.09,) * 3, True),
         ((-1.0,) * 7 + (-1.11,) * 3, False),
+        # What is not a number tells nothing, wherever it stands.
+        ((math.nan,) + (1.0,) * 9, True),
+        ((1.0,) * 7 + (math.nan, 1.0, 1.0), True),
+        ((1.0,) * 7 + (math.nan, 0.5, 1.0), False),
+        ((math.nan,) * 7 + (1.0,) * 3, False),
+        ((1.0,) * 7 + (math.nan,) * 3, False),
     ],
 )
 def test_a_seed_germinates_when_the_loss_has_stopped_falling(
@@ -134,6 +141,15 @@ def test_a_seed_germinates_when_the_loss_has_stopped_falling(
     policy = HeuristicPolicy(HeuristicConfig(plateau_epochs=3, plateau_fraction=0.1))
     decided = policy.decide(state(slot(), losses=losses[:10]))
     assert list(decided) == ([Germinate(slot="a", blueprint="norm")] if germinates else [])
+
+
+def test_a_seed_that_somebody_else_has_germinated_is_not_taken_for_the_policys_own():
+    policy = HeuristicPolicy(HeuristicConfig(max_refusals=None))
+    assert grown(policy, state(slot())) == [("a", "norm")]
+    other = slot(stage=SeedStage.TRAINING, blueprint="conv_light")
+    policy.decide(state(other, epoch=11))
+    policy.decide(state(slot(committed=1), epoch=12))
+    assert policy.state_dict()["committed"] == {}
 
 
 def test_nothing_germinates_too_late_to_commit():

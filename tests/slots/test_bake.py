@@ -157,18 +157,34 @@ def test_a_baked_model_survives_copying_pickling_and_compiling(grown: Any):
 
 
 def test_whoever_reads_weights_around_a_grown_module_is_stopped(grown: Any):
-    """A transformer layer's fast path multiplies by `linear1.weight` itself: no seed would run."""
+    """A transformer layer's fast path reads its attention's weights itself: no seed would run."""
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0)
-    layer.linear1 = nn.Linear(8, 16)
-    model, _ = grown(layer, {"linear2": ["mlp"]})
+    model, _ = grown(layer, {"self_attn": ["mlp"]})
     plain = esper.bake(model).eval()
     with (
         torch.no_grad(),
-        pytest.raises(AttributeError, match=r"'weight' is a tensor .* read .module.weight"),
+        pytest.raises(AttributeError, match=r"is a tensor .* read .module.in_proj_"),
     ):
         plain(INPUTS)
-    assert hasattr(plain.linear2, "in_features")
-    assert not hasattr(plain.linear2, "no_such_thing")
+    assert hasattr(plain.self_attn, "num_heads")
+    assert not hasattr(plain.self_attn, "no_such_thing")
+
+
+@pytest.mark.parametrize(
+    "child", ["dropout", "dropout1", "dropout2", "activation", "linear2", "norm2"]
+)
+def test_seeds_inside_a_transformer_layer_run_where_its_fast_path_would_pass_them_by(
+    grown: Any, child: str
+):
+    layer = nn.TransformerEncoderLayer(
+        8, 2, 16, batch_first=True, dropout=0.0, activation=nn.ReLU()
+    )
+    model, _ = grown(layer, {child: ["mlp"]})
+    model.eval()
+    plain = esper.bake(model)
+    with torch.no_grad():
+        assert torch.equal(plain(INPUTS), model(INPUTS))
+    assert model.activation_relu_or_gelu == 1, "of the copy alone"
 
 
 @pytest.mark.parametrize("stage", [SeedStage.BLENDING, SeedStage.SHADOWING, SeedStage.PROBATIONARY])
@@ -281,7 +297,9 @@ def test_hooks_of_the_user_keep_their_place_and_a_copy_has_none(grown: Any, grow
 
     model[0].register_forward_hook(first)
     model, slots = grown(model, {"0": ["lora"], "1": []})
-    model[0].register_forward_hook(last, with_kwargs=True)
+    model[0].register_forward_hook(last, with_kwargs=True, always_call=True)
+    model[0].register_full_backward_hook(lambda *_: None)
+    model[0].register_full_backward_pre_hook(lambda *_: None)
     grow(slots["1"], "block", SeedStage.FOSSILIZED, source="0")
     calls.clear()
     expected = model(INPUTS)
@@ -290,6 +308,11 @@ def test_hooks_of_the_user_keep_their_place_and_a_copy_has_none(grown: Any, grow
         plain = esper.bake(model, fold=fold)
         assert torch.equal(plain(INPUTS), expected)
         assert isinstance(plain[0], GrownModule)
+        (always,) = plain[0]._forward_hooks_always_called
+        assert plain[0]._forward_hooks[always] is last
+    for part in slots["1"].branches.modules():
+        assert not part._backward_hooks
+        assert not part._backward_pre_hooks
 
 
 def test_a_copy_follows_the_hosts_config_and_learns_though_the_host_is_frozen(grow: Any):

@@ -338,3 +338,24 @@ def test_only_saved_folders_are_replaced(
         esper.save_pretrained(slots, folder, overwrite=True)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == kept
     assert not [path for path in folder.parent.iterdir() if path.name.startswith(".")]
+
+
+def test_parameters_that_are_views_of_one_another_are_saved(tmp_path: Path) -> None:
+    class Viewed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv1d(8, 8, 1)
+            self.linear = nn.Linear(8, 8)
+            self.linear.weight = nn.Parameter(self.conv.weight.view(8, 8))
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            return self.linear(torch.tanh(self.conv(tokens.transpose(1, 2)).transpose(1, 2)))
+
+    torch.manual_seed(0)
+    slots = esper.attach(Viewed(), "linear", example=INPUTS)
+    slots["linear"].germinate("lora")
+    grow_to(slots["linear"], SeedStage.FOSSILIZED)
+    esper.save_pretrained(slots, tmp_path / "viewed")
+    fresh = Viewed()
+    esper.from_pretrained(fresh, tmp_path / "viewed", example=INPUTS)
+    assert torch.equal(fresh(INPUTS), slots.model(INPUTS))

@@ -4,6 +4,7 @@ import hashlib
 import secrets
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Annotated, NamedTuple
 
 import fsspec
@@ -112,8 +113,13 @@ class ArtefactStore:
         self._files.makedirs(self._root, exist_ok=True)
         # Written aside and moved, so that what has the name is whole.
         aside = f"{self._root}/{name}-{secrets.token_hex(8)}"
-        self._files.pipe_file(aside, _MAGIC + signature + b"\n" + signed)
-        self._files.mv(aside, self._place(name))
+        try:
+            self._files.pipe_file(aside, _MAGIC + signature + b"\n" + signed)
+            self._files.mv(aside, self._place(name))
+        except BaseException:
+            with suppress(OSError):
+                self._files.rm_file(aside)
+            raise
         return artefact
 
     def load(self, request: CompileRequest) -> StoredArtefact | None:
@@ -124,6 +130,7 @@ class ArtefactStore:
             OSError: The store cannot be read.
         """
         name = self.name_of(request)
+        self._files.invalidate_cache()  # another process may have saved since it was listed
         stored = self._verified(name)
         if stored is None:
             for path in self._files.glob(self._place(f"{request.digest}-*")):

@@ -1,5 +1,6 @@
 """The default policy: grow where the loss has stopped falling, one seed at a time."""
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
@@ -141,8 +142,10 @@ class HeuristicPolicy:
         total = state.max_epochs
         if total is not None and state.epoch > config.last_germination_fraction * total:
             return False
-        before = min(state.losses[: -config.plateau_epochs])
-        recent = min(state.losses[-config.plateau_epochs :])
+        before = _lowest(state.losses[: -config.plateau_epochs])
+        recent = _lowest(state.losses[-config.plateau_epochs :])
+        if math.inf in (before, recent):
+            return False
         return recent > before - config.plateau_fraction * abs(before)
 
     def _germination(self, state: GrowthState) -> Germinate | None:
@@ -213,7 +216,7 @@ class HeuristicPolicy:
             self._last_committed[slot.path] = slot.committed
             if slot.path not in self._living:
                 continue
-            if slot.stage in LIVING_STAGES:
+            if slot.stage in LIVING_STAGES and slot.blueprint == self._living[slot.path]:
                 self._contributions[slot.path] = slot.contribution_fraction
                 continue
             blueprint = self._living.pop(slot.path)
@@ -222,6 +225,11 @@ class HeuristicPolicy:
             self.chooser.note_refusal(self._candidate(slot, blueprint))
         if commits:
             self._refused.clear()
+
+
+def _lowest(losses: Sequence[float]) -> float:
+    """Return the lowest loss, infinite where none is a number."""
+    return min((loss for loss in losses if not math.isnan(loss)), default=math.inf)
 
 
 def ucb1_policy(

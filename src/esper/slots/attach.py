@@ -36,8 +36,9 @@ def attach(
         model: Any module, before `torch.compile`, DDP or FSDP.
         targets: Module paths or patterns, matched part by part (`"layer[23]"`, `"blocks.*"`).
         example: One batch as the model takes it: a tensor, a tuple of positional arguments, a dict
-            of keyword arguments, or a batch whose first element is the input. Run once in eval
-            mode without gradient; random streams are left as they were.
+            of keyword arguments, or a batch whose first element is the input. Run twice in eval
+            mode without gradient, and where features have another dimension as large as the batch
+            once more, with all samples twice; random streams are left as they were.
         config: For all slots, or by path; None is the default `SlotConfig`.
         family: None reads it off the features: `B C H W` is CNN, `B T D` and `B D` TRANSFORMER.
             Or one by path, for those that it names.

@@ -120,10 +120,17 @@ def bake(model: nn.Module, *, fold: bool = False) -> nn.Module:
         if fold:
             branches = _fold(module, branches, shared)  # noqa: PLW2901 – what is left of them
         whole = GrownModule(module, branches) if branches else module
-        for hook, with_kwargs in later_hooks[path]:
-            whole.register_forward_hook(hook, with_kwargs=with_kwargs)
+        for hook in later_hooks[path]:
+            whole.register_forward_hook(
+                hook.function, with_kwargs=hook.with_kwargs, always_call=hook.always_call
+            )
         if branches:
-            plain.get_submodule(parent_path).add_module(name, whole)
+            parent = plain.get_submodule(parent_path)
+            parent.add_module(name, whole)
+            if isinstance(parent, nn.TransformerEncoderLayer):
+                # Its fast path would compute by its children's weights, and skip dropout and
+                # activation with what has grown behind them: a slot's hook has kept it off.
+                parent.activation_relu_or_gelu = 0
     return plain
 
 

@@ -35,6 +35,8 @@ def copy_of_host_module(model: nn.Module, name: object) -> nn.Module:
     for part in module.modules():  # hooks are the host's or its user's, not a seed's
         part._forward_hooks.clear()  # noqa: SLF001 – torch has no other way to drop them
         part._forward_pre_hooks.clear()  # noqa: SLF001
+        part._backward_hooks.clear()  # noqa: SLF001
+        part._backward_pre_hooks.clear()  # noqa: SLF001
     return module.requires_grad_(requires_grad=True)
 
 

@@ -1,6 +1,6 @@
 """How a slot stands behind a module: one hook, one child, and nothing left when it goes."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -25,18 +25,26 @@ def slot_behind(module: nn.Module) -> SeedSlot | None:
     return slot if isinstance(slot, SeedSlot) else None
 
 
-def take_later_hooks(module: nn.Module, slot: SeedSlot) -> list[tuple[Any, bool]]:
-    """Remove the forward hooks that run after a slot's own, which see its seeds' work.
+class ForwardHook(NamedTuple):
+    """A forward hook, as it was registered."""
 
-    Returns:
-        Each hook, and whether it takes keyword arguments.
-    """
+    function: Any
+    with_kwargs: bool
+    always_call: bool
+
+
+def take_later_hooks(module: nn.Module, slot: SeedSlot) -> list[ForwardHook]:
+    """Remove the forward hooks that run after a slot's own, which see its seeds' work."""
     hooks = module._forward_hooks  # noqa: SLF001 – torch has no other way to list them
     with_kwargs = module._forward_hooks_with_kwargs  # noqa: SLF001
+    always_called = module._forward_hooks_always_called  # noqa: SLF001
     assert slot.hook_handle is not None
     order = list(hooks)
     later = order[order.index(slot.hook_handle.id) + 1 :]
-    return [(hooks.pop(key), with_kwargs.pop(key, False)) for key in later]
+    return [
+        ForwardHook(hooks.pop(key), with_kwargs.pop(key, False), always_called.pop(key, False))
+        for key in later
+    ]
 
 
 def remove_slots(model: nn.Module) -> None:

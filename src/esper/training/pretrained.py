@@ -56,6 +56,7 @@ def save_pretrained(slots: SlotSet, folder: str | Path, *, overwrite: bool = Fal
 
     Raises:
         FileExistsError: The folder exists and `overwrite` is not set.
+        DamagedFolderError: What is to be replaced is damaged; remove it, or choose another folder.
         ValueError: A living seed is in the forward path; commit or prune it first. Or the model is
             sharded.
         TypeError: The state dict holds something that is no tensor.
@@ -139,6 +140,7 @@ def _weights_to_save(slots: SlotSet) -> dict[str, Tensor]:
     )
     weights: dict[str, Tensor] = {}
     seen: set[tuple[int, torch.Size, tuple[int, ...]]] = set()
+    storages: set[int] = set()
     for name, tensor in slots.model.state_dict().items():
         if name == KEY:  # of a callback; what is committed is in the config
             continue
@@ -150,7 +152,9 @@ def _weights_to_save(slots: SlotSet) -> dict[str, Tensor]:
         if (living and name.startswith(living)) or memory in seen:
             continue
         seen.add(memory)
-        alone = tensor.untyped_storage().nbytes() == tensor.nbytes
+        storage = tensor.untyped_storage()
+        alone = storage.nbytes() == tensor.nbytes and storage.data_ptr() not in storages
+        storages.add(storage.data_ptr())
         weights[name] = (tensor if alone else tensor.clone()).contiguous()
     return weights
 

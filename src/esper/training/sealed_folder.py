@@ -28,6 +28,7 @@ def sealed_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
     Raises:
         FileExistsError: `folder` exists and `overwrite` is not set, or it holds anything that was
             not sealed.
+        DamagedFolderError: Its manifest is damaged, so that what was sealed cannot be told.
     """
     folder = folder.resolve()
     if folder.exists():

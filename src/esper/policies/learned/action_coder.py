@@ -39,7 +39,7 @@ class Head(IntEnum):
 
     OPERATION names operation and slot together: 0 waits, 1 + 5 i + j asks the j-th of
     `SLOT_OPERATIONS` of slot i. In heads of their own a third of the pairs would be illegal,
-    although each part by itself is legal (../shared/rl.md, measured).
+    although each part by itself is legal (measured).
     """
 
     OPERATION = 0

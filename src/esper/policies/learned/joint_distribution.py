@@ -53,8 +53,8 @@ class JointDistribution:
     Effects:
         Waits for the device, to look at the masks.
 
-    Source: the chain rule of entropy, with a fixed table of what depends on what (measured in
-        ../shared/rl.md against heads that always count).
+    Source: the chain rule of entropy, with a fixed table of what depends on what (measured
+        against heads that always count).
     """
 
     def __init__(self, logits: HeadLogits, *, legal: Tensor, fits: Tensor) -> None:
