@@ -5,7 +5,7 @@ import secrets
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from esper.bus import (
     Delivery,
     InProcessBus,
     Sealer,
+    Subscription,
     answers_from,
     body_of,
     command_receiver,
@@ -360,6 +361,39 @@ def test_a_command_that_cannot_be_dealt_with_is_a_dead_letter_and_others_go_on(
     run.close()
     assert effects_in(tmp_path) == ["bad", "good"]
     assert [letter.reason for letter in dead(bus)] == ["it failed here: RuntimeError"]
+
+
+def test_what_comes_of_a_command_that_was_given_up_is_no_answer_to_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was asked for already, and is carried out all the same."""
+    monkeypatch.setattr(command_receiver, "_RENEW_SECONDS", 0.0)
+    bus, failures = InProcessBus(), iter([True])
+    subscribe = bus.subscribe
+
+    def failing_once(*where: Any, **how: Any) -> Subscription:
+        subscription = subscribe(*where, **how)
+        renew = subscription.renew
+
+        def failing(entries: Collection[str]) -> None:
+            if next(failures, False):
+                raise RuntimeError("a defect")
+            renew(entries)
+
+        monkeypatch.setattr(subscription, "renew", failing)
+        return subscription
+
+    monkeypatch.setattr(bus, "subscribe", failing_once)
+    bus.publish(commands_for(RUN), [sealed("given up"), sealed("next")])
+    run = CountedRun(tmp_path, bus, run=RUN)
+    with run.receiver.running():
+        wait_for(lambda: len(run.control._asked) == 2)
+        wait_for(lambda: run.control.between_steps(run) or answers(bus))  # a step, and another
+    run.close()
+    assert [letter.reason for letter in dead(bus)] == ["it failed here: RuntimeError"]
+    assert effects_in(tmp_path) == ["given up", "next"]
+    (answer,) = answers(bus)
+    assert "next germinated in slot" in answer.outcome.text
 
 
 def test_a_command_that_takes_long_is_taken_by_nobody_else(

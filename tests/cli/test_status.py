@@ -14,7 +14,17 @@ from esper.bus.messages import HealthMessage, body_of
 from esper.cli import status as status_module
 from esper.cli.app import app
 from esper.signing import Keyring
+from esper.supervision.finding import Finding
+from esper.supervision.folder_lock import FolderLock
 from esper.supervision.health_reader import SILENT_SECONDS
+from esper.supervision.status import (
+    BeatStatus,
+    ReloadStatus,
+    ServeStatus,
+    ServiceState,
+    ServiceStatus,
+    write_status,
+)
 
 NOW, LONG_AGO = 0.0, SILENT_SECONDS + 60.0
 
@@ -48,6 +58,40 @@ def test_the_exit_code_says_how_all_that_a_bus_was_told_of_stands(
     shown = CliRunner().invoke(app, asking)
     assert shown.exit_code == code, shown.output
     assert len(json.loads(shown.stdout)["services"]) == len(told)
+
+
+MARKUP = "[router] of [/tmp/sock] is :key:"
+
+
+def test_what_programs_and_files_say_is_shown_as_it_is(tmp_path: Path) -> None:
+    service = ServiceStatus(
+        name="one",
+        kind="service",
+        state=ServiceState.GIVEN_UP,
+        reason=f"reason {MARKUP}",
+        since_seconds=time.time(),
+        beat=BeatStatus(age_seconds=0.0, state=f"beat {MARKUP}"),
+        log=f"log {MARKUP}",
+        last_lines=(f"line {MARKUP}",),
+    )
+    status = ServeStatus(
+        time_seconds=time.time(),
+        pid=1,
+        host="here",
+        config=f"config {MARKUP}",
+        ending=False,
+        services=(service,),
+        preflight=(Finding(level="warning", about="bus", text=f"finding {MARKUP}"),),
+        reload=ReloadStatus(time_seconds=0.0, done=False, text=f"reload {MARKUP}"),
+        bus=f"bus {MARKUP}",
+    )
+    write_status(status, tmp_path)
+    lock = FolderLock(tmp_path)
+    shown = CliRunner(env={"COLUMNS": "300"}).invoke(app, ["status", str(tmp_path)])
+    lock.release()
+    assert shown.exit_code == 1, shown.output
+    for word in ("reason", "beat", "log", "line", "config", "finding", "reload", "bus"):
+        assert f"{word} {MARKUP}" in shown.output
 
 
 def test_a_bus_that_cannot_be_reached_is_no_mistake_of_who_asks(tmp_path: Path) -> None:

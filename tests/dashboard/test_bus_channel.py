@@ -4,16 +4,21 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from commanded import KEYRING, CountedRun
 from esper.bus import Bus, InProcessBus
+from esper.bus.mirror import Mirror
 from esper.dashboard.bus_channel import BusCommandChannel
 from esper.dashboard.commands import Command, CommandRefusedError
+from esper.telemetry import RunStore
 from esper.telemetry.command_log import CommandLog, LoggedCommand
-from esper.telemetry.run_folder import DATABASE_FILE
+from esper.telemetry.run_folder import CONFIG_FILE, DATABASE_FILE, write_json
 from esper.telemetry.run_reader import RunReader
+
+LISTENING = {"bus": {"commands": "redis://here"}}
 
 
 @contextmanager
@@ -24,6 +29,7 @@ def stepping(folder: Path, bus: Bus) -> Iterator[CountedRun]:
 
     def step() -> None:
         CountedRun(folder, bus).close()
+        write_json(folder / CONFIG_FILE, LISTENING)
         run = CountedRun(folder, bus, run=RunReader(folder).run_id)
         runs.append(run)
         made.set()
@@ -71,6 +77,29 @@ def test_a_run_that_nobody_trains_is_told_as_such(tmp_path: Path) -> None:
     with pytest.raises(CommandRefusedError, match="there is no run elsewhere"):
         passing.send(Command(run="elsewhere", action="pause", slot=None))
     assert passing.offers("elsewhere") == ()
+
+
+@pytest.mark.parametrize("config", [{}, {"bus": {"commands": None}}], ids=str)
+def test_nothing_is_asked_of_a_run_that_listens_to_no_bus(
+    config: dict[str, Any], tmp_path: Path
+) -> None:
+    store = RunStore(tmp_path / "run", config=config, environment={})
+    assert channel(tmp_path, InProcessBus()).offers("run") == ()
+    store.close()
+
+
+def test_nothing_is_asked_of_a_run_that_was_killed(tmp_path: Path) -> None:
+    passing = channel(tmp_path, InProcessBus())
+    store = RunStore(tmp_path / "run", config=LISTENING, environment={})
+    assert passing.offers("run") != ()
+    store.close()
+    assert passing.offers("run") == ()
+
+
+def test_a_run_elsewhere_can_be_asked_before_its_settings_are_known(tmp_path: Path) -> None:
+    mirror = Mirror(tmp_path / "run")
+    assert channel(tmp_path, InProcessBus()).offers("run") != ()
+    mirror.close()
 
 
 def logged_of(run: CountedRun) -> list[LoggedCommand]:

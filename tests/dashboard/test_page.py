@@ -289,6 +289,9 @@ def test_actions_are_shown_only_with_a_channel_and_reach_it(page: Page, tmp_path
             page.on("dialog", lambda dialog: dialog.accept())
             page.get_by_role("button", name="Prune stage1").click()
             expect(page.locator(".toast").last).to_have_text("prune is on its way")
+            run.kill()
+            expect(page.locator(".story-head .status")).to_have_text("killed")
+            expect(page.locator("main button")).to_have_count(0)
     assert channel.taken == [
         Command(run="run", action="pause", slot=None),
         Command(run="run", action="prune", slot="stage1"),
@@ -303,8 +306,7 @@ def test_action_that_fails_is_told_and_can_be_tried_again(
             raise ConnectionError("nobody listens")
 
     page = lenient_page
-    write_run(tmp_path / "run")
-    with serving(tmp_path, channel=Failing()) as server:
+    with writing(tmp_path / "run"), serving(tmp_path, channel=Failing()) as server:
         page.goto(f"{server.address.url}?run=run")
         button = page.get_by_role("button", name="Pause")
         button.click()

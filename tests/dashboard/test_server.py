@@ -1,5 +1,6 @@
 """What the server tells of runs, and that it tells of nothing else."""
 
+import asyncio
 import json
 import math
 import os
@@ -7,11 +8,14 @@ import re
 import shlex
 import shutil
 import socket
+import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import httpx
 import pytest
 from pydantic_core import to_json
 from starlette.testclient import TestClient
@@ -395,6 +399,35 @@ def test_command_is_taken_as_json_only_and_short(root: Path) -> None:
     assert send(api, {"action": "x" * 5000})[0] == 413
     nested = {**headers, "content-type": "application/json"}
     assert api.post(url, content="[" * 4000, headers=nested).status_code == 400
+
+
+def test_run_that_does_not_answer_holds_up_nobody_who_only_looks(root: Path) -> None:
+    asked, answered = threading.Event(), threading.Event()
+
+    class Slow(Channel):
+        def send(self, command: Command) -> str:
+            asked.set()
+            answered.wait(30.0)
+            return super().send(command)
+
+    async def look() -> int:
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
+        access = Access(None, port=8265)
+        app = Dashboard(root, access, Slow()).app()
+        headers = {"x-esper-command": access.command_token}
+        url = "/api/runs/own/actions"
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url=LOCAL) as api:
+            asking = asyncio.create_task(api.post(url, json={"action": "pause"}, headers=headers))
+            try:
+                while not asked.is_set():
+                    await asyncio.sleep(0.001)
+                async with asyncio.timeout(5.0):
+                    return (await api.get("/api/runs")).status_code
+            finally:
+                answered.set()
+                assert (await asking).json() == {"told": "pause sent"}
+
+    assert asyncio.run(look()) == 200
 
 
 @pytest.mark.parametrize("fails_in", ["offers", "send"])

@@ -134,10 +134,12 @@ def test_trainings_are_compared_by_their_return_and_runs_by_their_loss(tmp_path:
 def test_nothing_is_asked_of_a_training_which_listens_to_no_bus(
     training: RunStore, tmp_path: Path
 ) -> None:
-    RunStore(tmp_path / "run", config=CONFIG, environment={}).flush()
+    config = {**CONFIG, "bus": {"commands": "redis://here"}}
+    run = RunStore(tmp_path / "run", config=config, environment={})
     channel = BusCommandChannel(tmp_path, InProcessBus(), KEYRING, sender="ann")
     assert channel.offers("policy") == ()
     assert len(channel.offers("run")) > 0
+    run.close()
 
 
 @pytest.mark.browser

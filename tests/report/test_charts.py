@@ -7,11 +7,19 @@ from pathlib import Path
 
 import pytest
 
-from esper.lifecycle.alpha import AlphaCurve
-from esper.lifecycle.events import EventRecord, RunStarted
+from esper.lifecycle.alpha import AlphaCurve, BlendOperator
+from esper.lifecycle.events import (
+    ContributionMeasured,
+    Event,
+    EventRecord,
+    RunStarted,
+    SeedGerminated,
+)
+from esper.lifecycle.learning import Isolation, SeedObjective
 from esper.lifecycle.stages import SeedStage
 from esper.report import Chart, Reference, RunStory, StoryTeller, draw_charts, run_charts, tell
 from esper.report.chart import STAGE_COLOURS, json_values, log_axis, si
+from esper.report.seed_charts import contribution_chart
 from esper.report.story import AlphaRamp
 from esper.telemetry import RunReader
 from esper.telemetry.run_reader import MetricRow
@@ -82,6 +90,55 @@ def test_what_seeds_saved_is_what_was_measured(charts: dict[str, Chart], story: 
     ]
     assert [value for value in drawn["y"] if value is not None] == measured
     assert drawn["x"].count(None) >= 1  # lives are not joined
+
+
+@pytest.mark.parametrize(
+    ("fractions", "told"),
+    [
+        ((math.nan,), "bars are one standard error."),
+        ((-0.2, math.nan), "the most is saved by norm in a, epoch 0: -20.0 %."),
+        ((math.nan, -0.2, -0.1), "the most is saved by norm in c, epoch 0: -10.0 %."),
+    ],
+)
+def test_summary_names_who_saves_most_of_those_of_whom_it_is_known(
+    fractions: tuple[float, ...], told: str
+) -> None:
+    teller = StoryTeller()
+    teller.take(happened(RunStarted(run_id="r", slots=("a", "b", "c"), host_param_count=1)))
+    for slot, fraction in zip("abc", fractions, strict=False):
+        teller.take(
+            happened(
+                SeedGerminated(
+                    slot=slot,
+                    blueprint="norm",
+                    options={},
+                    param_count=1,
+                    blend_operator=BlendOperator.ADD,
+                    isolation=Isolation.NONE,
+                    objective=SeedObjective.PROXIMAL,
+                    prewarm_ms=0.0,
+                )
+            )
+        )
+        teller.take(
+            happened(
+                ContributionMeasured(
+                    slot=slot,
+                    stage=SeedStage.BLENDING,
+                    loss_with=1.0,
+                    loss_without=1.0,
+                    contribution_fraction=fraction,
+                    standard_error_fraction=None,
+                )
+            )
+        )
+    chart = contribution_chart(teller.story)
+    assert chart is not None
+    assert chart.summary.endswith(told)
+
+
+def happened(event: Event) -> EventRecord:
+    return EventRecord(time_seconds=0.0, epoch=0, step=0, event=event)
 
 
 def test_size_follows_births_commits_and_prunings(story: RunStory) -> None:

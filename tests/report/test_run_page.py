@@ -1,6 +1,7 @@
 """The report of a run, as a file, in a real browser, and on paper."""
 
 import json
+import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -9,8 +10,16 @@ import pytest
 from playwright.sync_api import Browser
 
 from browser import complaints, keep_screenshot, launched
-from esper.lifecycle.events import EventRecord, RunStarted, SeedBlamed, StepSkipped
+from esper.lifecycle.events import (
+    EventRecord,
+    RunFinished,
+    RunStarted,
+    SeedBlamed,
+    StepSkipped,
+    TwinFinished,
+)
 from esper.report import RunStory, run_report
+from esper.report.run_page import duration
 from esper.telemetry import RunReader, RunStore
 
 WIDE, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
@@ -93,6 +102,47 @@ def test_what_the_governor_did_is_in_it_and_names_cannot_break_the_page(tmp_path
     assert "<b>" not in content.replace("&lt;b&gt;", "").partition("<script id=")[0]
     (data,) = re.findall(r'type="application/json">(.*?)</script>', content, re.DOTALL)
     assert json.loads(data)[0]["key"] == "loss"
+
+
+@pytest.mark.parametrize(
+    ("loss", "twins", "told"),
+    [
+        (0.4, 0.5, "growth paid|20.0% below that of its twin"),
+        (0.6, 0.5, "growth did not pay|20.0% above that of its twin"),
+        (-1.2, -1.0, "growth paid|20.0% below that of its twin"),
+        (-0.9, -1.0, "growth did not pay|10.0% above that of its twin"),
+        (0.1, 0.0, "growth did not pay|0.1 above that of its twin"),
+        (math.nan, 0.5, "whether growth paid cannot be told|nan, and 0.5 is that of its twin"),
+        (0.5, math.inf, "whether growth paid cannot be told|0.5, and inf is that of its twin"),
+    ],
+)
+def test_whether_growth_paid_is_told_of_any_losses(
+    loss: float, twins: float, told: str, tmp_path: Path
+) -> None:
+    store = RunStore(tmp_path / "run", config={}, environment={})
+    for event in [
+        RunStarted(run_id="r", slots=(), host_param_count=3),
+        RunFinished(metrics={"loss": loss}, param_count=3),
+        TwinFinished(
+            metrics={"loss": twins}, param_count=3, epochs=1, shared_steps=1, flops_fraction=1.0
+        ),
+    ]:
+        store.publish(EventRecord(time_seconds=1e9, epoch=1, step=1, event=event))
+    store.close()
+    words = Text(run_report(RunReader(tmp_path / "run"))).words
+    verdict, sentence = told.split("|")
+    (place,) = (at for at, word in enumerate(words) if word == verdict)
+    assert words[place + 1].startswith(f"The grown network's test loss is {sentence}, which")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "told"),
+    [(-3700.0, "0 s"), (0.4, "0 s"), (59.6, "1 min 0 s"), (3725.0, "1 h 2 min")],
+)
+def test_a_time_is_told_in_its_two_largest_units_and_is_never_below_zero(
+    seconds: float, told: str
+) -> None:
+    assert duration(seconds) == told
 
 
 @pytest.mark.browser

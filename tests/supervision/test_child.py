@@ -105,6 +105,29 @@ time.sleep(1000)
     assert marked_processes([f"ESPER_SERVE_FOLDER={tmp_path}"]) == []
 
 
+def test_a_program_may_have_longer_to_end_than_any_selector_waits(tmp_path: Path) -> None:
+    script = """
+import signal, sys, time
+def end(*_):
+    time.sleep(0.2)
+    sys.exit(5)
+signal.signal(signal.SIGTERM, end)
+print("up", flush=True)
+time.sleep(1000)
+"""
+    log = tmp_path / "tried.log"
+    log.touch()
+
+    async def run() -> Ending:
+        child = new_child(tmp_path, *python(script), drain_seconds=1e8)
+        await anyio.to_thread.run_sync(wait_for, lambda: last_lines(log) == ("up",))
+        ending = await child.ended_by_order()
+        child.close()
+        return ending
+
+    assert anyio.run(run).code == 5
+
+
 def test_a_warden_that_does_not_answer_is_killed_with_all_it_has(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -42,6 +42,10 @@ def load(folder: Path, text: str) -> str:
         (JOB + '[bus]\ncommands = "redis://h:99999"\n', "bus: Port out of range"),
         ('[[service]]\nname = "s"\ncommand = []\n', "service[1].command: "),
         ('[[service]]\nname = "s"\n', "service[1].command is missing"),
+        ('folder = "~nosuchuser/x"\n' + JOB, "folder: ~nosuchuser/x begins with ~, and there"),
+        (JOB.replace("runs/a", r"a\u0000b"), "job[1].folder holds a NUL character"),
+        (JOB + r'set = ["a=1", "b=\u0000"]', "job[1].set[2] holds a NUL character"),
+        ('[[service]]\nname = "s"\ncommand = ["t\\u0000"]\n', "service[1].command[1] holds a NUL"),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path: Path, text: str, told: str) -> None:

@@ -16,28 +16,54 @@ from esper.supervision.status import ServiceStatus
 from esper.telemetry import RunStore
 
 
+def job_service(folder: Path, *, resume_stopped: bool = True) -> Service:
+    return Service(
+        Program(
+            name="job",
+            kind="job",
+            command=("grow",),
+            folder=folder,
+            ready_seconds=1.0,
+            run=Run(folder=folder / "run", resume=("resume",), resume_stopped=resume_stopped),
+        ),
+        folder=folder,
+        restart=RestartConfig(),
+        drain_seconds=1.0,
+        blocker=lambda: None,
+        changes=Changes(lambda _: None),
+    )
+
+
 def ended_right(folder: Path, *, resume_stopped: bool = True) -> tuple[float | None, ServiceStatus]:
     """Let a job end with exit code 0; return when it is started again, and how it stands."""
 
     async def end() -> tuple[float | None, ServiceStatus]:
-        service = Service(
-            Program(
-                name="job",
-                kind="job",
-                command=("grow",),
-                folder=folder,
-                ready_seconds=1.0,
-                run=Run(folder=folder / "run", resume=("resume",), resume_stopped=resume_stopped),
-            ),
-            folder=folder,
-            restart=RestartConfig(),
-            drain_seconds=1.0,
-            blocker=lambda: None,
-            changes=Changes(lambda _: None),
-        )
+        service = job_service(folder, resume_stopped=resume_stopped)
         return await service._ended(Ending(code=0)), service.status()
 
     return anyio.run(end)
+
+
+@pytest.mark.parametrize(
+    "beat",
+    [
+        {"state": "loading", "details": {"file": "a\udcff"}},
+        {"state": "a\udcff"},
+        "a\udcff",
+    ],
+    ids=range(3),
+)
+def test_what_could_not_be_written_into_the_status_is_no_heartbeat(
+    beat: object, tmp_path: Path
+) -> None:
+    async def note() -> ServiceStatus:
+        service = job_service(tmp_path)
+        service._note([beat])
+        return service.status()
+
+    status = anyio.run(note)
+    assert "what it sent is no heartbeat: " in (status.reason or "")
+    assert ServiceStatus.model_validate_json(status.model_dump_json()) == status
 
 
 @pytest.mark.parametrize("resume_stopped", [False, True])

@@ -15,8 +15,8 @@ import pytest
 from esper.lifecycle.events import EventRecord, SeedPruned, StepSkipped
 from esper.lifecycle.stages import SeedStage
 from esper.report import run_page
-from esper.telemetry import DATABASE_FILE, RunFolderError, RunReader, RunStore
-from esper.telemetry.run_folder import RunStatus, is_written
+from esper.telemetry import DATABASE_FILE, RunFolderError, RunReader, RunStore, run_store
+from esper.telemetry.run_folder import RunStatus, WriterLock, is_written
 from esper.telemetry.run_reader import RunGlance
 from esper.telemetry.run_store import ReopenedRunStore
 
@@ -269,10 +269,37 @@ def test_pages_that_are_damaged_are_named_wherever_they_are_read(tmp_path: Path)
 
 def test_folder_that_holds_a_run_is_refused_and_left_alone(tmp_path: Path) -> None:
     open_store(tmp_path).close()
-    before = (tmp_path / "config.json").read_bytes()
+    (tmp_path / ".lock").unlink()  # as of a folder that was copied
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises(RunFolderError, match="holds a run already"):
         RunStore(tmp_path, config={"other": 1}, environment={})
-    assert (tmp_path / "config.json").read_bytes() == before
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_folder_in_which_another_process_begins_a_run_is_refused_and_left_alone(
+    tmp_path: Path,
+) -> None:
+    lock = WriterLock(tmp_path)
+    with pytest.raises(RunFolderError, match="being written by another process"):
+        open_store(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+    lock.release()
+    open_store(tmp_path).close()
+
+
+def test_folder_in_which_another_process_was_quicker_keeps_that_ones_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def after_the_other(folder: Path) -> WriterLock:
+        monkeypatch.setattr(run_store, "WriterLock", WriterLock)
+        open_store(folder).close()
+        return WriterLock(folder)
+
+    monkeypatch.setattr(run_store, "WriterLock", after_the_other)
+    with pytest.raises(RunFolderError, match="holds a run already"):
+        RunStore(tmp_path, config={"other": 1}, environment={})
+    reader = RunReader(tmp_path)
+    assert (reader.config(), reader.is_written) == ({"task": "digits"}, False)
 
 
 def test_folder_without_a_run_is_refused(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from esper.bus.backoff import Backoff
@@ -61,6 +61,8 @@ class _InHand:
     """Once there is something to answer."""
     refusal: str | None = None
     """Why it is a dead letter."""
+    outcomes: queue.SimpleQueue[LoggedCommand] = field(default_factory=queue.SimpleQueue)
+    """What the run has carried out; of its own, as one that was given up may be carried out yet."""
 
 
 class CommandReceiver:
@@ -103,8 +105,6 @@ class CommandReceiver:
         self._window_seconds = window_seconds
         self._clock = clock
         self._sealer = Sealer(keyring, run, clock=clock)
-        self._settled: queue.SimpleQueue[LoggedCommand] = queue.SimpleQueue()
-        """What the run has carried out, to be answered."""
         self._in_hand: _InHand | None = None
         self._refuse_rest = False
         self._deadline = 0.0
@@ -200,7 +200,7 @@ class CommandReceiver:
             return
         if in_hand.settled is None and in_hand.refusal is None:
             try:
-                in_hand.settled = self._settled.get(timeout=_WAIT_SECONDS)
+                in_hand.settled = in_hand.outcomes.get(timeout=_WAIT_SECONDS)
             except queue.Empty:
                 if time.monotonic() - in_hand.renewed > _RENEW_SECONDS:
                     subscription.renew([in_hand.delivery.entry])
@@ -231,7 +231,7 @@ class CommandReceiver:
             in_hand.settled, in_hand.begun = logged, True
             return
         refusal = self._staleness(envelope, logged)
-        if refusal is None and not self._ask(logged, self._settled.put):
+        if refusal is None and not self._ask(logged, in_hand.outcomes.put):
             if not self._refuse_rest:
                 return
             refusal = "the run has ended"

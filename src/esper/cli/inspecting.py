@@ -6,7 +6,6 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.text import Text
 
 from esper.cli.compare_views import print_comparison, summary_record
@@ -46,14 +45,14 @@ def inspect(
     Of a comparison, finished or not: the table and the verdict. Of the training of a policy: how it
     went, in ten rows, and which environments were restarted.
     """
-    console = Console()
+    console = Console(markup=False, emoji=False)  # what a run's files say is shown as it is
     try:
         if holds_comparison(run):
             _inspect_comparison(console, run, as_json=as_json)
             return
         reader = RunReader(run)
         if training_settings(reader.config()) is not None:
-            _inspect_training(console, reader, as_json=as_json)
+            _inspect_training(Console(), reader, as_json=as_json)
             return
         records = reader.events()
         if as_json:
@@ -94,9 +93,8 @@ def _print_head(console: Console, reader: RunReader, story: RunStory) -> None:
     config, environment = reader.config(), reader.environment()
     packages = environment.get("packages", {})
     matmul = environment.get("matmul", {})
-    console.print(
-        f"[bold]{escape(str(config.get('task')))}[/] · {config.get('policy')} · {reader.standing}"
-    )
+    task = (str(config.get("task")), "bold")
+    console.print(Text.assemble(task, f" · {config.get('policy')} · {reader.standing}"))
     console.print(
         f"seed {config.get('random_seed')}, {config.get('trainer', {}).get('epochs')} epochs, "
         f"learning rate {config.get('learning_rate')}; torch {packages.get('torch')} on "
@@ -123,10 +121,9 @@ def _order(visit: GateVisit | StageVisit) -> tuple[int, int, bool]:
 
 
 def _print_life(console: Console, seed: SeedStory) -> None:
-    console.print(
-        f"\n[bold]{seed.blueprint}[/] in [bold]{seed.slot}[/], {seed.param_count:,} parameters",
-        highlight=False,
-    )
+    blueprint, slot = (seed.blueprint, "bold"), (seed.slot, "bold")
+    console.print()
+    console.print(Text.assemble(blueprint, " in ", slot, f", {seed.param_count:,} parameters"))
     visits: list[GateVisit | StageVisit] = [*seed.gates, *seed.stages]
     visits.sort(key=_order)
     for visit in visits:

@@ -68,7 +68,7 @@ def status(
         raise typer.BadParameter(f"--bus and {where} exclude each other")
     if bus is None and key_file is not None:
         raise typer.BadParameter("--key-file verifies what is on a bus; add --bus URL")
-    console = Console()
+    console = Console(markup=False, emoji=False)  # what programs and files say is shown as it is
     if bus is not None:
         code = _from_bus(console, bus, key_file, as_json=as_json)
     else:
@@ -179,7 +179,9 @@ def _print_lines(console: Console, found: ServeStatus) -> None:
     for service in found.services:
         if service.state == ServiceState.GIVEN_UP:
             console.print()
-            console.print(f"{service.name}, last lines of {service.log}", soft_wrap=True)
+            console.print(
+                f"{service.name}, last lines of {service.log}", highlight=False, soft_wrap=True
+            )
             for line in service.last_lines or ("(it has printed nothing)",):
                 console.print(Text(f"  {line}", "dim"), soft_wrap=True)
 
@@ -191,7 +193,7 @@ def _print_problem(
     if as_json:
         console.out(json.dumps({**standing, "problem": str(problem)}), highlight=False)
     else:
-        console.print(str(problem), markup=False, highlight=False, soft_wrap=True)
+        console.print(str(problem), highlight=False, soft_wrap=True)
 
 
 def _from_bus(console: Console, address: str, key_file: Path | None, *, as_json: bool) -> int:

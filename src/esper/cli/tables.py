@@ -1,5 +1,6 @@
 """Tables that several commands print."""
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 
@@ -98,11 +99,15 @@ def print_compiled(console: Console, story: RunStory) -> None:
 def print_twin(console: Console, grown: RunFinished, twin: TwinFinished) -> None:
     """Print whether the run ended better than its twin, and what that can tell."""
     loss, other = grown.metrics["loss"], twin.metrics["loss"]
-    verdict = Text("growth paid in this run" if loss < other else "growth did not pay in this run")
-    verdict.stylize("green" if loss < other else "red")
+    if not (math.isfinite(loss) and math.isfinite(other)):
+        verdict = Text("whether growth paid in this run cannot be told", style="yellow")
+    elif loss < other:
+        verdict = Text("growth paid in this run", style="green")
+    else:
+        verdict = Text("growth did not pay in this run", style="red")
     verdict.append(f": test loss {loss:.4f}, its twin's {other:.4f}", style="not bold")
-    if other > 0.0:
-        verdict.append(f" ({percent((loss - other) / other)})")
+    if other and math.isfinite(loss - other):
+        verdict.append(f" ({percent((loss - other) / abs(other))})")
     console.print(verdict)
     console.print(
         f"the twin never grew, the same run up to step {twin.shared_steps:,}, and had "

@@ -1,16 +1,16 @@
 """Passes what a person asks of a run in the page on to the run, over the bus."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from esper.bus.bus import Bus, BusRefusedError, BusUnavailableError
 from esper.bus.command_sender import CommandSender, NoAnswerError
+from esper.bus.mirror import missed_in
 from esper.dashboard.commands import Command, CommandRefusedError, OfferedAction
 from esper.dashboard.run_folders import RunFolders
 from esper.lifecycle import commands
 from esper.lifecycle.actions import Action, Advance, Commit, Prune
 from esper.signing import Keyring
-from esper.telemetry.run_kind import training_settings
 from esper.telemetry.run_reader import RunReader
 
 _WAIT_SECONDS = 10.0
@@ -51,8 +51,8 @@ _OFFERED = (
 class BusCommandChannel:
     """A `CommandChannel` to the runs in a folder, also to those that run elsewhere.
 
-    Everything is offered for a run that says that it runs, and a run refuses what is not legal;
-    nothing for the training of a policy, which listens to no bus.
+    Everything is offered for a run that is running and listens to a bus, and a run refuses what is
+    not legal; nothing for the training of a policy, which listens to none.
 
     Args:
         root: The folder that runs are in.
@@ -79,11 +79,11 @@ class BusCommandChannel:
         self._known: dict[str, Path] = {}
 
     def offers(self, run: str) -> Sequence[OfferedAction]:
-        """Return everything if the run says that it runs and listens, else nothing."""
+        """Return everything if the run is running and listens, else nothing."""
         reader = self._reader(run)
-        if reader is None or reader.status != "running":
+        if reader is None or reader.standing != "running":
             return ()
-        return _OFFERED if training_settings(reader.config()) is None else ()
+        return _OFFERED if _listens(reader) else ()
 
     def send(self, command: Command) -> str:
         """Pass a command on, and return what came of it.
@@ -114,3 +114,11 @@ class BusCommandChannel:
             self._known = self._folders.find().folders
             folder = self._known.get(run)
         return None if folder is None else RunReader(folder)
+
+
+def _listens(reader: RunReader) -> bool:
+    """Return whether a run takes commands from a bus."""
+    bus = reader.config().get("bus")
+    if isinstance(bus, Mapping) and bus.get("commands") is not None:
+        return True
+    return missed_in(reader.folder) is not None  # a mirror, whose settings may not have come

@@ -4,6 +4,7 @@ import asyncio
 import json
 import logging
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -31,6 +32,8 @@ from esper.report.chart import STAGE_COLOURS
 
 _LOG = logging.getLogger(__name__)
 _MAX_BODY_BYTES = 4096
+_COMMANDS_AT_ONCE = 8
+"""More wait for one of these to be answered."""
 _OPEN_PATHS = ("/", "/api/session")
 _OPEN_PREFIX = "/static/"
 _SECURITY_HEADERS = {
@@ -65,6 +68,8 @@ class Dashboard:
         self._watcher = Watcher(root)
         self._access = access
         self._channel = channel
+        self._commanding = ThreadPoolExecutor(_COMMANDS_AT_ONCE, "esper-dashboard-commands")
+        """Of its own: a run that does not answer must not hold up who only looks."""
         self._follower = Follower(self._watcher)
         self._streams = Streams(self._watcher, self._follower, channel)
 
@@ -100,6 +105,7 @@ class Dashboard:
         finally:
             self._follower.dismiss_listeners()
             task.cancel()
+            self._commanding.shutdown(wait=False)
 
     async def _page(self, request: Request) -> Response:
         return _asset(request, assets()[PAGE])
@@ -194,7 +200,7 @@ class Dashboard:
             return {"told": _passed_on(command, channel)}
 
         try:
-            return await _answer(send)
+            return await _answer(send, self._commanding)
         except CommandRefusedError as error:
             raise HTTPException(409, str(error)) from error
 
@@ -243,10 +249,10 @@ def _json(document: object, *, status: int = 200) -> Response:
     )
 
 
-async def _answer(read: Callable[[], object]) -> Response:
-    """Return what is read in a thread of its own, as JSON."""
+async def _answer(read: Callable[[], object], executor: Executor | None = None) -> Response:
+    """Return what is read in a thread of an executor, None is the loop's own, as JSON."""
     try:
-        return _json(await asyncio.to_thread(read))
+        return _json(await asyncio.get_running_loop().run_in_executor(executor, read))
     except UnknownRunError as error:
         raise HTTPException(404, "There is no such run.") from error
     except CANNOT_READ as error:

@@ -100,8 +100,8 @@ def _held_out(metrics: Sequence[MetricRow], name: str) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Return a time in its two largest units."""
-    minutes, rest = divmod(round(seconds), 60)
+    """Return a time in its two largest units; none for one below 0, of a clock that was set."""
+    minutes, rest = divmod(round(max(0.0, seconds)), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:
         return f"{hours} h {minutes} min"
@@ -130,21 +130,31 @@ def _twin(story: RunStory) -> str:
     twin, finished = story.twin, story.finished
     assert twin is not None
     assert finished is not None
-    loss, other = finished.metrics["loss"], twin.metrics["loss"]
-    paid = loss < other
+    verdict = _verdict(finished.metrics["loss"], twin.metrics["loss"])
     rows = [
         ("grown", text(finished.param_count), *(text(v) for v in finished.metrics.values())),
         ("its twin", text(twin.param_count), *(text(v) for v in twin.metrics.values())),
     ]
     columns = ("network", "parameters", *(f"test {name}" for name in finished.metrics))
-    verdict = chip("growth paid", "good") if paid else chip("growth did not pay", "bad")
     return (
-        f"<p>{verdict} The grown network's test loss is {abs(loss - other) / other:.1%} "
-        f"{'below' if paid else 'above'} that of its twin, which never grew, had "
+        f"<p>{verdict} that of its twin, which never grew, had "
         f"{twin.epochs:,} epochs for {twin.flops_fraction:.2f} of the run's operations, and is "
         f"the same run up to step {twin.shared_steps:,}. One random seed is no proof.</p>"
         + table(columns, rows, caption="The run and its twin", numbers=range(1, len(columns)))
     )
+
+
+def _verdict(loss: float, twins: float) -> str:
+    """Return whether growth paid, and the beginning of a sentence that ends with the twin's."""
+    begins = "The grown network's test loss is"
+    if not (math.isfinite(loss) and math.isfinite(twins)):
+        verdict = chip("whether growth paid cannot be told", "warn")
+        return f"{verdict} {begins} {loss:.4g}, and {twins:.4g} is"
+    paid = loss < twins
+    verdict = chip("growth paid", "good") if paid else chip("growth did not pay", "bad")
+    difference = abs(loss - twins)
+    shown = f"{difference / abs(twins):.1%}" if twins else f"{difference:.4g}"
+    return f"{verdict} {begins} {shown} {'below' if paid else 'above'}"
 
 
 def _seeds(story: RunStory) -> str:

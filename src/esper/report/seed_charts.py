@@ -1,5 +1,6 @@
 """What seeds save, and how they learn."""
 
+import math
 from collections.abc import Callable, Sequence
 
 from esper.report.chart import SEED_COLOURS, Chart, Trace, layout_of, log_axis, seed_name
@@ -14,7 +15,15 @@ def contribution_chart(story: RunStory) -> Chart | None:
     weighed = [seed for seed in story.seeds if seed.contributions]
     if not weighed:
         return None
-    best = max(weighed, key=lambda seed: seed.contribution_fraction or 0.0)
+    summary = (
+        "Held-out loss that would be lost without the seed, in percent of the loss without it; "
+        "bars are one standard error."
+    )
+    last = [(_percent(seed.contribution_fraction), seed_name(seed)) for seed in weighed]
+    known = [(share, name) for share, name in last if math.isfinite(share)]
+    if known:
+        share, name = max(known)
+        summary += f" Last measured, the most is saved by {name}: {share:.1f} %."
 
     def saved(seed: SeedStory) -> list[Measurement]:
         events = [(visit.step, visit.event) for visit in seed.contributions]
@@ -26,9 +35,7 @@ def contribution_chart(story: RunStory) -> Chart | None:
     return Chart(
         key="contribution",
         title="What each seed saves",
-        summary="Held-out loss that would be lost without the seed, in percent of the loss without "
-        "it; bars are one standard error. Last measured, the most is saved by "
-        f"{seed_name(best)}: {_percent(best.contribution_fraction):.1f} %.",
+        summary=summary,
         figure={
             "data": _by_slot(story, saved, unit=" %"),
             "layout": layout_of(y={"title": {"text": "% of the loss"}, "zeroline": True}),

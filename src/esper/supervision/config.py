@@ -29,7 +29,13 @@ class ServeConfigError(ValueError):
 def _place(path: Path, info: ValidationInfo) -> Path:
     """Return a path as it is meant in the file: from the folder that the file is in."""
     base: Path = (info.context or {}).get("base", Path())
-    return base / path.expanduser()
+    try:
+        return base / path.expanduser()
+    except RuntimeError as error:
+        raise ValueError(
+            f"{path} begins with ~, and there is no such user, or no home folder; give the whole "
+            "path"
+        ) from error
 
 
 PlacedPath = Annotated[Path, AfterValidator(_place)]
@@ -194,6 +200,11 @@ def load_serve_config(file: Path) -> ServeConfig:
         raise ServeConfigError(f"{file} cannot be read: {error}") from error
     except tomllib.TOMLDecodeError as error:
         raise ServeConfigError(f"{file} is not TOML: {error}") from error
+    for place in _places_of_nul(document, ()):
+        raise ServeConfigError(
+            f"{file}: {_shown(place)} holds a NUL character, which no path or argument may; remove "
+            "it"
+        )
     try:
         return ServeConfig.model_validate(document, context={"base": file.absolute().parent})
     except ValidationError as error:
@@ -229,6 +240,17 @@ def _record_in(annotation: Any) -> type[Record] | None:
         return annotation
     found = (_record_in(argument) for argument in get_args(annotation))
     return next((record for record in found if record is not None), None)
+
+
+def _places_of_nul(value: Any, place: tuple[int | str, ...]) -> Iterator[tuple[int | str, ...]]:
+    if isinstance(value, str) and "\0" in value:
+        yield place
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from _places_of_nul(item, (*place, key))
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _places_of_nul(item, (*place, index))
 
 
 def _explain(error: ValidationError) -> str:

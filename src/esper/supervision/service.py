@@ -219,8 +219,9 @@ class Service:
         for beat in beats:
             try:
                 told = BeatStatus.model_validate({**beat, "age_seconds": 0.0})
+                told.model_dump_json()  # half a surrogate pair could not be sent on
             except (TypeError, ValueError):
-                self._reason = f"what it sent is no heartbeat: {str(beat)[:100]}"
+                self._reason = f"what it sent is no heartbeat: {beat!r:.100}"
                 continue
             changed = self._beat is None or self._beat.state != told.state
             self._beat, self._beat_seconds = told, time.monotonic()

@@ -37,6 +37,8 @@ HEAD = b"=== esper serve: "
 _DUMP_SECONDS = 2.0
 _KILLING_SECONDS = 5.0
 _KILLING_WAIT_SECONDS = 0.01
+_LONGEST_WAIT_SECONDS = 3600.0
+"""Then it looks again: no selector takes more than about 24 days."""
 _READ_BYTES = 1 << 16
 _PARENT_DIED = 1
 """PR_SET_PDEATHSIG of <linux/prctl.h>."""
@@ -196,7 +198,9 @@ class Warden:
                     self._program.kill()
                     self._program.wait()
                     return
-                left = None if self._until is None else max(0.0, self._until - time.monotonic())
+                left = None
+                if self._until is not None:
+                    left = min(max(0.0, self._until - time.monotonic()), _LONGEST_WAIT_SECONDS)
                 for key, _ in selector.select(left):
                     came = os.read(key.fd, _READ_BYTES)
                     if key.fd == output:

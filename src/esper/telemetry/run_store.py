@@ -2,7 +2,7 @@
 
 import secrets
 import sqlite3
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -63,23 +63,22 @@ class RunStore:
         environment: Versions, device and settings, as JSON values.
 
     Raises:
-        RunFolderError: The folder holds a run.
+        RunFolderError: The folder holds a run, or another process has begun to make one there.
         OSError: It cannot be written.
     """
 
     def __init__(
         self, folder: Path, *, config: Mapping[str, Any], environment: Mapping[str, Any]
     ) -> None:
-        for name in (DATABASE_FILE, CONFIG_FILE, ENVIRONMENT_FILE):
-            if (folder / name).exists():
-                raise RunFolderError(
-                    f"{folder} holds a run already, there is a {name}; choose another folder or "
-                    "remove this one"
-                )
+        _check_no_run(folder)  # before anything is made in it
+
+        def begin() -> None:
+            _check_no_run(folder)  # another process may have been quicker
+            write_json(folder / CONFIG_FILE, config)
+            write_json(folder / ENVIRONMENT_FILE, environment)
+
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / CONFIG_FILE, config)
-        write_json(folder / ENVIRONMENT_FILE, environment)
-        self._open(folder)
+        self._open(folder, begin)
         with self._let_go_on_error(), self._transaction():
             for statement in filter(str.strip, _SCHEMA.split(";")):
                 self._database.execute(statement)
@@ -94,14 +93,24 @@ class RunStore:
         return RunReader(self.folder).run_id
 
     def _open(
-        self, folder: Path, *, unfinished: bool = False, busy_seconds: float = BUSY_SECONDS
+        self,
+        folder: Path,
+        begin: Callable[[], None] = lambda: None,
+        *,
+        busy_seconds: float = BUSY_SECONDS,
     ) -> None:
+        """Open the database.
+
+        Args:
+            folder: Of the run.
+            begin: Is called once no other process can write the folder.
+            busy_seconds: To wait for a process that reads the database.
+        """
         self.folder = folder
         with ExitStack() as undoing:
             self._lock = WriterLock(folder)
             undoing.callback(self._lock.release)
-            if unfinished:
-                check_unfinished(RunReader(folder))
+            begin()
             self._database = sqlite3.connect(
                 folder / DATABASE_FILE, isolation_level=None, timeout=busy_seconds
             )
@@ -182,6 +191,15 @@ class RunStore:
         self._database.execute("INSERT OR REPLACE INTO run VALUES (?, ?)", (key, value))
 
 
+def _check_no_run(folder: Path) -> None:
+    for name in (DATABASE_FILE, CONFIG_FILE, ENVIRONMENT_FILE):
+        if (folder / name).exists():
+            raise RunFolderError(
+                f"{folder} holds a run already, there is a {name}; choose another folder or "
+                "remove this one"
+            )
+
+
 def check_unfinished(reader: RunReader) -> None:
     """Raise a `RunFolderError` if a run is finished."""
     if reader.status == "finished":
@@ -206,7 +224,12 @@ class ReopenedRunStore(RunStore):
 
     def __init__(self, folder: Path, *, after_step: int, unfinished: bool = False) -> None:
         reader = RunReader(folder)
-        self._open(folder, unfinished=unfinished)
+
+        def begin() -> None:
+            if unfinished:
+                check_unfinished(RunReader(folder))
+
+        self._open(folder, begin)
         with self._let_go_on_error(), self._transaction():
             attempt = reader.attempt
             for forget in (_FORGET_EVENTS, _FORGET_METRICS):

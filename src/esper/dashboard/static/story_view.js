@@ -118,7 +118,7 @@ export class StoryView {
       config.device,
     ].filter(Boolean);
     const unread = state?.unread ?? 0;
-    const offers = this.#offers.filter((offer) => offer.target === "run");
+    const offers = this.#offersFor("run");
     const key = [this.run, row?.status, row?.epoch, row?.epochs, facts, unread, offers];
     fill(this.head, key, () => [
       element(
@@ -157,6 +157,13 @@ export class StoryView {
             `reading the run: ${format.count(unread)} events to go`,
           ),
     ]);
+  }
+
+  // The story may have been told before the run ended: its row says how it stands.
+  #offersFor(target) {
+    return this.#row?.status === "running"
+      ? this.#offers.filter((offer) => offer.target === target)
+      : [];
   }
 
   #drawFigures() {
@@ -229,10 +236,7 @@ export class StoryView {
 
   #drawSlots() {
     const slots = this.#state?.slots ?? [];
-    const offers =
-      this.#row?.status === "running"
-        ? this.#offers.filter((offer) => offer.target === "slot")
-        : [];
+    const offers = this.#offersFor("slot");
     this.slotPart.hidden = slots.length === 0;
     const known = new Set(slots.map((slot) => slot.path));
     for (const [path, card] of this.#slots) {
