@@ -1,5 +1,7 @@
 """What every test shares: one thread, no deadlines, and random states of a growing model."""
 
+import signal
+
 import pytest
 import torch
 from hypothesis import settings
@@ -10,6 +12,8 @@ from esper.lifecycle import AlphaMode, BlueprintChoice, GrowthState, SeedStage, 
 settings.register_profile("esper", deadline=None)
 settings.load_profile("esper")
 torch.set_num_threads(1)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background of a shell
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # or programs under test ignore it too
 
 
 def _slot_states(path: str) -> st.SearchStrategy[SlotState]:

@@ -116,10 +116,15 @@ def test_a_run_that_goes_on_still_is_left_alone(folder: Path) -> None:
 
 
 def test_damaged_checkpoints_are_told_and_nothing_is_begun_anew(folder: Path) -> None:
-    for state in (folder / "busy" / "checkpoints").glob("step-*/state.json"):
+    arguments = command("grow", *SETTINGS, "--out", "damaged", "--json")
+    with subprocess.Popen(arguments, cwd=folder, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.kill()
+    for state in (folder / "damaged" / "checkpoints").glob("step-*/state.json"):
         state.write_text("{}")
-    (folder / "busy" / "checkpoints" / "step-0000000999").mkdir(parents=True)
-    done = run_esper("resume", "busy", cwd=folder)
+    (folder / "damaged" / "checkpoints" / "step-0000000999").mkdir(parents=True)
+    done = run_esper("resume", "damaged", cwd=folder)
     assert done.returncode == 2
     assert "has no checkpoint to go on from" in done.stderr
     assert "Traceback" not in done.stderr
