@@ -77,6 +77,21 @@ def test_what_a_program_leaves_running_when_it_ends_is_killed(tmp_path: Path) ->
     assert marked_processes([f"ESPER_SERVE_FOLDER={tmp_path}"]) == []
 
 
+def ended_once_up(folder: Path, script: str, *, drain_seconds: float = 10.0) -> Ending:
+    """Order a program to end once it has printed that it is up."""
+    log = folder / "tried.log"
+    log.touch()
+
+    async def run() -> Ending:
+        child = new_child(folder, *python(script), drain_seconds=drain_seconds)
+        await anyio.to_thread.run_sync(wait_for, lambda: last_lines(log) == ("up",))
+        ending = await child.ended_by_order()
+        child.close()
+        return ending
+
+    return anyio.run(run)
+
+
 def test_a_program_has_time_to_end_and_what_it_has_started_too(tmp_path: Path) -> None:
     """Only the program itself is asked: it has use for its workers until then."""
     script = """
@@ -90,18 +105,8 @@ print("up", flush=True)
 time.sleep(1000)
 """
 
-    log = tmp_path / "tried.log"
-    log.touch()
-
-    async def run() -> Ending:
-        child = new_child(tmp_path, *python(script))
-        await anyio.to_thread.run_sync(wait_for, lambda: last_lines(log) == ("up",))
-        ending = await child.ended_by_order()
-        child.close()
-        return ending
-
-    assert anyio.run(run).code == 5
-    assert last_lines(log) == ("up", "worker still there: True")
+    assert ended_once_up(tmp_path, script).code == 5
+    assert last_lines(tmp_path / "tried.log") == ("up", "worker still there: True")
     assert marked_processes([f"ESPER_SERVE_FOLDER={tmp_path}"]) == []
 
 
@@ -115,17 +120,7 @@ signal.signal(signal.SIGTERM, end)
 print("up", flush=True)
 time.sleep(1000)
 """
-    log = tmp_path / "tried.log"
-    log.touch()
-
-    async def run() -> Ending:
-        child = new_child(tmp_path, *python(script), drain_seconds=1e8)
-        await anyio.to_thread.run_sync(wait_for, lambda: last_lines(log) == ("up",))
-        ending = await child.ended_by_order()
-        child.close()
-        return ending
-
-    assert anyio.run(run).code == 5
+    assert ended_once_up(tmp_path, script, drain_seconds=1e8).code == 5
 
 
 def test_a_warden_that_does_not_answer_is_killed_with_all_it_has(

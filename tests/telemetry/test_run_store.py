@@ -16,7 +16,7 @@ from esper.lifecycle.events import EventRecord, SeedPruned, StepSkipped
 from esper.lifecycle.stages import SeedStage
 from esper.report import run_page
 from esper.telemetry import DATABASE_FILE, RunFolderError, RunReader, RunStore, run_store
-from esper.telemetry.run_folder import RunStatus, WriterLock, is_written
+from esper.telemetry.run_folder import LOCK_FILE, RunStatus, WriterLock, is_written
 from esper.telemetry.run_reader import RunGlance
 from esper.telemetry.run_store import ReopenedRunStore
 
@@ -223,6 +223,14 @@ def test_a_run_that_cannot_be_gone_on_with_or_closed_well_is_let_go(tmp_path: Pa
     with pytest.raises(sqlite3.DatabaseError):
         store.close()
     assert not is_written(tmp_path)
+
+
+def test_a_writer_waits_for_who_only_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    WriterLock(tmp_path).release()
+    looking = os.open(tmp_path / LOCK_FILE, os.O_RDONLY)
+    fcntl.flock(looking, fcntl.LOCK_SH)
+    monkeypatch.setattr("esper.telemetry.run_folder.time.sleep", lambda _: os.close(looking))
+    WriterLock(tmp_path).release()
 
 
 def test_two_that_look_whether_a_run_is_written_do_not_take_each_other_for_its_writer(

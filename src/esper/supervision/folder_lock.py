@@ -1,13 +1,9 @@
 """One supervisor for each folder."""
 
 import os
-import time
 from pathlib import Path
 
-from esper.telemetry.run_folder import LOCK_FILE, is_written
-
-_WAITS = 5
-_WAIT_SECONDS = 0.02
+from esper.telemetry.run_folder import is_written, take_lock
 
 
 class AlreadyServedError(RuntimeError):
@@ -27,17 +23,12 @@ class FolderLock:
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
-        waits = 0
-        while not _lock(self._descriptor):
-            if waits == _WAITS:
-                os.close(self._descriptor)
-                raise AlreadyServedError(
-                    f"another esper serve has {folder}; end it first, or give this one another "
-                    "folder"
-                )
-            waits += 1
-            time.sleep(_WAIT_SECONDS)  # who only looks whether somebody serves holds it too
+        descriptor = take_lock(folder)
+        if descriptor is None:
+            raise AlreadyServedError(
+                f"another esper serve has {folder}; end it first, or give this one another folder"
+            )
+        self._descriptor = descriptor
 
     def release(self) -> None:
         """Let others serve."""
@@ -47,13 +38,3 @@ class FolderLock:
 def is_served(folder: Path) -> bool:
     """Return whether a supervisor has a folder now."""
     return is_written(folder)
-
-
-def _lock(descriptor: int) -> bool:
-    import fcntl  # noqa: PLC0415 – not on Windows
-
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True

@@ -41,20 +41,32 @@ class WriterLock:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
-        waits = 0
-        while not _lock(self._descriptor):
-            if waits == _LOCK_WAITS:
-                os.close(self._descriptor)
-                raise RunFolderError(
-                    f"{folder} is being written by another process; wait for it, or stop it"
-                )
-            waits += 1
-            time.sleep(_LOCK_WAIT_SECONDS)  # who only looks whether a run is written holds it too
+        descriptor = take_lock(folder)
+        if descriptor is None:
+            raise RunFolderError(
+                f"{folder} is being written by another process; wait for it, or stop it"
+            )
+        self._descriptor = descriptor
 
     def release(self) -> None:
         """Let others write."""
         os.close(self._descriptor)
+
+
+def take_lock(folder: Path) -> int | None:
+    """Return the descriptor of a folder's lock file, locked until it is closed.
+
+    None while another process holds it. Waits a moment for those who only look whether one does.
+    """
+    descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
+    waits = 0
+    while not _lock(descriptor):
+        if waits == _LOCK_WAITS:
+            os.close(descriptor)
+            return None
+        waits += 1
+        time.sleep(_LOCK_WAIT_SECONDS)
+    return descriptor
 
 
 def _lock(descriptor: int, *, shared: bool = False) -> bool:
