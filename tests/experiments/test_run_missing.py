@@ -185,6 +185,18 @@ def test_every_run_is_kept_once_and_progress_is_told(tmp_path: Path) -> None:
         ComparisonFolder(tmp_path / "compare", settings)
 
 
+def test_runs_are_made_by_one_process_at_a_time(tmp_path: Path) -> None:
+    settings = config(epochs=2)
+    folder = ComparisonFolder(tmp_path, settings)
+    with ComparisonFolder(tmp_path, settings).making_runs():  # flock knows files opened, not pids
+        with pytest.raises(SeriesFolderError, match="another process makes the runs of"):
+            run_missing(settings, folder, processes=1, on_change=lambda *_: None)
+        assert folder.runs() == []
+    comparison = run_missing(settings, folder, processes=2, on_change=lambda *_: None)
+    with folder.making_runs() as one, folder.making_runs() as other:
+        assert len(one) == len(other) == len(comparison.results), "none is missing"
+
+
 def test_a_run_that_raises_names_itself_and_keeps_the_others(tmp_path: Path) -> None:
     settings = config(epochs=2)
     run = settings.run.model_copy(

@@ -228,6 +228,17 @@ def test_a_folder_goes_on_where_it_was(tmp_path: Path) -> None:
     assert environment["packages"]["torch"] == torch.__version__
 
 
+def test_runs_are_made_by_one_process_at_a_time(tmp_path: Path) -> None:
+    config = evaluation_config("random")
+    folder = EvaluationFolder(tmp_path, config)
+    with (
+        EvaluationFolder(tmp_path, config).making_runs(),
+        pytest.raises(SeriesFolderError, match="another process makes the runs of"),
+    ):
+        evaluate(config, folder, processes=1)
+    assert folder.runs() == []
+
+
 def test_another_evaluations_folder_is_refused(tmp_path: Path) -> None:
     EvaluationFolder(tmp_path / "kept", evaluation_config("random"))
     for other in (evaluation_config("none"), evaluation_config("random", seeds=(0, 1))):

@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -16,6 +16,7 @@ from esper.experiments.parts import usable_device
 from esper.lifecycle.record import Record
 from esper.policies.named import is_policy_file
 from esper.telemetry.environment import describe_environment
+from esper.telemetry.run_folder import LOCK_FILE, take_lock
 
 ENVIRONMENT_FILE = "environment.json"
 
@@ -79,9 +80,10 @@ class SeriesFiles(Generic[ConfigT, RunT]):
 
     def may_begin_in(self, path: Path) -> bool:
         """Return whether a folder holds nothing but what a killed start may have left there."""
+        known = (ENVIRONMENT_FILE, LOCK_FILE)
         temporary = tuple(f".{name}." for name in (ENVIRONMENT_FILE, self.config_file))
         return all(
-            file.is_dir() or file.name == ENVIRONMENT_FILE or file.name.startswith(temporary)
+            file.is_dir() or file.name in known or file.name.startswith(temporary)
             for file in path.rglob("*")
         )
 
@@ -145,6 +147,29 @@ class SeriesFolder(ABC, Generic[ConfigT, RunT]):
             SeriesFolderError: A file is damaged.
         """
         return self._files.runs_in(self.path)
+
+    @contextlib.contextmanager
+    def making_runs(self) -> Iterator[list[RunT]]:
+        """Keep other processes from making runs here too; the finished ones come with it.
+
+        A folder in which none is missing is anybody's, and need not be writable.
+
+        Raises:
+            SeriesFolderError: Another process makes runs here, or a file is damaged.
+        """
+        runs = self.runs()
+        if self.is_complete(runs):
+            yield runs
+            return
+        lock = take_lock(self.path)
+        if lock is None:
+            raise SeriesFolderError(
+                f"another process makes the runs of {self.path}; wait for it, or end it first"
+            )
+        try:
+            yield self.runs()
+        finally:
+            os.close(lock)
 
     def add(self, run: RunT) -> None:
         """Keep a finished run; it is there as a whole or not at all.

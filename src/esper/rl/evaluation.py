@@ -280,25 +280,27 @@ def evaluate(
         on_run: Called with every finished run.
 
     Raises:
-        SeriesFolderError: A file in the folder is damaged, or a policy's has changed.
+        SeriesFolderError: Another process makes them, a file in the folder is damaged, or a
+            policy's has changed.
         WorkerDiedError, Exception: As `make_missing`.
 
     Effects: starts processes, and ends them however this ends.
     """
-    evaluation = Evaluation(config, folder.runs())
+    with folder.making_runs() as finished:
+        evaluation = Evaluation(config, finished)
 
-    def keep(_: object, run: EvaluatedRun) -> None:
-        folder.add(run)
-        evaluation.add(run)
-        on_run(evaluation, run)
+        def keep(_: object, run: EvaluatedRun) -> None:
+            folder.add(run)
+            evaluation.add(run)
+            on_run(evaluation, run)
 
-    make_missing(
-        evaluation.missing,
-        lambda pool, key: pool.submit(play, config, *key),
-        keep=keep,
-        describe=lambda key: "{}, random seed {}, {} epochs".format(*key),
-        processes=processes,
-    )
+        make_missing(
+            evaluation.missing,
+            lambda pool, key: pool.submit(play, config, *key),
+            keep=keep,
+            describe=lambda key: "{}, random seed {}, {} epochs".format(*key),
+            processes=processes,
+        )
     return evaluation
 
 

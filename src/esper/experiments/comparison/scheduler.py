@@ -47,42 +47,44 @@ def run_missing(
         clock: Monotonic seconds.
 
     Raises:
-        SeriesFolderError: A policy's file has changed.
+        SeriesFolderError: Another process makes them, a file in the folder is damaged, or a
+            policy's has changed.
         WorkerDiedError, Exception: As `make_missing`.
 
     Effects: starts processes, and ends them however this ends.
     """
-    comparison = Comparison(config, folder.runs())
-    running: dict[str, RunRequest] = {}
-    begun: dict[str, float] = {}
-    seconds: dict[str, list[float]] = {}
+    with folder.making_runs() as kept:
+        comparison = Comparison(config, kept)
+        running: dict[str, RunRequest] = {}
+        begun: dict[str, float] = {}
+        seconds: dict[str, list[float]] = {}
 
-    def outlook() -> Outlook:
-        return _outlook(comparison, tuple(running.values()), seconds, processes)
+        def outlook() -> Outlook:
+            return _outlook(comparison, tuple(running.values()), seconds, processes)
 
-    def missing() -> list[RunRequest]:
-        return comparison.missing()
+        def missing() -> list[RunRequest]:
+            return comparison.missing()
 
-    def begin(request: RunRequest) -> None:
-        running[request.key], begun[request.key] = request, clock()
-        on_change(outlook(), None)
+        def begin(request: RunRequest) -> None:
+            running[request.key], begun[request.key] = request, clock()
+            on_change(outlook(), None)
 
-    def keep(request: RunRequest, result: RunResult) -> None:
-        nonlocal comparison
-        del running[request.key]
-        folder.add(result)
-        seconds.setdefault(request.arm, []).append(clock() - begun.pop(request.key))
-        comparison = Comparison(config, [*comparison.results.values(), result])
-        on_change(outlook(), result)
+        def keep(request: RunRequest, result: RunResult) -> None:
+            nonlocal comparison
+            del running[request.key]
+            folder.add(result)
+            seconds.setdefault(request.arm, []).append(clock() - begun.pop(request.key))
+            comparison = Comparison(config, [*comparison.results.values(), result])
+            on_change(outlook(), result)
 
-    make_missing(
-        missing,
-        lambda pool, request: pool.submit(execute, request, config.run),
-        keep=keep,
-        describe=_describe,
-        processes=processes,
-        on_start=begin,
-    )
+        make_missing(
+            missing,
+            lambda pool, request: pool.submit(execute, request, config.run),
+            keep=keep,
+            describe=_describe,
+            processes=processes,
+            on_start=begin,
+        )
     return comparison
 
 
