@@ -12,6 +12,7 @@ import esper
 from esper import SeedStage, SlotConfig, SlotSet
 from esper.lifecycle.learning import Isolation
 from esper.slots import fused_losses
+from esper.slots.gradient_guard import zero_if_broken
 from esper.slots.gradient_health import GradientHealth
 
 STAGES = [SeedStage.TRAINING, SeedStage.BLENDING, SeedStage.SHADOWING, SeedStage.PROBATIONARY]
@@ -366,6 +367,30 @@ def test_one_value_that_is_not_finite_makes_a_whole_gradient_zero(
     assert int(slot.nonfinite_steps) == 1
     others = [p.grad for p in slot.living.parameters() if p is not weight]
     assert all(bool(gradient.any()) for gradient in others)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.complex64])
+@pytest.mark.parametrize("value", [0.0, math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("others", ["small", "largest", "equal"])
+def test_a_gradient_is_looked_at_on_a_cpu_as_it_is_on_a_gpu(
+    value: float, others: str, dtype: torch.dtype
+) -> None:
+    largest = 6e4 if dtype == torch.float16 else 3e38
+    gradient = {
+        "small": torch.randn(3, 5, dtype=dtype),
+        "largest": torch.tensor([largest, -largest, largest], dtype=dtype),  # its norm is infinite
+        "equal": torch.full((4,), value, dtype=dtype),
+    }[others]
+    gradient.view(-1)[1] = value
+    was_finite = math.isfinite(value)
+    for look in (
+        zero_if_broken,
+        torch.compile(zero_if_broken, backend="eager", fullgraph=True),  # reads no value
+    ):
+        looked_at, broken = gradient.clone(), torch.zeros((), dtype=torch.bool)
+        look(looked_at, lambda broken=broken: broken)
+        assert bool(broken) is not was_finite
+        assert torch.equal(looked_at, gradient if was_finite else torch.zeros_like(gradient))
 
 
 def test_a_norm_that_clipping_left_in_a_step_between_is_no_later_steps(
