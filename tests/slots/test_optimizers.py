@@ -375,33 +375,44 @@ def test_groups_carry_parameter_names_where_the_optimizer_does(hosts: Any) -> No
     assert run.optimizer.param_groups[1]["param_names"] == []
 
 
+@pytest.mark.parametrize("reloads", [False, True])
 @pytest.mark.parametrize("learning_rate", [0.1, torch.tensor(0.1)])
-def test_multiplier_and_warmup_act_exactly_and_on_the_seed_alone(
-    hosts: Any, learning_rate: Any
+def test_multiplier_and_warmup_act_exactly_and_on_each_seed_alone(
+    hosts: Any, learning_rate: Any, reloads: bool
 ) -> None:
     run = Run(
         hosts["mlp"],
         lambda p: optim.SGD(p, lr=learning_rate),
+        reloads=reloads,
         learning_rate_multiplier=3.0,
         warmup_steps=4,
     )
     run.slots.bind(run.optimizer)
-    run.slot.germinate("mlp")
-    run.step()
-    run.slot.advance(force=True)
-    seed, host = set(run.seed_parameters()), run.slots.host_parameters()
-    for factor in (0.75, 1.5, 2.25, 3.0, 3.0):
-        before = {p: p.detach().clone() for p in [*seed, *host]}
-        loss = F.cross_entropy(run.model(run.case.inputs()), run.case.labels())
-        loss.backward()
-        run.optimizer.step()
-        for parameter, old in before.items():
-            rate = 0.1 * factor if parameter in seed else 0.1
-            expected = old - rate * parameter.grad
-            torch.testing.assert_close(parameter.detach(), expected, rtol=1e-6, atol=1e-8)
-        run.optimizer.zero_grad()
-        run.slots.tick()
-        assert [float(g["lr"]) for g in run.optimizer.param_groups] == [pytest.approx(0.1)] * 2
+    run.step()  # of the host alone
+    for _ in ("a seed", "the next one in its place"):
+        run.slot.germinate("mlp")
+        run.step()
+        run.slot.advance(force=True)
+        seed, host = set(run.seed_parameters()), run.slots.host_parameters()
+        for factor in (0.75, 1.5, 2.25, 3.0, 3.0):
+            before = {p: p.detach().clone() for p in [*seed, *host]}
+            gradients = {}
+            hook = run.optimizer.register_step_pre_hook(
+                lambda *_, kept=gradients, of=before: kept.update((p, p.grad.clone()) for p in of)
+            )
+            run.step()
+            hook.remove()
+            for parameter, old in before.items():
+                rate = 0.1 * factor if parameter in seed else 0.1
+                expected = old - rate * gradients[parameter]
+                torch.testing.assert_close(parameter.detach(), expected, rtol=1e-6, atol=1e-8)
+            rates = [float(group["lr"]) for group in run.optimizer.param_groups]
+            assert rates == [pytest.approx(0.1)] * 2
+        run.slot.prune()
+        counted = run.slots.binding.state_dict()
+        run.step()
+        assert run.slots.binding.state_dict() == counted, "no seed is there to warm up"
+        run.wait_until_dormant()
 
 
 def test_a_step_that_raises_leaves_no_learning_rate_behind(hosts: Any) -> None:

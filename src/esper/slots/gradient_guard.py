@@ -29,6 +29,9 @@ class GradientGuard:
     def __init__(self, module: nn.Module, broken: Callable[[], Tensor]) -> None:
         self.frozen = False
         self.sanitising = True
+        self.may_be_broken = not broken().is_cpu
+        """Whether `broken` has to be asked: on a CPU it is known, and elsewhere always, since a
+        CUDA graph that is replayed calls no hook."""
         self._broken = broken
         self._handles = [
             _on_gradient(parameter, self._arrived)
@@ -49,24 +52,28 @@ class GradientGuard:
         if self.frozen:
             parameter.grad = None
         elif self.sanitising:
-            zero_if_broken(local_part(gradient), self._broken)
+            self.may_be_broken |= zero_if_broken(local_part(gradient), self._broken)
 
 
-def zero_if_broken(gradient: Tensor, told: Callable[[], Tensor]) -> None:
+def zero_if_broken(gradient: Tensor, told: Callable[[], Tensor]) -> bool:
     """Make a gradient zero, in place, and tell it, if it has an inf or NaN; no synchronisation.
 
     Args:
         gradient: What of it is in this process.
         told: Returns the 0-dim bool tensor, on the gradient's device, that becomes true then.
+
+    Returns:
+        Whether that may be so, of which a CPU is sure.
     """
     if gradient.numel() == 0:  # no part of it is here
-        return
+        return False
     if gradient.device.type == "cpu" and not torch.compiler.is_compiling():
         # To read a value waits for nothing here; filling by a mask takes 8 times as long.
-        if not _is_finite(gradient):
-            gradient.zero_()
-            told().fill_(value=True)
-        return
+        if _is_finite(gradient):
+            return False
+        gradient.zero_()
+        told().fill_(value=True)
+        return True
     if gradient.is_complex():  # numbers without an order
         broken = gradient.isfinite().all().logical_not()
     else:
@@ -75,6 +82,7 @@ def zero_if_broken(gradient: Tensor, told: Callable[[], Tensor]) -> None:
         broken = torch.add(lowest * 0.0, highest, alpha=0.0).isnan()
     gradient.masked_fill_(broken, 0.0)
     told().logical_or_(broken)
+    return True
 
 
 def _is_finite(gradient: Tensor) -> bool:

@@ -159,7 +159,7 @@ class LivingSlot(SlotForward):
         Raises:
             RuntimeError: It is.
         """
-        if self.learns_in_shadow and self._shadow_gradient_came and not self._has_gradient():
+        if self._shadow_gradient_came and self.learns_in_shadow and not self._has_gradient():
             raise RuntimeError(_GRADIENT_GONE.format(subject=self._life.subject))
 
     @property
@@ -318,10 +318,13 @@ class LivingSlot(SlotForward):
             self._shadow_passes, self._shadow_gradient_came = 0, False
 
     def _count_nonfinite_step(self, *, learned: bool) -> None:
-        if self._guard is not None and self._guard.sanitising:
+        guard = self._guard
+        if guard is not None and guard.sanitising and guard.may_be_broken:
+            now = self._nonfinite_now
             if learned:
-                self.nonfinite_steps.add_(self._nonfinite_now)
-            self._nonfinite_now.zero_()
+                self.nonfinite_steps.add_(now)
+            now.zero_()
+            guard.may_be_broken = not now.is_cpu
 
     def _forget_nonfinite_steps(self) -> None:
         self.nonfinite_steps.zero_()

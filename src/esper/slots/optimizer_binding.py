@@ -1,6 +1,6 @@
 """One parameter group per slot, made once, so that the number of groups never changes."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -73,6 +73,10 @@ class OptimizerBinding:
         self._before_step = before_step
         self._steps = dict.fromkeys(slots, 0)
         self._restore: list[tuple[dict[str, Any], Any]] = []
+        self._filled: list[tuple[SeedSlot, dict[str, Any]]] | None = None
+        """Slots that hold a living seed, with their groups; None after a change."""
+        self._filled_of: list[dict[str, Any]] = []
+        """The optimizer's groups that this was found in."""
         self._stepped = False
         before = len(optimizer.param_groups)
         for path in missing:
@@ -233,8 +237,8 @@ class OptimizerBinding:
         living = set() if slot.living is None else set(slot.living.parameters())
         self.forget([parameter for parameter in group["params"] if parameter not in living])
 
-    @staticmethod
-    def _put(group: dict[str, Any], path: str, branch: SeedBranch) -> None:
+    def _put(self, group: dict[str, Any], path: str, branch: SeedBranch) -> None:
+        self._filled = None
         group["params"].extend(branch.parameters())
         if "param_names" in group:
             prefix = f"{path}.{branch.blueprint}"
@@ -248,6 +252,7 @@ class OptimizerBinding:
 
     def _withdraw(self, parameters: Iterable[nn.Parameter]) -> None:
         """Take parameters out of every group."""
+        self._filled = None
         seed = set(parameters)
         for group in self.optimizer.param_groups:
             keep = [index for index, p in enumerate(group["params"]) if p not in seed]
@@ -255,14 +260,15 @@ class OptimizerBinding:
                 if key in group:
                     group[key] = [group[key][index] for index in keep]
 
-    @staticmethod
-    def _empty(group: dict[str, Any]) -> None:
+    def _empty(self, group: dict[str, Any]) -> None:
+        self._filled = None
         group["params"] = []
         if "param_names" in group:
             group["param_names"] = []
 
     def _step_begins(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
-        self._restore_learning_rates()  # a step that raised did not get to it
+        if self._restore:  # a step that raised did not get to it
+            self._restore_learning_rates()
         closure = args[1] if len(args) > 1 else kwargs.get("closure")  # the optimizer comes first
         changed = None
         if closure is None:
@@ -270,11 +276,11 @@ class OptimizerBinding:
         else:  # the backward is in there, as Lightning has it
             kept = {key: value for key, value in kwargs.items() if key != "closure"}
             changed = ((args[0], self._measured_after(closure), *args[2:]), kept)
-        for path, group in self._filled_groups():
-            config = self._slots[path].config
+        for slot, group in self._filled_groups():
+            config, steps = slot.config, self._steps[slot.path]
             factor = config.learning_rate_multiplier
-            if self._steps[path] < config.warmup_steps:
-                factor *= (self._steps[path] + 1) / config.warmup_steps
+            if steps < config.warmup_steps:
+                factor *= (steps + 1) / config.warmup_steps
             if factor != 1.0:
                 self._restore.append((group, group["lr"]))
                 group["lr"] = group["lr"] * factor
@@ -289,20 +295,25 @@ class OptimizerBinding:
         return measured
 
     def _step_ends(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self._restore_learning_rates()
+        if self._restore:
+            self._restore_learning_rates()
         if skips_step(optimizer):
             return
         self._stepped = True
-        for path, _ in self._filled_groups():
-            if self._slots[path].stage is not SeedStage.GERMINATED:
-                self._steps[path] += 1
+        for slot, _ in self._filled_groups():
+            if slot.stage is not SeedStage.GERMINATED:
+                self._steps[slot.path] += 1
 
-    def _filled_groups(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Yield the groups of slots that hold a living seed."""
-        for group in self.optimizer.param_groups:
-            path: str | None = group.get(GROUP_KEY)
-            if path in self._slots and path is not None and group["params"]:
-                yield path, group
+    def _filled_groups(self) -> Sequence[tuple[SeedSlot, dict[str, Any]]]:
+        """Return the slots that hold a living seed, with their groups."""
+        groups = self.optimizer.param_groups
+        if self._filled is None or self._filled_of is not groups:  # loading a state replaces them
+            found = ((self._slots.get(group.get(GROUP_KEY, "")), group) for group in groups)
+            self._filled_of = groups
+            self._filled = [
+                (slot, group) for slot, group in found if slot is not None and group["params"]
+            ]
+        return self._filled
 
     def _restore_learning_rates(self) -> None:
         for group, learning_rate in self._restore:

@@ -321,8 +321,9 @@ class SlotSet(Mapping[str, SeedSlot]):
         )
 
     def _before_step(self) -> None:
-        self.average_gradients()
-        self._averaged = False
+        if self.replication is not None:
+            self.average_gradients()
+            self._averaged = False
         for slot in self.living_slots:
             slot.check_shadow_gradient()
         assert self.binding is not None
