@@ -23,7 +23,6 @@ from esper.rl.policy_run import (
     MakeGrowthEnv,
     PolicyRun,
     PolicyRunConfig,
-    can_go_on,
     load_policy_run_config,
     new_policy_run,
     policy_run_config,
@@ -204,8 +203,6 @@ def test_how_a_training_ended_is_told_in_its_folder(tmp_path: Path) -> None:
     with new_policy_run(tiny(), tmp_path / "left") as run:
         next(run.reports())
     assert RunReader(tmp_path / "left").status == "interrupted"
-    assert can_go_on(tmp_path / "left")
-    assert not can_go_on(tmp_path / "failed")
 
 
 @pytest.mark.usefixtures("in_process")
@@ -325,15 +322,34 @@ def test_what_was_imitated_once_is_not_imitated_again_and_a_lost_policy_is_writt
 
 
 @pytest.mark.usefixtures("in_process")
-def test_a_training_without_any_state_has_none_to_go_on_from(tmp_path: Path) -> None:
-    with new_policy_run(tiny(), tmp_path):
-        pass
+def test_a_training_that_was_stopped_before_it_learned_begins_anew_to_the_bit(
+    tmp_path: Path,
+) -> None:
+    config = tiny("demonstrations.num_episodes=1", rollouts=1)
+    with new_policy_run(config, tmp_path / "whole") as run:
+        trained(run)
+    with new_policy_run(config, tmp_path / "stopped") as run:
+        next(run.imitate())
+    reader = RunReader(tmp_path / "stopped")
+    assert reader.status == "interrupted"
+    with resumed_policy_run(tmp_path / "stopped") as run:
+        assert run.resumed_at is None
+        trained(run)
+    assert run_file(tmp_path / "stopped") == run_file(tmp_path / "whole")
+    assert reader.status == "finished"
+
+
+@pytest.mark.usefixtures("in_process")
+def test_a_training_without_a_whole_state_or_of_another_version_is_refused(tmp_path: Path) -> None:
+    with new_policy_run(tiny(rollouts=1), tmp_path) as run:
+        trained(run)
+    for info in (tmp_path / STATES_FOLDER).glob("*/learner.json"):
+        info.write_text("{", encoding="utf-8")
     with (
         pytest.raises(LearnerStateError, match="no state of a learner to go on from"),
         resumed_policy_run(tmp_path),
     ):
         pass
-    assert RunReader(tmp_path).status == "interrupted"
     config = json.loads((tmp_path / "config.json").read_text("utf-8"))
     del config["policy_training"]["rewards"]["gamma"]
     config["policy_training"]["rewards"]["gama"] = 1.0

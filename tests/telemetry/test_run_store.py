@@ -284,6 +284,14 @@ def test_folder_that_holds_a_run_is_refused_and_left_alone(tmp_path: Path) -> No
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+def test_a_run_that_could_not_begin_leaves_its_folder_free(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine", encoding="utf-8")
+    with pytest.raises(TypeError, match="not JSON serializable"):  # the config is written by then
+        RunStore(tmp_path, config={}, environment={"device": object()})
+    assert sorted(file.name for file in tmp_path.iterdir()) == [".lock", "notes.txt"]
+    RunStore(tmp_path, config={}, environment={}).close()
+
+
 def test_folder_in_which_another_process_begins_a_run_is_refused_and_left_alone(
     tmp_path: Path,
 ) -> None:

@@ -182,12 +182,8 @@ def _train(
 
 
 def _way_on(folder: Path) -> str:
-    """Return what can be done with a training that was stopped."""
-    from esper.rl.policy_run import can_go_on  # noqa: PLC0415 – an optional extra
-
-    if can_go_on(folder):
-        return f"go on with: {command_line('policy', 'train', '--out', folder)}"
-    return "nothing was learned yet; begin anew, in another folder"
+    """Return how a training that was stopped goes on."""
+    return f"go on with: {command_line('policy', 'train', '--out', folder)}"
 
 
 def _print_trained(

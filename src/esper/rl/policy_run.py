@@ -62,6 +62,8 @@ from esper.telemetry.sink import Sink
 POLICY_FILE = "policy.safetensors"
 STATES_FOLDER = "learner"
 
+_BEFORE_ALL_STEPS = -1
+
 
 class EpisodeConfig(Record):
     """Which runs are episodes, and what they are measured against."""
@@ -221,7 +223,7 @@ class PolicyRun:
     workers: Workers
     sinks: Sequence[Sink]
     resumed_at: int | None = None
-    """Timesteps that it goes on from."""
+    """Timesteps that it goes on from; None where it begins."""
     finished: bool = False
     num_told: int = 0
     """How many restarts of environments were told."""
@@ -347,6 +349,8 @@ def resumed_policy_run(
 ) -> Iterator[PolicyRun]:
     """Go on with a training that was stopped, from its newest state that is whole.
 
+    One that was stopped before it kept a state begins anew, demonstrations included.
+
     Args:
         folder: Of the training.
         sinks: Receive every further event and metric, besides the folder.
@@ -355,24 +359,22 @@ def resumed_policy_run(
     Raises:
         RunFolderError: It is no folder of a run, or another process writes it.
         SettingsError: It holds no training of a policy, or the task's runs cannot be made.
-        LearnerStateError: There is no state to go on from.
+        LearnerStateError: No state that it kept is whole.
+        NotImitableError: As `new_policy_run`; the folder stays.
     """
     config = policy_run_config(folder, total_steps=total_steps)
     usable_device(config.training.device)
     options = _options(config)
     with _workers(config, options) as workers:
-        after = LearnerStates(folder / STATES_FOLDER).newest().info.num_timesteps
+        states = LearnerStates(folder / STATES_FOLDER)
+        has_learned = bool(states.names())
+        after = states.newest().info.num_timesteps if has_learned else _BEFORE_ALL_STEPS
         store = ReopenedRunStore(folder, after_step=after)
         with _closed(store) as done:
             run = _policy_run(config, folder, store, workers, options, sinks)
-            run.resumed_at = run.training.resume()
+            run.resumed_at = run.training.resume() if has_learned else None
             yield run
             done(run)
-
-
-def can_go_on(folder: Path) -> bool:
-    """Return whether a training has kept a state in a folder, whole or not."""
-    return bool(LearnerStates(folder / STATES_FOLDER).names())
 
 
 def policy_run_config(folder: Path, *, total_steps: int | None = None) -> PolicyRunConfig:

@@ -13,6 +13,8 @@ from esper.telemetry.run_folder import (
     CONFIG_FILE,
     DATABASE_FILE,
     ENVIRONMENT_FILE,
+    LOCK_FILE,
+    RUN_FILES,
     STORE_VERSION,
     RunFolderError,
     RunStatus,
@@ -64,7 +66,7 @@ class RunStore:
 
     Raises:
         RunFolderError: The folder holds a run, or another process has begun to make one there.
-        OSError: It cannot be written.
+        OSError: It cannot be written; no run is in the folder then.
     """
 
     def __init__(
@@ -74,18 +76,21 @@ class RunStore:
 
         def begin() -> None:
             _check_no_run(folder)  # another process may have been quicker
+            undoing.callback(_remove_run, folder)
             write_json(folder / CONFIG_FILE, config)
             write_json(folder / ENVIRONMENT_FILE, environment)
 
         folder.mkdir(parents=True, exist_ok=True)
-        self._open(folder, begin)
-        with self._let_go_on_error(), self._transaction():
-            for statement in filter(str.strip, _SCHEMA.split(";")):
-                self._database.execute(statement)
-            self._set("store_version", str(STORE_VERSION))
-            self._set("attempt", "1")
-            self._set("status", "running")
-            self._set("id", f"{folder.absolute().name}-{secrets.token_hex(_ID_BYTES)}")
+        with ExitStack() as undoing:
+            self._open(folder, begin)
+            with self._let_go_on_error(), self._transaction():
+                for statement in filter(str.strip, _SCHEMA.split(";")):
+                    self._database.execute(statement)
+                self._set("store_version", str(STORE_VERSION))
+                self._set("attempt", "1")
+                self._set("status", "running")
+                self._set("id", f"{folder.absolute().name}-{secrets.token_hex(_ID_BYTES)}")
+            undoing.pop_all()
 
     @property
     def run_id(self) -> str:
@@ -198,6 +203,13 @@ def _check_no_run(folder: Path) -> None:
                 f"{folder} holds a run already, there is a {name}; choose another folder or "
                 "remove this one"
             )
+
+
+def _remove_run(folder: Path) -> None:
+    """Remove what was made of a run that could not begin; its lock stays, somebody may wait."""
+    for name in RUN_FILES:
+        if name != LOCK_FILE:
+            (folder / name).unlink(missing_ok=True)
 
 
 def check_unfinished(reader: RunReader) -> None:
