@@ -23,8 +23,8 @@ backward are CUDA graphs on both sides, ours by a `CapturedStep`.
 Without `--compile` the call of a dormant slot is timed alone too: an identity with a slot behind it
 against one without, many calls of each in turn.
 
-    python benchmarks/slot_overhead.py [--host cnn decoder llama] [--steps 200]
-        [--compile whole|regional|captured] [--device cpu]
+    python benchmarks/slot_overhead.py [--host cnn decoder llama] [--stage dormant live …]
+        [--steps 200] [--compile whole|regional|captured] [--device cpu]
 """
 
 import argparse
@@ -272,15 +272,16 @@ def ratio_cells(ours: list[float], theirs: list[float]) -> list[str]:
     ]
 
 
-def stage_table(host: SpeedHost, mode: str, steps: int) -> Table:
-    """Measure every stage on one host."""
+def stage_table(host: SpeedHost, stages: Sequence[str], mode: str, steps: int) -> Table:
+    """Measure stages on one host."""
     table = Table(box=None, header_style="dim")
     table.add_column("stage")
     yardsticks = ["by hand", "whole, by hand"] if mode == "regional" else ["by hand"]
     for column in ("slot ms", *(f"{name} ms\nratio\nmiddle half" for name in yardsticks)):
         for part in column.split("\n"):
             table.add_column(part, justify="right")
-    for name, stage in STAGES.items():
+    for name in stages:
+        stage = STAGES[name]
         torch.compiler.reset()
         sides = [with_slots(host, stage, mode), by_hand(host, stage, mode)]
         if mode == "regional":
@@ -318,6 +319,7 @@ def dormant_call() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--host", nargs="+", choices=HOSTS, default=list(HOSTS))
+    parser.add_argument("--stage", nargs="+", choices=STAGES, default=list(STAGES))
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument(
         "--compile", choices=("whole", "regional", "captured"), dest="mode", default="eager"
@@ -337,7 +339,7 @@ def main() -> None:
         torch.manual_seed(0)
         host = HOSTS[name](options.device)
         console.print(f"\n{name}, {host.blueprint} behind {host.target}")
-        console.print(stage_table(host, options.mode, options.steps))
+        console.print(stage_table(host, options.stage, options.mode, options.steps))
     if options.mode == "eager":
         console.print(f"\n{dormant_call()}")
 

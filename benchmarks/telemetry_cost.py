@@ -1,22 +1,26 @@
-"""What share of a training step does telemetry take?
+"""What share of a training step do telemetry, and growth's own bookkeeping, take?
 
 Two copies of one network, each with a seed in TRAINING behind one block and a dormant slot behind
 another, step in turn in one process, with the same optimizer groups. One has all that growth does
-with a step: gradient norms and learning rates in the optimizer's hooks, the run's cost, asking
-whether an isolation check is due, `Growth.after_step`, and a run folder as a sink. The other has
-none of it. Both guard the seed's gradients, which is no telemetry. After each block of steps the
-first one decides; of that only what its sinks take counts. Shown are
+with a step; the other has none of it. Both guard the seed's gradients. After each block of steps,
+as many as the text task makes between two decisions, the first one decides; of that only what its
+sinks take counts. Shown are
 
 - difference: between two neighbouring steps, one with and one without; on a busy machine it says
   less than the next;
-- its own time: what the calls take by themselves, right where they stand in the step, with caches
-  as the backward leaves them, less what reading the clock takes there; and each part of it.
+- telemetry: measuring and telling – gradient norms, operations and seconds of the run, times of
+  steps, and a run folder as a sink;
+- growth: what would have to be done if nothing were measured – alpha and stages move, seeds have
+  learning rates of their own, passes beside the step are asked for.
 
-Of the steps in a block in which gradient norms are due, and of those in which they are not, the
-median counts, as often as they come. The figures are medians over blocks, per step and as a share
-of a step without, and that share's middle half.
+The last two are what the calls take by themselves, right where they stand in the step, with caches
+as the backward leaves them, less what reading the clock takes there. Of the steps in a block in
+which gradient norms are due, and of those in which they are not, the median counts, as often as
+they come. The figures are medians over blocks, per step and as a share of a step without, and that
+share's middle half.
 
-    python benchmarks/telemetry_cost.py [--host cnn decoder] [--steps 500] [--device cpu]
+    python benchmarks/telemetry_cost.py [--host cnn decoder] [--samples 16] [--steps 1000]
+        [--device cpu]
 """
 
 import argparse
@@ -24,8 +28,9 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -39,7 +44,7 @@ from esper.telemetry import RunStore
 from slot_overhead import STAGES, slotted
 from speed_hosts import HOSTS, SpeedHost
 
-BLOCK_STEPS = 50
+BLOCK_STEPS = 100
 """A whole number of the intervals in which gradient norms are measured."""
 
 
@@ -47,6 +52,7 @@ class Stopwatch:
     """Adds up the seconds of what it is held around."""
 
     def __init__(self) -> None:
+        self.stops = 0
         self._seconds = 0.0
         self._started = 0.0
 
@@ -55,9 +61,20 @@ class Stopwatch:
 
     def stop(self, *_: object) -> None:
         self._seconds += time.perf_counter() - self._started
+        self.stops += 1
 
     __enter__ = start
     __exit__ = stop
+
+    def around(self, owner: object, name: str) -> None:
+        """Time every call of a method of one object."""
+        method = getattr(owner, name)
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            with self:
+                return method(*args, **kwargs)
+
+        setattr(owner, name, timed)
 
     def take(self) -> float:
         """Return the seconds since this was asked last."""
@@ -138,7 +155,8 @@ class Watched(Plain):
 
     def __init__(self, host: SpeedHost, store: RunStore) -> None:
         self.after_step, self.meter, self.beside = Stopwatch(), Stopwatch(), Stopwatch()
-        self.sinks = Stopwatch()
+        self.sinks, self.times = Stopwatch(), Stopwatch()
+        self.asked, self.norms = Stopwatch(), Stopwatch()
         self._store = store
         super().__init__(host)
 
@@ -152,11 +170,9 @@ class Watched(Plain):
         # Asked for in each step, made once or twice: a check is no telemetry.
         self.growth.isolation_monitor.interval_steps = 10**9
         self.growth.meter.start()
-
-    @property
-    def norms_due(self) -> bool:
-        """Whether the next step measures gradient norms."""
-        return self.slots.gradient_health.is_due
+        self.asked.around(self.slots.gradient_health, "step_is_due")
+        self.norms.around(self.slots.gradient_health, "measure")
+        self.times.around(self.growth._step_times, "step")  # noqa: SLF001
 
     def step(self) -> None:
         growth, meter = self.growth, self.meter
@@ -193,8 +209,10 @@ class Block:
     step: float
     """Without telemetry."""
     difference: float
-    parts: Mapping[str, float]
-    """Of telemetry, by name."""
+    telemetry: Mapping[str, float]
+    """Its parts, by name."""
+    growth: Mapping[str, float]
+    """Parts of what growth does besides."""
 
 
 def measure(watched: Watched, plain: Plain) -> Block:
@@ -203,33 +221,38 @@ def measure(watched: Watched, plain: Plain) -> Block:
         loop.step()
     watches = (
         *(watched.hooks, watched.after_step, watched.meter, watched.beside),
-        *(plain.hooks, plain.nothing),
+        *(watched.norms, watched.asked, watched.times, plain.hooks, plain.nothing),
     )
     for watch in (*watches, watched.sinks):
         watch.take()
-    times: list[tuple[float, float]] = []
+    times_of_steps: list[tuple[float, float]] = []
     taken: list[list[float]] = []
     due: list[bool] = []
     for index in range(BLOCK_STEPS):
-        due.append(watched.norms_due)
+        measured = watched.norms.stops
         pair = [0.0, 0.0]
         for which in (0, 1) if index % 2 == 0 else (1, 0):
             pair[which] = step_seconds((watched, plain)[which])
-        times.append((pair[0], pair[1]))
+        times_of_steps.append((pair[0], pair[1]))
         taken.append([watch.take() for watch in watches])
+        due.append(watched.norms.stops > measured)
     watched.decide()
-    hooks, after_step, meter, beside, no_hooks, nothing = (
+    hooks, after_step, meter, beside, norms, asked, times, no_hooks, nothing = (
         typical(seconds, due) for seconds in zip(*taken, strict=True)
     )
     return Block(
-        step=statistics.median(without for _, without in times),
-        difference=typical([with_it - without for with_it, without in times], due),
-        parts={
-            "optimizer hooks": hooks - no_hooks,  # the watch's own hooks are part of either
-            "after_step": after_step - nothing,
-            "meter.batch": meter - 2 * nothing,
-            "passes beside the step, not due": beside - 2 * nothing,
+        step=statistics.median(without for _, without in times_of_steps),
+        difference=typical([with_it - without for with_it, without in times_of_steps], due),
+        telemetry={
+            "gradient norms": norms + asked - nothing,
+            "times of steps": times - nothing,
+            "operations, seconds": meter - 2 * nothing,
             "sinks": watched.sinks.take() / BLOCK_STEPS,
+        },
+        growth={
+            "optimizer hooks": hooks - no_hooks - norms - asked,  # the watch's own are part of both
+            "after_step": after_step - nothing - times,
+            "passes beside the step, not due": beside - 2 * nothing,
         },
     )
 
@@ -258,9 +281,11 @@ def table_of(blocks: Sequence[Block]) -> Table:
         table.add_column(column, justify="right")
     rows = {
         "difference": [block.difference for block in blocks],
-        "its own time": [sum(block.parts.values()) for block in blocks],
     }
-    rows |= {f"  {name}": [block.parts[name] for block in blocks] for name in blocks[0].parts}
+    for whole in ("telemetry", "growth"):
+        parts: list[Mapping[str, float]] = [getattr(block, whole) for block in blocks]
+        rows[whole] = [sum(part.values()) for part in parts]
+        rows |= {f"  {name}": [part[name] for part in parts] for name in parts[0]}
     for name, seconds in rows.items():
         shares = [taken / block.step for taken, block in zip(seconds, blocks, strict=True)]
         low, middle, high = statistics.quantiles(shares, n=4)
@@ -271,6 +296,13 @@ def table_of(blocks: Sequence[Block]) -> Table:
             f"{low:.3%} – {high:.3%}",
         )
     return table
+
+
+def smaller(host: SpeedHost, samples: int | None) -> SpeedHost:
+    """Return the host with so many samples in a batch; None leaves them as they are."""
+    if samples is None:
+        return host
+    return replace(host, inputs=host.inputs[:samples], labels=host.labels[:samples])
 
 
 def blocks_of(host: SpeedHost, steps: int) -> list[Block]:
@@ -289,7 +321,8 @@ def blocks_of(host: SpeedHost, steps: int) -> list[Block]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--host", nargs="+", choices=HOSTS, default=["cnn", "decoder"])
-    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--samples", type=int, help="in a batch; default as the host has them")
+    parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     if options.steps < 2 * BLOCK_STEPS:
@@ -301,7 +334,7 @@ def main() -> None:
     )
     for name in options.host:
         torch.manual_seed(0)
-        blocks = blocks_of(HOSTS[name](options.device), options.steps)
+        blocks = blocks_of(smaller(HOSTS[name](options.device), options.samples), options.steps)
         step = 1e3 * statistics.median(block.step for block in blocks)
         console.print(f"\n{name}, {step:.2f} ms a step without")
         console.print(table_of(blocks))

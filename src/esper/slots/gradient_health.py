@@ -97,16 +97,12 @@ class GradientHealth:
 
     def step_is_due(self) -> bool:
         """Count an optimizer step that is about to be made, and return whether to measure it."""
-        due = self.is_due
-        self._steps += 1
-        if not due:
-            self._clipped = {}
-        return due
-
-    @property
-    def is_due(self) -> bool:
-        """Whether to measure the step that comes next."""
-        return self._steps % self.interval_steps == 0 or self._steps == _SOON_STEPS
+        steps = self._steps
+        self._steps = steps + 1
+        if steps % self.interval_steps == 0 or steps == _SOON_STEPS:
+            return True
+        self._clipped = {}
+        return False
 
     def decided(self) -> None:
         """Begin to count steps anew: what the network is may have changed."""

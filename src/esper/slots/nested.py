@@ -61,7 +61,10 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
         yield from tensors_in(list(value.values()))
     elif isinstance(value, (tuple, list)):
         for item in value:
-            yield from tensors_in(item)
+            if isinstance(item, Tensor):  # each step asks this of its batch
+                yield item
+            else:
+                yield from tensors_in(item)
 
 
 def replace_first(output: Any, features: Tensor) -> Any:

@@ -206,17 +206,21 @@ class CostMeter:
             if known is None:
                 del self._known[key]
 
-    @contextmanager
-    def _counted(self, *what: Hashable) -> Iterator[None]:
+    def _counted(self, *what: Hashable) -> AbstractContextManager[None]:
+        """Count something that costs the same each time; what is known is added up at once."""
         key = (self._slots.structure(), *what)
-        counter = None if key in self._known else flop_counter()
-        if counter is None:
+        known = self._known.get(key)
+        if known is None:
+            return self._counted_first(key)
+        self._flops[_Purpose.TRAINING] += known
+        return _NOT_COUNTED
+
+    @contextmanager
+    def _counted_first(self, key: Hashable) -> Iterator[None]:
+        # What compiled code does cannot be counted.
+        with torch.compiler.set_stance("force_eager"), flop_counter() as counter:
             yield
-        else:  # what compiled code does cannot be counted
-            with torch.compiler.set_stance("force_eager"), counter:
-                yield
-        if counter is not None:
-            self._known[key] = counter.get_total_flops()
+        self._known[key] = counter.get_total_flops()
         self._flops[_Purpose.TRAINING] += self._known[key]
 
 

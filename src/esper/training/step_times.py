@@ -1,20 +1,27 @@
 """How long steps take, and how much longer with a seed than before it was there."""
 
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
+from statistics import median
 
-from esper.training.step_timer import StepTimer
+_WINDOW = 64
+_MIN_STEPS = 8
 
 
 class StepTimes:
     """Times the steps of a network that grows; a new seed lets it begin anew, and compare.
+
+    From the wall clock between steps; never waits for a device.
 
     Args:
         clock: Monotonic seconds.
     """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
-        self._timer = StepTimer(clock)
+        self._clock = clock
+        self._last: float | None = None
+        self._seconds: deque[float] = deque(maxlen=_WINDOW)
         self._before: dict[str, float | None] = {}
         """The median step before a slot's last seed was there, by slot."""
         self._network_changes = False
@@ -22,19 +29,21 @@ class StepTimes:
 
     @property
     def median_seconds(self) -> float | None:
-        """The median step, or None before there are enough of them."""
-        return self._timer.median_seconds
+        """The median of the last steps, or None before there are enough of them."""
+        return median(self._seconds) if len(self._seconds) >= _MIN_STEPS else None
 
     def step(self) -> None:
         """Note that a step has ended."""
         if self._network_changes:
-            self._timer.restart()
-            self._network_changes = False
-        self._timer.step()
+            self._begin_anew()
+        now = self._clock()
+        if self._last is not None:
+            self._seconds.append(now - self._last)
+        self._last = now
 
     def pause(self) -> None:
-        """Leave out the time until the next step."""
-        self._timer.pause()
+        """Leave out the time until the next step, as for an evaluation."""
+        self._last = None
 
     def network_changes(self) -> None:
         """Forget the steps so far when the next one has been made."""
@@ -57,5 +66,9 @@ class StepTimes:
     def load_state_dict(self, before: Mapping[str, float | None]) -> None:
         """Go on from there; steps are timed anew."""
         self._before = dict(before)
-        self._timer.restart()
+        self._begin_anew()
+
+    def _begin_anew(self) -> None:
+        self._seconds.clear()
+        self._last = None
         self._network_changes = False
