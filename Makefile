@@ -91,6 +91,7 @@ benchmarks: $(VENV)/.dev chromium redis
 	$(BIN)/python benchmarks/slot_overhead.py --compile regional
 	$(BIN)/python benchmarks/compile_lifecycle.py
 	$(BIN)/python benchmarks/telemetry_cost.py
+	$(BIN)/python benchmarks/telemetry_cost.py --host cnn --samples 2
 	$(BIN)/python benchmarks/isolation_monitor.py
 	$(BIN)/python benchmarks/snapshot_cost.py
 	$(BIN)/python benchmarks/dashboard_load.py
