@@ -284,10 +284,23 @@ def test_folder_that_holds_a_run_is_refused_and_left_alone(tmp_path: Path) -> No
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_a_run_that_could_not_begin_leaves_its_folder_free(tmp_path: Path) -> None:
+@pytest.mark.parametrize("fails", ["environment", "opening", "filling"])
+def test_a_run_that_could_not_begin_leaves_its_folder_free(
+    fails: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        assert (tmp_path / "config.json").exists()
+        raise OSError("no space left")
+
     (tmp_path / "notes.txt").write_text("mine", encoding="utf-8")
-    with pytest.raises(TypeError, match="not JSON serializable"):  # the config is written by then
-        RunStore(tmp_path, config={}, environment={"device": object()})
+    environment = {"device": object()} if fails == "environment" else {}
+    with monkeypatch.context() as broken:
+        if fails == "opening":
+            broken.setattr(run_store, "CommandLog", full)
+        elif fails == "filling":
+            broken.setattr(RunStore, "_set", full)
+        with pytest.raises((OSError, TypeError)):
+            RunStore(tmp_path, config={}, environment=environment)
     assert sorted(file.name for file in tmp_path.iterdir()) == [".lock", "notes.txt"]
     RunStore(tmp_path, config={}, environment={}).close()
 

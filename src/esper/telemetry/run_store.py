@@ -74,16 +74,17 @@ class RunStore:
     ) -> None:
         _check_no_run(folder)  # before anything is made in it
 
-        def begin() -> None:
+        def begin(undoing: ExitStack) -> None:
             _check_no_run(folder)  # another process may have been quicker
             undoing.callback(_remove_run, folder)
             write_json(folder / CONFIG_FILE, config)
             write_json(folder / ENVIRONMENT_FILE, environment)
 
         folder.mkdir(parents=True, exist_ok=True)
-        with ExitStack() as undoing:
-            self._open(folder, begin)
-            with self._let_go_on_error(), self._transaction():
+        self._open(folder, begin)
+        with self._let_go_on_error(), ExitStack() as undoing:
+            undoing.callback(_remove_run, folder)
+            with self._transaction():
                 for statement in filter(str.strip, _SCHEMA.split(";")):
                     self._database.execute(statement)
                 self._set("store_version", str(STORE_VERSION))
@@ -100,7 +101,7 @@ class RunStore:
     def _open(
         self,
         folder: Path,
-        begin: Callable[[], None] = lambda: None,
+        begin: Callable[[ExitStack], None] = lambda _: None,
         *,
         busy_seconds: float = BUSY_SECONDS,
     ) -> None:
@@ -108,14 +109,15 @@ class RunStore:
 
         Args:
             folder: Of the run.
-            begin: Is called once no other process can write the folder.
+            begin: Is called once no other process can write the folder, with what is undone before
+                another can if this fails.
             busy_seconds: To wait for a process that reads the database.
         """
         self.folder = folder
         with ExitStack() as undoing:
             self._lock = WriterLock(folder)
             undoing.callback(self._lock.release)
-            begin()
+            begin(undoing)
             self._database = sqlite3.connect(
                 folder / DATABASE_FILE, isolation_level=None, timeout=busy_seconds
             )
@@ -206,7 +208,7 @@ def _check_no_run(folder: Path) -> None:
 
 
 def _remove_run(folder: Path) -> None:
-    """Remove what was made of a run that could not begin; its lock stays, somebody may wait."""
+    """Remove what was made of a run that cannot begin, while its folder is locked."""
     for name in RUN_FILES:
         if name != LOCK_FILE:
             (folder / name).unlink(missing_ok=True)
@@ -237,7 +239,7 @@ class ReopenedRunStore(RunStore):
     def __init__(self, folder: Path, *, after_step: int, unfinished: bool = False) -> None:
         reader = RunReader(folder)
 
-        def begin() -> None:
+        def begin(_: ExitStack) -> None:
             if unfinished:
                 check_unfinished(RunReader(folder))
 
