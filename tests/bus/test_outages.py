@@ -224,11 +224,13 @@ def test_what_finds_no_room_in_a_long_outage_is_counted_and_nothing_else_is_miss
         bus.close()
     steps = stored_steps(mirror)
     assert set(steps.values()) == {1}
-    assert set(bus.acknowledged) == set(steps)
+    assert set(bus.acknowledged) <= set(steps)
+    unsure = len(set(steps) - set(bus.acknowledged))  # had arrived when the server was killed
     assert missed_in(mirror) == missed > 1000
     assert {*range(0, training.published, 97)} <= set(steps)  # none of the critical ones
     regained = [event for event in training.outages if isinstance(event, BusRegained)]
-    assert [event.lost_messages + training.state._lost_messages for event in regained] == [missed]
+    (lost,) = (event.lost_messages + training.state._lost_messages for event in regained)
+    assert lost == missed + unsure
     assert regained[0].lost_messages > 0.9 * missed  # few while the spool was still full
 
 

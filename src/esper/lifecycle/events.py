@@ -516,7 +516,8 @@ class BusRegained(_Event):
     seconds: float
     """That it was away."""
     lost_messages: int
-    """That found no room meanwhile."""
+    """That found no room meanwhile. What was on its way when the bus went may have arrived all the
+    same, which nobody here can know; what is missing for sure is in the router's run folder."""
 
 
 class CachesSwept(_Event):
