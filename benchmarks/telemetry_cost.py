@@ -138,10 +138,6 @@ class Plain:
         with self.nothing:
             pass
         self.loss().backward()
-        self.learn()
-
-    def learn(self) -> None:
-        """Let the optimizer make its step."""
         self.optimizer.step()
         self.optimizer.zero_grad()
 
@@ -166,6 +162,7 @@ class Watched(Plain):
             self.optimizer,
             policy=Waiting(),
             sinks=[TimedSink(self._store, self.sinks)],
+            count_flops=True,
         )
         # Asked for in each step, made once or twice: a check is no telemetry.
         self.growth.isolation_monitor.interval_steps = 10**9
@@ -176,17 +173,17 @@ class Watched(Plain):
 
     def step(self) -> None:
         growth, meter = self.growth, self.meter
-        with self.beside:
-            growth.check_isolation(self.loss)
         meter.start()
-        with growth.meter.batch((self.host.inputs, self.host.labels)):
+        with growth.meter.step([(self.host.inputs, self.host.labels)]):
             meter.stop()
             with self.beside:
+                growth.check_isolation(self.loss)
                 growth.shadow_pass(self.loss)
             self.loss().backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
             meter.start()
         meter.stop()
-        self.learn()
         with self.after_step:
             growth.after_step()
 
@@ -252,7 +249,7 @@ def measure(watched: Watched, plain: Plain) -> Block:
         growth={
             "optimizer hooks": hooks - no_hooks - norms - asked,  # the watch's own are part of both
             "after_step": after_step - nothing - times,
-            "passes beside the step, not due": beside - 2 * nothing,
+            "passes beside the step, not due": beside - nothing,
         },
     )
 

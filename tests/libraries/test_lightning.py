@@ -334,7 +334,7 @@ def test_weights_that_cannot_be_built_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no state"):
         fit(carried[:100])
     newer = io.BytesIO(carried.numpy().tobytes().replace(b'version":2', b'version":9'))
-    with pytest.raises(ValueError, match="format version 9; this esper reads version 2"):
+    with pytest.raises(ValueError, match="format version 9; this esper reads version 3"):
         fit(torch.frombuffer(bytearray(newer.read()), dtype=torch.uint8))
 
 

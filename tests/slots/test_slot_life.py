@@ -340,7 +340,9 @@ def test_a_seed_that_raises_is_pruned_and_training_goes_on(
     plain.load_state_dict(host)
     torch.manual_seed(0)
     expected = plain(b.inputs).detach()
+    structure = b.slots.structure()
     assert torch.equal(b.output(), expected)
+    assert b.slots.structure() != structure, "the rest of this step runs without the seed"
 
     events = b.slots.tick()
     assert [type(event) for event in events] == [SeedFailed, SeedPruned, StageChanged]

@@ -32,6 +32,47 @@ def test_living_slots_are_those_with_a_living_seed(hosts: Any, grow: Any) -> Non
     assert slots.living_slots == (second,)
 
 
+def test_structure_changes_with_what_a_step_runs_and_with_nothing_else(
+    hosts: Any, advance_to: Any
+) -> None:
+    case = hosts["mlp"]
+    model, inputs = case.build(), case.inputs()
+    config = esper.SlotConfig(isolation="training")
+    slots = esper.attach(model, case.targets, example=inputs, config=config)
+    slot, other = slots.values()
+    other.germinate("mlp")  # commits and prunes must tell also where another seed lives on
+    seen: list[Any] = []
+
+    def has_changed() -> bool:
+        structure = slots.structure()
+        assert slots.structure() == structure, "to ask changes nothing"
+        seen.append(structure)
+        return structure not in seen[:-1]
+
+    assert has_changed()
+    slot.germinate("mlp")
+    assert has_changed()
+    for stage in (SeedStage.TRAINING, SeedStage.BLENDING, SeedStage.SHADOWING):
+        before = slot.kind
+        advance_to(slot, stage)
+        assert has_changed() == (slot.kind != before)
+        if stage is SeedStage.BLENDING:
+            slot.set_alpha_target(1.0, 0)
+        model(inputs)
+        slots.tick()
+        with slot.left_out(), slot.cast_shadow(), slot.sit_out():
+            assert not has_changed()
+    advance_to(slot, SeedStage.PROBATIONARY)
+    assert has_changed()
+    slot.commit()
+    assert has_changed()
+    other.prune()
+    assert has_changed()
+    kept = slots.state_dict()
+    slots.load_state_dict(kept)
+    assert has_changed()
+
+
 def test_choices_are_what_fits_by_cost_and_follow_the_registry(hosts: Any, advance_to: Any) -> None:
     case = hosts["tokens"]
     model = case.build()

@@ -293,7 +293,7 @@ def test_another_version_is_told_with_both(version: Any, tmp_path: Path) -> None
         for name, data in kept.items():
             (writing / name).write_bytes(data)
     trainer, _, checkpoints = fresh(tmp_path)
-    words = f"has format version {version!r}; this esper reads version 6"
+    words = f"has format version {version!r}; this esper reads version 7"
     with pytest.raises(CheckpointError, match=words):
         checkpoints.resume(trainer)
 

@@ -112,7 +112,7 @@ def test_no_second_is_lost_where_the_meter_is_read_or_started_again() -> None:
     meter = CostMeter(slots, count_flops=False, clock=ticking([10.0, 13.0, 17.0]))
     meter.start()
     kept = meter.state_dict()
-    assert kept["TRAINING"]["seconds"] == 3.0
+    assert kept["training"]["seconds"] == 3.0
     meter.start()
     meter.stop()
     assert meter.cost.training.seconds == 3.0 + 4.0
@@ -176,40 +176,62 @@ def test_what_goes_by_after_a_run_was_broken_off_is_no_cost_of_it(problem: Probl
     assert meter.cost.total.seconds == len(hours._batches)
 
 
-def test_a_step_of_the_optimizer_that_is_skipped_costs_nothing() -> None:
-    class MatrixSGD(torch.optim.SGD):
-        @torch.no_grad()
-        def step(self, closure: Any = None) -> None:
-            for parameter in self.param_groups[0]["params"]:
-                parameter.sub_(1e-6 * parameter.grad @ parameter.grad.T)
+class MatrixSGD(torch.optim.SGD):
+    """Makes a matrix product per step."""
 
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for parameter in self.param_groups[0]["params"]:
+            parameter.sub_(1e-6 * parameter.grad @ parameter.grad.T)
+
+
+def test_a_step_of_the_optimizer_that_is_skipped_costs_its_passes_only() -> None:
     model = nn.Sequential(nn.Linear(8, 8, bias=False))
     slots = esper.attach(model, ["0"], example=torch.zeros(1, 8))
     optimizer = MatrixSGD(model.parameters(), lr=0.1)
-    slots.bind(optimizer)
-    meter, scaler = (
-        CostMeter(slots, count_flops=True),
-        LossScaler(torch.device("cpu"), enabled=True),
-    )
-    flops = []
-    for factor in (math.inf, 1.0, 1.0, math.inf):
-        scaler.scale(model(torch.ones(1, 8)).sum() * factor).backward()
-        with meter.optimizer_step():
+    growth = esper.Growth(slots, optimizer, policy=policy(), count_flops=True)
+    scaler, product = LossScaler(torch.device("cpu"), enabled=True), 2 * 8 * 8 * 8
+    expected = 0
+    # Of a known size or not, a step is skipped or made.
+    for rows, factor in ((1, math.inf), (1, 1.0), (1, 1.0), (1, math.inf), (1, 1.0), (2, math.inf)):
+        inputs = torch.ones(rows, 8)
+        with growth.meter.step([(inputs,)]):
+            scaler.scale(model(inputs).sum() * factor).backward()
             scaler.step(optimizer)
         optimizer.zero_grad()
-        slots.tick()
-        flops.append(meter.cost.training.flops)
-    one = 2 * 8 * 8 * 8
-    assert flops == [0, one, 2 * one, 2 * one]
+        growth.after_step()
+        forward_and_weight_gradient = 2 * (2 * rows * 8 * 8)
+        expected += forward_and_weight_gradient + product * (factor == 1.0)
+        assert growth.meter.cost.training.flops == expected
 
 
 def test_a_batch_of_another_size_is_counted_by_its_own() -> None:
     model = nn.Sequential(nn.Linear(2, 2))
     slots = esper.attach(model, ["0"], example=torch.zeros(1, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    slots.bind(optimizer)
     meter = CostMeter(slots, count_flops=True)
-    for rows in (8, 8, 3):
+    for rows in (8, 8, 3, 8):
         inputs = torch.randn(rows, 2)
-        with meter.batch((inputs,)):
+        with meter.step([(inputs,)]):
             model(inputs).sum().backward()
+            optimizer.step()
     forward_and_weight_gradient = 2 * (2 * 2 * 2)
-    assert meter.cost.training.flops == (8 + 8 + 3) * forward_and_weight_gradient
+    assert meter.cost.training.flops == (8 + 8 + 3 + 8) * forward_and_weight_gradient
+
+
+def test_what_is_counted_apart_inside_a_step_is_none_of_it() -> None:
+    model = nn.Sequential(nn.Linear(2, 2))
+    slots = esper.attach(model, ["0"], example=torch.zeros(1, 2))
+    meter, inputs = CostMeter(slots, count_flops=True), torch.randn(4, 2)
+    forward = 2 * 4 * 2 * 2
+    for made in (1, 2, 3):
+        with meter.step([(inputs,)]):
+            with meter.decision():
+                model(inputs)
+                with meter.evaluation():
+                    model(inputs)
+            model(inputs).sum().backward()
+        assert meter.cost.training.flops == made * 2 * forward
+        assert meter.cost.decision.flops == made * forward
+        assert meter.cost.evaluation.flops == made * forward

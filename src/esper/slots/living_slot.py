@@ -292,10 +292,16 @@ class LivingSlot(SlotForward):
             isolated=not in_blend or self.isolation is Isolation.SHADOWING,
         )
 
+    def _forward_changes(self) -> None:
+        if self._owner is not None:
+            self._owner.forward_changes()
+
     def _follow_stage(self) -> None:
         stage = self.stage
         self._shadow_passes, self._shadow_gradient_came = 0, False
         kind = self._kind_in(stage)
+        if kind != self.kind:
+            self._forward_changes()
         self.mode, self.num_inlined, self.isolated = kind.mode, kind.num_inlined, kind.isolated
         self.active = self.num_inlined > 0 or self.mode is not ForwardMode.PASS_THROUGH
         self._note_branches()

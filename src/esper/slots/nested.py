@@ -1,6 +1,6 @@
 """Tensors in nested tuples, lists and mappings, as modules take and return them."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -53,18 +53,22 @@ def to_device(value: Any, device: torch.device | None) -> Any:
     return rebuilt if changed else value
 
 
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Yield every tensor in the value's tuples, lists and mappings."""
+def tensors_in(value: Any) -> list[Tensor]:
+    """Return every tensor in the value's tuples, lists and mappings."""
+    found: list[Tensor] = []
+    _collect_tensors(value, found)
+    return found
+
+
+def _collect_tensors(value: Any, found: list[Tensor]) -> None:
     if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        yield from tensors_in(list(value.values()))
-    elif isinstance(value, (tuple, list)):
+        found.append(value)
+    elif isinstance(value, (tuple, list)):  # asked first: of a mapping it takes longer
         for item in value:
-            if isinstance(item, Tensor):  # each step asks this of its batch
-                yield item
-            else:
-                yield from tensors_in(item)
+            _collect_tensors(item, found)
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            _collect_tensors(item, found)
 
 
 def replace_first(output: Any, features: Tensor) -> Any:

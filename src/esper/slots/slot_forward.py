@@ -261,6 +261,9 @@ class SlotForward(nn.Module):
         failure, self._failure = self._failure, None
         return failure
 
+    def _forward_changes(self) -> None:
+        """What the forward does is about to change for good."""
+
     def _increment_behind(
         self, branch: nn.Module, detached: Tensor, call: CallArguments
     ) -> Tensor | None:
@@ -300,6 +303,7 @@ class SlotForward(nn.Module):
             if branch is not self.living or stops_recomputation(error):
                 raise
             self._failure = f"{type(error).__name__}: {error}"
+            self._forward_changes()
             self.mode = ForwardMode.PASS_THROUGH
             self.num_inlined = self.num_committed
             return None

@@ -42,5 +42,8 @@ class SlotOwner(Protocol):
     def seed_committed(self, path: str, branch: SeedBranch) -> None:
         """Take note that a seed passed to the host."""
 
+    def forward_changes(self) -> None:
+        """Take note that what a slot's forward does changes for good."""
+
     def leftovers(self, path: str) -> tuple[str, ...]:
         """Return what is still found of the last removed seed."""

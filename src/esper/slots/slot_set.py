@@ -55,7 +55,7 @@ class SlotSet(Mapping[str, SeedSlot]):
         self._pruned = PrunedSeeds()
         self._host_parameters: list[nn.Parameter] | None = None
         self._living_slots: tuple[SeedSlot, ...] | None = None
-        self._seeds_changed = 0
+        self._structure = 0
 
     def __getitem__(self, path: str) -> SeedSlot:
         try:
@@ -306,8 +306,7 @@ class SlotSet(Mapping[str, SeedSlot]):
 
         While it stays equal a step runs the same operations on the same shapes.
         """
-        modes = [(slot.mode, slot.isolated, slot.num_inlined) for slot in self._slots.values()]
-        return (self._seeds_changed, *modes)
+        return self._structure
 
     def read_gradient_health(self, slot: SeedSlot) -> GradientReading | None:
         """Return the slot's gradient norms since the last reading. Waits for the device."""
@@ -492,10 +491,14 @@ class SlotSet(Mapping[str, SeedSlot]):
 
     def seed_committed(self, path: str, branch: SeedBranch) -> None:
         """Move a committed seed's parameters to the host's group."""
-        self._host_parameters = self._living_slots = None
+        self._note_seeds_changed()
         self.gradient_health.forget(_owner_name(path))
         if self.binding is not None:
             self.binding.commit(path, branch)
+
+    def forward_changes(self) -> None:
+        """Take note that a step's operations will be others."""
+        self._structure += 1
 
     def leftovers(self, path: str) -> tuple[str, ...]:
         """Return where anything of the slot's last pruned seed is still found."""
@@ -519,7 +522,7 @@ class SlotSet(Mapping[str, SeedSlot]):
 
     def _note_seeds_changed(self) -> None:
         self._host_parameters = self._living_slots = None
-        self._seeds_changed += 1
+        self._structure += 1
 
     def _renew_block_masks(self) -> None:
         """Drop every block mask; what the slots' own lengths need is there for compiled graphs."""

@@ -89,7 +89,7 @@ class Growth:
         self.compiled = compiled
         self.isolation_monitor = IsolationMonitor(slots)
         self.meter = CostMeter(slots, count_flops=count_flops)
-        """What the run costs. A loop of one's own wraps its batches in `meter.batch`, and calls
+        """What the run costs. A loop of one's own wraps its steps in `meter.step`, and calls
         `meter.start` where time begins to count and `meter.stop` where it does not."""
         self.epoch = 0
         self.step = 0
@@ -147,6 +147,9 @@ class Growth:
         """
         self.step += 1
         self._step_times.step()
+        binding = self.slots.binding
+        if binding is not None and not binding.has_stepped:
+            self.meter.optimizer_has_skipped()
         events = self.slots.tick()
         if events:
             self.publish(events)

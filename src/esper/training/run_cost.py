@@ -3,8 +3,7 @@
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
-from enum import Enum
+from dataclasses import asdict, dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -57,10 +56,12 @@ class RunCost:
         return self.training + self.evaluation + self.decision
 
 
-class _Purpose(Enum):
-    TRAINING = 0
-    EVALUATION = 1
-    DECISION = 2
+@dataclass
+class _Spent:
+    """On one purpose, so far."""
+
+    flops: int = 0
+    seconds: float = 0.0
 
 
 class CostMeter:
@@ -88,39 +89,35 @@ class CostMeter:
         self._slots = slots
         self._count = count_flops
         self._clock = clock
-        self._known: dict[Hashable, int] = {}
-        self._flops = dict.fromkeys(_Purpose, 0)
-        self._seconds = dict.fromkeys(_Purpose, 0.0)
-        self._purpose = _Purpose.TRAINING
+        self._known: dict[Hashable, tuple[int, int]] = {}
+        """Operations of a step, and how many of them are the optimizer's."""
+        self._optimizer_flops = 0
+        """Of the last step, where it was known."""
+        self._counted_inside = 0
+        """Of what the innermost counter has seen, operations that another one has counted."""
+        self._spent = {purpose: _Spent() for purpose in ("training", "evaluation", "decision")}
+        self._training = self._purpose = self._spent["training"]
         self._mark: float | None = None
 
     @property
     def cost(self) -> RunCost:
         """What has been spent so far."""
-        costs = {
-            purpose: Cost(
-                flops=self._flops[purpose] if self._count else None, seconds=self._seconds[purpose]
-            )
-            for purpose in _Purpose
-        }
         return RunCost(
-            training=costs[_Purpose.TRAINING],
-            evaluation=costs[_Purpose.EVALUATION],
-            decision=costs[_Purpose.DECISION],
+            **{
+                purpose: Cost(flops=spent.flops if self._count else None, seconds=spent.seconds)
+                for purpose, spent in self._spent.items()
+            }
         )
 
     def state_dict(self) -> dict[str, Any]:
         """Return what has been spent so far."""
         self._take_time()
-        return {
-            purpose.name: {"flops": self._flops[purpose], "seconds": self._seconds[purpose]}
-            for purpose in _Purpose
-        }
+        return {purpose: asdict(spent) for purpose, spent in self._spent.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on counting from there."""
-        self._flops = {purpose: state[purpose.name]["flops"] for purpose in _Purpose}
-        self._seconds = {purpose: state[purpose.name]["seconds"] for purpose in _Purpose}
+        for purpose, spent in self._spent.items():
+            spent.flops, spent.seconds = state[purpose]["flops"], state[purpose]["seconds"]
 
     def start(self) -> None:
         """Begin to take the time, unless it is taken; what came before was setting up."""
@@ -143,85 +140,97 @@ class CostMeter:
             if running:
                 self.start()
 
-    def batch(self, batch: Any) -> AbstractContextManager[None]:
-        """Count a batch's forward and backward.
+    def step(self, batches: Any) -> AbstractContextManager[None]:
+        """Count an optimizer step: its forwards, its backwards, and what the optimizer does.
+
+        What elementwise optimizers do counts as nothing, the matrix products of others count.
 
         Args:
-            batch: Its tensors' shapes, with the slots' structure, are what the count depends on.
+            batches: Whose gradients it takes together. Their tensors' shapes, with the slots'
+                structure, are what the count depends on.
+
+        The optimizer steps inside the block, once; a step that it skips is told afterwards, by
+        `optimizer_has_skipped`, which `Growth.after_step` does.
         """
         if not self._count:
             return _NOT_COUNTED
-        return self._counted("batch", tuple(tensor.shape for tensor in tensors_in(batch)))
+        key = (self._slots.structure(), tuple([tensor.shape for tensor in tensors_in(batches)]))
+        known = self._known.get(key)
+        if known is None:
+            return self._counted_first(key)
+        flops, self._optimizer_flops = known
+        self._training.flops += flops
+        return _NOT_COUNTED
 
-    def optimizer_step(self) -> AbstractContextManager[None]:
-        """Count an optimizer's step: nothing for elementwise ones, matrix products for others.
-
-        One that is skipped, as GradScaler does, costs nothing.
-        """
-        return self._optimizer_step() if self._count else _NOT_COUNTED
+    def optimizer_has_skipped(self) -> None:
+        """Take back what was counted of the optimizer in the last step: it has made none."""
+        self._training.flops -= self._optimizer_flops
+        self._optimizer_flops = 0
 
     @contextmanager
     def decision(self) -> Iterator[None]:
         """Count what is done in order to decide, and take its time apart."""
-        with self._apart(_Purpose.DECISION):
+        with self._apart("decision"):
             yield
 
     @contextmanager
     def evaluation(self) -> Iterator[None]:
         """Count a plain evaluation, and take its time apart; inside a decision it is none of it."""
-        with self._apart(_Purpose.EVALUATION):
+        with self._apart("evaluation"):
             yield
 
     @contextmanager
-    def _apart(self, purpose: "_Purpose") -> Iterator[None]:
+    def _apart(self, purpose: str) -> Iterator[None]:
         self._take_time()
-        around, self._purpose = self._purpose, purpose
-        counter = flop_counter() if self._count else None
+        around, self._purpose = self._purpose, self._spent[purpose]
         try:
-            with counter or nullcontext():
+            with self._counting(self._purpose) if self._count else nullcontext():
                 yield
         finally:
             self._take_time()
             self._purpose = around
-            if counter is not None:
-                spent = counter.get_total_flops()
-                self._flops[purpose] += spent
-                if around is not _Purpose.TRAINING:  # its own counter has seen them too
-                    self._flops[around] -= spent
 
     def _take_time(self) -> None:
         if self._mark is not None:
             now = self._clock()
-            self._seconds[self._purpose] += now - self._mark
+            self._purpose.seconds += now - self._mark
             self._mark = now
 
     @contextmanager
-    def _optimizer_step(self) -> Iterator[None]:
-        key, binding = (self._slots.structure(), "optimizer"), self._slots.binding
-        known = self._known.get(key)
-        with self._counted("optimizer"):
-            yield
-        if binding is not None and not binding.has_stepped:
-            self._flops[_Purpose.TRAINING] -= self._known[key]
-            if known is None:
-                del self._known[key]
+    def _counted_first(self, key: Hashable) -> Iterator[None]:
+        binding, before = self._slots.binding, self._training.flops
+        seen: list[int] = []
+        # What compiled code does cannot be counted.
+        with torch.compiler.set_stance("force_eager"), self._counting(self._training) as counter:
 
-    def _counted(self, *what: Hashable) -> AbstractContextManager[None]:
-        """Count something that costs the same each time; what is known is added up at once."""
-        key = (self._slots.structure(), *what)
-        known = self._known.get(key)
-        if known is None:
-            return self._counted_first(key)
-        self._flops[_Purpose.TRAINING] += known
-        return _NOT_COUNTED
+            def see(*_: Any) -> None:
+                seen.append(counter.get_total_flops())
+
+            hooks = []
+            if binding is not None:
+                hooks.append(binding.optimizer.register_step_pre_hook(see))
+                hooks.append(binding.optimizer.register_step_post_hook(see))
+            try:
+                yield
+            finally:
+                for hook in hooks:
+                    hook.remove()
+        self._optimizer_flops = 0
+        if binding is not None and binding.has_stepped:  # else it is counted again the next time
+            before_optimizer, after_optimizer = seen
+            self._known[key] = (self._training.flops - before, after_optimizer - before_optimizer)
 
     @contextmanager
-    def _counted_first(self, key: Hashable) -> Iterator[None]:
-        # What compiled code does cannot be counted.
-        with torch.compiler.set_stance("force_eager"), flop_counter() as counter:
-            yield
-        self._known[key] = counter.get_total_flops()
-        self._flops[_Purpose.TRAINING] += self._known[key]
+    def _counting(self, spent: _Spent) -> Iterator[FlopCounterMode]:
+        """Add what the block takes, but for what is counted apart inside of it."""
+        around, self._counted_inside = self._counted_inside, 0
+        with flop_counter() as counter:
+            try:
+                yield counter
+            finally:
+                total = counter.get_total_flops()
+                spent.flops += total - self._counted_inside
+                self._counted_inside = around + total
 
 
 def flop_counter() -> FlopCounterMode:

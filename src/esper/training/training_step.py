@@ -79,34 +79,33 @@ class TrainingStep:
         Returns:
             Their mean loss, 0-dim; None if the step was skipped, which is published.
         """
-        total: Tensor | None = None
-        for number, batch in enumerate(batches, start=1):
-            inputs, targets = to_device(batch, self._input_device)
-            last = number == len(batches)
-            # Beside the step the model itself runs: a wrapper would wait for its gradients.
-            beside = functools.partial(
-                self._loss_of, self._slots.model, inputs, targets, len(batches)
-            )
-            scaled = functools.partial(self._scaled, beside)
-            if last:
-                self._growth.check_isolation(scaled)
-            with self._growth.meter.batch((inputs, targets)):
+        with self._growth.meter.step(batches):
+            total: Tensor | None = None
+            for number, batch in enumerate(batches, start=1):
+                inputs, targets = to_device(batch, self._input_device)
+                last = number == len(batches)
+                # Beside the step the model itself runs: a wrapper would wait for its gradients.
+                beside = functools.partial(
+                    self._loss_of, self._slots.model, inputs, targets, len(batches)
+                )
+                scaled = functools.partial(self._scaled, beside)
+                if last:
+                    self._growth.check_isolation(scaled)
                 self._growth.shadow_pass(scaled)
                 total = self._passes(inputs, targets, len(batches), total, look=last)
-        self._slots.average_gradients()
-        norm = None
-        if self._max_gradient_norm is not None:
-            self.scaler.unscale(self._optimizer)
-            norm = self._slots.clip_grad_norm_(self._max_gradient_norm)
-        # With a scaler a gradient that is not finite is its own affair: it skips, and is lowered.
-        skipped = self._refusal(None if self.scaler.enabled else norm)
-        if skipped is None:
-            with self._growth.meter.optimizer_step():
+            self._slots.average_gradients()
+            norm = None
+            if self._max_gradient_norm is not None:
+                self.scaler.unscale(self._optimizer)
+                norm = self._slots.clip_grad_norm_(self._max_gradient_norm)
+            # With a scaler a gradient that is not finite is its affair: it skips, and is lowered.
+            skipped = self._refusal(None if self.scaler.enabled else norm)
+            if skipped is None:
                 skipped = self.scaler.step(self._optimizer)
-        else:
-            self.scaler.drop()
-        self._governor.count(skipped)
-        self._optimizer.zero_grad(set_to_none=True)
+            else:
+                self.scaler.drop()
+            self._governor.count(skipped)
+            self._optimizer.zero_grad(set_to_none=True)
         if skipped is not None:
             self._growth.publish([skipped])
         return None if skipped is not None else total
