@@ -89,7 +89,7 @@ class Growth:
         self.compiled = compiled
         self.isolation_monitor = IsolationMonitor(slots)
         self.meter = CostMeter(slots, count_flops=count_flops)
-        """What the run costs. A loop of one's own wraps its steps in `meter.step`, and calls
+        """What the run costs. A loop of one's own makes its steps in `meter.step`, and calls
         `meter.start` where time begins to count and `meter.stop` where it does not."""
         self.epoch = 0
         self.step = 0
