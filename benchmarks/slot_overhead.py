@@ -10,6 +10,7 @@ without esper:
 - training: the host, with the seed run on detached features and trained by a straight-through
   function of the plain kind (gradient to both, no proximal term);
 - training, pulled: training once more, against a straight-through function that has that term;
+- training, plain: a seed without that term, against a function without it;
 - host plus seed: and again, against the host with the seed inlined, which it must not
   exceed;
 - blended, of a seed that was behind the host: `h + a * f(h.detach())` with a in a 0-dim buffer;
@@ -71,6 +72,7 @@ class Stage:
     mix: type[Mix] | None
     """By hand; None is the host alone."""
     isolation: str = "shadowing"
+    objective: str = "proximal"
     alpha: float | None = None
     """Where it is not the stage's own."""
     baked: bool = False
@@ -81,6 +83,7 @@ STAGES = {
     "live": Stage(advances=2, mix=Inlined, isolation="none", alpha=1.0),
     "training": Stage(advances=1, mix=Behind),
     "training, pulled": Stage(advances=1, mix=PulledBehind),
+    "training, plain": Stage(advances=1, mix=Behind, objective="plain"),
     "host plus seed": Stage(advances=1, mix=Inlined),
     "blended": Stage(advances=2, mix=Blended, alpha=0.5),
     "committed": Stage(advances=5, mix=Inlined),
@@ -95,7 +98,7 @@ def slotted(host: SpeedHost, stage: Stage) -> tuple[nn.Module, esper.SlotSet | N
         model,
         [host.target, host.dormant],
         example=host.inputs[:2],
-        config=esper.SlotConfig(isolation=stage.isolation),
+        config=esper.SlotConfig(isolation=stage.isolation, objective=stage.objective),
     )
     if stage.advances is not None:
         slot = slots[host.target]

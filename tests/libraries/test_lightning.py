@@ -1,6 +1,5 @@
 """A LightningModule that grows: trained, interrupted and resumed by Lightning itself."""
 
-import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import esper
 from esper import SeedStage, SlotConfig
 from esper.lifecycle.actions import Germinate, Prune
+from esper.training.carried_state import FORMAT_VERSION
 from growth_problem import LENIENT, LinearHost, Recorder, quadratic
 from processes import kill_after, torchrun
 
@@ -333,9 +333,11 @@ def test_weights_that_cannot_be_built_are_refused(tmp_path: Path) -> None:
         fit(None)
     with pytest.raises(ValueError, match="holds no state"):
         fit(carried[:100])
-    newer = io.BytesIO(carried.numpy().tobytes().replace(b'version":2', b'version":9'))
-    with pytest.raises(ValueError, match="format version 9; this esper reads version 3"):
-        fit(torch.frombuffer(bytearray(newer.read()), dtype=torch.uint8))
+    here, newer = FORMAT_VERSION, FORMAT_VERSION + 1
+    told = carried.numpy().tobytes()
+    changed = told.replace(b'version":%d' % here, b'version":%d' % newer)
+    with pytest.raises(ValueError, match=f"version {newer}; this esper reads version {here}"):
+        fit(torch.frombuffer(bytearray(changed), dtype=torch.uint8))
 
 
 def test_the_example_killed_and_run_again_ends_as_if_it_had_not_been(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from esper.lifecycle.events import (
     RunWentBack,
 )
 from esper.training import CheckpointError, Checkpoints, EpochReport
+from esper.training.checkpoints import FORMAT_VERSION
 from esper.training.governor import GovernorConfig
 from esper.training.sealed_folder import sealed_folder
 from growth_problem import Problem, make_problem
@@ -282,7 +283,9 @@ def test_a_pickle_under_any_name_is_never_executed(resealed: bool, tmp_path: Pat
     assert not executed.exists()
 
 
-@pytest.mark.parametrize("version", [3, 7, "4", None])
+@pytest.mark.parametrize(
+    "version", [FORMAT_VERSION - 1, FORMAT_VERSION + 1, str(FORMAT_VERSION), None]
+)
 def test_another_version_is_told_with_both(version: Any, tmp_path: Path) -> None:
     trained(tmp_path, epochs=1)
     folder = tmp_path / "step-0000000016"
@@ -293,7 +296,7 @@ def test_another_version_is_told_with_both(version: Any, tmp_path: Path) -> None
         for name, data in kept.items():
             (writing / name).write_bytes(data)
     trainer, _, checkpoints = fresh(tmp_path)
-    words = f"has format version {version!r}; this esper reads version 7"
+    words = f"has format version {version!r}; this esper reads version {FORMAT_VERSION}"
     with pytest.raises(CheckpointError, match=words):
         checkpoints.resume(trainer)
 
