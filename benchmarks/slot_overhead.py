@@ -1,10 +1,13 @@
 """What does a slot cost in a training step? Against the same network written by hand.
 
-Both sides run interleaved in one process, one step of each in turn, after a warm-up. Shown are the
+Both sides run interleaved in one process, one step of each in turn, after a warm-up. Where their
+weights and features come to lie in memory decides over 2 to 3 % of a step, for as long as they
+live: so both are made anew several times, either of them first as often as the other. Shown are the
 medians, and the ratio of medians within blocks of steps, which a machine that becomes slower on the
 way does not change: its median over blocks, and its middle half. By hand is always a plain network
 without esper:
 
+- twice by hand: against itself, which tells what the machine adds;
 - dormant: the host alone;
 - live, at alpha 1: the host with the seed inlined, `h + f(h)`;
 - training: the host, with the seed run on detached features and trained by a straight-through
@@ -26,7 +29,7 @@ Without `--compile` the call of a dormant slot is timed alone too: an identity w
 against one without, many calls of each in turn.
 
     python benchmarks/slot_overhead.py [--host cnn decoder llama] [--stage dormant live …]
-        [--steps 200] [--compile whole|regional|captured] [--device cpu]
+        [--steps 200] [--pairs 10] [--compile whole|regional|captured] [--device cpu]
 """
 
 import argparse
@@ -58,6 +61,9 @@ from speed_hosts import (
 )
 
 BLOCK_STEPS = 20
+WARM_UP_STEPS = 5
+COMPILED_PAIRS = 2
+"""How often both sides are made where that takes the compiler's time."""
 CALLS = 1000
 ROUNDS = 201
 BACKEND = "inductor"
@@ -76,9 +82,12 @@ class Stage:
     alpha: float | None = None
     """Where it is not the stage's own."""
     baked: bool = False
+    twice: bool = False
+    """Both sides are by hand."""
 
 
 STAGES = {
+    "twice by hand": Stage(advances=None, mix=Behind, twice=True),
     "dormant": Stage(advances=None, mix=None),
     "live": Stage(advances=2, mix=Inlined, isolation="none", alpha=1.0),
     "training": Stage(advances=1, mix=Behind),
@@ -210,6 +219,8 @@ class CaptureByHand:
 
 def with_slots(host: SpeedHost, stage: Stage, mode: str) -> Side:
     """Return our side, compiled in a mode."""
+    if stage.twice:
+        return by_hand(host, stage, mode)
     model, slots = slotted(host, stage)
     if mode == "whole":
         return Side(host, model, slots=slots, forward=compiled_whole(model))
@@ -247,7 +258,7 @@ def compile_blocks(host: SpeedHost, model: nn.Module, *, seed_apart: bool) -> No
 def compare(sides: Sequence[Side], steps: int) -> list[list[float]]:
     """Return each side's seconds per step, measured in turn, in every order equally often."""
     orders = itertools.cycle(itertools.permutations(range(len(sides))))
-    for _ in range(BLOCK_STEPS):
+    for _ in range(WARM_UP_STEPS):
         for side in sides:
             side.step()
     assert not any(side.compiled is not None and side.compiled.due() for side in sides)
@@ -257,6 +268,24 @@ def compare(sides: Sequence[Side], steps: int) -> list[list[float]]:
             started = time.perf_counter()
             sides[which].step()
             times[which].append(time.perf_counter() - started)
+    return times
+
+
+def measure(
+    host: SpeedHost, stage: Stage, mode: str, *, steps: int, pairs: int
+) -> list[list[float]]:
+    """Return the seconds per step of ours and the others, each made anew for every pair."""
+    makers = [lambda: with_slots(host, stage, mode), lambda: by_hand(host, stage, mode)]
+    if mode == "regional":
+        makers.append(lambda: by_hand(host, stage, "whole"))
+    times: list[list[float]] = [[] for _ in makers]
+    for pair in range(pairs):
+        torch.compiler.reset()
+        order = range(len(makers)) if pair % 2 == 0 else reversed(range(len(makers)))
+        made = {which: makers[which]() for which in order}
+        measured = compare([made[which] for which in range(len(makers))], steps // pairs)
+        for all_of_side, of_pair in zip(times, measured, strict=True):
+            all_of_side.extend(of_pair)
     return times
 
 
@@ -276,7 +305,9 @@ def ratio_cells(ours: list[float], theirs: list[float]) -> list[str]:
     ]
 
 
-def stage_table(host: SpeedHost, stages: Sequence[str], mode: str, steps: int) -> Table:
+def stage_table(
+    host: SpeedHost, stages: Sequence[str], mode: str, *, steps: int, pairs: int
+) -> Table:
     """Measure stages on one host."""
     table = Table(box=None, header_style="dim")
     table.add_column("stage")
@@ -285,12 +316,7 @@ def stage_table(host: SpeedHost, stages: Sequence[str], mode: str, steps: int) -
         for part in column.split("\n"):
             table.add_column(part, justify="right")
     for name in stages:
-        stage = STAGES[name]
-        torch.compiler.reset()
-        sides = [with_slots(host, stage, mode), by_hand(host, stage, mode)]
-        if mode == "regional":
-            sides.append(by_hand(host, stage, "whole"))
-        ours, *theirs = compare(sides, steps)
+        ours, *theirs = measure(host, STAGES[name], mode, steps=steps, pairs=pairs)
         cells = [cell for times in theirs for cell in ratio_cells(ours, times)]
         table.add_row(name, f"{1e3 * statistics.median(ours):.2f}", *cells)
     return table
@@ -328,22 +354,30 @@ def main() -> None:
     parser.add_argument(
         "--compile", choices=("whole", "regional", "captured"), dest="mode", default="eager"
     )
+    parser.add_argument("--pairs", type=int, help="default: one per block; 2 where compiled")
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
-    if options.steps < 2 * BLOCK_STEPS:
-        parser.error(f"--steps must be at least {2 * BLOCK_STEPS}, two blocks")
+    pairs = options.pairs
+    if pairs is None:
+        pairs = options.steps // BLOCK_STEPS if options.mode == "eager" else COMPILED_PAIRS
+    if options.steps < 2 * BLOCK_STEPS or pairs < 1 or options.steps % (pairs * BLOCK_STEPS):
+        parser.error(
+            f"--steps must be a multiple of the pairs, {pairs}, times {BLOCK_STEPS}, and at least "
+            f"{2 * BLOCK_STEPS}, two blocks"
+        )
     console = Console(width=110)
     compiled = options.mode in ("whole", "regional")
     mode = f"compiled, {options.mode}" if compiled else options.mode
     console.print(
         f"{mode}, {options.device}, torch {torch.__version__}, {torch.get_num_threads()} "
-        f"threads, {options.steps} steps each; esper {esper.__version__}"
+        f"threads, {options.steps} steps each, {pairs} pairs; esper {esper.__version__}"
     )
     for name in options.host:
         torch.manual_seed(0)
         host = HOSTS[name](options.device)
         console.print(f"\n{name}, {host.blueprint} behind {host.target}")
-        console.print(stage_table(host, options.stage, options.mode, options.steps))
+        table = stage_table(host, options.stage, options.mode, steps=options.steps, pairs=pairs)
+        console.print(table)
     if options.mode == "eager":
         console.print(f"\n{dormant_call()}")
 

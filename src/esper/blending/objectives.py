@@ -131,5 +131,4 @@ def _widened(tensor: Tensor) -> Tensor:
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
     """Return the quotient, 0 where the denominator is 0."""
-    safe = torch.where(denominator > 0, denominator, torch.ones_like(denominator))
-    return torch.where(denominator > 0, numerator / safe, torch.zeros_like(safe))
+    return torch.where(denominator > 0, numerator / denominator, 0.0)
