@@ -143,14 +143,13 @@ class CostMeter:
     def step(self, batches: Any) -> AbstractContextManager[None]:
         """Count an optimizer step: its forwards, its backwards, and what the optimizer does.
 
-        What elementwise optimizers do counts as nothing, the matrix products of others count.
+        What elementwise optimizers do counts as nothing, the matrix products of others count. The
+        optimizer steps inside the block; a step that it skips is told afterwards, by
+        `optimizer_has_skipped`, which `Growth.after_step` does.
 
         Args:
             batches: Whose gradients it takes together. Their tensors' shapes, with the slots'
                 structure, are what the count depends on.
-
-        The optimizer steps inside the block, once; a step that it skips is told afterwards, by
-        `optimizer_has_skipped`, which `Growth.after_step` does.
         """
         if not self._count:
             return _NOT_COUNTED
@@ -217,8 +216,8 @@ class CostMeter:
                     hook.remove()
         self._optimizer_flops = 0
         if binding is not None and binding.has_stepped:  # else it is counted again the next time
-            before_optimizer, after_optimizer = seen
-            self._known[key] = (self._training.flops - before, after_optimizer - before_optimizer)
+            of_optimizer = sum(seen[1::2]) - sum(seen[::2])
+            self._known[key] = (self._training.flops - before, of_optimizer)
 
     @contextmanager
     def _counting(self, spent: _Spent) -> Iterator[FlopCounterMode]:
