@@ -382,6 +382,16 @@ def test_who_leaves_leaves_what_it_holds_to_others(transport: Transport) -> None
     assert messages(other.receive(limit=1, wait_seconds=0.0)) == [b"1"]
 
 
+def test_reclaiming_takes_nothing_that_somebody_receives_afterwards(transport: Transport) -> None:
+    transport.bus.publish(KEPT, numbered(3))
+    holder, other = transport.subscribe(consumer="holder"), transport.subscribe(consumer="other")
+    holder.receive(limit=2, wait_seconds=0.0)
+    other.reclaim()
+    assert messages(other.receive(limit=2, wait_seconds=0.0)) == numbered(2)
+    assert messages(holder.receive(limit=1, wait_seconds=0.0)) == [b"2"]
+    assert other.receive(limit=9, wait_seconds=0.0) == []
+
+
 @pytest.mark.parametrize("limit", [0, -1])
 def test_a_limit_that_returns_nothing_is_a_mistake(transport: Transport, limit: int) -> None:
     reader = transport.subscribe()

@@ -208,17 +208,19 @@ class _Subscription:
         """Take pending messages from an entry on.
 
         Returns:
-            Those that can be delivered, where to go on, and whether there may be more.
+            Those that can be delivered, where to go on, and whether there are more.
         """
         idle = 0 if self._reclaimed is not None else round(1e3 * self._idle_seconds)
         with self._link.asking(f"receiving of {self._stream.name}"):
-            pending = self._in_group(lambda: self._pending(begin, limit, idle))
+            # One more tells whether there are more: those that come later are nobody's to reclaim.
+            pending = self._in_group(lambda: self._pending(begin, limit + 1, idle))
+            more, pending = len(pending) > limit, pending[:limit]
             if not pending:
                 return [], begin, False
             had = {item["message_id"]: item["times_delivered"] for item in pending}
             claimed = self._claim(list(had), idle)
         found = self._sort_out([(entry, fields, had[entry] + 1) for entry, fields in claimed])
-        return found, f"({pending[-1]['message_id'].decode()}", len(pending) == limit
+        return found, f"({pending[-1]['message_id'].decode()}", more
 
     def _new(self, limit: int, block_milliseconds: int | None) -> list[Delivery]:
         """Take what nobody in the group has received yet."""
