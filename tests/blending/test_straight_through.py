@@ -103,3 +103,38 @@ def test_without_an_overwriting_host_no_copy_is_made():
     features = normal(4, 5, 6).requires_grad_()
     output = straight_through(features, normal(4, 5, 6, seed=1).requires_grad_())
     assert output.data_ptr() == features.data_ptr()
+
+
+@every_objective
+def test_the_seed_is_not_in_the_hosts_second_derivatives(objective: SeedObjective):
+    torch.manual_seed(0)
+    weight, seed = torch.randn(4, 4), torch.randn(4, 4)
+
+    def curvature(with_seed: bool) -> Tensor:
+        host, learned = weight.clone().requires_grad_(), seed.clone().requires_grad_()
+        features = torch.tanh(torch.ones(3, 4) @ host)
+        if with_seed:
+            increment = features.detach() @ learned
+            features = straight_through(features, increment, objective=objective)
+        parameters = [host, learned] if with_seed else [host]
+        first = torch.autograd.grad(features.pow(3).sum(), parameters, create_graph=True)
+        return torch.autograd.grad(sum(gradient.sum() for gradient in first), host)[0]
+
+    assert torch.equal(curvature(with_seed=True), curvature(with_seed=False))
+
+
+@every_objective
+def test_it_runs_under_torch_func(objective: SeedObjective):
+    torch.manual_seed(0)
+    features, increment, weight = torch.randn(3, 4), torch.randn(3, 4), torch.randn(4)
+
+    def loss(features: Tensor, increment: Tensor) -> Tensor:
+        return (straight_through(features, increment, objective=objective) * weight).sum()
+
+    of_host, of_seed = torch.func.grad(loss, argnums=(0, 1))(features, increment)
+    host, seed = features.clone().requires_grad_(), increment.clone().requires_grad_()
+    loss(host, seed).backward()
+    assert torch.equal(of_host, host.grad)
+    assert torch.equal(of_seed, seed.grad)
+    each = torch.func.vmap(torch.func.grad(loss))(features, increment)
+    assert torch.equal(each, weight.expand(3, 4))

@@ -67,6 +67,27 @@ def test_a_copy_holds_no_state_that_a_step_changes():
     assert seed.block.convolution.weight.grad is not None  # type: ignore[union-attr]
 
 
+class Norm(nn.GroupNorm):
+    """A GroupNorm of a library's own."""
+
+
+@pytest.mark.parametrize("norm", [nn.GroupNorm, Norm])
+def test_a_group_norm_in_a_copy_gets_no_input_that_ends_the_process(norm: type[nn.GroupNorm]):
+    """The backward of torch's own does, for channels-last features that need no gradient."""
+    block = nn.Sequential(norm(2, 4), nn.Conv2d(4, 4, 1))
+    seed = blueprints.create(Family.CNN, "block", 4, source=block, depth=2)
+    layouts = []
+    for module in seed.modules():
+        if isinstance(module, norm):
+            module.register_forward_hook(
+                lambda _, args, __: layouts.append(args[0].is_contiguous() or args[0].requires_grad)
+            )
+    features = torch.randn(2, 4, 3, 3).to(memory_format=torch.channels_last)
+    increment = seed.increment(features)
+    assert layouts == [True, True]
+    increment.sum().backward()
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_copy_reads_the_arguments_of_the_call(checkpointing: bool):
     torch.manual_seed(0)

@@ -227,6 +227,17 @@ def test_counts_are_kept_until_the_registry_changes():
     assert registry.param_count("cnn", "one", 4) == 48
 
 
+def test_counting_what_a_module_becomes_leaves_the_module_as_it_is():
+    def block(width: int) -> nn.Module:
+        return nn.Sequential(nn.BatchNorm2d(width), nn.ReLU(inplace=True), nn.Conv2d(width, 4, 1))
+
+    mine = block(4)
+    assert blueprints.param_count("cnn", "block", 4, source=mine) == 8 + 20 + 4
+    assert all(module.training for module in mine.modules())
+    assert mine[1].inplace
+    assert len(mine[0]._forward_pre_hooks) == 0
+
+
 def test_the_version_changes_with_every_registration_and_removal(registry: BlueprintRegistry):
     versions = [registry.version]
     registry.register("third", family="cnn")(LinearSeed)

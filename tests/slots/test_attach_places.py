@@ -191,7 +191,13 @@ class Overwrites(nn.Module):
             features = self.dropout(features)
         elif self.how == "in-place dropout of a view":
             features = self.dropout(features.view(-1, 2, 4)).flatten(1)
-        return self.head(features)
+        elif self.how == "in training only":
+            features = F.dropout(features, 0.3, self.training, inplace=True)
+        elif self.how == "in training, which wants targets" and self.training:
+            if len(inputs) < 4:
+                raise ValueError("in train mode it takes whole batches")
+            features *= 0.5
+        return features if self.how == "by the loss" else self.head(features)
 
 
 @pytest.mark.parametrize(
@@ -203,6 +209,9 @@ class Overwrites(nn.Module):
         "through a view",
         "in-place dropout",
         "in-place dropout of a view",
+        "in training only",
+        "in training, which wants targets",
+        "by the loss",
     ],
 )
 @pytest.mark.parametrize("operator", ["add", "multiply", "gate"])
@@ -212,13 +221,13 @@ def test_features_that_the_host_overwrites_train_as_without_a_slot(
     def train(with_slot: bool) -> list[bytes]:
         torch.manual_seed(0)
         model = Overwrites(how)
-        own = list(model.parameters())
+        own = list((model.layer if how == "by the loss" else model).parameters())
         inputs = torch.randn(4, 6)
         optimizer = torch.optim.SGD(own, lr=0.1)
         slot = None
         if with_slot:
             config = SlotConfig(blend_operator=operator, isolation=Isolation.SHADOWING)
-            slots = esper.attach(model, "layer", example=inputs, config=config)
+            slots = esper.attach(model, "layer", example=inputs[:3], config=config)
             slots.bind(optimizer)
             slot = slots["layer"]
             assert slot.layout.overwritten
@@ -227,6 +236,7 @@ def test_features_that_the_host_overwrites_train_as_without_a_slot(
         trace = []
         for _ in range(5):
             output = model(inputs)
+            output[:, 0] = 0.0
             output.square().mean().backward()
             trace += [bits_of(output), *(bits_of(p.grad) for p in own)]
             optimizer.step()

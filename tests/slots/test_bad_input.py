@@ -1,5 +1,6 @@
 """Callers' mistakes: each a clear error that names the object and the remedy, with no effect."""
 
+import copy
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ from esper.lifecycle.stages import IllegalTransition
 from esper.seeds import BlueprintError, Family, Seed, blueprints
 from esper.seeds.noop import NoopSeed
 from esper.slots import OwnershipError
+from esper.slots.placement import SLOT_NAME
 
 X = torch.randn(4, 6)
 
@@ -493,6 +495,11 @@ GROWTH: dict[str, tuple[Callable[[Slotted], Any], type[Exception], str]] = {
         ValueError,
         "over_steps must not be negative, got -1",
     ),
+    "prune over half a step": (
+        lambda s: s[P].prune(over_steps=2.5),
+        TypeError,
+        "'float' object cannot be interpreted as an integer",
+    ),
     "alpha before the blend": (
         lambda s: s[T].set_alpha_target(1.0, 5),
         IllegalTransition,
@@ -573,6 +580,27 @@ def test_a_refused_call_names_the_mistake_and_leaves_the_model(
     assert fingerprint(slotted.model) == before
     assert [[id(p) for p in group["params"]] for group in optimizer.param_groups] == groups
     assert [slot.stage for slot in slotted.slots.values()] == stages
+
+
+@pytest.mark.parametrize("keeps_slot", [False, True])
+def test_nothing_germinates_behind_a_module_that_was_replaced(
+    *, keeps_slot: bool, fingerprint: Any
+) -> None:
+    """With the slot as a child, but no hook, as `convert_sync_batchnorm` makes it."""
+    model = chain()
+    slot = esper.attach(model, "0", example=X)["0"]
+    other = copy.deepcopy(model[0])
+    if keeps_slot:
+        other._forward_hooks.clear()
+        setattr(other, SLOT_NAME, slot)
+    else:
+        esper.detach(other)
+    model[0] = other
+    before = fingerprint(model)
+    with pytest.raises(RuntimeError, match=r"no more.*change the model first, then attach"):
+        slot.germinate("mlp")
+    assert fingerprint(model) == before
+    assert slot.stage is SeedStage.DORMANT
 
 
 @pytest.mark.parametrize(

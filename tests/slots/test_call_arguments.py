@@ -1,7 +1,8 @@
 """Seeds that read what the host gave to the module in front of them."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -190,6 +191,79 @@ def test_a_seed_that_changes_its_input_in_place_is_not_built():
         with pytest.raises(ValueError, match=r"'overwriting' changes its input in place"):
             slots["layer"].germinate("overwriting")
         assert slots["layer"].seed is None
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What a host may hand to its blocks as one."""
+
+    embedding: Tensor
+
+
+class AttributeDict(dict[str, Tensor]):
+    """The same, by a common idiom, of which any attribute can be asked for."""
+
+    __getattr__ = dict.__getitem__
+
+
+class Plain:
+    """The same as an object of any kind."""
+
+    def __init__(self, embedding: Tensor) -> None:
+        self.embedding = embedding
+
+
+class Conditioned(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, tokens: Tensor, condition: Any) -> Tensor:
+        return tokens + torch.tanh(self.linear(tokens) * condition.embedding)
+
+
+class ConditionedHost(nn.Module):
+    """Gives its block something that is learned, one row per sample, in one of several ways."""
+
+    def __init__(self, wrap: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.embed = nn.Linear(2, 4)
+        self.block = Conditioned()
+        self.wrap = wrap
+
+    def forward(self, tokens: Tensor, condition: Tensor) -> Tensor:
+        return self.block(tokens, self.wrap(self.embed(condition)))
+
+
+@pytest.mark.parametrize("wrap", [Condition, lambda e: AttributeDict(embedding=e)])
+def test_what_is_in_an_argument_is_detached_too(wrap: Callable[[Tensor], Any], bits_of: Any):
+    torch.manual_seed(0)
+    host, batch = ConditionedHost(wrap), (torch.randn(4, 4), torch.randn(4, 2))
+    alone = copy.deepcopy(host)
+    config = SlotConfig(isolation=Isolation.TRAINING)
+    slot = esper.attach(host, "block", example=batch, config=config)["block"]
+    slot.germinate("block", source="own")
+    slot.advance(force=True)
+    nn.init.ones_(slot.seed.gain.weight)
+    for model in (host, alone):
+        model(*batch).square().mean().backward()
+    assert slot.seed.gain.weight.grad.any()
+    with_seed = dict(host.named_parameters())
+    for name, parameter in alone.named_parameters():
+        assert bits_of(with_seed[name].grad) == bits_of(parameter.grad)
+
+
+def test_an_argument_that_cannot_be_looked_into_is_refused_behind_the_host():
+    host, batch = ConditionedHost(Plain), (torch.randn(4, 4), torch.randn(1, 2))
+    config = SlotConfig(isolation=Isolation.TRAINING)
+    slot = esper.attach(host, "block", example=batch, config=config)["block"]
+    with pytest.raises(ValueError, match=r"reads argument 2, a Plain, whose tensors cannot be det"):
+        slot.germinate("block", source="own")
+    assert slot.seed is None
+    slot.germinate("mlp")  # reads the features alone
+    live = ConditionedHost(Plain)
+    slots = esper.attach(live, "block", example=batch, config=SlotConfig(isolation="none"))
+    slots["block"].germinate("block", source="own")
 
 
 class StateCache(Cache):

@@ -39,10 +39,10 @@ VARIANTS: dict[str, Callable[[Parameters], Optimizer]] = {
     "SGD foreach": lambda p: optim.SGD(p, lr=0.05, momentum=0.9, foreach=True),
     "Adam with a tensor as learning rate": lambda p: optim.Adam(p, lr=torch.tensor(0.01)),
 }
-REFUSED = {"LBFGS"}
-"""Takes one parameter group only."""
-UNSUITED = {"Muon", "SparseAdam"}
-"""Refuse the hosts of these tests: they take matrices only, or sparse gradients only."""
+REFUSED = {"LBFGS", "Muon"}
+"""Take one parameter group only, or matrices only."""
+UNSUITED = {"SparseAdam"}
+"""Refuses the hosts of these tests: it takes sparse gradients only."""
 
 SCHEDULERS: dict[str, Callable[[Optimizer], Any]] = {
     "ChainedScheduler": lambda o: lr_scheduler.ChainedScheduler(
@@ -307,6 +307,42 @@ def test_binding_refuses_an_optimizer_of_one_group_only(hosts: Any) -> None:
     with pytest.raises(TypeError, match=r"LBFGS.*one parameter group"):
         run.slots.bind(run.optimizer)
     assert len(run.optimizer.param_groups) == 1
+
+
+def test_binding_refuses_an_optimizer_of_matrices_only() -> None:
+    model = nn.Sequential(nn.Linear(4, 4, bias=False))
+    slots = esper.attach(model, "0", example=torch.randn(2, 4))
+    optimizer = optim.Muon(model.parameters())
+    with pytest.raises(TypeError, match=r"Muon trains matrices only"):
+        slots.bind(optimizer)
+    assert len(optimizer.param_groups) == 1
+
+
+def test_binding_refuses_an_optimizer_that_trains_other_slots() -> None:
+    halves = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(2))
+    first, second = (esper.attach(half, "0", example=torch.randn(2, 4)) for half in halves)
+    optimizer = optim.SGD(halves.parameters(), lr=0.1)
+    first.bind(optimizer)
+    first["0"].germinate("mlp")
+    with pytest.raises(ValueError, match=r"seeds of other slots already.*attach all slots in one"):
+        second.bind(optimizer)
+    assert optimizer.param_groups[1]["params"] == list(first["0"].living.parameters())
+    first["0"].prune()
+    first.unbind()
+    second.bind(optimizer)
+
+
+def test_what_is_clipped_as_the_hosts_follows_a_new_head() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    slots = esper.attach(model, "0", example=torch.randn(2, 4))
+    slots.bind(optim.SGD(model.parameters(), lr=0.1))
+    slots.clip_grad_norm_(1.0)
+    model[1] = nn.Linear(4, 3)
+    slots.unbind()
+    slots.bind(optim.SGD(model.parameters(), lr=0.1))
+    (1e4 * model(torch.randn(2, 4))).sum().backward()
+    slots.clip_grad_norm_(1.0)
+    assert model[1].weight.grad.norm() <= 1.0
 
 
 def test_binding_refuses_a_second_and_a_foreign_optimizer(hosts: Any) -> None:

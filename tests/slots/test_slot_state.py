@@ -289,3 +289,22 @@ def test_a_parameter_that_is_not_the_models_has_no_name() -> None:
     run.optimizer.add_param_group({"params": [nn.Parameter(torch.ones(3))]})
     with pytest.raises(ValueError, match=r"group 3 .* shape \(3,\) that is not the Sequential"):
         optimizer_state(run.optimizer, run.model)
+
+
+def test_a_frozen_seed_whose_weights_were_loaded_by_assignment_stays_frozen() -> None:
+    """`assign=True` puts other parameters in place of those that are guarded."""
+    saved, loaded = (nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)) for _ in range(2))
+    inputs = torch.randn(3, 4)
+    slots, others = (esper.attach(model, "0", example=inputs) for model in (saved, loaded))
+    slots["0"].germinate("mlp_small")
+    while slots["0"].stage is not SeedStage.SHADOWING:
+        slots["0"].advance(force=True)
+    weights = {name: value.clone() for name, value in saved.state_dict().items()}
+    others.load_state_dict(slots.state_dict())
+    loaded.load_state_dict({name: value.clone() for name, value in weights.items()}, assign=True)
+    optimizer = torch.optim.SGD(loaded.parameters(), lr=0.1)
+    others.bind(optimizer)
+    loaded(inputs).square().mean().backward()
+    optimizer.step()
+    for name, value in loaded.state_dict().items():
+        assert torch.equal(value, weights[name]) == ("esper_slot" in name), name

@@ -16,28 +16,34 @@ DEFAULT_TRUST_FRACTION = 0.1
 
 
 class _StraightThrough(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(
-        ctx: Any,
         features: Tensor,
-        increment: Tensor,
-        objective: SeedObjective,
-        trust_fraction: float,
+        _increment: Tensor,
+        _objective: SeedObjective,
+        _trust_fraction: float,
         overwritten: bool,
     ) -> Tensor:
-        ctx.objective = objective
-        ctx.trust_fraction = trust_fraction
-        if objective is not SeedObjective.PLAIN:
-            ctx.save_for_backward(features, increment)
         return features.clone() if overwritten else features.view_as(features)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], _output: Tensor) -> None:
+        features, increment, ctx.objective, ctx.trust_fraction, _ = inputs
+        if ctx.objective is not SeedObjective.PLAIN:
+            ctx.save_for_backward(features, increment)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, Tensor, None, None, None]:
         (gradient,) = gradients
+        twice = torch.is_grad_enabled()  # then the seed must not be in the host's next derivative
+        seen = gradient.detach() if twice else gradient
         if ctx.objective is SeedObjective.PLAIN:
-            return gradient, gradient, None, None, None
+            return gradient, seen, None, None, None
         features, increment = ctx.saved_tensors
-        to_seed = SEED_GRADIENTS[ctx.objective](gradient, increment, features, ctx.trust_fraction)
+        met = features.detach() if twice else features
+        to_seed = SEED_GRADIENTS[ctx.objective](seen, increment, met, ctx.trust_fraction)
         return gradient, to_seed, None, None, None
 
 
@@ -51,8 +57,9 @@ def straight_through(
 ) -> Tensor:
     """Return the host features themselves, and give the increment a gradient too.
 
-    The host's gradient is the incoming one, bit for bit; an inf or NaN in the increment reaches
-    neither the output nor that gradient.
+    The host's gradient is the incoming one, bit for bit, and its second derivatives are those
+    without the seed; an inf or NaN in the increment reaches none of them, nor the output. Runs
+    under `torch.func` too.
 
     Args:
         features: h, any shape.

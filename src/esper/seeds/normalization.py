@@ -1,5 +1,7 @@
 """Normalisation that works for every width: GroupNorm with a count that divides it."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -30,10 +32,28 @@ class GroupNorm(nn.GroupNorm):
 
     def forward(self, features: Tensor) -> Tensor:
         """Return the normalised features, same shape."""
-        on_cpu = features.device.type == "cpu"
-        if on_cpu and torch.is_grad_enabled() and not features.requires_grad:
-            features = features.contiguous()
-        return super().forward(features)
+        return super().forward(_safe_to_normalise(features))
+
+
+def make_group_norms_safe(module: nn.Module) -> None:
+    """Let every GroupNorm in a module that somebody else wrote be as safe as the one here."""
+    for norm in module.modules():
+        if isinstance(norm, nn.GroupNorm) and not isinstance(norm, GroupNorm):
+            hooks = norm._forward_pre_hooks.values()  # noqa: SLF001 – torch has no public list
+            if _before_group_norm not in hooks:
+                norm.register_forward_pre_hook(_before_group_norm)
+
+
+def _before_group_norm(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    features, *others = args
+    return (_safe_to_normalise(features), *others)
+
+
+def _safe_to_normalise(features: Tensor) -> Tensor:
+    on_cpu = features.device.type == "cpu"
+    if on_cpu and torch.is_grad_enabled() and not features.requires_grad:
+        return features.contiguous()
+    return features
 
 
 def group_norm(channels: int, *, at_most: int = 8) -> GroupNorm:

@@ -1,5 +1,6 @@
 """The registry of blueprints: what can grow, by family and name."""
 
+import copy
 import difflib
 import inspect
 import math
@@ -13,7 +14,9 @@ from typing import TypeVar
 
 import torch
 from cachetools import LRUCache
+from torch import nn
 
+from esper.seeds.normalization import make_group_norms_safe
 from esper.seeds.seed import Seed
 
 ENTRY_POINT_GROUP = "esper.blueprints"
@@ -165,21 +168,27 @@ class BlueprintRegistry:
                 f"the factory of blueprint {name!r} must return an esper.seeds.Seed, "
                 f"got {type(seed).__name__}"
             )
+        make_group_norms_safe(seed)
         return seed
 
     def param_count(self, family: Family | str, name: str, dim: int, **options: object) -> int:
         """Return the number of parameters, built on the meta device: no memory is allocated.
 
+        A module among the options is copied, and stays as it is.
+
         Raises:
             BlueprintError: As `create`.
         """
         key = (_family(family), name, dim, repr(sorted(options.items())))
-        cached = self._counts.get(key)
+        own = any(isinstance(value, nn.Module) for value in options.values())
+        cached = None if own else self._counts.get(key)
         if cached is None:
             with torch.random.fork_rng(devices=()), torch.device("meta"):
-                seed = self.create(family, name, dim, **options)
+                # A blueprint takes a module over and changes it, and the caller's is to stay.
+                seed = self.create(family, name, dim, **copy.deepcopy(options))
             cached = sum(parameter.numel() for parameter in seed.parameters())
-            self._counts[key] = cached
+            if not own:  # a module's repr does not tell how large it is
+                self._counts[key] = cached
         return cached
 
     @contextmanager

@@ -14,7 +14,12 @@ from esper.slots.batch_dimension import refuse_unless_batch_first
 from esper.slots.call_arguments import first_parameter
 from esper.slots.config import SlotConfig, choose
 from esper.slots.placement import SLOT_NAME, place, remove_slots
-from esper.slots.probe import feature_layout, observe_features, seed_dtype
+from esper.slots.probe import (
+    feature_layout,
+    observe_features,
+    overwritten_in_training,
+    seed_dtype,
+)
 from esper.slots.slot import SeedSlot
 from esper.slots.slot_set import SlotSet
 
@@ -36,9 +41,10 @@ def attach(
         model: Any module, before `torch.compile`, DDP or FSDP.
         targets: Module paths or patterns, matched part by part (`"layer[23]"`, `"blocks.*"`).
         example: One batch as the model takes it: a tensor, a tuple of positional arguments, a dict
-            of keyword arguments, or a batch whose first element is the input. Run twice in eval
-            mode without gradient, and where features have another dimension as large as the batch
-            once more, with all samples twice; random streams are left as they were.
+            of keyword arguments, or a batch whose first element is the input. Run without gradient
+            twice in eval mode and once in train mode, and where features have another dimension as
+            large as the batch once more, with all samples twice; buffers and random streams are
+            left as they were.
         config: For all slots, or by path; None is the default `SlotConfig`.
         family: None reads it off the features: `B C H W` is CNN, `B T D` and `B D` TRANSFORMER.
             Or one by path, for those that it names.
@@ -68,13 +74,20 @@ def attach(
     locations = {path: _location(model, path) for path in paths}
     _refuse_shared(model, locations)
     features = observe_features(model, locations, example)
+    overwritten = overwritten_in_training(model, locations, example)
     configs = _configs(paths, config)
     families = _families(paths, family)
     layouts, dtypes = {}, {}
     for path, calls in features.items():
         _refuse_unless_once(path, len(calls))
         dtypes[path] = seed_dtype(model, path, calls[0])
-        layouts[path] = feature_layout(path, calls[0], families.get(path), dtype=dtypes[path])
+        layouts[path] = feature_layout(
+            path,
+            calls[0],
+            families.get(path),
+            dtype=dtypes[path],
+            overwritten=calls[0].overwritten or path in overwritten,
+        )
     first_calls = {path: calls[0] for path, calls in features.items()}
     refuse_unless_batch_first(model, locations, first_calls, example)
     slots = SlotSet(model)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from esper.slots.nested import map_tensors, tensors_in
+from esper.slots.nested import is_record, map_tensors, tensors_in
 
 
 class CallArguments(NamedTuple):
@@ -53,6 +53,15 @@ class CallArguments(NamedTuple):
         if not self.args and not self.kwargs:
             return self
         return CallArguments(*map_tensors(Tensor.detach, (self.args, self.kwargs)))
+
+    def opaque(self) -> list[str]:
+        """Return what `detached` cannot look into though tensors with a gradient are in there.
+
+        Each by its place or name, with its type.
+        """
+        named = [*((f"argument {place}", v) for place, v in enumerate(self.args, start=2))]
+        named += [(f"argument {name!r}", value) for name, value in self.kwargs.items()]
+        return [f"{name}, a {type(value).__name__}" for name, value in named if _hides(value)]
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "CallArguments":
         """Return the same with every tensor on a device, floating-point ones of a dtype."""
@@ -122,4 +131,15 @@ def _cached_tokens(cache: Any) -> int:
 
 
 def _is_cache(value: Any) -> bool:
-    return hasattr(value, "get_seq_length")
+    return hasattr(type(value), "get_seq_length")  # of a value it may be one of its keys
+
+
+def _hides(value: Any) -> bool:
+    """Return whether an object that is no container has tensors with a gradient as attributes."""
+    if isinstance(value, (tuple, list)):
+        return any(map(_hides, value))
+    if isinstance(value, Mapping):
+        return any(map(_hides, value.values()))
+    if isinstance(value, (Tensor, nn.Module)) or is_record(value):
+        return False
+    return any(t.is_floating_point() for t in tensors_in(getattr(value, "__dict__", None)))

@@ -52,7 +52,8 @@ class FeatureLayout:
         family: `B C H W` is CNN; features in the last dimension are TRANSFORMER.
         shape: With the example's batch size first.
         dim: The feature width: C, or D.
-        overwritten: The host changes the features in place later on, as an in-place ReLU does.
+        overwritten: The host changes the features in place later on, as an in-place ReLU does, or
+            that cannot be excluded.
         cast: They arrive outside autocast, and in another dtype than seeds have.
     """
 

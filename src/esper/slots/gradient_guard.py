@@ -1,5 +1,6 @@
 """What keeps a living seed's gradients from harming anyone."""
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -33,11 +34,17 @@ class GradientGuard:
         """Whether `broken` has to be asked: on a CPU it is known, and elsewhere always, since a
         CUDA graph that is replayed calls no hook."""
         self._broken = broken
-        self._handles = [
-            _on_gradient(parameter, self._arrived)
-            for parameter in module.parameters()
-            if parameter.requires_grad
-        ]
+        self._watch(module)
+
+    def watch(self, module: nn.Module) -> None:
+        """Stand on the parameters that the branch has now, which loading may have replaced."""
+        if any(a is not b for a, b in itertools.zip_longest(self._watched, _learning(module))):
+            self.remove()
+            self._watch(module)
+
+    def _watch(self, module: nn.Module) -> None:
+        self._watched = _learning(module)
+        self._handles = [_on_gradient(parameter, self._arrived) for parameter in self._watched]
 
     def remove(self) -> None:
         """Remove the hooks; gradients arrive unguarded from then on."""
@@ -95,6 +102,10 @@ def _is_finite(gradient: Tensor) -> bool:
         return bool(gradient.isfinite().all())
     lowest, highest = torch.aminmax(gradient)  # a NaN is both
     return math.isfinite(lowest.item()) and math.isfinite(highest.item())
+
+
+def _learning(module: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
 def _on_gradient(parameter: nn.Parameter, hook: Callable[[Tensor], None]) -> RemovableHandle:

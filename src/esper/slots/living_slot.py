@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from esper.lifecycle.actions import SlotState
@@ -86,6 +86,8 @@ class LivingSlot(SlotForward):
         """Since the last tick."""
         self._shadow_gradient_came = False
         self._life = self._new_life(0)
+        after_loading: Callable[..., Any] = self.register_load_state_dict_post_hook
+        after_loading(_guard_what_was_loaded)
 
     @property
     def stage(self) -> SeedStage:
@@ -345,6 +347,11 @@ class LivingSlot(SlotForward):
         in_path = branches if self.in_forward_path else branches[: self.num_committed]
         self.mixes_tokens = any(branch.mixes_tokens for branch in in_path)
 
+    def guard_again(self) -> None:
+        """Guard the living seed's parameters as they are now: loading may have replaced them."""
+        if self._guard is not None:
+            self._guard.watch(self._living_branch())
+
     def _drop_guard(self) -> None:
         if self._guard is not None:
             self._guard.remove()
@@ -371,3 +378,9 @@ class LivingSlot(SlotForward):
 
     def extra_repr(self) -> str:
         return f"{self.path!r}, {self.stage.name}, alpha={self.alpha:g}"
+
+
+def _guard_what_was_loaded(slot: nn.Module, _: Any) -> None:
+    """Load-state-dict post hook: `assign=True` puts other parameters in place of the old ones."""
+    assert isinstance(slot, LivingSlot)
+    slot.guard_again()

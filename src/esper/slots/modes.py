@@ -1,7 +1,7 @@
 """Running a model for a measurement and leaving it as it was."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -19,11 +19,20 @@ def sole_device(model: nn.Module) -> torch.device | None:
     return devices.pop() if len(devices) == 1 else None
 
 
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
+def evaluation_mode(model: nn.Module) -> AbstractContextManager[None]:
     """Put every module in eval mode and restore each one's own flag afterwards."""
+    return _in_mode(model, training=False)
+
+
+def training_mode(model: nn.Module) -> AbstractContextManager[None]:
+    """Put every module in train mode and restore each one's own flag afterwards."""
+    return _in_mode(model, training=True)
+
+
+@contextmanager
+def _in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
     flags = [(module, module.training) for module in model.modules()]
-    model.eval()
+    model.train(training)
     try:
         yield
     finally:

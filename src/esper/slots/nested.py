@@ -1,5 +1,7 @@
-"""Tensors in nested tuples, lists and mappings, as modules take and return them."""
+"""Tensors in nested tuples, lists, mappings and dataclasses, as modules take and return them."""
 
+import copy
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -8,14 +10,19 @@ from torch import Tensor
 
 
 def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
-    """Return the value with every tensor in its tuples, lists and mappings replaced."""
+    """Return the value with every tensor in its containers, dataclasses too, replaced."""
     if isinstance(value, Tensor):
         return function(value)
     return _rebuilt(value, lambda item: map_tensors(function, item))
 
 
 def _rebuilt(value: Any, part: Callable[[Any], Any]) -> Any:
-    """Return a tuple, list or mapping with `part` of each of its items, and anything else as is."""
+    """Return a container with `part` of each of its items, and anything else as it is."""
+    if isinstance(value, dict) and type(value) is not dict:
+        rebuilt = copy.copy(value)  # of its own kind, as one whose keys are attributes
+        for key, item in value.items():
+            rebuilt[key] = part(item)
+        return rebuilt
     if isinstance(value, Mapping):
         return {key: part(item) for key, item in value.items()}
     if isinstance(value, (tuple, list)):
@@ -23,7 +30,17 @@ def _rebuilt(value: Any, part: Callable[[Any], Any]) -> Any:
         if hasattr(value, "_fields"):
             return type(value)(*items)
         return tuple(items) if isinstance(value, tuple) else items
+    if is_record(value):
+        rebuilt = copy.copy(value)
+        for name, item in vars(value).items():
+            object.__setattr__(rebuilt, name, part(item))  # a frozen one too
+        return rebuilt
     return value
+
+
+def is_record(value: Any) -> bool:
+    """Return whether a value is a dataclass's, with its fields in a dictionary."""
+    return dataclasses.is_dataclass(value) and hasattr(value, "__dict__")
 
 
 def to_device(value: Any, device: torch.device | None) -> Any:
@@ -54,7 +71,7 @@ def to_device(value: Any, device: torch.device | None) -> Any:
 
 
 def tensors_in(value: Any) -> list[Tensor]:
-    """Return every tensor in the value's tuples, lists and mappings."""
+    """Return every tensor in the value's tuples, lists, mappings and dataclasses."""
     found: list[Tensor] = []
     _collect_tensors(value, found)
     return found
@@ -68,6 +85,9 @@ def _collect_tensors(value: Any, found: list[Tensor]) -> None:
             _collect_tensors(item, found)
     elif isinstance(value, Mapping):
         for item in value.values():
+            _collect_tensors(item, found)
+    elif is_record(value):
+        for item in vars(value).values():
             _collect_tensors(item, found)
 
 

@@ -1,5 +1,6 @@
 """One parameter group per slot, made once, so that the number of groups never changes."""
 
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,9 @@ from esper.slots.slot import SeedSlot
 
 GROUP_KEY = "slot"
 """Key under which a parameter group carries the path of its slot."""
+
+_bound: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+"""Optimizers that train some slots' seeds."""
 
 _PER_GROUP_ATTRIBUTES = (
     "base_lrs",
@@ -37,9 +41,9 @@ class OptimizerBinding:
         before_step: Called before each optimizer step.
 
     Raises:
-        ValueError: The optimizer holds no parameter of the host, or a scheduler exists that was
-            not passed.
-        TypeError: The optimizer takes one parameter group only.
+        ValueError: The optimizer holds no parameter of the host, trains other slots' seeds already,
+            or a scheduler exists that was not passed.
+        TypeError: The optimizer takes one parameter group only, or matrices only.
     """
 
     def __init__(
@@ -57,10 +61,12 @@ class OptimizerBinding:
                 f"the {type(optimizer).__name__} holds none of the host's parameters; build it "
                 "from the parameters of the model that was attached to"
             )
-        if isinstance(optimizer, LBFGS):
-            raise TypeError(
-                "LBFGS takes one parameter group only and would silently never train a seed; use "
-                "another optimizer"
+        _refuse_unable(optimizer)
+        if optimizer in _bound:
+            raise ValueError(
+                f"the {type(optimizer).__name__} trains the seeds of other slots already, and the "
+                "groups of both would be mixed up; attach all slots in one call, to the model that "
+                "contains every target, or call unbind() on the other slots first"
             )
         self.optimizer = optimizer
         missing = [path for path in slots if path not in self._groups()]
@@ -92,6 +98,7 @@ class OptimizerBinding:
             optimizer.register_step_pre_hook(self._step_begins),
             optimizer.register_step_post_hook(self._step_ends),
         ]
+        _bound.add(optimizer)
 
     def add(self, path: str, branch: SeedBranch) -> None:
         """Fill the slot's group with a new seed; its optimizer state starts fresh."""
@@ -202,6 +209,7 @@ class OptimizerBinding:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        _bound.discard(self.optimizer)
 
     def _groups(self) -> dict[str, dict[str, Any]]:
         """Return the slots' groups by path, as they are now: loading a state replaces them."""
@@ -319,6 +327,21 @@ class OptimizerBinding:
         for group, learning_rate in self._restore:
             group["lr"] = learning_rate
         self._restore = []
+
+
+def _refuse_unable(optimizer: Optimizer) -> None:
+    """Raise TypeError for an optimizer that cannot train seeds."""
+    if isinstance(optimizer, LBFGS):
+        raise TypeError(
+            "LBFGS takes one parameter group only and would silently never train a seed; use "
+            "another optimizer"
+        )
+    muon = getattr(torch.optim, "Muon", None)
+    if muon is not None and isinstance(optimizer, muon):
+        raise TypeError(
+            "Muon trains matrices only, and seeds have biases and norms besides, at which its step "
+            "would raise; use another optimizer"
+        )
 
 
 def skips_step(optimizer: Optimizer) -> bool:

@@ -25,6 +25,15 @@ def slot_behind(module: nn.Module) -> SeedSlot | None:
     return slot if isinstance(slot, SeedSlot) else None
 
 
+def stands_in(model: nn.Module, slot: SeedSlot) -> bool:
+    """Return whether a module of the model runs this slot, behind its own forward."""
+    handle = slot.hook_handle
+    return handle is not None and any(
+        slot_behind(module) is slot and handle.id in module._forward_hooks  # noqa: SLF001 – no public list
+        for module in model.modules()
+    )
+
+
 class ForwardHook(NamedTuple):
     """A forward hook, as it was registered."""
 

@@ -15,9 +15,10 @@ from esper.slots.modes import (
     device_of,
     evaluation_mode,
     forked_random_state,
+    training_mode,
     unchanged_buffers,
 )
-from esper.slots.nested import to_device
+from esper.slots.nested import tensors_in, to_device
 
 _LAYOUTS = {Family.CNN: "B C H W", Family.TRANSFORMER: "B … D, features in the last dimension"}
 
@@ -87,8 +88,16 @@ def first_tensor(output: Any, path: str) -> Tensor:
     return features
 
 
-def run_on_example(model: nn.Module, example: Any) -> None:
-    """Run the model once in eval mode, without gradient; modes, buffers and random streams stay.
+def run_on_example(model: nn.Module, example: Any, *, training: bool = False) -> Any:
+    """Run the model once without gradient; modes, buffers and random streams stay.
+
+    Args:
+        model: The host.
+        example: As `attach` takes it.
+        training: In train mode, else in eval mode.
+
+    Returns:
+        Its output.
 
     Raises:
         ValueError: The forward raised; model and example shapes are named.
@@ -97,12 +106,12 @@ def run_on_example(model: nn.Module, example: Any) -> None:
     args, kwargs = to_device(example_arguments(model, example), device)
     try:
         with (
-            evaluation_mode(model),
+            training_mode(model) if training else evaluation_mode(model),
             unchanged_buffers(model),
             forked_random_state(device),
             torch.no_grad(),
         ):
-            model(*args, **kwargs)
+            return model(*args, **kwargs)
     except _NoFeaturesError:
         raise
     except Exception as error:
@@ -127,14 +136,20 @@ class Features:
     autocast: bool
     """Whether autocast was on where they came out."""
     overwritten: bool
-    """A later operation of the host changed the tensor in place, or a later module with
-    `inplace=True` received it, as a dropout does that acts in training only."""
+    """A later operation of the host changed the tensor in place, or may: a later module with
+    `inplace=True` received it, or it left the model, whose caller may change it."""
 
 
 def observe_features(
-    model: nn.Module, locations: Mapping[str, nn.Module], example: Any
+    model: nn.Module, locations: Mapping[str, nn.Module], example: Any, *, training: bool = False
 ) -> dict[str, list[Features]]:
     """Return the features that came out of each location in one run, one entry per call.
+
+    Args:
+        model: The host.
+        locations: Its modules by path.
+        example: As `attach` takes it.
+        training: Run in train mode, else in eval mode.
 
     Raises:
         TypeError: A location's output is no tensor.
@@ -162,10 +177,11 @@ def observe_features(
     ]
     handles += [module.register_forward_pre_hook(note_inplace) for module in model.modules()]
     try:
-        run_on_example(model, example)
+        output = run_on_example(model, example, training=training)
     finally:
         for handle in handles:
             handle.remove()
+    handed_over.update(_storage(value) for value in tensors_in(output))
     return {
         path: [
             Features(
@@ -178,6 +194,26 @@ def observe_features(
         ]
         for path, calls in seen.items()
     }
+
+
+def overwritten_in_training(
+    model: nn.Module, locations: Mapping[str, nn.Module], example: Any
+) -> set[str]:
+    """Return the locations whose features the host changes in place, or may, where it trains.
+
+    Those are all of them where it does not run on the example in train mode, as one that wants
+    targets then, or BatchNorm with a batch of one: nothing can be told there.
+
+    Args:
+        model: The host; it runs.
+        locations: Its modules by path.
+        example: As `attach` takes it.
+    """
+    try:
+        seen = observe_features(model, locations, example, training=True)
+    except Exception:  # noqa: BLE001 – whatever the host wants in train mode; see above
+        return set(locations)
+    return {path for path, calls in seen.items() if any(call.overwritten for call in calls)}
 
 
 def _changes(tensor: Tensor) -> int:
@@ -216,7 +252,12 @@ def _parameter_dtypes(module: nn.Module) -> set[torch.dtype]:
 
 
 def feature_layout(
-    path: str, observed: Features, family: Family | None, *, dtype: torch.dtype
+    path: str,
+    observed: Features,
+    family: Family | None,
+    *,
+    dtype: torch.dtype,
+    overwritten: bool,
 ) -> FeatureLayout:
     """Return family and width: 4 dimensions are `B C H W`, 2 or 3 are `B D` or `B T D`.
 
@@ -225,6 +266,7 @@ def feature_layout(
         observed: What came out of it.
         family: Overrides the rule, for maps with features in the last dimension.
         dtype: Of seeds there.
+        overwritten: The host changes the features in place, or may.
 
     Raises:
         ValueError: The number of dimensions is another one, or not one of the family given.
@@ -248,6 +290,6 @@ def feature_layout(
         family=family,
         shape=tuple(features.shape),
         dim=dim,
-        overwritten=observed.overwritten,
+        overwritten=overwritten,
         cast=features.dtype != dtype and not observed.autocast,
     )

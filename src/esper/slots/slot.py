@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from operator import index
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from esper.lifecycle.events import (
     SeedRescaled,
     SlotReset,
 )
+from esper.lifecycle.learning import Isolation
 from esper.lifecycle.stages import (
     LIVING_STAGES,
     RECOVERY_PATH,
@@ -85,6 +87,7 @@ class SeedSlot(KeptSlot):
             ValueError: Unknown operator, the blueprint refuses an option's value or the width, an
                 option is nothing that JSON can hold, or there is no optimizer state to copy.
             OwnershipError: The seed shares a parameter with another owner.
+            RuntimeError: The module that the slot stood behind was replaced by another one.
             GerminationError: Building raised, the breaker is open, or G0 refused.
             In each case the model is as it was.
 
@@ -92,6 +95,7 @@ class SeedSlot(KeptSlot):
         """
         owner = self._attached()
         life = self._life_for_next_seed()
+        owner.check_in_place(self.path)
         wanted = self.config.blend_operator if blend_operator is None else blend_operator
         operator = choose(BlendOperator, wanted, "blend operator")
         order = self._order(blueprint, options, operator)
@@ -106,6 +110,8 @@ class SeedSlot(KeptSlot):
             random_seed=random_seed,
             check_unshared=lambda seed: owner.check_unshared(self.path, seed),
         )
+        if new.branch.contextual and self.isolation is not Isolation.NONE:
+            self._refuse_opaque_arguments()
         life.blueprint, life.measurements = blueprint, new.measurements
         gate = life.judge(SeedStage.GERMINATED, force=False, breaker_closed=breaker.allows)
         events.append(gate)
@@ -125,6 +131,15 @@ class SeedSlot(KeptSlot):
         draws = new.draws_random_numbers
         self._stream = SeparateRandomStream(random_seed) if draws else None
         return [*events, registered, germinated]
+
+    def _refuse_opaque_arguments(self) -> None:
+        opaque = self.example_call.opaque()
+        if opaque:
+            raise ValueError(
+                f"slot {self.path!r}: a seed here reads {', '.join(opaque)}, whose tensors cannot "
+                "be detached, so that its gradient would reach the host; pass them as tensors, in "
+                "tuples, dicts or dataclasses, or set SlotConfig(isolation='none')"
+            )
 
     @torch.inference_mode(mode=False)
     def foreseen(
@@ -371,11 +386,13 @@ class SeedSlot(KeptSlot):
 
         Raises:
             IllegalTransition: There is no living seed.
-            ValueError: `over_steps` is negative.
+            TypeError: `over_steps` is no whole number.
+            ValueError: It is negative.
         """
         life = self._life
         check_transition(life.stage, SeedStage.PRUNED, subject=life.subject)
         self._attached()
+        over_steps = index(over_steps)
         if over_steps < 0:
             raise ValueError(f"over_steps must not be negative, got {over_steps}")
         if over_steps == 0 or life.alpha.alpha == 0.0:

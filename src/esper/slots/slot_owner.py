@@ -12,6 +12,9 @@ from esper.slots.breaker import CircuitBreaker
 class SlotOwner(Protocol):
     """What a slot asks of the set it belongs to."""
 
+    def check_in_place(self, path: str) -> None:
+        """Raise if the slot stands in the model's forward no more."""
+
     def breaker(self, blueprint: str) -> CircuitBreaker:
         """Return the breaker around building this blueprint."""
 

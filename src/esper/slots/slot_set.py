@@ -22,6 +22,7 @@ from esper.slots.host_copy import copy_of_host_module
 from esper.slots.modes import device_of
 from esper.slots.optimizer_binding import OptimizerBinding, skips_step
 from esper.slots.ownership import HOST, OwnershipLedger
+from esper.slots.placement import stands_in
 from esper.slots.pruned_seeds import PrunedSeeds
 from esper.slots.replication import Replication, keep_out_of_wrappers
 from esper.slots.shadow_pass import teach_in_shadow
@@ -90,8 +91,8 @@ class SlotSet(Mapping[str, SeedSlot]):
 
         Raises:
             ValueError: The optimizer holds none of the host's parameters, another optimizer is
-                bound, or a scheduler exists that was not passed.
-            TypeError: The optimizer takes one parameter group only.
+                bound, this one is bound to other slots, or a scheduler exists that was not passed.
+            TypeError: The optimizer takes one parameter group only, or matrices only.
             OwnershipError: The optimizer would train a teacher.
         """
         if self.binding is not None:
@@ -100,10 +101,11 @@ class SlotSet(Mapping[str, SeedSlot]):
                 "call unbind() first"
             )
         self.ledger.check_optimizer(optimizer)
+        self._host_parameters = None  # another optimizer may be there because modules are others
         self.binding = OptimizerBinding(
             optimizer,
             self._slots,
-            self.ledger.host_parameters(),
+            self.host_parameters(),
             scheduler=scheduler,
             before_step=self._before_step,
         )
@@ -412,6 +414,16 @@ class SlotSet(Mapping[str, SeedSlot]):
             self.binding.regroup(removed)
 
     # What slots ask for
+
+    def check_in_place(self, path: str) -> None:
+        """Raise RuntimeError if the module that a slot stood behind was replaced by another one."""
+        slot = self._slots[path]
+        if not stands_in(self.model, slot):
+            raise RuntimeError(
+                f"slot {path!r} stands in the model's forward no more: the module that it was "
+                "attached behind was replaced, as convert_sync_batchnorm and quantisation do; "
+                "change the model first, then attach"
+            )
 
     def breaker(self, blueprint: str) -> CircuitBreaker:
         """Return the breaker around building one blueprint."""
