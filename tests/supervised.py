@@ -14,6 +14,7 @@ from typing import Any, Self, TypeVar
 from esper.supervision.status import ServeStatus, ServiceStatus, StatusError, read_status
 
 Found = TypeVar("Found")
+HELD = "held"
 WAIT_SECONDS = 60.0
 MARK = "ESPER_TEST_MARK"
 SERVE, STATUS = "serve", "status"
@@ -45,6 +46,8 @@ print("stubborn is up", flush=True)
 time.sleep(1000)
 """
 """Ignores SIGTERM, and so do what it starts: one leaves its session, one has no environment."""
+DAEMON = f"exec 9>{HELD}; setsid env -i sleep 100 & echo up; exec sleep 100"
+"""For a shell: what it leaves behind has a session of its own, and no environment."""
 
 
 def wait_for(condition: Callable[[], Found], seconds: float = WAIT_SECONDS) -> Found:
@@ -69,6 +72,20 @@ def processes_with(mark: str) -> list[int]:
             if wanted in environment.split(b"\0"):
                 found.append(int(folder.name))
     return found
+
+
+class Holders:
+    """Tells whether any process holds a pipe in a folder, `held`, wherever that process belongs."""
+
+    def __init__(self, folder: Path) -> None:
+        os.mkfifo(folder / HELD)
+        self._reading = os.open(folder / HELD, os.O_RDONLY | os.O_NONBLOCK)
+
+    def gone(self) -> bool:
+        try:
+            return os.read(self._reading, 1) == b""
+        except BlockingIOError:
+            return False
 
 
 def free_port() -> int:

@@ -7,8 +7,9 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -19,6 +20,7 @@ from commanded import CountedRun
 from esper.bus.bus import DEAD_LETTERS, EMERGENCY, TELEMETRY, Bus, Delivery, Stream
 from esper.bus.dead_letter import DeadLetter
 from esper.bus.envelope import MessageRefusedError, Sealer, open_envelope
+from esper.bus.held_runs import HeldRuns
 from esper.bus.in_process import InProcessBus
 from esper.bus.link_state import LinkState
 from esper.bus.messages import (
@@ -49,7 +51,7 @@ from tracked_run import CONFIG, tell_run
 
 @contextmanager
 def routing(
-    bus: Bus, folder: Path, kind: type[Router] = Router, **options: int
+    bus: Bus, folder: Path, kind: type[Router] = Router, **options: Any
 ) -> Iterator[Router]:
     router = kind(bus, KEYRING, folder, **options)
     stop = threading.Event()
@@ -295,6 +297,26 @@ def test_a_run_whose_first_message_was_lost_in_one_stream_forgets_by_the_other(
     mirror.close()
 
 
+def test_what_an_attempt_tells_after_the_next_one_has_begun_holds_up_to_where_that_began(
+    tmp_path: Path,
+) -> None:
+    mirror = Mirror(tmp_path / "run")
+    first, second = Telling(), Telling()
+    mirror.take(first.told(TELEMETRY, began(), *values(10, loss=1.0))[1:])
+    late_one, *arrived = second.told(TELEMETRY, began(20, task="digits"), *values(30, loss=2.0))
+    mirror.take(arrived)
+    late = first.told(
+        TELEMETRY, *events(15, 25), *values(20, loss=1.0), StatusMessage(status="failed")
+    )
+    mirror.take([late_one, *late, *first.told(TELEMETRY, *values(30, loss=1.0))])
+    assert steps_in(tmp_path / "run") == [15]
+    assert losses_in(tmp_path / "run") == [(10, 1.0), (30, 2.0), (20, 1.0)]
+    assert RunReader(tmp_path / "run").status == "running"
+    assert RunReader(tmp_path / "run").config() == {"task": "digits"}
+    mirror.close()
+    assert missed_in(tmp_path / "run") == 1
+
+
 def test_a_batch_that_cannot_be_stored_leaves_nothing_and_can_come_again(tmp_path: Path) -> None:
     mirror = Mirror(tmp_path / "run")
     told = Telling().told(TELEMETRY, began(), *events(1, 2))
@@ -363,26 +385,112 @@ def test_a_folder_that_cannot_be_written_holds_up_no_other_run(
     assert steps_in(tmp_path / "good") == [1, 2, 3]
 
 
-def test_a_mirror_that_is_locked_holds_up_nobody_and_its_messages_come_again(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+def values(*steps: int, loss: float) -> list[MetricsMessage]:
+    return [MetricsMessage(epoch=1, step=step, metrics={"loss": loss}) for step in steps]
+
+
+def losses_in(folder: Path) -> list[tuple[int, float]]:
+    return [(row.step, row.value) for row in RunReader(folder).metrics()]
+
+
+@contextmanager
+def held(folder: Path, statement: str = "BEGIN IMMEDIATE") -> Iterator[None]:
+    """Hold a mirror as another process does that writes its database, or reads it."""
+    with closing(sqlite3.connect(folder / "run.sqlite", isolation_level=None)) as database:
+        database.execute(statement)
+        database.execute("SELECT count(*) FROM metrics").fetchone()
+        yield
+
+
+def test_a_mirror_that_is_locked_holds_up_nobody_and_its_messages_come_again_once_it_is_free(
+    any_bus: Bus, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    clock = Clock()
-    bus, locked, good = InProcessBus(clock), Telling("locked"), Telling("good")
+    bus, locked, good = any_bus, Telling("locked"), Telling("good")
     with caplog.at_level(logging.WARNING, logger="esper"), routing(bus, tmp_path) as router:
         bus.publish(TELEMETRY, locked.sealed(TELEMETRY, *events(1)))
         wait_for(lambda: router.facts().stored == 1)
-        with closing(sqlite3.connect(tmp_path / "locked" / "run.sqlite")) as holding:
-            holding.execute("BEGIN IMMEDIATE")
+        with held(tmp_path / "locked"):
             for number, stream in enumerate((TELEMETRY, EMERGENCY), start=1):
                 critical = stream is EMERGENCY
                 bus.publish(stream, locked.sealed(stream, *events(2, critical=critical)))
                 wait_for(lambda number=number: len(caplog.records) == number, seconds=5.0)
                 bus.publish(stream, good.sealed(stream, *events(3, critical=critical)))
             wait_for(lambda: router.facts().stored == 3, seconds=5.0)
-        clock.seconds += 31.0
-        wait_for(lambda: router.facts().stored == 5, seconds=5.0)
+        wait_for(lambda: router.facts().stored == 5, seconds=10.0)
     assert steps_in(tmp_path / "good") == [3, 3]
     assert steps_in(tmp_path / "locked") == [1, 2, 2]
+    assert reasons(bus) == []
+
+
+def test_nothing_overtakes_what_is_left_of_a_run(
+    any_bus: Bus, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A mirror forgets by the order in which a run's attempts tell of themselves."""
+    bus, first, second = any_bus, Telling(), Telling()
+    with caplog.at_level(logging.WARNING, logger="esper"), routing(bus, tmp_path) as router:
+        told = first.sealed(TELEMETRY, began(), *values(10, 20, loss=1.0))
+        bus.publish(TELEMETRY, told)
+        wait_for(lambda: router.facts().stored == 3)
+        with held(tmp_path / "run"):
+            late = first.sealed(
+                TELEMETRY, *values(30, loss=1.0), StatusMessage(status="interrupted")
+            )
+            bus.publish(TELEMETRY, late)
+            wait_for(lambda: len(caplog.records) == 1)
+        bus.publish(TELEMETRY, second.sealed(TELEMETRY, began(20), *values(30, loss=2.0)))
+        wait_for(lambda: router.facts().stored == 7, seconds=10.0)
+        assert router.facts() == RouterFacts(stored=7, runs=1)
+    assert losses_in(tmp_path / "run") == [(10, 1.0), (20, 1.0), (30, 2.0)]
+    assert RunReader(tmp_path / "run").status == "running"
+
+
+def test_what_is_left_is_asked_for_again_soon_but_no_more_often_than_it_comes_by_itself() -> None:
+    """A message is delivered five times: one run must not use up what the others have of them."""
+    clock = Clock()
+    held = HeldRuns(again_seconds=30.0, clock=clock)
+    assert held.next_to_try() is None
+    held.hold("locked")
+    held.hold("other")
+    assert [held.next_to_try() for _ in range(2)] == ["locked", None]
+    clock.seconds += 0.2
+    assert held.next_to_try() == "other"
+    held.let_go()
+    assert "locked" not in held
+    held.hold("locked")
+    clock.seconds += 29.9
+    assert held.next_to_try() is None
+    clock.seconds += 0.1
+    assert held.next_to_try() == "locked"
+    assert "locked" in held
+
+
+def test_a_run_is_told_in_its_order_though_routers_come_and_go_while_its_mirror_is_read(
+    any_bus: Bus, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whoever reads a mirror that no router has open holds up the next one that opens it."""
+    bus, first, second = any_bus, Telling(), Telling()
+    with routing(bus, tmp_path) as router:
+        bus.publish(EMERGENCY, first.sealed(EMERGENCY, began(), *events(40, critical=True)))
+        bus.publish(TELEMETRY, first.sealed(TELEMETRY, began(), *values(10, 20, 30, loss=1.0)))
+        wait_for(lambda: router.facts().stored == 6)
+    with ExitStack() as reading, caplog.at_level(logging.WARNING, logger="esper"):
+        reading.enter_context(held(tmp_path / "run", "BEGIN"))
+        for stream in (EMERGENCY, TELEMETRY):
+            bus.publish(stream, second.sealed(stream, began(20)))
+        for number, consumer in enumerate(("second", "third")):
+            caplog.clear()
+            with routing(bus, tmp_path, consumer=consumer) as router:
+                wait_for(lambda: len(caplog.records) == 2)
+                told = second.sealed(TELEMETRY, *values(30 + 10 * number, loss=2.0))
+                bus.publish(TELEMETRY, told)
+                if consumer == "third":
+                    reading.close()
+                    bus.publish(EMERGENCY, second.sealed(EMERGENCY, *events(50, critical=True)))
+                    bus.publish(TELEMETRY, second.sealed(TELEMETRY, *values(50, loss=2.0)))
+                    wait_for(lambda router=router: router.facts().stored == 6, seconds=10.0)
+                    assert router.facts() == RouterFacts(stored=6, runs=1)
+    assert losses_in(tmp_path / "run") == [(10, 1.0), (20, 1.0), (30, 2.0), (40, 2.0), (50, 2.0)]
+    assert steps_in(tmp_path / "run") == [50]
     assert reasons(bus) == []
 
 
@@ -586,6 +694,29 @@ def test_a_mirror_whose_folder_somebody_removes_is_made_anew(tmp_path: Path) -> 
     assert steps_in(tmp_path / "run") == [2]
     assert missed_in(tmp_path / "run") == 2
     assert steps_in(tmp_path / "away") == [1]
+
+
+@pytest.mark.parametrize("kept", [(), (1,)], ids=["gone", "another"])
+def test_a_run_is_passed_over_only_as_long_as_that_folder_is_there(
+    kept: tuple[int, ...], tmp_path: Path
+) -> None:
+    bus, telling, folder = InProcessBus(), Telling(), tmp_path / "run"
+    if kept:
+        mirror = Mirror(folder)
+        mirror.take(telling.told(TELEMETRY, *events(*kept)))
+        mirror.close()
+        folder.rename(tmp_path / "kept")
+    folder.mkdir()
+    with routing(bus, tmp_path) as router:
+        bus.publish(TELEMETRY, telling.sealed(TELEMETRY, *events(2)))
+        wait_for(lambda: router.facts().passed_over == 1)
+        folder.rename(tmp_path / "away")
+        if kept:
+            (tmp_path / "kept").rename(folder)
+        bus.publish(TELEMETRY, telling.sealed(TELEMETRY, *events(3)))
+        wait_for(lambda: router.facts().stored == 1, seconds=5.0)
+        assert router.facts() == RouterFacts(passed_over=1, stored=1, missed=1, runs=1)
+    assert steps_in(folder) == [*kept, 3]
 
 
 def test_what_a_killed_router_was_making_is_made_anew(tmp_path: Path) -> None:

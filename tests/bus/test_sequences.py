@@ -34,8 +34,6 @@ def test_it_knows_what_a_set_knows_also_when_it_is_stored_in_between(
         assert tracker.take(producer, numbers) is new
         seen[producer].update(numbers if new else ())
         assert tracker.missing == missing_of(seen)
-        assert tracker.knows(producer)
-    assert not tracker.knows("c")
 
 
 def test_what_comes_in_any_order_leaves_nothing_missing_and_one_interval() -> None:

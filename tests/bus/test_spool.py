@@ -59,7 +59,7 @@ def test_a_spool_is_a_queue_whoever_opens_it(
     spool, expected, sent = Spool(folder, max_bytes=64 * 200), deque[bytes](), list[bytes]()
     for step, value in steps:
         if step == "append":
-            assert spool.append(value) == 0
+            assert spool.append(value) == (0, [])
             expected.extend(value)
         elif step == "send":
             messages, lost = spool.first(limit=value)
@@ -88,7 +88,7 @@ def test_a_full_spool_keeps_the_newest_and_counts_the_others(tmp_path: Path) -> 
     ]
     dropped = sent = 0
     for start in range(0, 5000, 50):
-        dropped += spool.append(messages[start : start + 50])
+        dropped += spool.append(messages[start : start + 50])[0]
         assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= 64_000
         if start == 2500:  # what is sent is not dropped
             sent = len(spool.first(limit=3)[0])
@@ -104,7 +104,7 @@ def test_a_full_spool_keeps_the_newest_and_counts_the_others(tmp_path: Path) -> 
 
 def test_a_message_larger_than_the_spool_is_dropped_alone(tmp_path: Path) -> None:
     spool = Spool(tmp_path, max_bytes=1000)
-    assert spool.append([b"first", bytes(1000), b"last"]) == 1
+    assert spool.append([b"first", bytes(1000), b"last"]) == (1, [])
     assert drained(spool) == [b"first", b"last"]
 
 
@@ -154,26 +154,28 @@ def test_what_is_lost_while_it_is_kept_is_counted(tmp_path: Path) -> None:
     assert drained(spool) == [b"second", b"third"]
 
 
-def test_what_the_disk_does_not_take_is_dropped_whole_and_counted(tmp_path: Path) -> None:
-    spool = Spool(tmp_path / "spool")
-    assert spool.append([b"before"]) == 0
+def test_what_the_disk_does_not_take_is_given_back_whole(tmp_path: Path) -> None:
+    spool = Spool(tmp_path / "spool", max_bytes=64 * 60)
+    assert spool.append([b"before"]) == (0, [])
     with files_of_at_most(40):  # which ends within the second message
         with pytest.raises(OSError, match=os.strerror(errno.EFBIG)):
             (tmp_path / "other").write_bytes(bytes(41))
-        assert spool.append([b"one", 40 * b"2"]) == 2
-        assert spool.append([b"small"]) == 0
-    assert spool.append([b"after"]) == 0
-    assert len(Spool(tmp_path / "spool")) == 3
-    assert drained(spool) == [b"before", b"small", b"after"]
+        given = [bytes(4000), b"one", 44 * b"2", b"small"]
+        dropped, left = spool.append(given)
+        assert (dropped, left) == (1, given[2:])
+        assert spool.append(left) == (0, left)
+    assert spool.append(left) == (0, [])
+    assert len(Spool(tmp_path / "spool")) == 4
+    assert drained(spool) == [b"before", *given[1:]]
 
 
 def test_a_folder_that_cannot_be_made_takes_nothing_and_raises_nothing(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     spool = Spool(tmp_path / "file" / "spool")
-    assert spool.append([b"one", b"two"]) == 2
+    assert spool.append([b"one", b"two"]) == (0, [b"one", b"two"])
     assert spool.first(limit=5) == ([], 0)
     (tmp_path / "file").unlink()
-    assert spool.append([b"three"]) == 0
+    assert spool.append([b"three"]) == (0, [])
 
 
 def test_appending_costs_the_same_however_much_is_kept(tmp_path: Path) -> None:

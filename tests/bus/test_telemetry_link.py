@@ -8,8 +8,19 @@ from typing import Any
 
 import pytest
 
-from bus_machinery import KEYRING, PRUNED, SKIPPED, GatedBus, envelopes, record, told, wait_for
+from bus_machinery import (
+    KEYRING,
+    PRUNED,
+    SKIPPED,
+    GatedBus,
+    envelopes,
+    files_of_at_most,
+    record,
+    told,
+    wait_for,
+)
 from esper.bus.bus import EMERGENCY, TELEMETRY, Stream
+from esper.bus.envelope import Sealer
 from esper.bus.link_state import LinkState
 from esper.bus.messages import (
     EventMessage,
@@ -18,6 +29,8 @@ from esper.bus.messages import (
     StatusMessage,
 )
 from esper.bus.sequences import SequenceTracker
+from esper.bus.spool import Spool
+from esper.bus.telemetry_lane import TelemetryLane
 from esper.bus.telemetry_link import TelemetryLink
 from esper.lifecycle.events import BusLost, BusRegained, StepSkipped
 
@@ -251,6 +264,63 @@ def test_what_a_full_spool_drops_is_told_and_shows_in_the_sequence(
     assert steps_told(bus, EMERGENCY) == [*range(0, 5000, 500)]
 
 
+def test_what_a_full_disk_does_not_take_waits_in_memory_and_comes_in_order(
+    bus: GatedBus, open_link: Open
+) -> None:
+    state = LinkState()
+    link = open_link(link=state)
+    link.begin({}, {}, -1)
+    link.publish(record(0))
+    link.flush()
+    wait_for(lambda: steps_told(bus, TELEMETRY) == [0])
+    bus.away = True
+    with files_of_at_most(2000):
+        for step in range(1, 1000):
+            link.publish(record(step))
+            if step % 100 == 0:
+                link.publish(record(step, SKIPPED))
+        wait_for(lambda: state.has_events)
+        link.publish(record(1000))
+        bus.away = False
+        wait_for(lambda: steps_told(bus, TELEMETRY)[-1] == 1000)
+        wait_for(lambda: len(state._events) == 2)
+    assert link.close() == 0
+    _, regained = state.take_events()
+    assert isinstance(regained, BusRegained)
+    assert regained.lost_messages == 0
+    assert steps_told(bus, TELEMETRY) == [*range(1001)]
+    assert steps_told(bus, EMERGENCY) == [*range(100, 1000, 100)]
+    assert missing_in(bus, TELEMETRY) == missing_in(bus, EMERGENCY) == (0, 0)
+
+
+def test_what_waits_for_a_full_disk_and_the_bus_is_bounded_and_counted_exactly(
+    tmp_path: Path,
+) -> None:
+    bus, lost = GatedBus(), 0
+    (tmp_path / "spool").touch()  # so that nothing can be kept
+    lane = TelemetryLane(
+        TELEMETRY, Sealer(KEYRING, "run"), Spool(tmp_path / "spool"), max_queued=1000
+    )
+    for step in range(5000):
+        lane.put(record(step))
+        if step % 700 == 0:
+            lane.keep()
+            assert lane.next_batch()
+            lane.keep()
+    for _ in range(2):
+        bus.publish(TELEMETRY, lane.next_batch())
+        lane.sent()
+        lost += lane.take_lost()
+    arrived = steps_told(bus, TELEMETRY)
+    assert arrived == [0, *range(4000, 4500)]
+    assert lost == missing_in(bus, TELEMETRY)[0] == 4000 - 1
+    lane.keep()
+    lane.put(record(5000))
+    lane.close()
+    assert lane.take_lost() == 501
+    assert lane.kept_messages == 0
+
+
 def test_what_cannot_be_sent_is_left_out_counted_and_told_without_its_values(
     bus: GatedBus, open_link: Open, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -291,11 +361,10 @@ def test_a_normal_event_is_sent_although_nobody_flushes(bus: GatedBus, open_link
 
 
 def test_an_outage_is_over_although_what_failed_was_lost_and_only_the_rest_is_sent(
-    bus: GatedBus, open_link: Open, tmp_path: Path
+    bus: GatedBus, open_link: Open
 ) -> None:
-    (tmp_path / "spool").touch()  # so that nothing can be kept
     state = LinkState()
-    link = open_link(link=state)
+    link = open_link(link=state, max_spool_bytes=10)  # so that nothing can be kept
     bus.away = True
     link.publish(record(1, SKIPPED))
     wait_for(lambda: state.has_events)

@@ -2,11 +2,13 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -37,6 +39,15 @@ def run_esper(
         text=True,
         check=False,
     )
+
+
+def strict_json(line: str) -> Any:
+    """Return what a line of JSON says; NaN and Infinity are no JSON."""
+
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} in {line}")
+
+    return json.loads(line, parse_constant=refuse)
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +139,37 @@ def test_json_output_is_one_object_per_line(tmp_path: Path) -> None:
     assert documents[-1]["kind"] == "summary"
     assert documents[-1]["folder"] == "run"
     assert documents[-1]["networks"]["grown"]["params"] == 678
+
+
+def test_json_output_has_null_for_what_is_not_finite(tmp_path: Path) -> None:
+    without_band = ("--set", "trainer.governor.band_width=none", "--set", "learning_rate=1000")
+    diverging = ("--epochs", "1", *without_band, "--json", "--out", "run")
+    output = esper("grow", "digits", *diverging, cwd=tmp_path)
+    documents = [strict_json(line) for line in output.splitlines()]
+    skipped = [d["event"] for d in documents if d.get("event", {}).get("type") == "step_skipped"]
+    assert skipped
+    assert all(event["value"] is None for event in skipped)
+
+
+@pytest.mark.parametrize("way", ["--json", "--quiet", "--report"])
+def test_a_run_that_diverges_says_so_in_a_line_and_how_to_look_back(
+    way: str, tmp_path: Path
+) -> None:
+    hopeless = ("--epochs", "2", "--set", "learning_rate=1e30", "--out", "a [run]:smile:")
+    for command in (("grow", "digits", *hopeless), ("resume", "a [run]:smile:")):
+        done = run_esper(*command, way, cwd=tmp_path, env={"PATH": "/nowhere"})
+        assert done.returncode == 1
+        (line,) = done.stderr.splitlines()
+        assert re.search(r"^training diverged at step \d+ again, .* or look at the data; ", line)
+        assert line.endswith("; what came before: python -m esper inspect 'a [run]:smile:'")
+        assert RunReader(tmp_path / "a [run]:smile:").status == "failed"
+        if way == "--json":
+            last = [strict_json(line) for line in done.stdout.splitlines()][-1]
+            assert last["kind"] == "diverged"
+            assert last["folder"] == "a [run]:smile:"
+            assert line.startswith(f"{last['reason']}; ")
+        elif way == "--quiet":
+            assert done.stdout == "a [run]:smile:\n"
 
 
 def test_quiet_output_is_the_folder(tmp_path: Path) -> None:

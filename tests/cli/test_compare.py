@@ -114,3 +114,36 @@ def test_no_figure_of_the_table_is_cut_off(
     assert ("seconds" in table) == (width >= 120)
     grown = next(line for line in table.splitlines() if line.startswith("grown"))
     assert grown.split()[-1 if width < 190 else -2][0].isdigit()
+
+
+def _inspected(kept: str, width: int, monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], str]:
+    """The table's rows, and what is told below them."""
+    monkeypatch.setenv("COLUMNS", str(width))
+    told = esper("inspect", str(RESULTS / kept)).strip()
+    table, _, rest = told.partition("\nmean ±")
+    return [line.rstrip() for line in table.splitlines()], " ".join(rest.split())
+
+
+@pytest.mark.parametrize("width", [80, 120, 200])
+def test_what_notes_are_on_is_in_the_table(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, notes = _inspected("compare-digits", width, monkeypatch)
+    marked = [row for row in rows if "*" in row]
+    assert "* the best learning rate is the only one tried" in notes
+    assert [row.split("  ")[0].rstrip("*") for row in marked] == [
+        *("static 2 (3 of 5 seeds)", "static"),
+    ]
+    assert all(("0.02*" in row) == (width == 200) for row in marked)
+    assert "FLOPs: as a share of static's" in notes
+    assert "static 1, 2 …: with the first so many" in notes
+
+
+@pytest.mark.parametrize("width", [80, 200])
+def test_without_a_static_network_nothing_is_measured_by_it(
+    width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, notes = _inspected("compare-text-long", width, monkeypatch)
+    assert "5.26e+12" in rows[1]
+    assert "FLOPs: of a whole run" in notes
+    for word in ("static", "to match"):
+        assert word not in rows[0]
+        assert word not in notes

@@ -37,6 +37,13 @@ def test_it_compiles_once_keeps_it_and_refuses_what_was_changed(tmp_path: Path) 
     assert "not what was signed" in " ".join(listed.stdout.split())
 
 
+def test_what_a_folder_is_called_is_shown_as_it_is(tmp_path: Path) -> None:
+    store = tmp_path / "k[lr]:smile:"
+    listing = ["compile", "--list", "--store", str(store)]
+    listed = CliRunner(env={"COLUMNS": "1000"}).invoke(app, listing)
+    assert listed.output == f"nothing is kept in {store}\n"
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [

@@ -18,6 +18,17 @@ from esper.tasks.collection.source import open_source
 from esper.tasks.digits.data import load_splits
 from esper.telemetry import RunReader
 
+LACKS_ITS_TARGETS = """
+from dataclasses import replace
+from esper.tasks.digits import DIGITS
+
+
+def build(random_seed):
+    return replace(DIGITS.build(random_seed), targets=["stage9"])
+
+
+TASK = replace(DIGITS, build=build)
+"""
 SHORT = ("--epochs", "2", "--set", "threads=1")
 
 
@@ -132,6 +143,24 @@ def test_wrong_task_is_named_and_leaves_no_folder(arguments: tuple[str, ...], me
     assert message in result.output
     assert "Traceback" not in result.output
     assert list(Path().iterdir()) == []
+
+
+def test_targets_that_the_host_lacks_are_named_and_leave_no_folder(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    file = Path("task_without_its_targets.py")
+    file.write_text(LACKS_ITS_TARGETS, encoding="utf-8")
+    output = grow(f"python:{file.stem}:TASK", *SHORT, fails=True).output
+    assert "has no module 'stage9'; did you mean " in output
+    assert not Path("runs").exists()
+
+
+def test_where_a_run_is_is_told_as_it_is() -> None:
+    output = grow("digits", "--epochs", "1", "--out", "a[lr]/x:smile:").output
+    assert "run folder  a[lr]/x:smile:\n" in output
+    assert "inspect 'a[lr]/x:smile:'\n" in output
+    assert "report      a[lr]/x:smile:/report.html\n" in output
 
 
 def test_data_that_fails_to_decode_leaves_no_folder(pictures: Path) -> None:

@@ -7,7 +7,16 @@ import pytest
 from typer.testing import CliRunner
 
 from esper.cli.app import app
-from esper.lifecycle.events import RunFinished, RunStarted, SeedPruned, TwinFinished
+from esper.lifecycle.events import (
+    Event,
+    EventRecord,
+    RunFinished,
+    RunStarted,
+    RunWentBack,
+    SeedPruned,
+    StepSkipped,
+    TwinFinished,
+)
 from esper.lifecycle.stages import SeedStage
 from esper.telemetry import RunStore
 from served_runs import CONFIG, publish, skip, write_life
@@ -39,6 +48,45 @@ def test_what_a_run_says_is_shown_as_it_is(tmp_path: Path, columns: int) -> None
     told = " ".join(shown.output.split())
     for word in ("task", "policy", "device", "skipped", "slot", "pruned"):
         assert f"{word} {MARKUP}" in told
+
+
+def _at(store: RunStore, step: int, event: Event) -> None:
+    store.publish(EventRecord(time_seconds=0.0, epoch=0, step=step, event=event))
+
+
+def _protected(folder: Path) -> list[str]:
+    """What inspect tells between the run's figures and its seeds."""
+    shown = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["inspect", str(folder)])
+    assert shown.exit_code == 0, shown.output
+    head, _, _ = shown.output.partition("\n\n")
+    return head.splitlines()[3:]
+
+
+def test_what_a_run_was_protected_from_is_told_in_order_and_repeats_once(tmp_path: Path) -> None:
+    store = RunStore(tmp_path / "run", config=CONFIG, environment={})
+    publish(store, 0, RunStarted(run_id="run", slots=("a",), host_param_count=1000))
+    for again in (True, False, None):
+        for step in (1, 2, 3):
+            _at(store, step, StepSkipped(reason="the loss is not finite", value=math.nan))
+        if again is not None:
+            _at(store, 4, RunWentBack(from_step=4, to_step=0, same_batches=again))
+    _at(store, 5, StepSkipped(reason="the loss is above 3", value=9.0))
+    store.close()
+    skipped = "3 steps skipped, 1 to 3: the loss is not finite"
+    back = "step 4: steps in a row were bad: from 4 back to 0"
+    last = "step 5 skipped: the loss is above 3"
+    assert _protected(tmp_path / "run") == [skipped, back, skipped, back, skipped, last]
+
+
+def test_of_many_interventions_the_last_are_told_and_how_many_there_were(tmp_path: Path) -> None:
+    store = RunStore(tmp_path / "run", config=CONFIG, environment={})
+    publish(store, 0, RunStarted(run_id="run", slots=("a",), host_param_count=1000))
+    for step in range(1, 41):
+        _at(store, step, StepSkipped(reason=f"the loss is above {step}", value=99.0))
+    store.close()
+    first, *lines = _protected(tmp_path / "run")
+    assert first == "30 earlier interventions; --json has all"
+    assert lines == [f"step {step} skipped: the loss is above {step}" for step in range(31, 41)]
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,7 @@ def test_it_moves_with_each_step_also_within_an_epoch(width: int) -> None:
         assert f"epoch {1 + (step - 1) // 20}/3  step {step}/60" in picture
     assert "1 steps/s, 30 s left" in watcher.pictures[29]
     assert "first epoch under way" in watcher.pictures[10]
+    assert all(("saves ≥" in picture) == (width == 100) for picture in watcher.pictures)
     assert "accuracy" in watcher.pictures[30]
     grown = next(i for i, text in enumerate(watcher.pictures) if "germinated" in text)
     assert 0 < grown < len(watcher.pictures)

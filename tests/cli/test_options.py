@@ -49,6 +49,41 @@ def test_a_folder_that_cannot_be_one_is_refused(command: tuple[str, ...], out: s
 
 
 @pytest.mark.parametrize("command", WRITERS)
+@pytest.mark.parametrize(
+    "out",
+    [300 * "x", f"{300 * 'x'}/deeper", "/proc/deeper/run"],
+    ids=["too long", "in what is too long", "no place for folders"],
+)
+def test_a_folder_that_the_system_refuses_is_refused(
+    command: tuple[str, ...], out: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "1000")
+    assert f"{out} cannot be made: " in refused(*command, "digits", "--out", out)
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("learning_rate=nan", "learning_rate: Input should be a finite number"),
+        ("learning_rate=inf", "learning_rate: Input should be a finite number"),
+        ("learning_rate=0", "learning_rate: Input should be greater than 0"),
+        ("weight_decay=inf", "weight_decay: Input should be a finite number"),
+        ("weight_decay=-1e-9", "weight_decay: Input should be greater than or equal to 0"),
+        (f"random_seed={2**64}", "random_seed: Input should be less than"),
+        (f"random_seed={-(2**63) - 1}", "random_seed: Input should be greater than or equal to"),
+    ],
+)
+def test_settings_that_no_run_could_have_are_refused(setting: str, words: str) -> None:
+    assert words in refused("grow", "digits", "--set", setting, "--dry-run")
+
+
+@pytest.mark.parametrize("command", [("compare",), ("policy", "eval")])
+def test_seeds_that_no_run_could_have_are_refused(command: tuple[str, ...]) -> None:
+    told = refused(*command, "digits", "--seeds", "2", "--first-seed", str(2**64 - 1))
+    assert "random_seeds.1: Input should be less than 18446744073709551616" in told
+
+
+@pytest.mark.parametrize("command", WRITERS)
 def test_a_folder_that_is_not_ones_own_is_refused(
     command: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,6 +1,7 @@
 """`esper policy`: a policy is learned, deployed anywhere, and compared with others."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -22,7 +23,7 @@ from esper.experiments.config import load_run_config
 from esper.experiments.run import build_setup
 from esper.experiments.stored_run import stored_run
 from esper.rl import demonstrations, policy_run
-from esper.rl.evaluation import EvaluatedRun, Evaluation, EvaluationConfig
+from esper.rl.evaluation import EvaluatedRun, Evaluation, EvaluationConfig, EvaluationFolder
 from esper.rl.workers import InProcessWorkers
 from esper.telemetry import WEIGHTS_FILE, RunReader
 
@@ -32,6 +33,7 @@ TINY = (
     *("--set", "training.num_epochs=1", "--set", "episodes.num_runs=1"),
 )
 ROLLOUT = 4
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 SUBPROCESS = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "COLUMNS": "300"}
 
 
@@ -223,10 +225,13 @@ def test_an_interrupted_training_says_how_to_go_on() -> None:
     assert Path("run/policy.safetensors").exists()
 
 
-def test_without_the_extra_its_name_is_told() -> None:
+@pytest.mark.parametrize(
+    "arguments", [("policy", "train", "digits"), ("inspect", str(RESULTS / "policy-eval-digits"))]
+)
+def test_without_the_extra_its_name_is_told(arguments: tuple[str, ...]) -> None:
     script = "import sys; sys.modules['gymnasium'] = None; from esper.cli.app import main; main()"
     done = subprocess.run(
-        [sys.executable, "-c", script, "policy", "train", "digits"],
+        [sys.executable, "-c", script, *arguments],
         env=SUBPROCESS,
         capture_output=True,
         text=True,
@@ -377,15 +382,57 @@ def test_policies_are_compared_in_a_table_and_the_folder_goes_on(
     ]
     assert esper(*arguments, "--quiet") == "kept\n"
     (summary,) = esper(*arguments, "--json").splitlines()
-    assert json.loads(summary) == {"kind": "summary", "folder": "kept"}
+    record = json.loads(summary)
+    assert (record.pop("kind"), record.pop("folder")) == ("summary", "kept")
+    assert json.loads(esper("inspect", "kept", "--json")) == record
+    shown = esper("inspect", "kept").splitlines()
+    assert shown == again[: len(shown)]
+    never, budget = record["policies"]
+    assert (never["policy"], budget["policy"]) == ("none", "heuristic")
+    assert f"{never['difference']['mean']:+.4f} ± " in again[1]
+    assert f"{never['accuracy']['mean']:.4f} ± " in again[1]
+    assert budget["difference"] is None
+    assert budget["flops"] == {"least": 1.0, "most": 1.0}
+    assert (budget["epochs"], never["committed"], record["finished"]) == (2.0, 0.0, True)
     words = refused(*arguments, "--first-seed", "1")
     assert "kept holds another evaluation, with other settings: random_seeds" in words
+
+
+def test_an_evaluation_under_way_is_shown_as_far_as_it_is() -> None:
+    whole = _evaluation("text", ())
+    folder = EvaluationFolder(Path("kept"), whole.config)
+    assert esper("inspect", "kept").splitlines() == [
+        "no policy's runs can be compared yet",
+        "not finished: the same command with --out kept goes on",
+    ]
+    diverged = {"test": {"loss": math.nan, "bits_per_byte": math.nan}}
+    for run in whole.runs.values():
+        if run.policy == "heuristic":
+            folder.add(run)
+        elif run.random_seed == 0:
+            folder.add(run.model_copy(update=diverged))
+    shown = esper("inspect", "kept")
+    assert "schedule (1 of 2 seeds) " in shown
+    assert "not finished: the same command with --out kept goes on" in shown
+    record = json.loads(esper("inspect", "kept", "--json"))
+    _, schedule = record["policies"]
+    assert (schedule["seeds"], schedule["test_loss"]["mean"]) == (1, None)
+    assert record["finished"] is False
+
+
+def test_a_dry_run_of_an_evaluation_prints_settings_and_leaves_nothing() -> None:
+    arguments = ("--policy", "random", "--seeds", "2", "--first-seed", "7", "--epochs", "3")
+    told = json.loads(esper("policy", "eval", "digits", *arguments, "--dry-run"))
+    assert (told["policies"], told["random_seeds"]) == (["random"], [7, 8])
+    assert told["run"]["trainer"]["epochs"] == 3
+    assert not any(Path().iterdir())
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (("digits", "--policy", "nonesuch"), "no policy 'nonesuch'; did you mean 'none'"),
+        (("digits", "--policy", "nonesuch", "--dry-run"), "no policy 'nonesuch'"),
         (("digits", "--budget-of", "nonesuch"), "no policy 'nonesuch'"),
         (("digits", "--policy", "none", "--policy", "none"), "policies must differ"),
         (("digits", "--set", "depth_schedule.min_layers=9"), "from at least 9 layers"),

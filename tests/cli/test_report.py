@@ -36,6 +36,16 @@ def test_a_run_beside_a_comparison(run_folder: Path, tmp_path: Path) -> None:
     assert png.read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_files_that_are_written_are_named_as_they_are(run_folder: Path, tmp_path: Path) -> None:
+    odd = tmp_path / "z[" / "b]:smile:"
+    odd.mkdir(parents=True)
+    files = ("--out", str(odd / "story.html"), "--png", str(odd / "picture"))
+    code, told = invoke(str(run_folder), *files)
+    assert code == 0, told
+    assert told == f"report {odd}/story.html picture {odd}/picture.png"
+    assert sorted(odd.iterdir()) == [odd / "picture.png", odd / "story.html"]
+
+
 def test_a_comparison_says_whether_growth_pays(tmp_path: Path) -> None:
     folder = tmp_path / "comparison"
     shutil.copytree(COMPARISON, folder)

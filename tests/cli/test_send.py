@@ -14,6 +14,10 @@ from typing import Any
 
 import pytest
 
+from esper.bus.messages import RunMessage
+from esper.bus.mirror import Mirror
+from esper.lifecycle.actions import Prune
+from esper.lifecycle.commands import Act
 from esper.telemetry.run_folder import is_written
 from esper.telemetry.run_reader import RunReader
 from redis_server import RedisServer
@@ -127,7 +131,9 @@ def test_a_live_run_does_what_it_is_told(job: Job, tmp_path: Path) -> None:
     code, text = send("commit", "stage1")
     assert code == 1
     assert "commit is not legal" in text
-    assert send("prune", "stage1", "--set", "reason=by hand")[0] == 0
+    assert send("prune", "stage1", "--set", "reason=2024", "--set", "over_steps=1_0")[0] == 0
+    asked = told(tmp_path / "run")[-1].command
+    assert asked == Act(action=Prune(slot="stage1", reason="2024", over_steps=10))
     assert send("resume")[0] == 0
     code, text = send("checkpoint")
     assert code == 0
@@ -148,6 +154,22 @@ def test_a_live_run_does_what_it_is_told(job: Job, tmp_path: Path) -> None:
     done = esper("send", "run", "pause", cwd=tmp_path)
     assert done.returncode == 2
     assert "no process trains run now, it is stopped" in done.stderr
+
+
+def test_a_run_elsewhere_is_sent_to_by_its_mirror_that_nobody_writes(
+    folder: Path, tmp_path: Path
+) -> None:
+    config = RunReader(folder / "run").config()
+    mirror = Mirror(tmp_path / "run", RunMessage(config=config, environment={}, after_step=-1))
+    mirror.close()
+    assert esper("send", "run", "pause", "--wait", "0.1", cwd=tmp_path).returncode == 3
+    mirror = Mirror(tmp_path / "run")
+    mirror.set_status("failed")
+    mirror.close()
+    done = esper("send", "run", "pause", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "it is failed" in done.stderr
+    assert "go on with" not in done.stderr
 
 
 def test_what_was_answered_outlives_a_kill(job: Job, tmp_path: Path) -> None:
@@ -199,12 +221,30 @@ def test_the_answer_as_json(folder: Path) -> None:
         (("run", "germinate", "stage1"), "germinate takes SLOT BLUEPRINT, got stage1"),
         (("run", "pause", "now"), "pause takes nothing further"),
         (("run", "prune", "a", "--set", "over_steps=-1"), "over_steps: Input should be greater"),
-        (("run", "prune", "a", "--set", "bogus=1"), "bogus: Extra inputs are not permitted"),
+        (("run", "prune", "a", "--set", "over_step=1"), "did you mean 'over_steps'?"),
+        (("run", "prune", "a", "--set", "over_steps"), "a setting is key=value, got 'over_steps'"),
+        (("run", "prune", "a", "--set", "slot=b"), "prune SLOT has the slot already, got slot=b"),
+        (
+            ("run", "advance", "a", "--set", "operation=prune"),
+            "advance SLOT has the operation already, got operation=prune",
+        ),
         (("elsewhere", "pause"), "elsewhere is no run folder"),
         (("run", "pause", "--bus", "http://x"), "begins with redis://"),
         (("run", "pause", "--sender", 201 * "x"), "has 1 to 200 characters, got 201"),
     ],
-    ids=["command", "arguments", "too many", "value", "field", "folder", "address", "sender"],
+    ids=[
+        "command",
+        "arguments",
+        "too many",
+        "value",
+        "field",
+        "setting",
+        "word",
+        "operation",
+        "folder",
+        "address",
+        "sender",
+    ],
 )
 def test_what_cannot_be_sent_says_why(
     folder: Path, arguments: tuple[str, ...], message: str

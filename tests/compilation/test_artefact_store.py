@@ -1,8 +1,10 @@
 """Compiled graphs are code: nothing of them is opened that these keys have not signed."""
 
+import importlib
 import io
 import os
 import pickle
+import sys
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,6 +29,7 @@ from esper.compilation.inductor_cache import (
     pack,
     unpack,
 )
+from esper.seeds import blueprints
 from esper.signing import Keyring
 from esper.slots.call_arguments import NO_ARGUMENTS
 
@@ -96,6 +99,59 @@ def test_nothing_is_left_of_what_could_not_be_saved(
     with pytest.raises(OSError, match="no space left"):
         store.save(request_for(), FILES, **TIMES)
     assert list(Path(store.url).iterdir()) == []
+
+
+ROOTS = """
+from torch import nn
+from esper import Seed
+from esper.seeds import zero_initialise_
+
+def scaled(features):
+    return 2.0 * features
+
+class Scaling:
+    def scaled(self, features):
+        return 3.0 * features
+
+class Root(Scaling, Seed):
+    def __init__(self, dim):
+        super().__init__()
+        self.layer = zero_initialise_(nn.Conv2d(dim, dim, 1))
+
+    @property
+    def output_layers(self):
+        return (self.layer,)
+
+    def increment(self, features):
+        return self.layer(scaled(self.scaled(features)) * 4.0)
+"""
+LEAVES = """
+from written_roots import Root
+
+class Leaf(Root):
+    pass
+"""
+
+
+@pytest.mark.parametrize("number", ["2.0", "3.0", "4.0"], ids=["function", "mixin", "base class"])
+def test_a_seed_whose_inherited_code_is_another_is_another_request(
+    number: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def request(roots: str) -> CompileRequest:
+        for name, text in {"written_roots": roots, "written_leaves": LEAVES}.items():
+            (tmp_path / f"{name}.py").write_text(text)
+            monkeypatch.delitem(sys.modules, name, raising=False)
+        importlib.invalidate_caches()
+        with blueprints.temporarily():
+            leaf = importlib.import_module("written_leaves").Leaf
+            blueprints.register("leaf", family="cnn")(leaf)
+            return request_for("leaf")
+
+    first = request(ROOTS)
+    assert request(ROOTS).digest == first.digest
+    assert request(ROOTS.replace(number, "12.5")).digest != first.digest
 
 
 def only_file(store: ArtefactStore) -> Path:

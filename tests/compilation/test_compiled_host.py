@@ -182,6 +182,62 @@ def test_a_mismatch_is_judged_again_on_other_features(wrong: int) -> None:
     assert not torch.equal(*calls)
 
 
+class Attending(Seed):
+    """Attends, with a bias that shifts all keys and so changes nothing, and adds a little."""
+
+    def __init__(self, dim: int, *, little: float = 1.0) -> None:
+        super().__init__()
+        self.query, self.key, self.value = (nn.Linear(dim, dim) for _ in range(3))
+        self.layer = zero_initialise_(nn.Linear(dim, dim))
+        self.small = nn.Parameter(torch.ones(dim))
+        self.little = little
+
+    @property
+    def output_layers(self) -> tuple[nn.Module, ...]:
+        return (self.layer,)
+
+    def increment(self, features: Tensor) -> Tensor:
+        tokens = features.flatten(2).transpose(1, 2)
+        weights = (self.query(tokens) @ self.key(tokens).transpose(1, 2)).softmax(-1)
+        attended = self.layer(weights @ self.value(tokens) + self.little * self.small)
+        return attended.transpose(1, 2).reshape(features.shape)
+
+
+@pytest.mark.parametrize(
+    ("autocast", "little"), [(False, 1e-5), (True, 0.1)], ids=["float32", "bfloat16"]
+)
+def test_a_gradient_that_is_only_rounding_is_none_and_a_small_one_is_compared(
+    autocast: bool, little: float
+) -> None:
+    with blueprints.temporarily():
+        blueprints.register("attending", family="cnn")(Attending)
+        run = Run(compiled=False)
+        slot = run.slots["first"]
+        slot.germinate("attending", little=little)
+    for parameter in slot.seed.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    seed = CompiledSlot(slot)
+    kinds = seed.missing()[:1]
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        run.loss()
+    seen = seed.seen
+    assert seen is not None
+
+    def otherwise_rounded(slot: SlotForward, features: Tensor, call: CallArguments) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            output = SlotForward.forward(slot, features.float().flip(0, 2), call)
+        return output.flip(0, 2).to(features.dtype)
+
+    def miscomputed(slot: SlotForward, features: Tensor, call: CallArguments) -> Tensor:
+        nothing = (small - small.detach())[:, None, None]
+        return otherwise_rounded(slot, features, call) + little * nothing
+
+    small = slot.seed.small
+    seed.prepare(kinds, seen, otherwise_rounded)
+    with pytest.raises(MiscompiledError, match=r"shape \(8,\)"):
+        seed.prepare(kinds, seen, miscomputed)
+
+
 @pytest.mark.usefixtures("_picky")
 def test_preparing_neither_prunes_a_seed_nor_judges_by_a_broken_batch() -> None:
     run = Run(compiled=True)
@@ -379,6 +435,56 @@ def test_a_module_of_the_host_that_does_not_compile_runs_as_it_is() -> None:
         assert run.step() == pytest.approx(plain.step(), rel=1e-4)
     (event,) = run.events
     assert (event.place, event.blueprint) == ("second", None)
+
+
+class Layer(nn.Module):
+    """Divides by a number of its own, and by how often it was called."""
+
+    def __init__(self, number: int, *, counts: bool) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.number = number
+        self.counts = counts
+        self.calls = 0
+
+    def forward(self, features: Tensor) -> Tensor:
+        if self.counts:
+            self.calls += 1
+        return features + self.linear(features) / (self.number + self.calls)
+
+
+def layered(layers: int, *, counts: bool) -> tuple[nn.Sequential, CompiledHost]:
+    torch.manual_seed(0)
+    places = [Layer(number, counts=counts) for number in range(1, layers + 1)]
+    host = nn.Sequential(nn.Linear(4, 4), *places)
+    slots = esper.attach(host, ["0"], example=BATCHES.flatten()[:8].view(2, 4))
+    return host, CompiledHost(slots, backend="eager")
+
+
+def test_modules_that_differ_by_more_numbers_than_graphs_are_kept_are_compiled_each() -> None:
+    host, compiled = layered(12, counts=False)
+    features = BATCHES.flatten()[:20].view(5, 4)
+    found = host(features)
+    assert compiled.prepare() == []
+    assert graphs() == 12
+    compiled.release()
+    torch.testing.assert_close(found, host(features))
+
+
+def test_a_module_that_meets_the_limit_of_graphs_runs_as_it_is_from_then_on() -> None:
+    (host, compiled), (plain, released) = layered(2, counts=True), layered(2, counts=True)
+    released.release()
+    for features in BATCHES.flatten()[: 14 * 20].view(14, 5, 4):
+        torch.testing.assert_close(host(features), plain(features))
+    failed = compiled.prepare()
+    assert [(type(event), event.place) for event in failed] == [
+        (CompileFailed, "1"),
+        (CompileFailed, "2"),
+    ]
+    assert [layer.calls for layer in host[1:]] == [layer.calls for layer in plain[1:]]
+    before = graphs()
+    host(features)
+    assert graphs() == before
 
 
 @pytest.mark.parametrize("count_flops", [False, True])

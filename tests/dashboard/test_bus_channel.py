@@ -96,9 +96,18 @@ def test_nothing_is_asked_of_a_run_that_was_killed(tmp_path: Path) -> None:
     assert passing.offers("run") == ()
 
 
-def test_a_run_elsewhere_can_be_asked_before_its_settings_are_known(tmp_path: Path) -> None:
+def test_a_run_elsewhere_can_be_asked_before_its_settings_are_known_and_while_no_router_runs(
+    tmp_path: Path,
+) -> None:
+    passing = channel(tmp_path, InProcessBus())
     mirror = Mirror(tmp_path / "run")
-    assert channel(tmp_path, InProcessBus()).offers("run") != ()
+    assert passing.offers("run") != ()
+    mirror.close()
+    assert RunReader(tmp_path / "run").standing == "running"
+    assert passing.offers("run") != ()
+    mirror = Mirror(tmp_path / "run")
+    mirror.set_status("interrupted")
+    assert passing.offers("run") == ()
     mirror.close()
 
 

@@ -165,13 +165,18 @@ def test_only_what_is_news_is_sent_after_a_connection_broke(tmp_path: Path) -> N
             assert [row["id"] for row in news["rows"]] == ["new"]
 
 
-def test_restarted_server_sends_everything_anew(tmp_path: Path) -> None:
+def test_restarted_server_sends_everything_anew_also_for_an_id_that_none_gives(
+    tmp_path: Path,
+) -> None:
     write_run(tmp_path / "run")
     with serving(tmp_path) as server, streaming(server.address.url) as stream:
         stream.next("runs")
         last_id = stream.last_id
     with serving(tmp_path) as server, streaming(server.address.url, last_id=last_id) as stream:
         assert stream.next("runs")["whole"]
+        name, _, _ = stream.last_id.partition("-")
+        with streaming(server.address.url, last_id=f"{name}-{5000 * '9'}") as other:
+            assert other.next("runs")["whole"]
 
 
 def test_server_ends_at_once_with_streams_open(tmp_path: Path) -> None:
@@ -224,12 +229,14 @@ def test_beyond_loopback_a_token_is_needed_and_made_if_none_is_given(
 def test_command_takes_all_files_it_may_and_ends_at_once_on_ctrl_c_with_streams_open(
     tmp_path: Path,
 ) -> None:
-    write_run(tmp_path / "run")
-    command = [sys.executable, "-m", "esper", "dashboard", str(tmp_path), "--port", "0"]
+    folder = tmp_path / "all [lr]:smile:"
+    folder.mkdir()
+    write_run(folder / "run")
+    command = [sys.executable, "-m", "esper", "dashboard", str(folder), "--port", "0"]
     few_files = ["sh", "-c", 'ulimit -Sn 100; exec "$@"', "sh", *command]
     with subprocess.Popen(few_files, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
-        assert process.stdout.readline() == f"runs in {tmp_path}\n"
+        assert process.stdout.readline() == f"runs in {folder}\n"
         url = process.stdout.readline().strip()
         eventually(lambda: answers(url))
         may_open, most = resource.prlimit(process.pid, resource.RLIMIT_NOFILE)

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from esper.bus.messages import RunMessage
+from esper.bus.mirror import Mirror
 from esper.dashboard import run_tail, watched_run, watcher
 from esper.dashboard.follower import Follower
 from esper.dashboard.run_tail import RunTail
@@ -49,6 +51,19 @@ def test_run_in_which_nothing_happens_is_not_read(
     store.close()
     assert run.look()
     assert run.row.attempt == 2
+
+
+def test_run_elsewhere_stands_as_it_has_told_whether_or_not_a_router_has_its_mirror_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mirror = Mirror(tmp_path / "run", RunMessage(config=CONFIG, environment={}, after_step=-1))
+    run = settled(tmp_path / "run")
+    mirror.close()
+    for _ in range(3):
+        run.look()
+        assert run.row.status == "running"
+    forbid_reading(monkeypatch)
+    assert not run.look()
 
 
 def test_run_that_cannot_be_read_is_looked_at_again(tmp_path: Path) -> None:

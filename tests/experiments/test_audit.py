@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from drawing_task import ADDRESS
 from esper.experiments import GrowingRun, RunConfig, load_run_config, prepare
 from esper.experiments.audit import ForkPoint, Twin, prepare_twin
 from esper.lifecycle.events import EventRecord, SeedGerminated, TwinFinished
@@ -15,10 +16,10 @@ EPOCH_STEPS = 20
 GERMINATES_AFTER = 2
 
 
-def config(**settings: object) -> RunConfig:
+def config(task: str = "digits", **settings: object) -> RunConfig:
     heuristic = {"warmup_epochs": GERMINATES_AFTER, "plateau_epochs": 1, "plateau_fraction": 1.0}
     options = {"trainer": {"epochs": 6}, "warmup_fraction": 0.25, "heuristic": heuristic}
-    return load_run_config("digits", None, (), {**options, **settings})
+    return load_run_config(task, None, (), {**options, **settings})
 
 
 class Watch:
@@ -67,9 +68,10 @@ def twin_of(settings: RunConfig, watch: Watch) -> tuple[GrowingRun, ForkPoint, T
     return run, fork, prepare_twin(settings, run, last.cost, fork)
 
 
-def test_a_twin_is_the_same_run_to_the_bit_until_something_germinates() -> None:
+@pytest.mark.parametrize("task", ["digits", ADDRESS])
+def test_a_twin_is_the_same_run_to_the_bit_until_something_germinates(task: str) -> None:
     watch = Watch()
-    _, fork, twin = twin_of(config(), watch)
+    _, fork, twin = twin_of(config(task), watch)
     assert fork.step == twin.shared_steps == GERMINATES_AFTER * EPOCH_STEPS
     assert twin.config.trainer.epochs > 6, "and is longer than it"
     *_, report = islice(twin.run.reports, GERMINATES_AFTER)

@@ -3,19 +3,23 @@
 import json
 import math
 import random
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
+from rich.console import Console
 
-from esper.cli.compare_views import summary_record
+from esper.cli.compare_views import LiveCompareView, print_comparison, summary_record
 from esper.experiments import load_run_config
 from esper.experiments.comparison import (
     CompareConfig,
     Comparison,
     Outcome,
+    Outlook,
     RunRequest,
     RunResult,
     at_equal_flops,
@@ -556,6 +560,54 @@ def test_a_better_rate_than_the_configured_one_is_used() -> None:
     assert host.rate_at_edge
 
 
+FILE = "learned.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("policies", "arms"),
+    [
+        (("/a/learned.safetensors",), ["policy learned.safetensors"]),
+        (
+            ("/a/learned.safetensors", "/b/learned.safetensors", "/b/[other] é.safetensors"),
+            [
+                "policy a/learned.safetensors",
+                "policy b/learned.safetensors",
+                "policy [other] é.safetensors",
+            ],
+        ),
+        (("random", "/a/random.safetensors"), ["policy random", "policy a/random.safetensors"]),
+        ((f"/a/{'long' * 60}.safetensors",), [f"policy {'long' * 60}.safetensors"]),
+    ],
+)
+def test_a_policys_file_is_told_by_its_name_or_as_much_as_tells_it_from_others(
+    policies: tuple[str, ...], arms: list[str]
+) -> None:
+    comparison = played(World(), config(policies=policies))
+    assert comparison.arms[-len(arms) :] == arms
+    decided = {run.request.arm: run.request.policy for run in comparison.results.values()}
+    assert [decided[arm] for arm in arms] == list(policies)
+    assert all(re.fullmatch(r"[\w.-]{1,100}", key, re.ASCII) for key in comparison.results)
+
+
+def test_a_policys_file_is_shown_by_its_name_whatever_is_in_it() -> None:
+    settings = config(policies=("/a/policy [bold].safetensors",))
+    comparison = played(World(), settings)
+    last = comparison.at_equal_steps("policy policy [bold].safetensors")[0]
+    outlook = Outlook(finished=9, expected=9, running=(last.request,), seconds_left=0.0)
+    console = Console(width=200)
+    with console.capture() as captured:
+        LiveCompareView(console, settings).change(outlook, last)
+        print_comparison(console, comparison)
+    lines = [line for line in captured.get().splitlines() if line.startswith("policy policy ")]
+    assert len(lines) == 2, "as it ends, and in the table"
+    assert all(line.startswith("policy policy [bold].safetensors") for line in lines)
+
+
+def test_runs_that_are_kept_keep_their_names() -> None:
+    request = RunRequest(arm="static 1", random_seed=0, learning_rate=0.01, epochs=9)
+    assert request.key == "static-1-seed0-1b55a956f0ad"
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
@@ -564,6 +616,7 @@ def test_a_better_rate_than_the_configured_one_is_used() -> None:
         ({"search_seeds": 6}, "5 random seeds"),
         ({"search_rates": 2}, "at least 3"),
         ({"policies": ("heuristic",)}, "compared anyway"),
+        ({"policies": (FILE, str(Path(FILE).absolute()))}, "policies must differ"),
     ],
 )
 def test_settings_that_make_no_comparison_are_refused(
@@ -577,7 +630,7 @@ def test_settings_that_make_no_comparison_are_refused(
 
 
 class Diverging(World):
-    """One arm's first random seed ends without a finite loss."""
+    """One arm's first random seed ends after a few steps, without a finite loss."""
 
     arm = ""
 
@@ -586,7 +639,8 @@ class Diverging(World):
         searched = request.learning_rate != BEST_RATE
         if request.arm != self.arm or request.random_seed != 1 or searched:
             return result
-        return result.model_copy(update={"test": {**result.test, "loss": math.inf}})
+        lost = {"test": {"loss": math.inf, "accuracy": math.nan}, "flops": 1e-3 * result.flops}
+        return result.model_copy(update=lost)
 
 
 @pytest.mark.parametrize("arm", ["host", "static 1", "static", "grown"])
@@ -598,6 +652,7 @@ def test_a_run_that_diverged_decides_nothing(arm: str) -> None:
     assert verdict.reasons[0].startswith(f"{arm} diverged on random seed 1")
     json.dumps(summary_record(comparison), allow_nan=False)
     assert len(comparison.results) <= len(played(World(growth_bonus=0.1), config()).results)
+    assert max(result.request.epochs for result in comparison.results.values()) < 10 * EPOCHS
 
 
 def test_nothing_is_made_up_where_nothing_is_finished() -> None:

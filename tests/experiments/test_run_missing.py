@@ -1,6 +1,7 @@
 """Comparisons that really run: processes, a folder, a kill in the middle."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -11,10 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from drawing_task import ADDRESS
 from eager_policy import write_eager_policy
 from esper.experiments import load_run_config, prepare
 from esper.experiments.comparison import (
     CompareConfig,
+    Comparison,
     ComparisonFolder,
     Outlook,
     RunRequest,
@@ -59,6 +62,26 @@ def test_a_network_of_the_grown_size_is_the_host_with_the_seeds_from_the_start()
     assert grown.training_flops < static.training_flops, "the grown one was small at first"
     again = execute(request, settings.run)
     assert again.model_dump(exclude={"seconds"}) == grown.model_dump(exclude={"seconds"})
+
+
+def test_a_run_that_diverges_is_a_result_which_loses_any_search() -> None:
+    settings = config(epochs=2)
+    request = RunRequest(
+        arm="grown", random_seed=0, learning_rate=1e30, epochs=2, policy="heuristic"
+    )
+    result = execute(request, settings.run)
+    assert result.diverged
+    assert result.validation["loss"] == result.test["loss"] == math.inf
+    assert (
+        0
+        < result.flops
+        < execute(
+            request.model_copy(update={"arm": "host", "policy": "none", "learning_rate": 0.01}),
+            settings.run,
+        ).flops
+    )
+    assert RunResult.model_validate_json(result.model_dump_json()).diverged
+    assert Comparison(settings, [result]).rates("grown") == {1e30: math.inf}
 
 
 def test_seeds_grown_at_random_times_are_those_that_the_default_grew() -> None:
@@ -133,6 +156,18 @@ def test_what_a_request_asks_for_is_what_is_run() -> None:
     assert execute(first, settings.run).test["loss"] in losses
 
 
+def test_what_a_host_and_its_batches_draw_follows_from_the_request_alone() -> None:
+    run = load_run_config(ADDRESS, None, (), {"trainer": {"epochs": 1}})
+    request = RunRequest(arm="host", random_seed=0, learning_rate=0.01, epochs=1)
+    first, again = execute(request, run), execute(request, run)
+    assert again.test == first.test
+    assert execute(request.model_copy(update={"policy": "heuristic"}), run).test == first.test, (
+        "of every arm, and nothing grows in one epoch"
+    )
+    other = request.model_copy(update={"random_seed": 1})
+    assert execute(other, run).test != first.test
+
+
 def test_an_arm_that_never_grows_runs_with_accumulated_gradients() -> None:
     settings = config(epochs=1)
     trainer = settings.run.trainer.model_copy(update={"accumulation_steps": 2})
@@ -158,7 +193,7 @@ def test_an_evaluation_is_a_cost_of_growing_where_the_policy_decides_by_it(
         evaluation=Cost(flops=10, seconds=10.0),
         decision=Cost(flops=100, seconds=100.0),
     )
-    result = result_of(request, run, GrowthRecord(), cost)
+    result = result_of(request, run, GrowthRecord(), cost, diverged=False)
     assert (result.flops, result.seconds, result.training_flops) == (flops, flops, 1)
     assert result.validation["loss"] == 7.0, "rates are chosen by all there is"
     assert result.test["loss"] != 7.0
@@ -272,6 +307,31 @@ def test_a_policy_file_that_has_changed_is_not_mixed_in(tmp_path: Path) -> None:
     file.unlink()
     with pytest.raises(SeriesFolderError, match=r"learned\.safetensors cannot be read"):
         ComparisonFolder(tmp_path / "compare", settings)
+
+
+def test_policy_files_as_further_arms_are_kept_and_found_from_wherever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    relative = ("one/policy.safetensors", "other/policy.safetensors")
+    for number, name in enumerate(relative):
+        write_eager_policy(Path(name), random_seed=number)
+    settings = config(epochs=1, policies=relative, random_times=False, equal_flops=False)
+    folder = ComparisonFolder(tmp_path / "compare", settings)
+    made: list[RunResult] = []
+    while missing := Comparison(settings, made).missing():
+        made.append(execute(missing[0], settings.run))
+        folder.add(made[-1])
+        assert len(made) <= 8, "host, grown and two policies, two seeds each"
+    files = [file.parent for file in tmp_path.rglob("*-seed*.json")]
+    assert files == [folder.path / "runs"] * 8
+    monkeypatch.chdir("/")
+    again = ComparisonFolder(folder.path, ComparisonFolder.config_of(folder.path))
+    comparison = Comparison(again.config, again.runs())
+    assert not comparison.missing()
+    assert comparison.arms == ["host", "grown", *(f"policy {name}" for name in relative)]
+    decided = {run.request.arm: run.request.policy for run in again.runs()}
+    assert decided["policy one/policy.safetensors"] == str(tmp_path / relative[0])
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

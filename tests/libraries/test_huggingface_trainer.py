@@ -186,6 +186,7 @@ def test_data_without_a_length_ends_its_epochs_with_a_decision(tmp_path: Path) -
     run.trainer.train_dataset = Stream()
     run.fit()
     assert (run.growth.step, run.growth.epoch) == (24, 3)
+    assert run.growth.max_epochs is None
 
 
 def test_only_the_model_in_training_carries_what_has_grown(tmp_path: Path) -> None:

@@ -89,6 +89,7 @@ class Run:
         averaged: bool = True,
         dropout: float = 0.1,
         clip: float | None = 1.0,
+        interval_steps: int | None = None,
         **settings: Any,
     ) -> None:
         pl.seed_everything(0, verbose=False)
@@ -117,6 +118,7 @@ class Run:
             self.slots,
             policy=plan(),
             evaluate=held_out,
+            decision_interval_steps=interval_steps,
             max_gradient_norm=clip,
             ema=esper.EMA(self.slots, decay=0.9) if averaged else None,
             sinks=[self.recorder],
@@ -183,17 +185,68 @@ def test_seeds_are_trained_and_groups_stay(tmp_path: Path) -> None:
     assert any(float(p.abs().sum()) > 0.0 for p in list(seed.parameters())[1:])
 
 
-def test_metrics_of_decisions_are_logged_and_the_policy_knows_the_length(tmp_path: Path) -> None:
-    run = Run(tmp_path, max_epochs=3)
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_metrics_of_decisions_are_logged_and_the_policy_knows_the_losses(
+    accumulation: int, tmp_path: Path
+) -> None:
+    """Of 16 batches an epoch the last one is a step of its own where three make one."""
+    run = Run(tmp_path, max_epochs=3, accumulate_grad_batches=accumulation)
     run.fit()
     assert run.growth.growth is not None
-    assert run.growth.growth.max_epochs == 3
     assert float(run.trainer.callback_metrics["held_out/loss"]) == pytest.approx(
         run.growth.growth.losses[-1]
     )
-    steps = [sum(run.watch.losses[start : start + 16]) / 16 for start in (0, 16, 32)]
-    assert run.growth.growth.train_losses == pytest.approx(steps)
+    losses = [accumulation * loss for loss in run.watch.losses]  # Lightning divides them
+    means = [sum(losses[start : start + 16]) / 16 for start in (0, 16, 32)]
+    assert run.growth.growth.train_losses == pytest.approx(means)
     assert len(run.recorder.metrics) == 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "decisions"),
+    [
+        ({"max_epochs": 3}, 3),
+        ({"max_epochs": 2, "max_steps": 90}, 2),
+        ({"max_epochs": 100, "max_steps": 40}, 3),
+        ({"max_steps": 32}, 2),
+        ({"max_steps": 12, "accumulate_grad_batches": 3}, 2),
+        ({"max_steps": 10, "limit_train_batches": 4}, 3),
+    ],
+)
+def test_the_policy_knows_how_many_decisions_come(
+    settings: dict[str, Any], decisions: int, tmp_path: Path
+) -> None:
+    run = Run(tmp_path, **{"max_epochs": None, **settings})
+    run.fit()
+    assert run.growth.growth is not None
+    assert run.growth.growth.max_epochs == run.growth.growth.epoch == decisions
+
+
+@pytest.mark.parametrize(
+    ("interval", "settings", "decisions"),
+    [
+        (None, {"max_steps": 40}, None),
+        (None, {"max_epochs": 2, "max_steps": 40}, 2),
+        (8, {"max_epochs": 2}, None),
+        (8, {"max_steps": 40}, 5),
+    ],
+)
+def test_data_without_a_length_has_as_many_decisions_as_can_be_known(
+    interval: int | None, settings: dict[str, Any], decisions: int | None, tmp_path: Path
+) -> None:
+    run = Run(tmp_path, interval_steps=interval, **{"max_epochs": None, **settings})
+
+    data = run.data.dataset
+
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self) -> Any:
+            yield from data
+
+    run.data = DataLoader(Stream(), batch_size=16)
+    run.fit()
+    assert run.growth.growth is not None
+    assert run.growth.growth.max_epochs == decisions
+    assert run.growth.growth.epoch > 0
 
 
 def test_optimization_by_hand_with_several_steps_a_batch_and_none_at_the_end(

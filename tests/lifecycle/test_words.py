@@ -9,9 +9,9 @@ from esper.lifecycle.words import in_words, notable
 @pytest.mark.parametrize(
     ("fraction", "told"),
     [
-        (0.0123, "saves +1.2% of the loss"),
-        (0.0, "saves +0.0% of the loss"),
-        (-0.2, "saves -20.0% of the loss"),
+        (0.0123, "saves at least +1.2% of the loss"),
+        (0.0, "saves at least +0.0% of the loss"),
+        (-0.2, "saves at least -20.0% of the loss"),
         (None, "what it saves was never weighed"),
     ],
 )

@@ -207,10 +207,11 @@ def test_only_the_named_blueprints_are_tried_in_the_order_given():
     ]
 
 
-def test_a_named_blueprint_that_fits_no_slot_is_refused():
+@pytest.mark.parametrize("epoch", [1, 10])
+def test_a_named_blueprint_that_fits_no_slot_is_refused_at_the_first_decision(epoch: int):
     unfit = HeuristicPolicy(HeuristicConfig(blueprints=("norm", "lora")))
     with pytest.raises(ValueError, match="'lora' of the heuristic fits no slot; fitting: conv"):
-        unfit.decide(state(slot()))
+        unfit.decide(state(slot(), epoch=epoch))
 
 
 def test_what_was_committed_in_one_slot_is_preferred_in_the_next():

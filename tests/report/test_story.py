@@ -37,6 +37,17 @@ def test_every_seed_begins_with_its_own_birth(story: RunStory) -> None:
     assert [seed.gates[0].event.result.gate for seed in story.seeds] == [Gate.G0] * 3
 
 
+def test_what_is_measured_for_a_decision_has_its_epoch(story: RunStory) -> None:
+    decided = {visit.step: visit.epoch for seed in story.seeds for visit in seed.gates}
+    measured = [
+        visit for seed in story.seeds for visit in [*seed.contributions, *seed.gradient_ratios]
+    ]
+    together = [visit for visit in measured if visit.step in decided]
+    assert any(seed.contributions for seed in story.seeds)
+    assert len(together) > 2
+    assert [visit.epoch for visit in together] == [decided[visit.step] for visit in together]
+
+
 def test_story_can_be_told_of_any_prefix_of_the_events(run_folder: Path) -> None:
     records = RunReader(run_folder).events()
     for length in range(len(records)):

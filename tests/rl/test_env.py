@@ -1,5 +1,6 @@
 """The environment: Gymnasium to the letter, and the same run as the trainer's to the bit."""
 
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,11 +16,14 @@ from stable_baselines3.common import env_checker
 from stable_baselines3.common.vec_env import SubprocVecEnv
 
 import esper
+from drawing_task import ADDRESS
+from esper.experiments import load_run_config
 from esper.lifecycle.actions import Action, Advance, Commit, Germinate, Operation, Prune, Wait
 from esper.lifecycle.events import RewardGiven
 from esper.policies.learned import Head, ObservationConfig, WatchedLoss, features
-from esper.rl import GrowthEnv, GrowthEpisode, RewardConfig
+from esper.rl import GrowthEnv, GrowthEpisode, RewardConfig, TaskRuns
 from esper.rl.growth_episode import reference_of
+from esper.rl.rewards import Potential
 from esper.training.random_states import random_streams_apart
 from growth_problem import Recorder
 from rl_runs import SLOTS, TinyRuns, make_env
@@ -200,6 +204,20 @@ def test_a_run_without_slots_or_fitting_blueprints_is_refused_at_once() -> None:
         GrowthEnv(none)
 
 
+@pytest.mark.parametrize("loss", [math.nan, math.inf, 0.0, -1.0])
+def test_a_run_whose_first_loss_measures_nothing_is_refused_at_once(loss: float) -> None:
+    run = RUNS(0)
+    trainer = esper.Trainer(
+        run.trainer.growth,
+        [(torch.zeros(8, 4), torch.zeros(8))],
+        loss=torch.nn.functional.mse_loss,
+        evaluate=lambda: loss,
+        config=esper.TrainerConfig(epochs=2),
+    )
+    with pytest.raises(ValueError, match=f"must be finite and above 0, got {loss}"):
+        GrowthEpisode(replace(run, trainer=trainer), RewardConfig(potential=Potential.NONE))
+
+
 def test_a_run_that_diverges_terminates_with_a_penalty() -> None:
     env = GrowthEnv(TinyRuns(epochs=6))
     env.reset(seed=0)
@@ -354,3 +372,14 @@ def test_against_its_reference_a_run_that_does_not_grow_earns_nothing_at_any_dec
     assert gained != 0.0
     assert rewards[-1]["terminal"] == pytest.approx(gained)
     assert sum(reward["progress"] for reward in rewards) == pytest.approx(0.0, abs=1e-12)
+
+
+def test_a_run_of_a_task_that_does_not_grow_earns_nothing_whatever_streams_it_draws_from() -> None:
+    """Seed 0 is first needed when the environment is made, and 5 is another one's run."""
+    settings = {"trainer": {"epochs": 2}, "count_flops": False}
+    config = load_run_config(ADDRESS, None, (), settings)
+    torch.manual_seed(1234)
+    env = GrowthEnv(TaskRuns(config, num_runs=2, referenced=True))
+    for seed in (0, 1, 5):
+        env.reset(seed=seed)
+        assert [env.step([0] * len(Head))[1] for _ in range(2)] == [0.0, 0.0], seed

@@ -73,10 +73,11 @@ def finished(policy: str, random_seed: int = 0, epochs: int = EPOCHS, **known: A
 
 
 def tries(
-    flops_of: Callable[[int], float], *, budget: float = 100.0, **known: Any
+    flops_of: Callable[[int], float], *, run: RunConfig = RUN, budget: float = 100.0, **known: Any
 ) -> tuple[Evaluation, list[int]]:
     """Let a policy's runs cost what is told, until none is missing; return how long they were."""
-    evaluation = Evaluation(evaluation_config("random"), [finished("heuristic", flops=budget)])
+    config = evaluation_config("random", run=run)
+    evaluation = Evaluation(config, [finished("heuristic", flops=budget)])
     lengths = []
     for _ in range(NO_STEP):
         missing = evaluation.missing()
@@ -84,8 +85,8 @@ def tries(
             return evaluation, lengths
         ((policy, random_seed, epochs),) = missing
         lengths.append(epochs)
-        run = finished(policy, random_seed, epochs, flops=flops_of(epochs), **known)
-        evaluation.add(run)
+        made = finished(policy, random_seed, epochs, flops=flops_of(epochs), **known)
+        evaluation.add(made)
     raise AssertionError(f"never done: {lengths}")
 
 
@@ -128,6 +129,15 @@ def test_a_whole_epoch_is_the_least_that_a_run_has() -> None:
     evaluation, lengths = tries(lambda epochs: 1000.0 * epochs)
     assert lengths == [100, 1]
     assert evaluation.table()["random"][0].epochs == 1
+
+
+@pytest.mark.parametrize(("interval", "least"), [(20, 1), (21, 2), (60, 3), (61, 4)])
+def test_a_run_is_no_shorter_than_it_takes_to_decide_once(interval: int, least: int) -> None:
+    """An epoch has 20 steps: a run of fewer than the interval would be refused."""
+    run = run_config(trainer={"epochs": EPOCHS, "decision_interval_steps": interval})
+    evaluation, lengths = tries(lambda epochs: 1000.0 * epochs, run=run)
+    assert lengths == [100, least]
+    assert evaluation.table()["random"][0].epochs == least
 
 
 def test_a_run_that_diverged_tells_what_it_has_to_tell_and_is_not_repeated() -> None:

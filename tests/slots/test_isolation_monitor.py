@@ -1,11 +1,15 @@
 """The isolation monitor finds every leak, blames nobody else, and leaves the step as it was."""
 
+import dataclasses
 import gc
+import random
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -355,6 +359,45 @@ def test_training_is_bitwise_the_same_with_the_monitor_and_without(
     on, off = trace(1), trace(None)
     assert on.keys() == off.keys()
     assert [name for name in on if on[name] != off[name]] == []
+
+
+STREAMS = {"Python": random.random, "NumPy": np.random.random}
+
+
+class LayerDropHost(nn.Module):
+    """Leaves its second layer out now and then, by a stream that is not torch's."""
+
+    def __init__(self, draw: Callable[[], float]) -> None:
+        super().__init__()
+        self.draw = draw
+        self.first = nn.Linear(6, 8)
+        self.second = nn.Linear(8, 8)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, features: Tensor) -> Tensor:
+        hidden = self.first(features)
+        if not self.training or self.draw() < 0.5:
+            hidden = hidden + torch.tanh(self.second(hidden))
+        return self.head(hidden)
+
+
+@pytest.mark.parametrize("stage", CHECKED_STAGES)
+@pytest.mark.parametrize("stream", STREAMS)
+def test_a_host_that_draws_from_another_stream_than_torchs_is_left_its_draws_and_not_blamed(
+    stream: str, stage: SeedStage, hosts: Any, grow: Any, bits_of: Any
+) -> None:
+    drawing = partial(LayerDropHost, STREAMS[stream])
+    host = dataclasses.replace(hosts["mlp"], factory=drawing, targets=("first",))
+
+    def trace(interval_steps: int | None) -> tuple[dict[str, bytes], float]:
+        run = Run(host, stage, grow, interval_steps=interval_steps)
+        random.seed(1)
+        np.random.seed(1)  # noqa: NPY002
+        run.step(9)
+        assert run.violations() == ({} if interval_steps is None else {"first": (8, 0)})
+        return tensors_of(run, bits_of), STREAMS[stream]()
+
+    assert trace(1) == trace(None)
 
 
 class RaisesInBackward(torch.autograd.Function):

@@ -88,6 +88,8 @@ STEP_PATH: dict[ModuleType, set[str] | None] = {
         "unchanged_buffers",
         "beside_the_step",
         "forked_random_state",
+        "_forked_torch_streams",
+        "_other_streams_unchanged",
     },
     objectives: None,
     operators: None,

@@ -1,8 +1,10 @@
 """A seed that learns in shadow: from the loss at full alpha, beside a step that does not see it."""
 
 import copy
+import random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -169,6 +171,28 @@ def test_its_dropout_goes_on_from_pass_to_pass(host: Any, test_blueprints: None)
         seen.append(loop.gradients(path)["seed.output.weight"].clone())
         loop.optimizer.zero_grad()
     assert not torch.equal(seen[0], seen[1])
+
+
+def test_it_leaves_the_host_what_it_draws_from_other_streams_than_torchs(host: Any) -> None:
+    loop = Loop(host, *host.targets)
+    streams = (random.random, np.random.random)
+
+    def drawn_after(*, passes: int) -> list[float]:
+        random.seed(1)
+        np.random.seed(1)  # noqa: NPY002
+        seen: list[float] = []
+
+        def loss() -> Tensor:
+            seen.extend(stream() for stream in streams)
+            return loop.loss()
+
+        for _ in range(passes):
+            loop.slots.shadow_pass(loss)
+        loss()
+        assert seen == seen[-2:] * (len(seen) // 2), "each pass draws what the step will draw"
+        return seen[-2:]
+
+    assert drawn_after(passes=2) == drawn_after(passes=0)
 
 
 def test_a_forgotten_pass_is_an_error_and_no_training_step(host: Any) -> None:

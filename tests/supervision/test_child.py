@@ -1,8 +1,10 @@
 """A program under its warden: how it ends is known, what it prints is kept, nothing is left."""
 
+import contextlib
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import anyio
@@ -12,15 +14,21 @@ import pytest
 from esper.supervision import child as child_module
 from esper.supervision.child import Child, Ending
 from esper.supervision.log_tail import last_lines
+from esper.supervision.supervisor import end_left_behind
 from esper.supervision.warden import HEAD, BoundedLog, marked_processes
-from supervised import STUBBORN, wait_for
+from supervised import DAEMON, HELD, STUBBORN, Holders, wait_for
 
 pytestmark = pytest.mark.skipif(
     not Path("/proc/self/environ").exists(), reason="processes are found in /proc"
 )
 
 
-def new_child(folder: Path, *command: str, drain_seconds: float = 10.0) -> Child:
+def new_child(
+    folder: Path,
+    *command: str,
+    drain_seconds: float = 10.0,
+    changed: Callable[[], None] = lambda: None,
+) -> Child:
     return Child(
         "tried",
         command,
@@ -28,6 +36,7 @@ def new_child(folder: Path, *command: str, drain_seconds: float = 10.0) -> Child
         folder=folder,
         log=folder / "tried.log",
         drain_seconds=drain_seconds,
+        changed=changed,
     )
 
 
@@ -77,14 +86,27 @@ def test_what_a_program_leaves_running_when_it_ends_is_killed(tmp_path: Path) ->
     assert marked_processes([f"ESPER_SERVE_FOLDER={tmp_path}"]) == []
 
 
-def ended_once_up(folder: Path, script: str, *, drain_seconds: float = 10.0) -> Ending:
-    """Order a program to end once it has printed that it is up."""
+def ended_once_up(
+    folder: Path,
+    *command: str,
+    drain_seconds: float = 10.0,
+    before: Callable[[Child], None] = lambda _: None,
+) -> Ending:
+    """Order a program to end once it has printed that it is up.
+
+    Args:
+        folder: Of it.
+        command: Of the program.
+        drain_seconds: It may take to end.
+        before: Is called before it is ordered.
+    """
     log = folder / "tried.log"
     log.touch()
 
     async def run() -> Ending:
-        child = new_child(folder, *python(script), drain_seconds=drain_seconds)
-        await anyio.to_thread.run_sync(wait_for, lambda: last_lines(log) == ("up",))
+        child = new_child(folder, *command, drain_seconds=drain_seconds)
+        await anyio.to_thread.run_sync(wait_for, lambda: last_lines(log)[-1:] == ("up",))
+        await anyio.to_thread.run_sync(before, child)
         ending = await child.ended_by_order()
         child.close()
         return ending
@@ -105,7 +127,7 @@ print("up", flush=True)
 time.sleep(1000)
 """
 
-    assert ended_once_up(tmp_path, script).code == 5
+    assert ended_once_up(tmp_path, *python(script)).code == 5
     assert last_lines(tmp_path / "tried.log") == ("up", "worker still there: True")
     assert marked_processes([f"ESPER_SERVE_FOLDER={tmp_path}"]) == []
 
@@ -120,31 +142,103 @@ signal.signal(signal.SIGTERM, end)
 print("up", flush=True)
 time.sleep(1000)
 """
-    assert ended_once_up(tmp_path, script, drain_seconds=1e8).code == 5
+    assert ended_once_up(tmp_path, *python(script), drain_seconds=1e8).code == 5
 
 
+def warden_of(folder: Path) -> int:
+    (warden,) = (
+        pid
+        for pid in marked_processes([f"ESPER_SERVE_FOLDER={folder}"])
+        if b"warden.py" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    )
+    return warden
+
+
+@pytest.mark.parametrize(
+    "command",
+    [python(STUBBORN.replace("stubborn is up", "up")), ("sh", "-c", DAEMON)],
+    ids=range(2),
+)
 def test_a_warden_that_does_not_answer_is_killed_with_all_it_has(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    command: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(child_module, "_WARDEN_SECONDS", 0.2)
-    log = tmp_path / "tried.log"
-    log.touch()
-
-    async def run() -> Ending:
-        child = new_child(tmp_path, *python(STUBBORN), drain_seconds=0.1)
-        await anyio.to_thread.run_sync(wait_for, lambda: last_lines(log) == ("stubborn is up",))
-        (warden,) = (
-            pid
-            for pid in marked_processes([f"ESPER_SERVE_FOLDER={tmp_path}"])
-            if b"warden.py" in Path(f"/proc/{pid}/cmdline").read_bytes()
-        )
-        os.kill(warden, signal.SIGSTOP)
-        ending = await child.ended_by_order()
-        child.close()
-        return ending
-
-    assert anyio.run(run).problem == "its warden was killed"
+    holders = Holders(tmp_path)
+    ending = ended_once_up(
+        tmp_path,
+        *command,
+        drain_seconds=0.1,
+        before=lambda _: os.kill(warden_of(tmp_path), signal.SIGSTOP),
+    )
+    assert ending.problem == "its warden was killed"
     assert marked_processes([f"ESPER_SERVE_FOLDER={tmp_path}"]) == []
+    wait_for(holders.gone, seconds=5.0)
+
+
+def test_what_hides_its_environment_and_starts_others_meanwhile_is_killed_too(
+    tmp_path: Path,
+) -> None:
+    """A hundred processes, each of which starts the next one in a session of its own."""
+    (tmp_path / "chain.py").write_text("""
+import subprocess, sys, time
+left = int(sys.argv[1])
+if left:
+    command = [sys.executable, "-S", __file__, str(left - 1)]
+    subprocess.Popen(command, env={}, start_new_session=True, pass_fds=[9])
+if left == 95:
+    print("up", flush=True)
+time.sleep(100)
+""")
+    holders = Holders(tmp_path)
+    ended_once_up(
+        tmp_path,
+        *("sh", "-c", f"exec 9>{HELD}; exec {sys.executable} -S chain.py 100"),
+        before=lambda _: stays(holders),
+    )
+    wait_for(holders.gone, seconds=5.0)
+
+
+def stays(holders: Holders) -> None:
+    assert not holders.gone()
+
+
+def test_what_loses_its_parent_leaves_no_zombie_and_the_program_keeps_its_own_exit_code(
+    tmp_path: Path,
+) -> None:
+    holders = Holders(tmp_path)
+    orphans = f"for one in 1 2 3 4 5 6 7 8; do (exec 9>{HELD}; (sleep 0.2; exit 3) &); done"
+    ending = f"{orphans}; trap 'exit 5' TERM; echo up; while :; do sleep 0.05; done"
+
+    def see_them_end(_: Child) -> None:
+        wait_for(holders.gone)
+        wait_for(lambda: num_children(warden_of(tmp_path)) == 1)
+
+    assert ended_once_up(tmp_path, "sh", "-c", ending, before=see_them_end).code == 5
+
+
+def num_children(parent: int) -> int:
+    """Count the children of a process, dead ones that it has not waited for included."""
+    found = 0
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            found += int(stat.read_text().rpartition(")")[2].split()[1]) == parent
+    return found
+
+
+def test_a_supervisor_that_follows_a_killed_one_leaves_nothing_of_it_that_takes_too_long(
+    tmp_path: Path,
+) -> None:
+    """Not even what only the warden knows of."""
+    holders = Holders(tmp_path)
+
+    def follow(child: Child) -> None:
+        assert not holders.gone()
+        child.end()
+        assert end_left_behind(tmp_path, 0.1) > 0
+
+    stubborn = f"trap '' TERM; {DAEMON}"
+    ended_once_up(tmp_path, "sh", "-c", stubborn, drain_seconds=100.0, before=follow)
+    wait_for(holders.gone, seconds=5.0)
 
 
 def test_no_pipe_is_left_open(tmp_path: Path) -> None:
@@ -192,3 +286,28 @@ def test_a_program_prints_far_more_than_its_log_holds(
     sizes = [(tmp_path / name).stat().st_size for name in ("tried.log", "tried.log.1")]
     assert all(size <= 100_000 for size in sizes)
     assert last_lines(tmp_path / "tried.log")[-1] == "000099999"
+
+
+def test_that_what_it_prints_is_lost_is_told_as_long_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(child_module, "LOG_BYTES", 1000)
+    in_the_way = tmp_path / "tried.log.1"
+    in_the_way.mkdir()
+    told: list[str | None] = []
+
+    async def run() -> None:
+        script = "import time\nwhile True:\n print('a line'); time.sleep(0.001)"
+        child = new_child(tmp_path, *python(script), changed=lambda: told.append(child.log_problem))
+        async with anyio.create_task_group() as running:
+            running.start_soon(child.ended)
+            await anyio.to_thread.run_sync(wait_for, lambda: told)
+            in_the_way.rmdir()
+            await anyio.to_thread.run_sync(wait_for, lambda: len(told) == 2)
+            child.kill()
+        child.close()
+
+    anyio.run(run)
+    problem, after = told
+    assert (problem or "").startswith("what it prints is lost: [Errno 21] Is a directory")
+    assert after is None

@@ -15,9 +15,11 @@ from esper.supervision.status import ServiceStatus
 from redis_server import NO_SERVER, PROGRAM, RedisServer
 from supervised import (
     BEATING,
+    HELD,
     SERVE,
     STATUS,
     STUBBORN,
+    Holders,
     Served,
     command_line,
     free_port,
@@ -224,6 +226,29 @@ def test_nothing_is_left_of_a_supervisor_that_is_killed(tmp_path: Path) -> None:
         assert f"nobody serves: process {served.process.pid} ended" in told.stdout
 
 
+@pytest.mark.skipif(shutil.which(PROGRAM) is None, reason=NO_SERVER)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_server_that_has_made_itself_a_daemon_ends_with_its_supervisor(
+    number: signal.Signals, tmp_path: Path
+) -> None:
+    """It has a session of its own, and its title lies where its environment was."""
+    port = free_port()
+    shell = f"exec 9>{HELD}; {PROGRAM} --port {port} --save '' --daemonize yes; exec sleep 1000"
+    config = f"""
+[[service]]
+name = "redis"
+command = ["sh", "-c", "{shell}"]
+ready = {{port = {port}}}
+"""
+    holders = Holders(tmp_path)
+    with Served(tmp_path, QUICK + config) as served:
+        served.wait_for("redis", "ready")
+        assert not holders.gone()
+        served.signal(number)
+        served.ended()
+        wait_for(holders.gone, seconds=5.0)
+
+
 def test_a_program_does_not_outlive_its_warden_and_its_supervisor(tmp_path: Path) -> None:
     config = '[[service]]\nname = "sleeper"\ncommand = ["sleep", "1000"]\n'
     with Served(tmp_path, QUICK + config) as served:
@@ -237,13 +262,15 @@ def test_a_program_does_not_outlive_its_warden_and_its_supervisor(tmp_path: Path
 def test_a_supervisor_that_follows_a_killed_one_lets_its_programs_end_first(
     tmp_path: Path,
 ) -> None:
-    """They still have the port that it needs, and a checkpoint to write."""
+    """They still have the port that it needs, and a checkpoint to write once it has come."""
     port = free_port()
     saving = f"""
-import signal, socket, sys, time
+import os, signal, socket, sys, time
 server = socket.create_server(("127.0.0.1", {port}))
 def end(*_):
-    time.sleep(3.0)
+    while not os.path.exists("followed"):
+        time.sleep(0.02)
+    time.sleep(1.0)
     open("saved", "w").close()
     sys.exit(0)
 signal.signal(signal.SIGTERM, end)
@@ -251,7 +278,7 @@ time.sleep(1000)
 """
     config = f"""
 [stop]
-drain_seconds = 10
+drain_seconds = 60
 [[service]]
 name = "saving"
 command = ["PYTHON", "-S", "saving.py"]
@@ -262,6 +289,8 @@ ready = {{port = {port}}}
         served.signal(signal.SIGKILL)
         served.ended()
         served.start()
+        wait_for(lambda: has_open(served.process.pid, tmp_path / "serve/.lock"))
+        (tmp_path / "followed").touch()
         new = wait_for(lambda: (s := served.status) and s.pid == served.process.pid and s)
         assert new.services[0].pid != pid
         served.wait_for("saving", "ready")
@@ -422,6 +451,24 @@ def test_a_second_supervisor_of_a_folder_is_refused(tmp_path: Path) -> None:
         assert served.wait_for("beater", "ready").pid == pid
 
 
+def test_a_log_that_takes_nothing_is_told_everywhere_and_its_program_goes_on(
+    tmp_path: Path,
+) -> None:
+    logs = tmp_path / "serve/logs"
+    logs.mkdir(parents=True)
+    (logs / "beater.log").symlink_to("/dev/full")
+    with Served(tmp_path, QUICK + BEATER, beating=BEATING) as served:
+        status = served.wait_for("beater", "ready")
+        problem = "what it prints is lost: [Errno 28] No space left on device"
+        assert status.reason == problem
+        told = served.run(STATUS)
+        assert told.returncode == 0
+        assert problem in told.stdout
+        assert ("ready", problem) in [
+            (notice.get("state"), notice.get("text")) for notice in served.notices
+        ]
+
+
 def test_all_goes_on_where_nobody_reads_any_more_what_serve_prints(tmp_path: Path) -> None:
     served = Served(tmp_path, QUICK + BEATER, beating=BEATING)
     reading, writing = os.pipe()
@@ -437,6 +484,10 @@ def test_all_goes_on_where_nobody_reads_any_more_what_serve_prints(tmp_path: Pat
         assert served.ended() == 0
     finally:
         served.__exit__()
+
+
+def has_open(pid: int, file: Path) -> bool:
+    return any(opened.resolve() == file for opened in Path(f"/proc/{pid}/fd").iterdir())
 
 
 def wait_until_stubborn_is_up(served: Served) -> None:

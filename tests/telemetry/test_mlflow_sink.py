@@ -3,6 +3,7 @@
 import math
 import os
 import random
+import resource
 import shlex
 import time
 from concurrent.futures import wait
@@ -14,6 +15,7 @@ from mlflow.exceptions import MlflowException
 
 from esper.telemetry import MlflowSink
 from esper.telemetry.mlflow_sink import _in_background
+from esper.telemetry.tracker import read_run_id, write_run_id
 from tracked_run import COMMITTED, CONFIG, PRUNED, SLOT, tell_run
 
 ALPHA = f"slots/{SLOT}/alpha"
@@ -84,6 +86,32 @@ def test_a_resumed_run_goes_on_as_the_same_run(tmp_path: Path) -> None:
         "events.txt",
         "events_after_step_10.txt",
     }
+
+
+def test_a_run_whose_id_is_not_known_any_more_goes_on_as_another_run(tmp_path: Path) -> None:
+    first = MlflowSink(tmp_path, config=CONFIG)
+    first.measure(1, 10, {"loss": 1.0})
+    first.close("interrupted")
+    (tmp_path / "esper_run_id.txt").write_text("")
+    with MlflowSink(tmp_path, config=CONFIG, after_step=10) as resumed:
+        resumed.measure(2, 20, {"loss": 0.5})
+    client = MlflowClient(tracking_uri=tmp_path.as_uri())
+    assert history(client, first.run_id, "loss") == [(10, 1.0)]
+    assert history(client, resumed.run_id, "loss") == [(20, 0.5)]
+    assert read_run_id(tmp_path) == resumed.run_id
+
+
+def test_an_id_that_cannot_be_written_leaves_the_one_there_was(tmp_path: Path) -> None:
+    write_run_id(tmp_path, "first")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            write_run_id(tmp_path, "second")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert read_run_id(tmp_path) == "first"
+    assert [file.name for file in tmp_path.iterdir()] == ["esper_run_id.txt"]
 
 
 def test_more_metrics_than_one_call_takes_are_all_sent(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from esper.telemetry import DATABASE_FILE, RunFolderError, RunReader, RunStore, 
 from esper.telemetry.run_folder import LOCK_FILE, RunStatus, WriterLock, is_written
 from esper.telemetry.run_reader import RunGlance
 from esper.telemetry.run_store import ReopenedRunStore
+from processes import kill_after
 
 ROOT = Path(__file__).parents[2]
 
@@ -46,6 +47,13 @@ for epoch in range(1, 4):
     store.measure(epoch, epoch, {"loss": 1.0 / epoch, "accuracy": 0.5})
     print(epoch, flush=True)
 time.sleep(600)
+"""
+LOCKING = """
+import os, sys, time
+from pathlib import Path
+from esper.telemetry.run_folder import WriterLock, is_written
+folder = Path(sys.argv[1])
+lock = WriterLock(folder)
 """
 
 
@@ -107,6 +115,7 @@ def test_glance_says_how_a_run_stands_without_its_events(tmp_path: Path) -> None
     assert reader.glance() == RunGlance(
         status="running",
         attempt=1,
+        is_mirror=False,
         event_counts={},
         first_seconds=None,
         last_seconds=None,
@@ -121,6 +130,7 @@ def test_glance_says_how_a_run_stands_without_its_events(tmp_path: Path) -> None
     assert reader.glance() == RunGlance(
         status="finished",
         attempt=1,
+        is_mirror=False,
         event_counts={"seed_pruned": 1, "step_skipped": 2},
         first_seconds=1.5,
         last_seconds=2.5,
@@ -223,6 +233,40 @@ def test_a_run_that_cannot_be_gone_on_with_or_closed_well_is_let_go(tmp_path: Pa
     with pytest.raises(sqlite3.DatabaseError):
         store.close()
     assert not is_written(tmp_path)
+
+
+def test_a_lock_ends_with_the_process_that_took_it_whatever_that_has_forked(tmp_path: Path) -> None:
+    """A worker that loads data lives on for seconds."""
+    forking = """
+if not os.fork():
+    print("forked", os.getpid(), flush=True)
+    os.close(1)
+    os.close(2)
+time.sleep(100)
+"""
+    worker = int(kill_after("forked", ["-c", LOCKING + forking, str(tmp_path)]).split()[1])
+    os.kill(worker, 0)
+    try:
+        assert not is_written(tmp_path)
+        WriterLock(tmp_path).release()
+    finally:
+        os.kill(worker, signal.SIGKILL)
+
+
+def test_a_forked_process_lets_go_of_nothing_that_is_not_its_own(tmp_path: Path) -> None:
+    """Neither of its parent's lock nor of a file that has the descriptor's number now."""
+    forking = """
+if not os.fork():
+    assert is_written(folder)
+    numbers = [os.open(sys.executable, os.O_RDONLY) for _ in range(100)]
+    lock.release()
+    assert [os.fstat(number) for number in numbers]
+    os._exit(0 if is_written(folder) else 1)
+assert os.wait()[1] == 0
+lock.release()
+assert not is_written(folder)
+"""
+    kill_after(None, ["-c", LOCKING + forking, str(tmp_path)])
 
 
 def test_a_writer_waits_for_who_only_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

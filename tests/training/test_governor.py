@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import random
 from collections.abc import Iterator
 from typing import Any
 
@@ -425,6 +426,69 @@ def test_the_band_follows_the_losses() -> None:
     constant = Governor(GovernorConfig(history_steps=8, band_width=10.0))
     assert losses_of(constant, [1.0] * 8 + [1.49, 1.51]) == [False] * 9 + [True]
     assert not any(losses_of(Governor(GovernorConfig(band_width=None)), [1.0] * 99 + [1e9]))
+
+
+@pytest.mark.parametrize("share_above_zero", [0.5, 0.06, 0.005, 0.0])
+def test_losses_that_are_mostly_0_make_no_other_loss_bad_but_one_that_explodes(
+    share_above_zero: float,
+) -> None:
+    """As those of hinges and triplets; what is left above 0 varies by orders of magnitude."""
+    numbers = random.Random(0)
+    governor = Governor()
+    above_zero = [numbers.random() < share_above_zero for _ in range(20_000)]
+    losses = [3.0 * numbers.random() ** 4 for _ in range(100 + len(above_zero))]
+    mostly_0 = [
+        loss if above else 0.0 for loss, above in zip(losses[100:], above_zero, strict=True)
+    ]
+    assert not any(losses_of(governor, [*losses[:100], *mostly_0]))
+    assert losses_of(governor, [1e3, 0.0]) == [True, False]
+
+
+def test_of_what_is_0_from_the_first_step_no_band_is_taken() -> None:
+    assert not any(losses_of(Governor(), [0.0] * 200 + [0.3] + [0.0] * 200 + [0.1, 7.0]))
+
+
+def test_rare_losses_far_above_the_others_carry_the_band_no_further_than_they_reach() -> None:
+    """Seven of eight batches are memorised; and a loss that grows step by step is bad in time."""
+    rare = Governor()
+    assert not any(losses_of(rare, [1e-3, 1e-3, 1e-3, 1e-3, 1e-3, 1e-3, 1e-3, 0.5] * 16))
+    assert losses_of(rare, [0.5, 2.0, 0.5]) == [False, True, False]
+    steady = [1.0 + 0.05 * math.sin(k) for k in range(128)]
+    growing = [1.1**k for k in range(20)]
+    refused = losses_of(Governor(), [*steady, *growing])
+    assert refused.index(True) < len(steady) + 15
+    assert all(refused[refused.index(True) :])
+
+
+def test_a_run_whose_batches_are_nearly_all_solved_learns_from_the_others() -> None:
+    """By hinge loss, with a few wrong labels; nothing explodes."""
+    torch.manual_seed(0)
+    host = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 1))
+    features = torch.randn(2048, 2)
+    features = 3.0 * features[features[:, 0].abs() > 0.5]
+    labels = features[:, 0].sign()
+    labels[torch.rand(len(labels)) < 0.004] *= -1.0
+    data = list(zip(features.split(16), labels.split(16), strict=True))
+    seen: list[float] = []
+
+    def hinge(output: Tensor, target: Tensor) -> Tensor:
+        value = torch.relu(1.0 - output.squeeze(1) * target).mean()
+        seen.append(float(value.detach()))
+        return value
+
+    recorder = Recorder()
+    growth = esper.Growth(
+        esper.attach(host, ["0"], example=features[:2]),
+        torch.optim.Adam(host.parameters(), lr=3e-2),
+        policy=esper.SchedulePolicy({}),
+        sinks=[recorder],
+    )
+    config = esper.TrainerConfig(epochs=8)
+    reports = esper.Trainer(growth, data, loss=hinge, evaluate=lambda: 1.0, config=config).fit()
+    last = seen[-len(data) :]
+    assert 0 < sum(loss > 0.0 for loss in last) < 0.2 * len(data)
+    assert not recorder.of(StepSkipped, RunWentBack)
+    assert reports[-1].train_loss == pytest.approx(sum(last) / len(data))
 
 
 @pytest.mark.parametrize("over_steps", [0, 5])

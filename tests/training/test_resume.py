@@ -14,13 +14,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
 
 import esper
 from esper.lifecycle.actions import Germinate, Prune
 from esper.lifecycle.stages import SeedStage
 from esper.policies import HeuristicConfig
 from esper.slots.config import SlotConfig
+from esper.training import GovernorConfig
 from esper.training.state_tree import read_tree, write_tree
 from growth_problem import LENIENT
 
@@ -268,3 +269,118 @@ def differences(one: Any, other: Any, place: str) -> Iterator[str]:
         yield from () if torch.equal(one, other) and one.dtype == other.dtype else [place]
     elif one != other and not (one != one and other != other):  # NaN is as good as NaN
         yield f"{place}: {one} and {other}"
+
+
+class OrderedAhead:
+    """Batches that draw the order of the next epoch when one has ended, and remember it."""
+
+    def __init__(self, data: TensorDataset) -> None:
+        self.data = data
+        self.order = torch.randperm(len(data))
+
+    def __iter__(self) -> Iterator[Any]:
+        for chosen in self.order.split(4):
+            yield self.data[chosen]
+        self.order = torch.randperm(len(self.data))
+
+    def state_dict(self) -> Mapping[str, Any]:
+        return {"order": self.order}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.order = state["order"]
+
+
+class Stream(IterableDataset[Any]):
+    """Orders itself by the epoch's number, or by a generator."""
+
+    def __init__(self, data: TensorDataset, generator: torch.Generator | None = None) -> None:
+        self.data, self.generator, self.epoch = data, generator, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[Any]:
+        by = self.generator or torch.Generator().manual_seed(self.epoch)
+        yield from (self.data[index] for index in torch.randperm(len(self.data), generator=by))
+
+
+LOADERS: Mapping[str, Callable[[TensorDataset], Any]] = {
+    "shuffled": lambda data: DataLoader(data, 4, shuffle=True),
+    "by a DistributedSampler": lambda data: DataLoader(
+        data, 4, sampler=DistributedSampler(data, num_replicas=1, rank=0)
+    ),
+    "by the data set": lambda data: DataLoader(Stream(data), 4),
+    "by the data set's generator": lambda data: DataLoader(Stream(data, torch.Generator()), 4),
+    "ordered ahead": OrderedAhead,
+}
+
+
+class ShortGroups:
+    """Five batches an epoch in groups of two; keeps every state and what was seen."""
+
+    def __init__(
+        self, loader: str, *, epochs: int = 3, bad: frozenset[int] = frozenset(), **settings: Any
+    ) -> None:
+        torch.manual_seed(0)
+        self.states: dict[str, Mapping[str, Any]] = {}
+        self.seen: list[int] = []
+        self.bad, self.num_losses = bad, 0
+        self.host = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.2), nn.Linear(8, 1))
+        features = torch.randn(20, 4)
+        slots = esper.attach(self.host, ["0"], example=features)
+        optimizer = torch.optim.SGD(self.host.parameters(), lr=0.1)
+        growth = esper.Growth(slots, optimizer, policy=esper.SchedulePolicy({}))
+        self.trainer = esper.Trainer(
+            growth,
+            LOADERS[loader](TensorDataset(features, torch.arange(20.0)[:, None])),
+            loss=self.loss,
+            evaluate=lambda: 1.0,
+            config=esper.TrainerConfig(epochs=epochs, accumulation_steps=2, **settings),
+            keeper=self,
+        )
+
+    def loss(self, output: Tensor, numbers: Tensor) -> Tensor:
+        self.seen += numbers.flatten().int().tolist()
+        self.num_losses += 1
+        value = (output - numbers / 20).square().mean()
+        return value * torch.nan if self.num_losses in self.bad else value
+
+    def after_step(self, trainer: esper.Trainer) -> None:
+        self.states[f"step {trainer.growth.step}"] = trainer.state_dict()
+
+    def after_epoch(self, trainer: esper.Trainer) -> None:
+        self.states[f"epoch {trainer.epoch}"] = trainer.state_dict()
+
+    def save(self, trainer: esper.Trainer) -> Path | None:
+        return None
+
+    def reports(self) -> list[tuple[int, int, float]]:
+        return [(r.epoch, r.step, r.train_loss) for r in self.trainer.run()]
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_no_batch_is_seen_twice_or_left_out_around_a_short_last_group(loader: str) -> None:
+    whole = ShortGroups(loader)
+    wanted = whole.reports()
+    assert [step for _, step, _ in wanted] == [3, 6, 9]
+    epochs = [whole.seen[start : start + 20] for start in (0, 20, 40)]
+    assert all(sorted(epoch) == list(range(20)) for epoch in epochs)
+    assert len(set(map(tuple, epochs))) == 3, "each epoch has an order of its own"
+    for name, state in whole.states.items():
+        again = ShortGroups(loader)
+        torch.manual_seed(99)
+        again.trainer.load_state_dict(state)
+        assert again.reports() == wanted[state["epoch"] :], name
+        assert again.seen == whole.seen[len(whole.seen) - len(again.seen) :], name
+        assert not list(differences(again.trainer.state_dict(), whole.states["epoch 3"], name))
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_a_way_back_to_the_end_of_an_epoch_does_not_begin_it_anew(loader: str) -> None:
+    governor = GovernorConfig(snapshot_steps=3, max_bad_steps=2)
+    whole = ShortGroups(loader, governor=governor)
+    first, *later = whole.reports()
+    spoilt = ShortGroups(loader, governor=governor, bad=frozenset({8, 10}))  # steps 5 and 6
+    assert spoilt.reports() == [first, first, *later], "its end is told of again"
+    assert spoilt.num_losses == whole.num_losses + 5
+    assert torch.equal(spoilt.host[0].weight, whole.host[0].weight)

@@ -27,13 +27,12 @@ from esper.bus.sequences import SequenceTracker
 from esper.lifecycle.events import Priority
 from esper.lifecycle.record import Record
 from esper.telemetry.run_folder import CONFIG_FILE, DATABASE_FILE, ENVIRONMENT_FILE, RunFolderError
+from esper.telemetry.run_reader import MIRROR_KEY
 from esper.telemetry.run_store import RunStore
 
 Telling = RunMessage | EventMessage | MetricsMessage | BundleMessage | StatusMessage
 """What a run tells of itself."""
 
-_KEY = "mirror"
-"""In the table of a run; no other folder has it."""
 _BUSY_SECONDS = 0.05
 """For which a mirror that somebody else holds is waited for: all other runs wait meanwhile."""
 _MAX_INTEGER = (1 << 63) - 1
@@ -50,10 +49,10 @@ class _State(Record):
 
     missed: int = 0
     sequences: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    attempts: dict[str, int] = Field(default_factory=dict)
-    """How many each stream has told of."""
-    after_steps: tuple[int, ...] = ()
-    """Of each attempt."""
+    attempts: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+    """The producer of each that a stream has told of, the first attempt first."""
+    after_steps: dict[int, int] = Field(default_factory=dict)
+    """Of each attempt, counted from 0, that has told it."""
     revision: int = 1
     """Rises whenever rows may be gone."""
     told_of: bool = False
@@ -101,7 +100,8 @@ class Mirror(RunStore):
 
     A run that is resumed tells of it first in each stream, by a `Sealer` of its own; then what came
     by that stream of later steps is forgotten. If that one message is missing, what the other
-    stream has told of the same attempt holds.
+    stream has told of the same attempt holds. What an attempt tells once the next one has begun
+    holds up to the step from which that has gone on.
 
     Args:
         folder: Of this run, whose id is its name; is made if it is not there.
@@ -140,7 +140,7 @@ class Mirror(RunStore):
                         stored += len(one.envelope.numbers)
                     else:
                         again += len(one.envelope.numbers)
-                self._set(_KEY, self._now().model_dump_json())
+                self._set(MIRROR_KEY, self._now().model_dump_json())
         except BaseException:
             self._state, self._sequences = self._loaded()
             raise
@@ -157,43 +157,49 @@ class Mirror(RunStore):
     def _take(self, told: Told) -> bool:
         """Store a message, and return whether it is new."""
         envelope, message, stream = told.envelope, told.message, told.stream.name
-        known = self._sequences.knows(envelope.producer)
         if not self._sequences.take(envelope.producer, envelope.numbers):
             return False
-        if not known:
-            self._begin_attempt(stream, message if isinstance(message, RunMessage) else None)
+        attempts = self._state.attempts.get(stream, ())
+        begins = envelope.producer not in attempts
+        if begins:
+            attempts = (*attempts, envelope.producer)
+            self._change(attempts={**self._state.attempts, stream: attempts})
+        number = attempts.index(envelope.producer)
+        if isinstance(message, RunMessage):
+            self._get_to_know(number, message)
+        if begins:
+            self._begin_attempt(stream, number)
+        later = range(number + 1, len(attempts))
+        after_steps = self._state.after_steps
+        last_step = min((after_steps[one] for one in later if one in after_steps), default=math.inf)
         for one in message.messages if isinstance(message, BundleMessage) else (message,):
-            if isinstance(one, EventMessage):
+            if isinstance(one, EventMessage) and one.record.step <= last_step:
                 self.publish(one.record)
-            elif isinstance(one, MetricsMessage):
+            elif isinstance(one, MetricsMessage) and one.step <= last_step:
                 self.measure(one.epoch, one.step, one.metrics)
-            elif isinstance(one, StatusMessage):
+            elif isinstance(one, StatusMessage) and not later:
                 self.set_status(one.status)
         return True
 
-    def _begin_attempt(self, stream: str, message: RunMessage | None) -> None:
+    def _get_to_know(self, number: int, message: RunMessage) -> None:
+        """Take what an attempt says of itself."""
+        self._change(after_steps={**self._state.after_steps, number: message.after_step})
+        if not self._state.told_of:
+            _write(self.folder, message)
+            self._change(told_of=True)
+
+    def _begin_attempt(self, stream: str, number: int) -> None:
         """Forget what does not hold any more of what came by a stream."""
-        number = self._state.attempts.get(stream, 0)
-        after_steps = self._state.after_steps
-        self._change(attempts={**self._state.attempts, stream: number + 1})
-        if message is not None:
-            after_step = message.after_step
-            self._change(
-                after_steps=(*after_steps[:number], after_step, *after_steps[number + 1 :])
-            )
-            if not self._state.told_of:
-                _write(self.folder, message)
-                self._change(told_of=True)
-        elif number < len(after_steps):
-            after_step = after_steps[number]
-        else:
+        if stream == TELEMETRY.name:
+            self.set_status("running")
+        after_step = self._state.after_steps.get(number)
+        if after_step is None:
             return
         forgotten = self._database.execute(
             _FORGET_EVENTS[stream], (after_step, Priority.NORMAL.value)
         ).rowcount
         if stream == TELEMETRY.name:
             forgotten += self._database.execute(_FORGET_METRICS, (after_step,)).rowcount
-            self.set_status("running")
         if forgotten or number:
             self._change(revision=self._state.revision + 1)
             self._set("attempt", str(self._state.revision))
@@ -259,7 +265,7 @@ def missed_in(folder: Path) -> int | None:
 def _state_in(database: sqlite3.Connection, folder: Path) -> _State | None:
     if database.execute(_HAS_RUN_TABLE).fetchone() is None:
         return None  # an empty file, or a database of something else
-    row = database.execute("SELECT value FROM run WHERE key = ?", (_KEY,)).fetchone()
+    row = database.execute("SELECT value FROM run WHERE key = ?", (MIRROR_KEY,)).fetchone()
     try:
         return None if row is None else _State.model_validate_json(row[0])
     except ValidationError as error:
@@ -283,7 +289,7 @@ def _make(folder: Path, first: RunMessage | None) -> None:
         # The run's own id, by which it is commanded, and not one of the folder it is made in.
         database.executemany(
             "INSERT OR REPLACE INTO run VALUES (?, ?)",
-            [(_KEY, state.model_dump_json()), ("id", folder.name)],
+            [(MIRROR_KEY, state.model_dump_json()), ("id", folder.name)],
         )
     making.rename(folder)
 

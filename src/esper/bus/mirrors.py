@@ -4,6 +4,7 @@ import logging
 import os
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -12,7 +13,6 @@ from esper.bus.messages import RunMessage
 from esper.bus.mirror import Mirror, NoMirrorError, Taken, Told
 
 _MAX_NAME_BYTES = 255
-_PASSED_OVER = None
 
 _LOG = logging.getLogger(__name__)
 
@@ -20,22 +20,22 @@ _LOG = logging.getLogger(__name__)
 class Mirrors:
     """Opens mirrors as they are needed, and closes those that were not needed for longest.
 
-    A run that is trained on this machine into the same folder is no mirror, and is passed over. For
-    one thread.
+    A run that is trained on this machine into the same folder is no mirror, and is passed over as
+    long as that folder is there. For one thread.
 
     Args:
         folder: That mirrors are in; is made if there is something to store.
-        max_open: Mirrors; each holds some files open, and is "running" to those who look at it.
+        max_open: Mirrors; each holds some files open.
     """
 
     def __init__(self, folder: Path, *, max_open: int = 64) -> None:
         self._folder = folder
         self._max_open = max_open
-        self._open: OrderedDict[str, Mirror | None] = OrderedDict()
-        """Those used last at the end; None is no mirror."""
+        self._open: OrderedDict[str, Mirror | _PassedOver] = OrderedDict()
+        """Those used last at the end."""
 
     def __len__(self) -> int:
-        return sum(mirror is not None for mirror in self._open.values())
+        return sum(isinstance(one, Mirror) for one in self._open.values())
 
     def take(self, run: str, told: Sequence[Told]) -> Taken | None:
         """Store what is new of a run's messages; None if they are passed over.
@@ -49,8 +49,8 @@ class Mirrors:
             OSError: Nothing was stored.
             sqlite3.Error: Nothing was stored.
         """
-        mirror = self._mirror(run, told)
-        if mirror is _PASSED_OVER:
+        mirror = self._found(run, told)
+        if not isinstance(mirror, Mirror):
             return None
         try:
             return mirror.take(told)
@@ -63,7 +63,7 @@ class Mirrors:
         while self._open:
             self._drop(next(iter(self._open)))
 
-    def _mirror(self, run: str, told: Sequence[Told]) -> Mirror | None:
+    def _found(self, run: str, told: Sequence[Told]) -> "Mirror | _PassedOver":
         found = self._open.get(run)
         if found is not None and not found.is_in_place:
             self._drop(run)  # somebody has removed the folder
@@ -74,18 +74,41 @@ class Mirrors:
         self._open.move_to_end(run)
         return self._open[run]
 
-    def _opened(self, run: str, told: Sequence[Told]) -> Mirror | None:
+    def _opened(self, run: str, told: Sequence[Told]) -> "Mirror | _PassedOver":
         first = next((one.message for one in told if isinstance(one.message, RunMessage)), None)
+        folder = self._folder / run
         try:
-            return Mirror(self._folder / run, first)
+            return Mirror(folder, first)
         except NoMirrorError as error:
+            passed_over = _PassedOver(folder, _inode(folder))
             _LOG.warning("what run %s tells is not stored: %s", run, error)
-            return _PASSED_OVER
+            return passed_over
 
     def _drop(self, run: str) -> None:
-        mirror = self._open.pop(run)
-        if mirror is not None:
-            mirror.close()
+        found = self._open.pop(run)
+        if isinstance(found, Mirror):
+            found.close()
+
+
+@dataclass(frozen=True)
+class _PassedOver:
+    """A folder that is no mirror, or a link, as it was found."""
+
+    folder: Path
+    inode: tuple[int, int]
+
+    @property
+    def is_in_place(self) -> bool:
+        """Whether it is still the one that was looked at."""
+        try:
+            return _inode(self.folder) == self.inode
+        except OSError:
+            return False
+
+
+def _inode(path: Path) -> tuple[int, int]:
+    status = path.lstat()
+    return status.st_dev, status.st_ino
 
 
 @lru_cache(maxsize=1_000)

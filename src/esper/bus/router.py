@@ -25,6 +25,7 @@ from esper.bus.bus import (
     Subscription,
 )
 from esper.bus.envelope import MessageRefusedError, open_envelope
+from esper.bus.held_runs import HeldRuns
 from esper.bus.messages import message_in
 from esper.bus.mirror import Told, check_telling
 from esper.bus.mirrors import Mirrors, check_name
@@ -42,6 +43,8 @@ _IDLE_SECONDS = 30.0
 _LOOK_SECONDS = 0.05
 """Between two looks whether to end, in a pause."""
 
+_CANNOT_STORE = (sqlite3.Error, OSError, RunFolderError)
+"""What storing raises that may work later."""
 _SHARED_CODES = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_NOMEM}
 """Of SQLite: what a full disk or no memory makes of any database."""
 _PRIMARY_CODE = 0xFF
@@ -141,6 +144,7 @@ class Router:
     def _route(self, stream: Stream, writer: Executor, ended: Callable[[], bool]) -> None:
         backoff = Backoff()
         subscription: Subscription | None = None
+        held = HeldRuns(again_seconds=_IDLE_SECONDS)
         while not ended():
             try:
                 if subscription is None:
@@ -151,8 +155,10 @@ class Router:
                         idle_seconds=_IDLE_SECONDS,
                     )
                     subscription.reclaim()  # what a router held that has died, or this one
+                    held = HeldRuns(again_seconds=_IDLE_SECONDS)
+                self._try_again(held, subscription, writer)
                 received = subscription.receive(limit=BATCH_MESSAGES, wait_seconds=_WAIT_SECONDS)
-                self._deal_with(received, stream, subscription, writer, ended)
+                self._deal_with(received, stream, subscription, writer, held, ended)
                 if backoff.failures:
                     _LOG.warning("%s is read again", stream.name)
                 backoff.works()
@@ -165,30 +171,33 @@ class Router:
             with suppress(BusUnavailableError):
                 subscription.close()
 
+    def _try_again(self, held: HeldRuns, subscription: Subscription, writer: Executor) -> None:
+        """Let all that was left come again in its order, once a run of these can be stored."""
+        run = held.next_to_try()
+        if run is None:
+            return
+        try:
+            writer.submit(self._take, run, ()).result()
+        except _CANNOT_STORE:
+            return
+        subscription.reclaim()
+        held.let_go()
+
     def _deal_with(
         self,
         received: Sequence[Delivery],
         stream: Stream,
         subscription: Subscription,
         writer: Executor,
+        held: HeldRuns,
         ended: Callable[[], bool],
     ) -> None:
         """Store messages and acknowledge them; those that cannot be stored now wait.
 
-        What is wrong with one run's folder alone holds up nobody else: its messages are left, to be
-        delivered again some times, and are dead letters then.
+        What is wrong with one run's folder alone holds up nobody else: its messages are left, and
+        later ones of it too, to be delivered again some times, and are dead letters then.
         """
-        runs: dict[str, _Batch] = {}
-        refused: list[tuple[Delivery, str]] = []
-        for delivery in received:
-            try:
-                told = self._opened(delivery, stream)
-            except MessageRefusedError as error:
-                refused.append((delivery, f"{error.refusal}: {error}"))
-            else:
-                batch = runs.setdefault(told.envelope.run, _Batch())
-                batch.entries.append(delivery.entry)
-                batch.told.append(told)
+        runs, refused = self._sorted(received, stream, held)
         backoff = Backoff()
         while runs:
             stored: list[str] = []
@@ -199,11 +208,9 @@ class Router:
             for run, problem in errors.items():
                 if not backoff.failures:
                     _LOG.warning("what run %s tells cannot be stored now: %s", run, problem)
-            runs = {
-                run: runs[run]
-                for run, problem in errors.items()
-                if _concerns_all(problem) or not _can_be_written(self._folder)
-            }
+                if not _concerns_all(problem) and _can_be_written(self._folder):
+                    held.hold(run)
+            runs = {run: runs[run] for run in errors if run not in held}
             if runs:
                 if ended():
                     return  # it is delivered again
@@ -212,6 +219,24 @@ class Router:
         for delivery, reason in refused:
             subscription.refuse(delivery, reason)
             self._count(refused=1)
+
+    def _sorted(
+        self, received: Sequence[Delivery], stream: Stream, held: HeldRuns
+    ) -> "tuple[dict[str, _Batch], list[tuple[Delivery, str]]]":
+        """Return what each run tells that is not held, and what is refused for what reason."""
+        runs: dict[str, _Batch] = {}
+        refused: list[tuple[Delivery, str]] = []
+        for delivery in received:
+            try:
+                told = self._opened(delivery, stream)
+            except MessageRefusedError as error:
+                refused.append((delivery, f"{error.refusal}: {error}"))
+                continue
+            if told.envelope.run not in held:
+                batch = runs.setdefault(told.envelope.run, _Batch())
+                batch.entries.append(delivery.entry)
+                batch.told.append(told)
+        return runs, refused
 
     def _opened(self, delivery: Delivery, stream: Stream) -> Told:
         """Return what a message says of which run.
@@ -243,7 +268,7 @@ class Router:
                 count = batch.messages_at_once
                 try:
                     writer.submit(self._take, run, batch.told[:count]).result()
-                except (sqlite3.Error, OSError, RunFolderError) as error:
+                except _CANNOT_STORE as error:
                     errors[run] = error
                     break
                 stored += batch.entries[:count]

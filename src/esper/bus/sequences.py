@@ -41,10 +41,6 @@ class SequenceTracker:
         self._missing += known.missing - before
         return new
 
-    def knows(self, producer: str) -> bool:
-        """Return whether any message of a producer has come."""
-        return producer in self._producers
-
     @property
     def missing(self) -> int:
         """How many have not come, although later ones of the same producer have."""

@@ -27,7 +27,7 @@ class Spool:
     They outlive the process: whoever opens the folder next finds what was not `sent`, and perhaps
     again what was sent last. A message that a killed process was writing is cut off. When the
     folder is full, the oldest make room. The disk is never waited for, and nothing here raises
-    because of it: what it does not take is dropped.
+    because of it: what it does not take is given back.
 
     Messages are in files of a 64th of the size each, of which the last one grows and the first one
     is removed when all that is in it was sent; so no message is ever moved.
@@ -55,27 +55,32 @@ class Spool:
         """Size of all files."""
         return self._num_bytes
 
-    def append(self, messages: Sequence[bytes]) -> int:
+    def append(self, messages: Sequence[bytes]) -> tuple[int, list[bytes]]:
         """Keep messages, behind all others.
 
         Returns:
-            How many were dropped for good: the oldest, where there is no room for all; these, where
-            the disk does not take them.
+            How many were dropped for good, the oldest, as there is no room for all; and the last of
+            these that the disk does not take.
         """
+        left = deque(messages)
         dropped = 0
-        batch: list[bytes] = []
-        num_bytes = 0
-        for message in messages:
-            size = _HEAD.size + len(message)
-            if size > self._max_bytes:
-                dropped += messages_in(message)
+        while left:
+            if _size(left[0]) > self._max_bytes:
+                dropped += messages_in(left.popleft())
                 continue
-            if batch and num_bytes + size > self._segment_bytes:
-                dropped += self._write(batch)
-                batch, num_bytes = [], 0
-            batch.append(message)
-            num_bytes += size
-        return dropped + (self._write(batch) if batch else 0)
+            batch: list[bytes] = []
+            num_bytes = 0
+            for message in left:
+                num_bytes += _size(message)
+                if batch and num_bytes > self._segment_bytes:
+                    break
+                batch.append(message)
+            dropped += self._make_room(batch)
+            if not self._write(batch):
+                break
+            for _ in batch:
+                left.popleft()
+        return dropped, [*left]
 
     def first(self, *, limit: int) -> tuple[list[bytes], int]:
         """Return the oldest messages, at most so many, and how many were lost.
@@ -103,19 +108,23 @@ class Spool:
             os.close(self._descriptor)
             self._descriptor = None
 
-    def _write(self, messages: Sequence[bytes]) -> int:
-        """Write a few into one segment, and return how many messages were dropped."""
+    def _make_room(self, messages: Sequence[bytes]) -> int:
+        """Remove the oldest segments, and return how many messages were dropped."""
+        num_bytes = sum(map(_size, messages))
+        dropped = 0
+        while self._segments and self._num_bytes + num_bytes > self._max_bytes:
+            dropped += self._remove_first()
+        return dropped
+
+    def _write(self, messages: Sequence[bytes]) -> bool:
+        """Write a few into one segment, and return whether the disk has taken them."""
         data = b"".join(
             part for one in messages for part in (_HEAD.pack(len(one), zlib.crc32(one)), one)
         )
-        count = sum(map(messages_in, messages))
-        dropped = 0
-        while self._segments and self._num_bytes + len(data) > self._max_bytes:
-            dropped += self._remove_first()
         try:
             descriptor = self._opened(len(data))
         except OSError:
-            return dropped + count
+            return False
         segment = self._segments[-1]
         try:
             _write_whole(descriptor, data)
@@ -124,12 +133,13 @@ class Spool:
                 os.ftruncate(descriptor, segment.num_bytes)
             except OSError:
                 self.close()  # what follows half a record could not be read
-            return dropped + count
+            return False
+        count = sum(map(messages_in, messages))
         segment.num_bytes += len(data)
         segment.messages += count
         self._num_bytes += len(data)
         self._messages += count
-        return dropped
+        return True
 
     def _opened(self, more_bytes: int) -> int:
         """Return the descriptor of the last segment, a new one unless there is room in it."""
@@ -232,6 +242,10 @@ def _messages(content: bytes) -> Iterator[bytes]:
             return
         yield message
         place += _HEAD.size + length
+
+
+def _size(message: bytes) -> int:
+    return _HEAD.size + len(message)
 
 
 def _write_whole(descriptor: int, data: bytes) -> None:

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 
 from esper.bus.bus import Stream
-from esper.bus.envelope import MAX_BODY_BYTES, Sealer
+from esper.bus.envelope import MAX_BODY_BYTES, Sealer, messages_in
 from esper.bus.messages import (
     EventMessage,
     Message,
@@ -34,7 +34,8 @@ class TelemetryLane:
     """Takes items by `put`, from any thread; one other thread does the rest.
 
     What finds no room, in the queue or in the spool, is the oldest; the sequence numbers that it
-    has, or would have had, tell whoever receives the others how many they miss.
+    has, or would have had, tell whoever receives the others how many they miss. What the disk does
+    not take waits in memory: a batch that is sealed, and the queue behind it.
 
     Args:
         stream: Where everything goes.
@@ -55,6 +56,8 @@ class TelemetryLane:
         """Items that were dropped since the last one was taken; all in the queue are younger."""
         self._in_flight: list[bytes] = []
         self._in_flight_spooled = False
+        self._refused: list[bytes] = []
+        """Sealed, and the disk did not take them; younger than all that is in the spool."""
         self._lost = 0
         self._told_unsendable = False
 
@@ -92,7 +95,7 @@ class TelemetryLane:
             self._lost += lost
             self._in_flight_spooled = True
         if not self._in_flight:
-            self._in_flight = self._sealed(BATCH_MESSAGES)
+            self._in_flight, self._refused = self._refused or self._sealed(BATCH_MESSAGES), []
             self._in_flight_spooled = False
         return self._in_flight
 
@@ -103,15 +106,25 @@ class TelemetryLane:
         self._in_flight = []
 
     def keep(self) -> None:
-        """Keep in the spool all that is in flight or waits; it may have arrived, too."""
-        if not self._in_flight_spooled:
-            self._lost += self._spool.append(self._in_flight)
+        """Keep in the spool all that is in flight or waits; it may have arrived, too.
+
+        What the disk does not take waits on.
+        """
+        if self._in_flight and not self._in_flight_spooled:
+            self._refused = self._in_flight
         self._in_flight = []
-        while messages := self._sealed(BATCH_MESSAGES):
-            self._lost += self._spool.append(messages)
+        while messages := self._refused or self._sealed(BATCH_MESSAGES):
+            dropped, self._refused = self._spool.append(messages)
+            self._lost += dropped
+            if self._refused:
+                break
 
     def close(self) -> None:
-        """Let go of the spool's files."""
+        """Keep all that waits, and let go of the spool's files; what it does not take is lost."""
+        self.keep()
+        while messages := self._refused or self._sealed(BATCH_MESSAGES):
+            self._lost += sum(map(messages_in, messages))
+            self._refused = []
         self._spool.close()
 
     def _sealed(self, limit: int) -> list[bytes]:

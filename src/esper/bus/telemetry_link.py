@@ -32,8 +32,9 @@ class TelemetryLink:
 
     CRITICAL and WARNING events go to `EMERGENCY`, all else to `TELEMETRY`; each way has a queue and
     a spool of its own, and the first one goes first. What takes an event only appends it to a
-    queue. While the bus is away, messages are kept in the run's folder, bounded; they are sent when
-    it is there again, or by the next attempt of the run if this one ends before. A message may
+    queue. While the bus is away, messages are kept in the run's folder, bounded, or in the queue if
+    the disk does not take them; they are sent when it is there again, or those in the folder by the
+    next attempt of the run if this one ends before. A message may
     arrive twice, with one id; what was lost for good shows in the sequence of the ids.
 
     Args:
@@ -42,7 +43,7 @@ class TelemetryLink:
         run: Its id.
         folder: Of the run, which no other process writes.
         link: Is told whether the bus can be reached, and how many messages were lost.
-        max_queued: Items of each way in memory; beyond it the oldest go.
+        max_queued: Items of each way in memory, besides a batch; beyond it the oldest go.
         max_spool_bytes: Of each way.
         clock: Seconds since the Unix epoch.
 
@@ -226,7 +227,6 @@ class TelemetryLink:
         if self._over:
             return
         for lane in (self._emergency, self._telemetry):
-            lane.keep()
-            self._link.lost(lane.take_lost())
             lane.close()
+            self._link.lost(lane.take_lost())
         self._over = True

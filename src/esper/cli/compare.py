@@ -33,6 +33,7 @@ from esper.cli.options import (
     run_settings,
     settings_asked,
 )
+from esper.cli.printing import plain_console, print_json_line
 from esper.cli.report import leave_report
 from esper.cli.stopping import EXIT_INTERRUPTED, tell_interrupted
 from esper.experiments.comparison import (
@@ -135,7 +136,7 @@ def compare(
         )
     else:
         settings = _kept(context, out)
-    console = Console()
+    console = plain_console()
     if dry_run:
         print_settings(console, settings)
         return
@@ -241,12 +242,12 @@ def _print(
         console.out(str(folder.path), highlight=False)
     elif as_json:
         summary = {"kind": "summary", "folder": str(folder.path), **summary_record(comparison)}
-        console.print_json(data=summary, indent=None)
+        print_json_line(console, summary)
     else:
         print_comparison(console, comparison)
         console.print()
         for line in told:
-            console.print(line, markup=False, highlight=False, soft_wrap=True)
+            console.print(line, soft_wrap=True)
 
 
 def _way_on(folder: ComparisonFolder) -> str:

@@ -22,7 +22,7 @@ from esper.experiments.comparison import (
     judge,
     summarise,
 )
-from esper.experiments.comparison.words import notes, rate, reached, spread
+from esper.experiments.comparison.words import edge_mark, notes, rate, reached, spread
 from esper.report.chart import json_values
 from esper.tasks.named import named_task
 
@@ -127,7 +127,7 @@ class LiveCompareView(QuietCompareView):
     def change(self, outlook: Outlook, result: RunResult | None) -> None:
         """Print a finished run, and renew what stands below."""
         if result is not None:
-            self._live.console.print(_finished(result), style="dim", highlight=False)
+            self._live.console.print(_finished(result), style="dim", highlight=False, markup=False)
         table = Table.grid(padding=(0, 2))
         bar = ProgressBar(outlook.expected, outlook.finished, width=_BAR_CELLS)
         table.add_row(f"comparing {self._task}", bar, _count(outlook), _left(outlook))
@@ -167,7 +167,7 @@ def print_comparison(console: Console, comparison: Comparison) -> None:
     console.print()
     if summaries:
         console.print(_table(comparison, summaries, width=console.width))
-        for note in notes(comparison, summaries):
+        for note in notes(comparison, summaries, as_shares=True):
             console.print(note, style="dim", highlight=False)
         console.print()
     console.print(verdict.outcome, style=_OUTCOME_STYLES[verdict.outcome], highlight=False)
@@ -183,8 +183,10 @@ def _table(comparison: Comparison, summaries: list[ArmSummary], *, width: int) -
     table.add_column("arm", overflow="fold", min_width=8)
     details = ["rate", "params", "steps", "seconds"] if wide else ["params", "seconds"]
     metrics = [f"test {metric}"] if medium and metric != "loss" else []
-    costs = ["FLOPs to match", "time to match"] if wide else ["FLOPs to match"]
-    head = (*(details if medium else ()), "FLOPs", "test loss", *metrics, "less static's", *costs)
+    relative = ["less static's", "FLOPs to match", *(["time to match"] if wide else [])]
+    if all(summary.flops_fraction is None for summary in summaries):
+        relative = []
+    head = (*(details if medium else ()), "FLOPs", "test loss", *metrics, *relative)
     for name in head:
         table.add_column(name, justify="right", no_wrap=True)
     for summary in summaries:
@@ -202,7 +204,8 @@ def _table(comparison: Comparison, summaries: list[ArmSummary], *, width: int) -
             "time to match": reached(summary.seconds_to_static, bounds=wide),
         }
         label = summary.label(len(comparison.config.random_seeds))
-        table.add_row(label, *(values[name] for name in head))
+        label += "" if wide else edge_mark(summary)
+        table.add_row(Text(label), *(values[name] for name in head))
     return table
 
 

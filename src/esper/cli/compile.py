@@ -1,6 +1,5 @@
 """`esper compile`: what may grow, compiled before it does."""
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,8 +10,10 @@ import typer
 from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from esper.cli.options import AsJson, bad_parameter
+from esper.cli.printing import plain_console, print_json_line
 from esper.compilation import ArtefactError, ArtefactStore, CompileService
 from esper.compilation.alone import seed_alone
 from esper.compilation.artefact_store import Artefact
@@ -83,7 +84,7 @@ def compile_(
 
     A run with --compile, the same torch and the same machine then finds them ready.
     """
-    console = Console()
+    console = plain_console()
     config = _config(store=store, key_file=key_file, limit_seconds=limit_seconds, mode=mode)
     with bad_parameter(SettingsError):
         kept = artefact_store(config)
@@ -100,7 +101,7 @@ def compile_(
         rows = _compile_all(jobs, kept, config, console if not as_json else None)
     if as_json:
         for row in rows:
-            console.out(json.dumps(asdict(row)), highlight=False)
+            print_json_line(console, asdict(row))
     else:
         _print(console, rows, kept)
     if any(row.error is not None for row in rows):
@@ -222,7 +223,7 @@ def _shape(features: FeatureGuards) -> str:
 
 def _print(console: Console, rows: list[_Row], store: ArtefactStore) -> None:
     if not rows:
-        console.print(f"nothing is kept in {store.url}", highlight=False)
+        console.print(f"nothing is kept in {store.url}", soft_wrap=True)
         return
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column("blueprint", style="bold")
@@ -240,6 +241,6 @@ def _print(console: Console, rows: list[_Row], store: ArtefactStore) -> None:
             ]
         told = row.outcome if row.error is None else f"{row.outcome}: {row.error}"
         style = "red" if row.error is not None else ""
-        table.add_row(row.blueprint, row.features, *cells, f"[{style}]{told}[/]" if style else told)
+        table.add_row(row.blueprint, row.features, *cells, Text(told, style))
     console.print(table)
-    console.print(f"kept in {store.url}", style="dim", highlight=False, soft_wrap=True)
+    console.print(f"kept in {store.url}", style="dim", soft_wrap=True)

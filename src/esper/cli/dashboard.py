@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
 from esper.bus.command_sender import this_user
+from esper.cli.printing import plain_console
 from esper.experiments.bus_connection import open_run_bus
 from esper.signing import Keyring
 
@@ -75,22 +75,21 @@ def dashboard(
         raise typer.BadParameter(str(error)) from error
     allow_many_files()
     address = server.address
-    console = Console()
-    console.print(f"runs in {folder.absolute()}", highlight=False, soft_wrap=True)
+    console = plain_console()
+    console.print(f"runs in {folder.absolute()}", soft_wrap=True)
     url = address.url_with_token if address.generated else address.url
-    console.print(url, style="bold", highlight=False, soft_wrap=True)
+    console.print(url, style="bold", soft_wrap=True)
     if address.generated:
         console.print(
             "whoever has this address sees the runs; it is sent in the clear, which only a network "
-            "you trust, a tunnel (ssh -L) or a proxy with TLS makes safe",
-            highlight=False,
+            "you trust, a tunnel (ssh -L) or a proxy with TLS makes safe"
         )
     elif address.token is not None:
-        console.print("the page asks for the token", highlight=False)
+        console.print("the page asks for the token")
     try:
         server.serve()
     except KeyboardInterrupt:
-        console.print("ended", highlight=False)
+        console.print("ended")
 
 
 def _channel(folder: Path, bus: str, key_file: Path | None) -> "CommandChannel":

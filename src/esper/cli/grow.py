@@ -1,6 +1,5 @@
 """`esper grow`: train a task and grow its host while it trains."""
 
-import json
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -25,6 +24,7 @@ from esper.cli.options import (
     run_settings,
     settings_asked,
 )
+from esper.cli.printing import plain_console, print_json_line
 from esper.cli.report import leave_report
 from esper.cli.stopping import stops_told
 from esper.cli.tables import networks_table, print_compiled, print_seeds, print_twin
@@ -115,7 +115,7 @@ def grow(
         asked["compile"] = {"enabled": True}
     settings = run_settings(only_task(task, task_option), config, set_, asked)
     _check(settings, audit=audit)
-    console = Console()
+    console = plain_console()
     if dry_run:
         print_settings(console, settings)
         return
@@ -169,7 +169,7 @@ def views_beside(console: Console, task: str, *, silent: bool) -> Beside:
 
     def announce(words: str) -> RunView:
         if not silent:
-            console.print(words, highlight=False)
+            console.print(words)
         return choose_view(console, task, quiet=silent, as_json=False)
 
     return announce
@@ -282,7 +282,7 @@ def conclude(
     if quiet:
         console.out(str(folder), highlight=False)
     elif as_json:
-        console.out(json.dumps(_summary(folder, story, networks)), highlight=False)
+        print_json_line(console, _summary(folder, story, networks))
     else:
         _print_end(console, story, networks, settings)
         _print_places(console, folder, report)
@@ -330,8 +330,8 @@ def _print_places(console: Console, folder: Path, report: str | None) -> None:
     """Print where the run is, how its story is told, and where its report is."""
     console.print()
     console.print("run folder  ", end="")
-    console.print(str(folder), style="bold", markup=False, highlight=False, soft_wrap=True)
+    console.print(str(folder), style="bold", soft_wrap=True)
     story_command = command_line("inspect", folder)
     for line in (f"its story   {story_command}", report):
         if line is not None:
-            console.print(line, markup=False, highlight=False, soft_wrap=True)
+            console.print(line, soft_wrap=True)

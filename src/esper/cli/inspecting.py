@@ -1,6 +1,9 @@
 """`esper inspect`: the story of a run, from its folder."""
 
 import json
+import shlex
+from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +12,8 @@ from rich.console import Console
 from rich.text import Text
 
 from esper.cli.compare_views import print_comparison, summary_record
+from esper.cli.policy import policy_errors
+from esper.cli.policy_views import evaluation_record, print_evaluation
 from esper.cli.tables import print_seeds, print_twin
 from esper.cli.training_tables import print_training_story, training_records
 from esper.cli.views import STAGE_STYLES
@@ -19,8 +24,11 @@ from esper.lifecycle.stages import GROWTH_PATH
 from esper.report.story import GateVisit, RunStory, SeedStory, StageVisit, tell
 from esper.report.training_story import tell_training
 from esper.telemetry.run_folder import RunFolderError
-from esper.telemetry.run_kind import training_settings
+from esper.telemetry.run_kind import EVALUATION_FILE, training_settings
 from esper.telemetry.run_reader import RunReader
+
+_MAX_INTERVENTIONS = 10
+"""Lines on what a run was protected from."""
 
 _CANNOT_SHOW = (
     RunFolderError,
@@ -34,7 +42,9 @@ _CANNOT_SHOW = (
 def inspect(
     run: Annotated[
         Path,
-        typer.Argument(metavar="RUN", help="Folder as grow, compare or policy train print it."),
+        typer.Argument(
+            metavar="RUN", help="Folder as grow, compare, policy train or policy eval print it."
+        ),
     ],
     as_json: Annotated[
         bool, typer.Option("--json", help="Print every event, rollout or the table as JSON.")
@@ -42,13 +52,17 @@ def inspect(
 ) -> None:
     """Tell what grew in RUN, when, and why: every gate decision with what it measured.
 
-    Of a comparison, finished or not: the table and the verdict. Of the training of a policy: how it
-    went, in ten rows, and which environments were restarted.
+    Of a comparison, finished or not: the table and the verdict. Of an evaluation of policies: the
+    table. Of the training of a policy: how it went, in ten rows, and which environments were
+    restarted.
     """
     console = Console(markup=False, emoji=False)  # what a run's files say is shown as it is
     try:
         if holds_comparison(run):
             _inspect_comparison(console, run, as_json=as_json)
+            return
+        if (run / EVALUATION_FILE).is_file():
+            _inspect_evaluation(console, run, as_json=as_json)
             return
         reader = RunReader(run)
         if training_settings(reader.config()) is not None:
@@ -80,6 +94,20 @@ def _inspect_comparison(console: Console, folder: Path, *, as_json: bool) -> Non
         print_comparison(console, comparison)
 
 
+def _inspect_evaluation(console: Console, folder: Path, *, as_json: bool) -> None:
+    with policy_errors():
+        from esper.rl.evaluation import read_evaluation  # noqa: PLC0415 – an optional extra
+
+        evaluation = read_evaluation(folder)
+    if as_json:
+        console.out(json.dumps(evaluation_record(evaluation)), highlight=False)
+        return
+    print_evaluation(console, evaluation)
+    if evaluation.missing():
+        way_on = f"not finished: the same command with --out {shlex.quote(str(folder))} goes on"
+        console.print(way_on, highlight=False, soft_wrap=True)
+
+
 def _inspect_training(console: Console, reader: RunReader, *, as_json: bool) -> None:
     story = tell_training(reader)
     if as_json:
@@ -108,8 +136,29 @@ def _print_head(console: Console, reader: RunReader, story: RunStory) -> None:
         values = "  ".join(f"{name} {value:.4f}" for name, value in story.finished.metrics.items())
         params += f"; test {values}"
     console.print(params, highlight=False)
-    for step, skipped in story.skipped_steps:
-        console.print(f"step {step} skipped: {skipped.reason}", style="red", highlight=False)
+    _print_interventions(console, story)
+
+
+def _print_interventions(console: Console, story: RunStory) -> None:
+    """Print the last of what the run was protected from."""
+    lines = list(_protected(story))
+    earlier = len(lines) - _MAX_INTERVENTIONS
+    if earlier > 0:
+        console.print(f"{earlier:,} earlier interventions; --json has all", style="dim")
+    for line in lines[-_MAX_INTERVENTIONS:]:
+        console.print(line, style="red", highlight=False)
+
+
+def _protected(story: RunStory) -> Iterator[str]:
+    """Yield interventions in words; skips in a row for one reason are one."""
+    for reason, alike in groupby(story.interventions, key=lambda met: met.skipped_because):
+        met = list(alike)
+        if reason is None:
+            yield from (f"step {one.step}: {one.words}" for one in met)
+        elif len(met) == 1:
+            yield met[0].words
+        else:
+            yield f"{len(met):,} steps skipped, {met[0].step} to {met[-1].step}: {reason}"
 
 
 def _order(visit: GateVisit | StageVisit) -> tuple[int, int, bool]:

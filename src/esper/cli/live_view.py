@@ -124,7 +124,7 @@ class LiveView(QuietView):
 
 def _slots_table(slots: Sequence[Glance]) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    for column in ("slot", "stage", "seed", "alpha", "saves", "grown"):
+    for column in ("slot", "stage", "seed", "alpha", "saves ≥", "grown"):
         table.add_column(column, overflow="ellipsis", no_wrap=True)
     for slot in slots:
         living = slot.stage in LIVING_STAGES

@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -91,12 +91,33 @@ def new_folder(out: Path | None, task: str, *, kind: str = "") -> Path:
         typer.BadParameter: No folder can be made there.
     """
     folder = out or Path("runs") / f"{kind}{_folder_name(task, datetime.now(UTC))}"
-    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    if not there.is_dir():
-        raise typer.BadParameter(f"{folder} can be no folder: {there} is a file")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise typer.BadParameter(f"{folder} cannot be written: {there} is not yours to write in")
+    try:
+        there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+        if not there.is_dir():
+            raise typer.BadParameter(f"{folder} can be no folder: {there} is a file")
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise typer.BadParameter(
+                f"{folder} cannot be written: {there} is not yours to write in"
+            )
+        _try_to_make(folder)
+    except OSError as error:
+        raise typer.BadParameter(f"{folder} cannot be made: {error.strerror}") from error
     return folder
+
+
+def _try_to_make(folder: Path) -> None:
+    """Make a folder, and those above it, and take away again what was not there.
+
+    Raises:
+        OSError: The system makes no such folder.
+    """
+    missing = [place for place in (folder, *folder.parents) if not place.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    finally:
+        for place in missing:
+            with suppress(OSError):  # it was not made, or another program has put something there
+                place.rmdir()
 
 
 def _folder_name(task: str, time: datetime) -> str:

@@ -24,8 +24,15 @@ from esper.cli.options import (
     refuse_neither,
     settings_asked,
 )
-from esper.cli.policy_views import EvaluationView, TrainingView, print_evaluation, print_training
+from esper.cli.policy_views import (
+    EvaluationView,
+    TrainingView,
+    evaluation_record,
+    print_evaluation,
+    print_training,
+)
 from esper.cli.stopping import EXIT_INTERRUPTED, tell_interrupted
+from esper.experiments.parts import chosen_policy
 from esper.experiments.settings import SettingsError, explain
 from esper.experiments.worker_pool import WorkerDiedError
 from esper.policies.heuristic import HeuristicPolicy
@@ -100,7 +107,7 @@ def train(
     refuse_both(quiet=quiet, as_json=as_json)
     of_its_own: dict[str, object] = {"workers": workers, "epochs": epochs, "seed": seed}
     of_its_own |= {"imitate": imitate, "ray": ray, "config": config, "set": set_}
-    with _errors():
+    with policy_errors():
         from esper.rl import policy_run  # noqa: PLC0415 – an optional extra
 
         console = Console()
@@ -269,11 +276,12 @@ def eval_(
     ] = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Let policies decide for the same runs of TASK with as many operations, and compare."""
     refuse_both(quiet=quiet, as_json=as_json)
     console = Console()
-    with _errors():
+    with policy_errors():
         settings = _evaluation_settings(
             task,
             config,
@@ -283,13 +291,17 @@ def eval_(
             random_seeds=tuple(range(first_seed, first_seed + seeds)),
             budget_of=policy_of_anywhere(budget_of),
         )
+        if dry_run:
+            print_settings(console, settings)
+            return
         folder = _open_evaluation(new_folder(out, settings.run.task, kind="policy-eval-"), settings)
         view = EvaluationView(console, settings, quiet=quiet, as_json=as_json)
         done = _evaluate(folder, settings, view, processes or os.cpu_count() or 1)
     if quiet:
         console.out(str(folder.path), highlight=False)
     elif as_json:
-        console.out(json.dumps({"kind": "summary", "folder": str(folder.path)}), highlight=False)
+        summary = {"kind": "summary", "folder": str(folder.path), **evaluation_record(done)}
+        console.out(json.dumps(summary), highlight=False)
     else:
         print_evaluation(console, done)
         console.print(f"\nfolder  {folder.path}", highlight=False, soft_wrap=True, markup=False)
@@ -301,7 +313,7 @@ def _evaluation_settings(
     """Return the settings of an evaluation.
 
     Raises:
-        SettingsError: One is wrong, or of a training only.
+        SettingsError: One is wrong, or of a training only, or there is no such policy.
     """
     from esper.rl.evaluation import EvaluationConfig  # noqa: PLC0415 – an optional extra
     from esper.rl.policy_run import SECTIONS, load_policy_run_config  # noqa: PLC0415
@@ -312,11 +324,14 @@ def _evaluation_settings(
     asked = settings_asked(epochs=epochs, count_flops=True)
     loaded = load_policy_run_config(task, file, [*given, *alike], asked)
     try:
-        return EvaluationConfig.model_validate(
+        settings = EvaluationConfig.model_validate(
             {"run": loaded.run, "rewards": loaded.rewards, **chosen}
         )
     except ValidationError as error:
         raise SettingsError(explain(error, EvaluationConfig)) from error
+    for policy in settings.all_policies:
+        chosen_policy(settings.run.model_copy(update={"policy": policy}))
+    return settings
 
 
 def _open_evaluation(path: Path, settings: "EvaluationConfig") -> "EvaluationFolder":
@@ -353,7 +368,7 @@ def _refuse_training_settings(settings: Sequence[str], sections: Collection[str]
 
 
 @contextmanager
-def _errors() -> Iterator[None]:
+def policy_errors() -> Iterator[None]:
     """Let what settings, folders and data refuse be a bad parameter."""
     try:
         yield

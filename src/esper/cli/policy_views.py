@@ -2,11 +2,10 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from statistics import fmean
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from rich.console import Console
 from rich.progress import (
@@ -22,7 +21,8 @@ from rich.text import Text
 
 from esper.experiments.comparison.intervals import Interval, mean_interval
 from esper.experiments.comparison.words import spread
-from esper.policies.named import is_policy_file
+from esper.policies.named import policy_words
+from esper.report.chart import json_values
 from esper.tasks.named import named_task
 
 if TYPE_CHECKING:
@@ -177,25 +177,14 @@ class EvaluationView(_View):
         )
 
 
-def policy_words(policy: str, among: Sequence[str] = ()) -> str:
-    """Return how a table calls a policy: of a file, as much as no other one there has."""
-    if not is_policy_file(policy):
-        return policy
-    parts = Path(policy).with_suffix("").parts
-    others = [Path(other).with_suffix("").parts for other in among if other != policy]
-    num_told = next(
-        (n for n in range(1, len(parts)) if all(other[-n:] != parts[-n:] for other in others)),
-        len(parts),
-    )
-    return str(Path(*parts[-num_told:]))
-
-
 @dataclass(frozen=True, kw_only=True)
 class EvaluationRow:
     """What a policy's runs at the budget came to.
 
     Attributes:
-        policy: How tables call it.
+        policy: By name, or as its file.
+        label: How tables call it, with its number of random seeds if others have more.
+        num_seeds: Of its runs.
         episode_return: Of their rewards.
         test_loss: On the test split.
         metric: The task's own, there; None if that is the loss.
@@ -209,6 +198,8 @@ class EvaluationRow:
     """
 
     policy: str
+    label: str
+    num_seeds: int
     episode_return: Interval
     test_loss: Interval
     metric: Interval | None
@@ -234,7 +225,9 @@ def evaluation_rows(evaluation: "Evaluation") -> list[EvaluationRow]:
         differences = [run.test["loss"] - other.test["loss"] for run, other in pairs]
         rows.append(
             EvaluationRow(
-                policy=policy_words(policy, config.all_policies),
+                policy=policy,
+                label=_label(config, policy, len(runs)),
+                num_seeds=len(runs),
                 episode_return=mean_interval([run.episode_return for run in runs]),
                 test_loss=mean_interval([run.test["loss"] for run in runs]),
                 metric=(
@@ -251,10 +244,50 @@ def evaluation_rows(evaluation: "Evaluation") -> list[EvaluationRow]:
     return rows
 
 
+def _label(config: "EvaluationConfig", policy: str, num_seeds: int) -> str:
+    label, of_seeds = policy_words(policy, config.all_policies), len(config.random_seeds)
+    return label if num_seeds == of_seeds else f"{label} ({num_seeds} of {of_seeds} seeds)"
+
+
+def evaluation_record(evaluation: "Evaluation") -> dict[str, Any]:
+    """Return the table as JSON values; what is not known or not finite is null."""
+    metric = named_task(evaluation.config.run.task).metric
+    record: dict[str, Any] = json_values(
+        {
+            "task": evaluation.config.run.task,
+            "budget_of": evaluation.config.budget_of,
+            "finished": not evaluation.missing(),
+            "policies": [_row_record(row, metric) for row in evaluation_rows(evaluation)],
+        }
+    )
+    return record
+
+
+def _row_record(row: EvaluationRow, metric: str) -> dict[str, Any]:
+    """Return a row by its columns, and of how many random seeds it is."""
+    least, most = row.budget_shares
+    return {
+        "policy": row.policy,
+        "seeds": row.num_seeds,
+        "return": asdict(row.episode_return),
+        "test_loss": asdict(row.test_loss),
+        **({} if row.metric is None else {metric: asdict(row.metric)}),
+        "difference": None if row.difference is None else asdict(row.difference),
+        "params": row.param_count,
+        "committed": row.num_committed,
+        "germinated": row.num_germinated,
+        "epochs": row.epochs,
+        "flops": {"least": least, "most": most},
+    }
+
+
 def print_evaluation(console: Console, evaluation: "Evaluation") -> None:
     """Print what each policy made of the runs, in as many columns as the terminal has room for."""
     config = evaluation.config
     rows = evaluation_rows(evaluation)
+    if not rows:
+        console.print("no policy's runs can be compared yet")
+        return
     metric = named_task(config.run.task).metric
     table = _evaluation_table(rows, metric, whole=True)
     unbounded = console.options.update(width=_UNBOUNDED)
@@ -299,5 +332,5 @@ def _evaluation_table(rows: Sequence[EvaluationRow], metric: str, *, whole: bool
             "epochs": f"{row.epochs:.1f}",
             "FLOPs": f"{low:.2f}–{high:.2f}",
         }
-        table.add_row(Text(row.policy), *(values[name] for name in head))
+        table.add_row(Text(row.label), *(values[name] for name in head))
     return table

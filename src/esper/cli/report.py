@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
+from esper.cli.printing import plain_console
 from esper.experiments.comparison import (
     comparison_charts,
     comparison_report,
@@ -73,7 +73,9 @@ def report(
     """
     if only and png is None:
         raise typer.BadParameter("--only chooses what the PNG shows; name one with --png")
-    console = Console()
+    console = plain_console()
+    if png is not None and not png.suffix:
+        png = Path(f"{png}.png")
     try:
         content = _page(run, beside)
         if png is not None:
@@ -83,9 +85,9 @@ def report(
         target.write_text(content, encoding="utf-8")
     except _CANNOT_SHOW as error:
         raise typer.BadParameter(str(error)) from error
-    console.print(f"report   {target}", highlight=False, soft_wrap=True)
+    console.print(f"report   {target}", soft_wrap=True)
     if png is not None:
-        console.print(f"picture  {png}", highlight=False, soft_wrap=True)
+        console.print(f"picture  {png}", soft_wrap=True)
     if open_ and not webbrowser.open(target.resolve().as_uri()):
         console.print("no browser was found here; copy the file to where there is one")
 

@@ -5,7 +5,6 @@ from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
 
 from esper.cli.command_line import command_line
 from esper.cli.grow import (
@@ -19,6 +18,7 @@ from esper.cli.grow import (
 )
 from esper.cli.kept_settings import kept_settings
 from esper.cli.options import AsJson, Report, bad_parameter, refuse_both
+from esper.cli.printing import plain_console
 from esper.cli.report import leave_report
 from esper.cli.stopping import stops_told
 from esper.cli.views import RunView
@@ -58,7 +58,7 @@ def resume(
     On a CPU the rest of the run is the same, to the bit, as if it had never stopped.
     """
     refuse_both(quiet=quiet, as_json=as_json)
-    console = Console()
+    console = plain_console()
     with bad_parameter(*_CANNOT_GO_ON):
         settings = kept_settings(RunReader(run))
     view = choose_view(console, settings.task, quiet=quiet, as_json=as_json)

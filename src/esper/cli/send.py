@@ -1,24 +1,25 @@
 """`esper send`: tell a run what to do."""
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from pydantic import ValidationError
-from rich.console import Console
 
 from esper.bus.bus import BusRefusedError, BusUnavailableError
 from esper.bus.command_sender import CommandSender, NoAnswerError, this_user
 from esper.bus.messages import AnswerMessage
 from esper.cli.command_line import command_line
 from esper.cli.kept_settings import kept_settings
+from esper.cli.options import bad_parameter
+from esper.cli.printing import plain_console, print_json_line
 from esper.experiments.bus_connection import open_run_bus
-from esper.experiments.settings import SettingsError
-from esper.lifecycle.actions import Operation, action_from_dump
+from esper.experiments.settings import SettingsError, explain, key_of, merge, parse_setting
+from esper.lifecycle.actions import Advance, Commit, Germinate, Operation, Prune, SetAlphaTarget
 from esper.lifecycle.commands import Act, Command, Pause, Resume, SaveCheckpoint, Stop
+from esper.lifecycle.record import Record
 from esper.signing import KeyFileError, Keyring
-from esper.telemetry.run_folder import RunFolderError, is_written
+from esper.telemetry.run_folder import RunFolderError
 from esper.telemetry.run_reader import RunReader
 
 _PLAIN: dict[str, Command] = {
@@ -27,13 +28,18 @@ _PLAIN: dict[str, Command] = {
     "checkpoint": SaveCheckpoint(),
     "stop": Stop(),
 }
-_ARGUMENTS = {
-    Operation.GERMINATE: ("slot", "blueprint"),
-    Operation.ADVANCE: ("slot",),
-    Operation.SET_ALPHA_TARGET: ("slot", "target", "steps"),
-    Operation.PRUNE: ("slot",),
-    Operation.COMMIT: ("slot",),
+_ACTIONS: dict[str, type[Germinate | Advance | SetAlphaTarget | Prune | Commit]] = {
+    Operation.GERMINATE: Germinate,
+    Operation.ADVANCE: Advance,
+    Operation.SET_ALPHA_TARGET: SetAlphaTarget,
+    Operation.PRUNE: Prune,
+    Operation.COMMIT: Commit,
 }
+_ARGUMENTS = {
+    name: [key for key, field in kind.model_fields.items() if field.is_required()]
+    for name, kind in _ACTIONS.items()
+}
+"""Fields of each action that are given as words, in this order."""
 _WORDS = (
     *(f"{name} {' '.join(names).upper()}" for name, names in _ARGUMENTS.items()),
     *_PLAIN,
@@ -53,7 +59,9 @@ def send(
     set_: Annotated[
         list[str] | None,
         typer.Option(
-            "--set", metavar="KEY=VALUE", help="A further field of the action, as over_steps=20."
+            "--set",
+            metavar="KEY=VALUE",
+            help="A further field of the action, as over_steps=20 or options.rank=4.",
         ),
     ] = None,
     bus: Annotated[
@@ -85,7 +93,7 @@ def send(
     except BusRefusedError as error:
         raise typer.BadParameter(str(error)) from error
     except (BusUnavailableError, NoAnswerError) as error:
-        Console(stderr=True).print(str(error), markup=False, highlight=False, soft_wrap=True)
+        typer.echo(str(error), err=True)
         raise typer.Exit(EXIT_NOT_HEARD) from error
     finally:
         opened.close()
@@ -105,31 +113,40 @@ def _command(words: list[str], settings: list[str]) -> Command:
         if given or settings:
             raise typer.BadParameter(f"{name} takes nothing further, got {[*given, *settings]}")
         return _PLAIN[name]
-    if name not in set(_ARGUMENTS):
+    if name not in _ACTIONS:
         raise typer.BadParameter(f"no command {name!r}; commands: {'; '.join(_WORDS)}")
-    names = _ARGUMENTS[Operation(name)]
+    kind, names = _ACTIONS[name], _ARGUMENTS[name]
     if len(given) != len(names):
         raise typer.BadParameter(
             f"{name} takes {' '.join(names).upper()}, got {' '.join(given) or 'nothing'}"
         )
-    fields: dict[str, Any] = {"operation": name, **dict(zip(names, given, strict=True))}
+    fields: dict[str, Any] = dict(zip(names, given, strict=True))
     for setting in settings:
-        key, separator, text = setting.partition("=")
-        if not separator:
-            raise typer.BadParameter(f"a setting is key=value, got {setting!r}")
-        fields[key] = _value(text)
+        with bad_parameter(SettingsError):
+            _refuse_given_as_word(setting, name)
+            merge(fields, _field(setting, kind))
     try:
-        return Act(action=action_from_dump(fields))
+        return Act(action=kind.model_validate(fields))
     except ValidationError as error:
-        problems = "; ".join(f"{issue['loc'][-1]}: {issue['msg']}" for issue in error.errors())
-        raise typer.BadParameter(f"{name}: {problems}") from error
+        raise typer.BadParameter(f"{name}: {explain(error, kind)}") from error
 
 
-def _value(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
+def _refuse_given_as_word(setting: str, name: str) -> None:
+    key = key_of(setting).partition(".")[0]
+    if key in ("operation", *_ARGUMENTS[name]):
+        raise typer.BadParameter(
+            f"{name} {' '.join(_ARGUMENTS[name]).upper()} has the {key} already, got {setting}; "
+            "leave one of them out"
+        )
+
+
+def _field(setting: str, kind: type[Record]) -> dict[str, Any]:
+    """Return what a setting says, as `parse_setting`; of a field that holds words, its words."""
+    key, parsed = key_of(setting), parse_setting(setting, kind)
+    field = kind.model_fields.get(key)
+    if field is not None and field.annotation is str and not isinstance(parsed[key], str):
+        return {key: setting.partition("=")[2]}
+    return parsed
 
 
 def _addressed(run: str, bus: str | None, key_file: Path | None) -> tuple[str, str, Path | None]:
@@ -146,9 +163,10 @@ def _addressed(run: str, bus: str | None, key_file: Path | None) -> tuple[str, s
     except (RunFolderError, SettingsError) as error:
         hint = "; of a run on another machine give its id, and --bus" if bus is None else ""
         raise typer.BadParameter(f"{error}{hint}") from error
-    if not is_written(Path(run)):
-        standing = reader.standing
-        onward = "" if standing == "finished" else f"; go on with: {command_line('resume', run)}"
+    standing = reader.standing
+    if standing != "running":
+        over = standing == "finished" or reader.is_mirror
+        onward = "" if over else f"; go on with: {command_line('resume', run)}"
         raise typer.BadParameter(f"no process trains {run} now, it is {standing}{onward}")
     address = bus or config.bus.commands
     if address is None:
@@ -159,10 +177,9 @@ def _addressed(run: str, bus: str | None, key_file: Path | None) -> tuple[str, s
 
 
 def _print(answer: AnswerMessage, *, as_json: bool) -> None:
-    console = Console()
+    console = plain_console()
     if as_json:
-        console.out(answer.model_dump_json(), highlight=False)
+        print_json_line(console, answer.model_dump(mode="json"))
         return
     said = "done" if answer.outcome.done else "refused"
-    text = f"{said} at step {answer.step}: {answer.outcome.text}"
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    console.print(f"{said} at step {answer.step}: {answer.outcome.text}", soft_wrap=True)

@@ -1,13 +1,13 @@
 """How a run shows itself while it goes on: as lines, as JSON, or not at all."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Protocol, Self
 
 from rich.console import Console
 
+from esper.cli.printing import print_json_line
 from esper.experiments.run import GrowingRun
 from esper.lifecycle.events import EventRecord
 from esper.lifecycle.stages import LIVING_STAGES, SeedStage
@@ -137,17 +137,17 @@ class LinesView(QuietView):
         """Print the epoch."""
         states = "  ".join(slot_words(Glance.of(slot)) for slot in slots.values())
         line = f"epoch {report.epoch}/{report.epochs}  {metric_words(report)}  {states}"
-        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+        self._console.print(line, soft_wrap=True)
 
     def publish(self, record: EventRecord) -> None:
         """Print the event if it is notable."""
         words = notable(record)
         if words is not None:
-            self._console.print(f"  {words}", markup=False, highlight=False, soft_wrap=True)
+            self._console.print(f"  {words}", soft_wrap=True)
 
     def note(self, text: str, *, about: str | None = None) -> None:
         """Print the note."""
-        self._console.print(told(text, about), markup=False, highlight=False, soft_wrap=True)
+        self._console.print(told(text, about), soft_wrap=True)
 
 
 class JsonView(QuietView):
@@ -158,7 +158,8 @@ class JsonView(QuietView):
 
     def epoch(self, report: EpochReport, slots: SlotSet) -> None:
         """Print the epoch."""
-        self._print(
+        print_json_line(
+            self._console,
             {
                 "kind": "epoch",
                 "epoch": report.epoch,
@@ -170,19 +171,16 @@ class JsonView(QuietView):
                     {"path": path, "stage": slot.stage.value, "alpha": slot.alpha}
                     for path, slot in slots.items()
                 ],
-            }
+            },
         )
 
     def publish(self, record: EventRecord) -> None:
         """Print the event."""
-        self._print({"kind": "event", **record.model_dump(mode="json")})
+        print_json_line(self._console, {"kind": "event", **record.model_dump(mode="json")})
 
     def note(self, text: str, *, about: str | None = None) -> None:
         """Print the note."""
-        self._print({"kind": "note", "text": text})
-
-    def _print(self, document: dict[str, Any]) -> None:
-        self._console.out(json.dumps(document), highlight=False)
+        print_json_line(self._console, {"kind": "note", "text": text})
 
 
 def metric_words(report: EpochReport) -> str:

@@ -26,7 +26,7 @@ class CompileRequest(Record):
     structure: str
     """Digest of what the seeds are made of."""
     code: str
-    """Digest of their classes' code."""
+    """Digest of the files that their classes are written in."""
     kinds: tuple[str, ...]
     """The kinds of forward."""
     features: FeatureGuards

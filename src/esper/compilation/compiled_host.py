@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Hashable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 from esper.compilation.compile_job import CompileJob, told
@@ -86,7 +87,13 @@ class CompiledHost:
         self._events: list[Event] = []
         host = CompiledFunctions(run_module, options=settings)
         self.regions = [
-            CompiledRegion(path, module, host.of(structure_of_module(module)), failed=self._failed)
+            CompiledRegion(
+                path,
+                module,
+                host.of(structure_of_module(module)),
+                alone=partial(host.of, ("alone", path)),
+                failed=self._failed,
+            )
             for path, module in list(regions_of(slots.model))
         ]
         self.seeds = {path: CompiledSlot(slot) for path, slot in slots.items()}

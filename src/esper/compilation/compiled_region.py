@@ -19,7 +19,9 @@ class CompiledRegion:
     Args:
         path: Of the module, for people.
         module: Whose forward is replaced until `release`.
-        compiled: Takes the module and the arguments of its forward.
+        compiled: Takes the module and the arguments of its forward; equal modules share it.
+        alone: Makes such a function that no other module shares, for where those that do have more
+            graphs than the compiler keeps, as they differ by a number that they compute with.
         failed: Is told the path and why the compiler failed.
     """
 
@@ -29,11 +31,13 @@ class CompiledRegion:
         module: nn.Module,
         compiled: Callable[..., Any],
         *,
+        alone: Callable[[], Callable[..., Any]],
         failed: Callable[[str, Exception], None],
     ) -> None:
         self.path = path
         self._module = module
         self._compiled: Callable[..., Any] | None = compiled
+        self._alone: Callable[[], Callable[..., Any]] | None = alone
         self._failed = failed
         module.forward = self
 
@@ -48,6 +52,9 @@ class CompiledRegion:
             try:
                 return compiled(module, *args, **kwargs)
             except Exception as error:
+                if _is_limit_of_graphs(error) and self._alone is not None:
+                    self._compiled, self._alone = self._alone(), None
+                    return self(*args, **kwargs)
                 if not _is_of_the_compiler(error):
                     raise
                 self._compiled = None
@@ -71,7 +78,13 @@ def own_forward(module: nn.Module) -> MethodType:
 def _is_of_the_compiler(error: Exception) -> bool:
     from torch._dynamo.exc import TorchDynamoException  # noqa: PLC0415 – importing it takes seconds
 
-    return isinstance(error, TorchDynamoException)
+    return isinstance(error, TorchDynamoException) or _is_limit_of_graphs(error)
+
+
+def _is_limit_of_graphs(error: Exception) -> bool:
+    """Return whether code has as many graphs as the compiler keeps, and needs another one."""
+    # Its class is none of TorchDynamoException, and has had another name in torch 2.6.
+    return type(error).__name__ in ("FailOnRecompileLimitHit", "FailOnCacheLimitHit")
 
 
 def run_module(module: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -4,7 +4,7 @@ import hashlib
 import inspect
 from collections.abc import Hashable
 from functools import cache
-from typing import Any
+from pathlib import Path
 
 from torch import nn
 
@@ -60,9 +60,16 @@ def structure_of_module(module: nn.Module) -> Hashable:
 
 
 def code_of_module(module: nn.Module) -> str:
-    """Return a digest of the classes that a module is made of, as they are written here."""
-    classes: list[Any] = sorted({type(part) for part in module.modules()}, key=_name)
-    text = "\n".join(f"{_name(kind)} {_source(kind)}" for kind in classes)
+    """Return a digest of the files in which a module's classes, and their bases, are written.
+
+    So the functions beside a class count, and those that a file imports do not: where they have
+    changed, the run finds no graph in an equal request's artefact, and waits for the compiler. A
+    class without a file, made in a shell, counts by its name.
+    """
+    classes = {kind for part in module.modules() for kind in type(part).__mro__}
+    text = "\n".join(
+        sorted(f"{kind.__module__}.{kind.__qualname__} {_file(kind)}" for kind in classes)
+    )
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -76,13 +83,11 @@ def _constants_of(module: nn.Module) -> Hashable:
     )
 
 
-def _name(kind: Any) -> str:
-    return f"{kind.__module__}.{kind.__qualname__}"
-
-
 @cache
-def _source(kind: Any) -> str:
+def _file(kind: type) -> str:
+    """Return a digest of the file that a class is written in; empty where there is none."""
     try:
-        return inspect.getsource(kind)
-    except (OSError, TypeError):  # made at run time, or in a shell
+        written = Path(inspect.getfile(kind)).read_bytes()
+    except (OSError, TypeError):
         return ""
+    return hashlib.sha256(written).hexdigest()

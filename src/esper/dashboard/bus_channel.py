@@ -5,7 +5,6 @@ from pathlib import Path
 
 from esper.bus.bus import Bus, BusRefusedError, BusUnavailableError
 from esper.bus.command_sender import CommandSender, NoAnswerError
-from esper.bus.mirror import missed_in
 from esper.dashboard.commands import Command, CommandRefusedError, OfferedAction
 from esper.dashboard.run_folders import RunFolders
 from esper.lifecycle import commands
@@ -52,7 +51,8 @@ class BusCommandChannel:
     """A `CommandChannel` to the runs in a folder, also to those that run elsewhere.
 
     Everything is offered for a run that is running and listens to a bus, and a run refuses what is
-    not legal; nothing for the training of a policy, which listens to none.
+    not legal; one elsewhere counts as running until it has told of its end. Nothing is offered for
+    the training of a policy, which listens to no bus.
 
     Args:
         root: The folder that runs are in.
@@ -121,4 +121,4 @@ def _listens(reader: RunReader) -> bool:
     bus = reader.config().get("bus")
     if isinstance(bus, Mapping) and bus.get("commands") is not None:
         return True
-    return missed_in(reader.folder) is not None  # a mirror, whose settings may not have come
+    return reader.is_mirror  # whose settings may not have come

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import re
 import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -19,6 +20,7 @@ from esper.dashboard.watcher import UnknownRunError, Watcher
 HEARTBEAT_SECONDS = 10.0
 _RETRY_MILLISECONDS = 1000
 _PROGRESS_SECONDS = 0.3
+_VERSION = re.compile(r"[0-9]{1,18}")
 
 _LOG = logging.getLogger(__name__)
 
@@ -72,10 +74,10 @@ class Streams:
         Args:
             run: Whose story is sent besides the list; None sends the list only.
             last_id: Of the last message that this page got; what it has is not sent again. An id of
-                another server than this one, or none, begins anew.
+                another server than this one, one that none gives, or none, begins anew.
         """
         name, _, version = last_id.partition("-")
-        known = int(version) if name == self._name and version.isdecimal() else 0
+        known = int(version) if name == self._name and _VERSION.fullmatch(version) else 0
         story = None if run is None else _Story(run, self._watcher, self._channel)
         with self._follower.listen() as listener:
             yield f"retry: {_RETRY_MILLISECONDS}\n\n".encode()

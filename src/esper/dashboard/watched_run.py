@@ -34,8 +34,8 @@ class RunRow:
 
     Attributes:
         status: "running", "finished", "failed", "interrupted", "stopped"; "killed" if nobody writes
-            a run that is not over; "starting" while its folder is being made, "unreadable" if it
-            cannot be read, for which `problem` says why.
+            a run that is not over and no mirror; "starting" while its folder is being made,
+            "unreadable" if it cannot be read, for which `problem` says why.
         kind: A training is that of a policy; it has no loss and no seeds of its own.
         resume: The command that resumes the run.
         unit: What `epoch` counts; `epochs` is how many there will be, if that is known.
@@ -91,6 +91,7 @@ class WatchedRun:
 
     def _begin(self) -> None:
         self._life: tuple[str, int, float | None] | None = None
+        self._is_mirror = False
         self._config: Mapping[str, Any] = {}
         self._training: Mapping[str, Any] | None = None
         self._total_steps: int | None = None
@@ -125,7 +126,7 @@ class WatchedRun:
             return True
         if self.row.status == "unreadable":  # a file may come, or be ours to read, later
             return self._looks % _LOOKS_BETWEEN_TRIES == 0
-        return self.row.status == "running" and not self._is_written()
+        return self.row.status == "running" and not (self._is_mirror or self._is_written())
 
     def _is_written(self) -> bool:
         """Return whether somebody writes the run, as far as can be known."""
@@ -158,6 +159,7 @@ class WatchedRun:
             self._begin()
             self._config, self._life = reader.config(), life
             self._training = training_settings(self._config)
+        self._is_mirror = glance.is_mirror
         self._follow(reader)
         counts = glance.event_counts
         committed, pruned = counts.get("seed_committed", 0), counts.get("seed_pruned", 0)
@@ -165,7 +167,7 @@ class WatchedRun:
         row = RunRow(
             id=self.row.id,
             resume=f"esper resume {self._named}",
-            status=standing(glance.status, has_writer=has_writer),
+            status=standing(glance.status, has_writer=has_writer, is_mirror=glance.is_mirror),
             task=str(self._config.get("task", "")),
             policy=str(self._config.get("policy", "")),
             random_seed=whole_number(self._config.get("random_seed")),

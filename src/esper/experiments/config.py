@@ -27,6 +27,9 @@ from esper.training.trainer import TrainerConfig
 DEVICE_PATTERN = r"^(cpu|cuda(:(0|[1-9]\d?))?)$"
 _ROUNDING = 1e-9
 
+RandomSeed = Annotated[int, Field(ge=-(2**63), lt=2**64)]
+"""What torch's generators take."""
+
 KeyFile = Annotated[Path, AfterValidator(Path.absolute)]
 """The same file for whoever goes on with the run, from wherever."""
 
@@ -97,9 +100,9 @@ class RunConfig(Record):
     task: str
     policy: Annotated[str, AfterValidator(policy_of_anywhere)] = HeuristicPolicy.name
     """Name of a policy, or a file that `esper policy train` has written."""
-    random_seed: int = 0
-    learning_rate: float
-    weight_decay: float = 0.01
+    random_seed: RandomSeed = 0
+    learning_rate: Annotated[FiniteFloat, Field(gt=0.0)]
+    weight_decay: Annotated[FiniteFloat, Field(ge=0.0)] = 0.01
     schedule: Literal["wsd", "cosine", "constant"] = "wsd"
     """Learning rate over the run; wsd is stable first and falls linearly to 0 at the end, so that
     what grows in the stable phase has a full learning rate left."""

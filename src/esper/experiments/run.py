@@ -26,6 +26,7 @@ from esper.telemetry.tracker import Tracker
 from esper.training.checkpoints import FoundCheckpoint
 from esper.training.growth import Growth
 from esper.training.policy import FrugalPolicy, Policy
+from esper.training.random_states import seed_random_streams
 from esper.training.run_cost import Cost, RunCost
 from esper.training.trainer import EpochReport, Trainer
 
@@ -97,9 +98,14 @@ def build_setup(config: RunConfig) -> TaskSetup:
         SettingsError: The device is none that torch can use here.
         TaskDataError: The data cannot be read or used.
         ModuleNotFoundError: The task needs an extra that is not installed.
+
+    Effects: seeds the process's random streams with the run's seed, as hosts and batches may draw
+    from them; what else a run is made of leaves them alone.
     """
     device = usable_device(config.device)
-    setup = named_task(config.task).build(config.random_seed)
+    task = named_task(config.task)
+    seed_random_streams(config.random_seed)
+    setup = task.build(config.random_seed)
     setup.model.to(device)
     return replace(setup, example=to_device(setup.example, device))
 
@@ -127,6 +133,17 @@ def num_decisions(config: RunConfig, setup: TaskSetup) -> int:
     return steps // interval
 
 
+def least_epochs(config: RunConfig, steps: int) -> int:
+    """Return the fewest epochs in which a run decides once, at most as many as are configured.
+
+    Args:
+        config: Of the run.
+        steps: That it has in the configured epochs.
+    """
+    interval, epochs = config.trainer.decision_interval_steps, config.trainer.epochs
+    return 1 if interval is None else min(epochs, math.ceil(interval * epochs / steps))
+
+
 def prepare(
     config: RunConfig,
     *,
@@ -147,14 +164,17 @@ def prepare(
         service: Compiles ahead, if the run is to be compiled.
 
     Raises:
-        SettingsError: The depth schedule cannot be carried out on this host, or the run is shorter
-            than the interval between two decisions.
+        SettingsError: The task's targets take no slots, the depth schedule cannot be carried out on
+            this host, or the run is shorter than the interval between two decisions.
 
-    Effects: sets the process's matmul precision.
+    Effects: sets the process's matmul precision, and what `build_setup` does if it builds.
     """
     setup = setup or build_setup(config)
     slot = config.slot.model_copy(update={"random_seed": config.random_seed})
-    slots = attach(setup.model, setup.targets, example=setup.example, config=slot)
+    try:
+        slots = attach(setup.model, setup.targets, example=setup.example, config=slot)
+    except (TypeError, ValueError) as error:
+        raise SettingsError(f"no slots for the host of task {config.task!r}: {error}") from error
     optimizer = torch.optim.AdamW(
         setup.model.parameters(),
         lr=config.learning_rate,

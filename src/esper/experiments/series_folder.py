@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import json
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from esper.experiments.parts import usable_device
 from esper.lifecycle.record import Record
 from esper.policies.named import is_policy_file
 from esper.telemetry.environment import describe_environment
-from esper.telemetry.run_folder import LOCK_FILE, take_lock
+from esper.telemetry.run_folder import LOCK_FILE, take_lock, write_whole
 
 ENVIRONMENT_FILE = "environment.json"
 
@@ -169,7 +168,7 @@ class SeriesFolder(ABC, Generic[ConfigT, RunT]):
         try:
             yield self.runs()
         finally:
-            os.close(lock)
+            lock.release()
 
     def add(self, run: RunT) -> None:
         """Keep a finished run; it is there as a whole or not at all.
@@ -262,19 +261,3 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     for key, item in value.items():
         flat |= _flat(item, f"{prefix}.{key}" if prefix else str(key))
     return flat
-
-
-def write_whole(file: Path, text: str) -> None:
-    """Write a file as a whole: a kill leaves the old one or the new one."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        with temporary.open("w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(file)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()
-        raise

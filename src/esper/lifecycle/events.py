@@ -257,6 +257,8 @@ class SeedCommitted(_Event):
     blueprint: str
     param_count: int
     contribution_fraction: float | None
+    """What it saves at least, as gates judge it: standard errors below the mean that was last
+    measured, or that mean where losses per sample are not known."""
 
 
 class SeedPruned(_Event):
@@ -610,6 +612,7 @@ class EventRecord(Record):
     time_seconds: float
     """Seconds since the Unix epoch."""
     epoch: int
+    """Decisions so far; what is measured for one, and what comes of it, counts it already."""
     step: int
     event: Event
 

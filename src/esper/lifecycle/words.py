@@ -50,7 +50,9 @@ def in_words(record: EventRecord) -> str | None:
         return f"{event.blueprint} germinated in {event.slot} (+{event.param_count:,})"
     if isinstance(event, SeedCommitted):
         saved = percent(event.contribution_fraction)
-        weighed = f"saves {saved} of the loss" if saved else "what it saves was never weighed"
+        weighed = (
+            f"saves at least {saved} of the loss" if saved else "what it saves was never weighed"
+        )
         return f"{event.blueprint} committed in {event.slot}, {weighed}"
     if isinstance(event, SeedPruned):
         return f"{event.blueprint} pruned from {event.slot}: {event.reason}"

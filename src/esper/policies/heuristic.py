@@ -88,8 +88,9 @@ class HeuristicPolicy:
         """Return advances, prunes and commits for what lives, then at most one germination.
 
         Raises:
-            ValueError: A configured blueprint fits no slot.
+            ValueError: A configured blueprint fits no slot, told at the first decision.
         """
+        self._refuse_unknown(state)
         self._note_ends(state)
         config = self.config
         actions: list[Action] = []
@@ -120,18 +121,31 @@ class HeuristicPolicy:
             "last_committed": dict(self._last_committed),
             "living": dict(self._living),
             "contributions": dict(self._contributions),
-            "chooser": dict(self.chooser.state_dict()),
+            "chooser": {
+                "kind": type(self.chooser).__name__,
+                "state": dict(self.chooser.state_dict()),
+            },
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from there."""
+        """Go on from there.
+
+        Raises:
+            ValueError: The chooser was of another kind; nothing has changed.
+        """
+        kind, here = state["chooser"]["kind"], type(self.chooser).__name__
+        if kind != here:
+            raise ValueError(
+                f"policy {self.name!r} chose by {kind}, and chooses by {here} here; give it the "
+                "chooser that the run began with"
+            )
         self._tried = Counter({(slot, name): n for slot, name, n in state["tried"]})
         self._refused = Counter({(slot, name): n for slot, name, n in state["refused"]})
         self._committed = Counter(state["committed"])
         self._last_committed = dict(state["last_committed"])
         self._living = dict(state["living"])
         self._contributions = dict(state["contributions"])
-        self.chooser.load_state_dict(state["chooser"])
+        self.chooser.load_state_dict(state["chooser"]["state"])
 
     def _may_germinate(self, state: GrowthState) -> bool:
         config = self.config
@@ -149,7 +163,6 @@ class HeuristicPolicy:
         return recent > before - config.plateau_fraction * abs(before)
 
     def _germination(self, state: GrowthState) -> Germinate | None:
-        self._refuse_unknown(state)
         ranked = self._ranked(state)
         if not ranked:
             return None

@@ -1,7 +1,7 @@
 """Policies by the name they have on the command line and in a config file."""
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from esper.policies.depth_schedule import (
@@ -41,6 +41,19 @@ def is_policy_file(policy: str) -> bool:
 def policy_of_anywhere(policy: str) -> str:
     """Return a policy's name, or its file's absolute path: the same from any folder."""
     return str(Path(policy).absolute()) if is_policy_file(policy) else policy
+
+
+def policy_words(policy: str, among: Sequence[str] = ()) -> str:
+    """Return how a table calls a policy: of a file, as much as no other one there has."""
+    if not is_policy_file(policy):
+        return policy
+    parts = Path(policy).with_suffix("").parts
+    others = [Path(other).with_suffix("").parts for other in among if other != policy]
+    num_told = next(
+        (n for n in range(1, len(parts)) if all(other[-n:] != parts[-n:] for other in others)),
+        len(parts),
+    )
+    return str(Path(*parts[-num_told:]))
 
 
 def named_policy(name: str, *, random_seed: int) -> Policy:

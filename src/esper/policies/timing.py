@@ -133,6 +133,7 @@ def elapsed_fraction(state: GrowthState) -> float:
     if state.max_epochs is None:
         raise ValueError(
             "a policy that plans by shares of the run does not know the run's length; pass "
-            "the number of decisions that will come: esper.Growth(…, max_epochs=…)"
+            "the number of decisions that will come: esper.Growth(…, max_epochs=…); a callback in "
+            "Lightning goes by the Trainer's max_epochs, or its max_steps where data has a length"
         )
     return state.epoch / state.max_epochs

@@ -106,12 +106,16 @@ class GradientVisit:
 
 @dataclass(frozen=True, kw_only=True)
 class Intervention:
-    """Something that the governor did, or that it or the run met, in words."""
+    """Something that the governor did, or that it or the run met, in words.
+
+    Attributes:
+        skipped_because: Why a step was skipped; None of anything else.
+    """
 
     epoch: int
     step: int
-    kind: str
     words: str
+    skipped_because: str | None
 
 
 @dataclass(kw_only=True)
@@ -178,7 +182,6 @@ class RunStory:
     first_seconds: float | None = None
     """Unix time of the first event."""
     last_seconds: float | None = None
-    skipped_steps: list[tuple[int, StepSkipped]] = field(default_factory=list)
     compiled: list[SeedCompiled] = field(default_factory=list)
     finished: RunFinished | None = None
     twin: TwinFinished | None = None
@@ -219,9 +222,13 @@ class StoryTeller:
         if story.first_seconds is None:
             story.first_seconds = record.time_seconds
         if event.type in INTERVENTIONS:
-            words = in_words(record) or event.type
             story.interventions.append(
-                Intervention(epoch=record.epoch, step=record.step, kind=event.type, words=words)
+                Intervention(
+                    epoch=record.epoch,
+                    step=record.step,
+                    words=in_words(record) or event.type,
+                    skipped_because=event.reason if isinstance(event, StepSkipped) else None,
+                )
             )
         if isinstance(event, RunStarted):
             story.slots, story.host_param_count = event.slots, event.host_param_count
@@ -231,8 +238,6 @@ class StoryTeller:
             story.twin = event
         elif isinstance(event, SeedCompiled):
             story.compiled.append(event)
-        elif isinstance(event, StepSkipped):
-            story.skipped_steps.append((record.step, event))
         elif isinstance(event, SeedGerminated):
             self._germinated(record, event)
         else:

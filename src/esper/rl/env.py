@@ -1,12 +1,10 @@
 """A growing network as a Gymnasium environment."""
 
-import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import gymnasium
 import numpy as np
-import torch
 from gymnasium import spaces
 from numpy.typing import NDArray
 
@@ -16,7 +14,11 @@ from esper.policies.learned.action_coder import ActionChoices, ActionCoder, Head
 from esper.policies.learned.features import ObservationConfig, feature_names, features
 from esper.rl.growth_episode import GrowthEpisode, MakeHostRun
 from esper.rl.rewards import RewardConfig
-from esper.training.random_states import random_states, random_streams_apart
+from esper.training.random_states import (
+    random_states,
+    random_streams_apart,
+    seed_random_streams,
+)
 
 Observation = dict[str, NDArray[Any]]
 _MAX_RANDOM_SEED = 2**31 - 1
@@ -78,6 +80,7 @@ class GrowthEnv(gymnasium.Env[Observation, NDArray[np.int64]]):
         self.make_run = make_run
         self._seen = observation or ObservationConfig()
         with random_streams_apart():
+            seed_random_streams(0)
             state = make_run(0).trainer.growth.state()
         self.coder = ActionCoder.of(state, choices)
         self.feature_names = feature_names(self.coder)
@@ -113,7 +116,7 @@ class GrowthEnv(gymnasium.Env[Observation, NDArray[np.int64]]):
         self.random_seed = int(drawn) if seed is None else seed
         self._return = 0.0
         with random_streams_apart():
-            _seed_streams(self.random_seed)
+            seed_random_streams(self.random_seed)
             self._episode = GrowthEpisode(self.make_run(self.random_seed), self.rewards)
             self._streams = random_states()
         return self._observation(), self._info()
@@ -218,12 +221,6 @@ class GrowthEnv(gymnasium.Env[Observation, NDArray[np.int64]]):
             elif isinstance(event, GateEvaluated) and not event.result.passed:
                 told.append(str(event.result))
         return told
-
-
-def _seed_streams(random_seed: int) -> None:
-    random.seed(random_seed)
-    np.random.seed(random_seed)  # noqa: NPY002 – the stream that data may draw from
-    torch.manual_seed(random_seed)
 
 
 gymnasium.register(ENV_ID, entry_point="esper.rl.env:GrowthEnv")

@@ -8,9 +8,9 @@ from typing import Annotated, Self
 import torch
 from pydantic import Field, ValidationError, model_validator
 
-from esper.experiments.config import RunConfig, SharedRunConfig
+from esper.experiments.config import RandomSeed, RunConfig, SharedRunConfig
 from esper.experiments.parts import chosen_policy
-from esper.experiments.run import build_setup, prepare
+from esper.experiments.run import build_setup, least_epochs, prepare
 from esper.experiments.series_folder import SeriesFiles, SeriesFolder
 from esper.experiments.settings import SettingsError, explain
 from esper.experiments.worker_pool import make_missing
@@ -20,6 +20,7 @@ from esper.policies.heuristic import HeuristicPolicy
 from esper.policies.learned import LearnedPolicy
 from esper.rl.growth_episode import GrowthEpisode, HostRun
 from esper.rl.rewards import RewardConfig
+from esper.telemetry.run_kind import EVALUATION_FILE
 
 TOLERANCE = 0.03
 """How far a run's operations may lie from the budget: a run has whole epochs."""
@@ -33,7 +34,7 @@ class EvaluationConfig(Record):
     """Of every run but for policy, random seed and, at equal operations, epochs."""
     policies: Annotated[tuple[str, ...], Field(min_length=1)]
     """By name, or as files."""
-    random_seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0, 1, 2, 3, 4)
+    random_seeds: Annotated[tuple[RandomSeed, ...], Field(min_length=1)] = (0, 1, 2, 3, 4)
     """Each fixes the host's weights, the order of the data and a policy's own choices."""
     rewards: RewardConfig = RewardConfig()
     budget_of: str = HeuristicPolicy.name
@@ -85,10 +86,9 @@ class EvaluatedRun(Record):
 def play(config: EvaluationConfig, policy: str, random_seed: int, epochs: int) -> EvaluatedRun:
     """Let a policy decide for one run.
 
-    Effects: sets the process's number of threads and matmul precision.
+    Effects: sets the process's number of threads and matmul precision, seeds its random streams.
     """
     torch.set_num_threads(config.run.threads or 1)
-    torch.manual_seed(random_seed)
     run_config = config.run.model_copy(
         update={
             "policy": policy,
@@ -200,14 +200,15 @@ class Evaluation:
         if abs(best.flops / budget - 1.0) <= TOLERANCE:
             return None
         tried = {run.epochs for run in runs}
-        wanted = max(1, round(best.epochs * budget / best.flops))
+        least = least_epochs(self.config.run, round(best.steps * self._epochs / best.epochs))
+        wanted = max(least, round(best.epochs * budget / best.flops))
         return None if wanted in tried else wanted
 
 
 _FILES = SeriesFiles(
     noun="evaluation",
     config=EvaluationConfig,
-    config_file="evaluation.json",
+    config_file=EVALUATION_FILE,
     run=EvaluatedRun,
     run_files="run-*.json",
 )
@@ -245,6 +246,15 @@ class EvaluationFolder(SeriesFolder[EvaluationConfig, EvaluatedRun]):
 def holds_evaluation(path: Path) -> bool:
     """Return whether an evaluation was begun in a folder."""
     return _FILES.begun_in(path)
+
+
+def read_evaluation(path: Path) -> Evaluation:
+    """Return the evaluation in a folder as far as it has come, whatever machine made it.
+
+    Raises:
+        SeriesFolderError: There is none, a file is damaged, or of another version.
+    """
+    return Evaluation(_FILES.config_of(path), _FILES.runs_in(path))
 
 
 def check_policies(config: EvaluationConfig) -> None:

@@ -80,10 +80,10 @@ class DecidedOutside:
 
 
 def reference_of(run: HostRun) -> Reference | None:
-    """Train a run without growth, and return what became of it; None if it diverged.
+    """Train a run without growth, and return what became of it; None if it diverges on the way.
 
     Raises:
-        ValueError: As `GrowthEpisode`.
+        ValueError: As `GrowthEpisode` and its `play`.
     """
     episode = GrowthEpisode(run, RewardConfig())
     while not episode.over:
@@ -138,11 +138,18 @@ class GrowthEpisode:
                 "the host's run came to its end, or diverged, before its first decision; give it "
                 "more steps, or a smaller learning rate"
             )
+        first = self.growth.losses[-1]
+        if not (math.isfinite(first) and first > 0.0):
+            raise ValueError(
+                f"the host's first held-out loss must be finite and above 0, got {first}: rewards "
+                "are measured by its logarithm; give it a smaller learning rate if it diverged, or "
+                "another loss"
+            )
         reference = run.reference
         self._episode = Episode(
             num_decisions=self.growth.max_epochs,
             host_param_count=self.state.host_param_count,
-            reference_loss=self.growth.losses[-1] if reference is None else reference.final_loss,
+            reference_loss=first if reference is None else reference.final_loss,
         )
         self._standing = self._measured()
 

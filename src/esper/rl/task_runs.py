@@ -40,7 +40,10 @@ class TaskRuns:
 
         Raises:
             SettingsError, TaskDataError, ModuleNotFoundError: As `esper.experiments.prepare`.
-            ValueError: The host diverges before its first decision.
+            ValueError: As `reference_of`, if it is referenced.
+
+        Effects: seeds the process's random streams, as `esper grow` does: the run and the one that
+        it is measured against draw the same from there.
         """
         if self.num_runs is not None:
             random_seed %= self.num_runs

@@ -14,4 +14,4 @@ class CommittedSeed(Record):
     blend_operator: BlendOperator
     param_count: int
     contribution_fraction: float | None
-    """As last measured before the commit."""
+    """As gates last judged it: see `GateInputs`."""

@@ -26,7 +26,8 @@ class SeedMeasurements:
     line_search_gain_fraction: float | None = None
     best_amplitude: float | None = None
     reference_loss: float | None = None
-    """Held-out loss before the seed entered the forward path."""
+    """Held-out loss before the seed entered the forward path, the last finite one; the first one
+    after that where there was none."""
     loss_increase_fraction: float | None = None
     contribution_fraction: float | None = None
     linear_share: float | None = None

@@ -4,7 +4,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,6 +64,7 @@ class Child:
         log: Takes what it prints.
         drain_seconds: How long it may take to end.
         environment: What it finds besides what esper adds.
+        changed: Is called when `log_problem` is another one.
 
     Raises:
         OSError: There is no room for another process or pipe.
@@ -79,6 +80,7 @@ class Child:
         log: Path,
         drain_seconds: float,
         environment: Mapping[str, str] = os.environ,
+        changed: Callable[[], None] = lambda: None,
     ) -> None:
         self.pid: int | None = None
         """Of the program, once it runs."""
@@ -86,6 +88,7 @@ class Child:
         """Set once it runs."""
         self.log_problem: str | None = None
         """Why what it prints is lost, if it is."""
+        self._changed = changed
         self._name = name
         self._folder = folder
         self._drain_seconds = drain_seconds
@@ -97,7 +100,6 @@ class Child:
             options = ["--lifeline", str(lifeline), "--report", str(report), "--beats", str(beats)]
             options += ["--log", str(log), "--log-bytes", str(LOG_BYTES)]
             options += ["--drain-seconds", str(drain_seconds)]
-            options += ["--mark", FOLDER_VARIABLE, "--mark", SERVICE_VARIABLE]
             self._warden = subprocess.Popen(  # noqa: S603 – of the user's own file
                 [sys.executable, "-I", "-S", warden.__file__, *options, "--", *command],
                 stdin=subprocess.DEVNULL,
@@ -151,6 +153,7 @@ class Child:
             with anyio.move_on_after(self._drain_seconds + _WARDEN_SECONDS):
                 await self.ended()
             if self._ending is None:
+                await anyio.to_thread.run_sync(self._kill_all)
                 self._kill_group()
             await self.ended()
         assert self._ending is not None
@@ -168,7 +171,8 @@ class Child:
             self.pid = int(fact["started"])
             self.running.set()
         elif "log" in fact:
-            self.log_problem = str(fact["log"])
+            self.log_problem = fact["log"]
+            self._changed()
         elif "failed" in fact:
             return Ending(code=None, problem=str(fact["failed"]))
         elif "ended" in fact:
@@ -187,6 +191,9 @@ class Child:
     def _clean_up(self) -> None:
         self._kill_group()
         self._warden.wait()
+        self._kill_all()
+
+    def _kill_all(self) -> None:
         warden.kill_marked(marks_of(self._folder, self._name))
 
 

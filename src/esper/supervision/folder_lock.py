@@ -1,6 +1,5 @@
 """One supervisor for each folder."""
 
-import os
 from pathlib import Path
 
 from esper.telemetry.run_folder import is_written, take_lock
@@ -23,16 +22,16 @@ class FolderLock:
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor = take_lock(folder)
-        if descriptor is None:
+        lock = take_lock(folder)
+        if lock is None:
             raise AlreadyServedError(
                 f"another esper serve has {folder}; end it first, or give this one another folder"
             )
-        self._descriptor = descriptor
+        self._lock = lock
 
     def release(self) -> None:
         """Let others serve."""
-        os.close(self._descriptor)
+        self._lock.release()
 
 
 def is_served(folder: Path) -> bool:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,7 @@ class Service:
             name=self.program.name,
             kind=self.program.kind,
             state=self.state,
-            reason=self._reason,
+            reason=self._reason_with_log,
             pid=None if self._child is None else self._child.pid,
             since_seconds=self._since_seconds,
             restarts=self._restarts,
@@ -94,6 +95,11 @@ class Service:
             next_start_seconds=self._next_start_seconds,
             log=str(self._log),
         )
+
+    @property
+    def _reason_with_log(self) -> str | None:
+        problem = None if self._child is None else self._child.log_problem
+        return "; ".join(filter(None, (self._reason, problem))) or None
 
     async def run(self) -> None:
         """Keep it running. It can be cancelled: the program is asked to end then, in its time."""
@@ -193,6 +199,7 @@ class Service:
             folder=self._folder,
             log=self._log,
             drain_seconds=self._drain_seconds,
+            changed=partial(self._changes.tell, self.program.name),
         )
 
     async def _watch(self, child: Child) -> Ending:

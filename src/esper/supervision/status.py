@@ -52,7 +52,7 @@ class ServiceStatus(Record):
     kind: Kind
     state: ServiceState
     reason: str | None = None
-    """Why it waits, was started again or is given up."""
+    """Why it waits, was started again or is given up; that what it prints is lost, while it is."""
     pid: int | None = None
     since_seconds: float
     """When it came into this state, since the Unix epoch."""

@@ -3,11 +3,11 @@
 Started as a plain file, by `python -I -S warden.py OPTIONS -- COMMAND`: it imports nothing of
 esper, which would load torch, so that it is small and starts at once.
 
-It leads a process group, in which the program runs. The supervisor holds the other end of its
-lifeline, a pipe: a byte in it is an order, and its end means that the supervisor is gone, however
-it went. Either way the program is asked to end, and what is left of the group after a while is
-killed. Only the program itself is asked: what it has started, as workers that load data, it has
-use for until its last checkpoint is written.
+It leads a process group, in which the program runs, and adopts whatever of the program loses its
+parent. The supervisor holds the other end of its lifeline, a pipe: a byte in it is an order, and
+its end means that the supervisor is gone, however it went. Either way the program is asked to end,
+and what is left of it after a while is killed. Only the program itself is asked: what it has
+started, as workers that load data, it has use for until its last checkpoint is written.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import IO
@@ -41,38 +41,73 @@ _LONGEST_WAIT_SECONDS = 3600.0
 """Then it looks again: no selector takes more than about 24 days."""
 _READ_BYTES = 1 << 16
 _PARENT_DIED = 1
-"""PR_SET_PDEATHSIG of <linux/prctl.h>."""
+_ADOPTS = 36
+"""PR_SET_PDEATHSIG and PR_SET_CHILD_SUBREAPER of <linux/prctl.h>."""
 
 
 def marked_processes(marks: Collection[str]) -> list[int]:
     """Return the processes that were started with all these `NAME=VALUE` in their environment.
 
-    Whatever group or session they are in now. Only on Linux, and only those of this user; else
-    there are none.
+    Whatever group or session they are in now, unless they have written over their environment.
+    Only on Linux, and only those of this user; else there are none.
     """
     wanted = {os.fsencode(mark) for mark in marks}
-    found = []
-    with suppress(FileNotFoundError):
-        for folder in Path("/proc").iterdir():
-            if not folder.name.isdecimal():
-                continue
-            with suppress(OSError):  # gone by now, or another user's
-                if wanted <= set((folder / "environ").read_bytes().split(b"\0")):
-                    found.append(int(folder.name))
-    return found
+    return [
+        pid
+        for pid, environment in _told_of_processes("environ")
+        if wanted <= set(environment.split(b"\0"))
+    ]
 
 
-def kill_marked(marks: Collection[str], *, spare: Collection[int] = ()) -> list[int]:
-    """Kill marked processes and what they start meanwhile; return those that could not be."""
+def descendants_of(ancestors: Collection[int]) -> list[int]:
+    """Return the living processes that others have started or adopted, parents first.
+
+    Only on Linux; else there are none.
+    """
+    children: dict[int, list[int]] = {}
+    dead = set()
+    for pid, told in _told_of_processes("stat"):
+        words = told.rpartition(b")")[2].split()  # a name in brackets holds anything
+        state, parent, num_threads = words[0], int(words[1]), int(words[17])
+        children.setdefault(parent, []).append(pid)
+        if state in b"ZX" and num_threads <= 1:  # with more only its first thread has ended
+            dead.add(pid)
+    found = [*ancestors]
+    for pid in found:  # which grows meanwhile
+        found += children.pop(pid, [])
+    return [pid for pid in found[len(ancestors) :] if pid not in dead]
+
+
+def kill_marked(marks: Collection[str]) -> None:
+    """Kill marked processes, and before them all that they have started or adopted.
+
+    Before, as nobody knows any more what a warden has adopted once it is killed.
+    """
+    _kill_all(lambda: descendants_of(marked_processes(marks)))
+    _kill_all(lambda: marked_processes(marks))
+
+
+def _kill_all(find: Callable[[], Collection[int]]) -> None:
+    """Kill processes until none is found, at most for some seconds."""
     until = time.monotonic() + _KILLING_SECONDS
-    while True:
-        left = [pid for pid in marked_processes(marks) if pid not in spare]
-        if not left or time.monotonic() > until:
-            return left
-        for pid in left:
-            with suppress(ProcessLookupError, PermissionError):
-                os.kill(pid, signal.SIGKILL)
+    while (found := find()) and time.monotonic() < until:
+        _kill(found)
         time.sleep(_KILLING_WAIT_SECONDS)
+
+
+def _kill(processes: Collection[int]) -> None:
+    for pid in processes:
+        with suppress(ProcessLookupError, PermissionError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def _told_of_processes(name: str) -> Iterator[tuple[int, bytes]]:
+    """Return what the file of a name in /proc tells of each process that may be looked at."""
+    with suppress(FileNotFoundError):  # not Linux
+        for folder in Path("/proc").iterdir():
+            if folder.name.isdecimal():
+                with suppress(OSError):  # gone by now, or another user's
+                    yield int(folder.name), (folder / name).read_bytes()
 
 
 class BoundedLog:
@@ -123,10 +158,10 @@ class Warden:
         log: Takes what it prints.
         lifeline: Reading end of a pipe from the supervisor.
         report: Writing end of a pipe to it, for a line of JSON each: `{"started": PID}`,
-            `{"ended": CODE}` below 0 for a signal, `{"failed": WHY}`, `{"log": WHY}`.
+            `{"ended": CODE}` below 0 for a signal, `{"failed": WHY}`, `{"log": WHY}` when
+            what is printed is lost, and `{"log": null}` when it is not any more.
         beats: Passed on to the program.
         drain_seconds: How long a program may take that was asked to end.
-        marks: In this process's environment, and thereby in those of all that the program starts.
     """
 
     def __init__(
@@ -138,7 +173,6 @@ class Warden:
         report: int,
         beats: int,
         drain_seconds: float,
-        marks: Collection[str],
     ) -> None:
         self._command = [*command]
         self._log = log
@@ -146,7 +180,6 @@ class Warden:
         self._report = report
         self._beats = beats
         self._drain_seconds = drain_seconds
-        self._marks = marks
         self._until: float | None = None
         self._log_works = True
 
@@ -160,6 +193,7 @@ class Warden:
         signal.set_wakeup_fd(waking, warn_on_full_buffer=False)
         for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, lambda *_: None)  # not ignored: the program would inherit that
+        _adopt_orphans()
         output, printing = os.pipe()
         shown = " ".join(" ".join(self._command).split())
         self._write_log(f"{_now()} {shown}\n".encode(errors="replace"), head=True)
@@ -179,7 +213,7 @@ class Warden:
         os.close(printing)
         os.close(self._beats)
         self._watch(woken, output)
-        kill_marked(self._marks, spare=[os.getpid()])
+        self._kill_rest()
         os.set_blocking(output, False)
         with suppress(BlockingIOError):  # somebody who is not ours may hold the other end
             while printed := os.read(output, _READ_BYTES):
@@ -193,7 +227,7 @@ class Warden:
         with selectors.DefaultSelector() as selector:
             for descriptor in (self._lifeline, woken, output):
                 selector.register(descriptor, selectors.EVENT_READ)
-            while self._program.poll() is None:
+            while self._reap() and self._program.returncode is None:
                 if self._until is not None and time.monotonic() >= self._until:
                     self._program.kill()
                     self._program.wait()
@@ -211,6 +245,26 @@ class Warden:
                         self._obey(END)
                     if not came:
                         selector.unregister(key.fd)
+
+    def _reap(self) -> bool:
+        """Wait for what has ended, adopted or not; return whether there is anything left."""
+        try:
+            while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+                if ended[0] == self._program.pid:
+                    self._program.returncode = os.waitstatus_to_exitcode(ended[1])
+        except ChildProcessError:
+            return False
+        return True
+
+    def _kill_rest(self) -> None:
+        """Kill what the program has left, whatever group, session or environment it is in.
+
+        Once this process has no child left, nothing is: each had a parent here, or was adopted.
+        """
+        until = time.monotonic() + _KILLING_SECONDS
+        while self._reap() and time.monotonic() < until:
+            _kill(descendants_of([os.getpid()]))
+            time.sleep(_KILLING_WAIT_SECONDS)
 
     def _obey(self, orders: bytes) -> None:
         for order in (orders[index : index + 1] for index in range(len(orders))):
@@ -235,11 +289,19 @@ class Warden:
                 self._tell(log=f"what it prints is lost: {error}")
             self._log_works = False
         else:
+            if not self._log_works:
+                self._tell(log=None)
             self._log_works = True
 
-    def _tell(self, **fact: str | int) -> None:
+    def _tell(self, **fact: str | int | None) -> None:
         with suppress(BrokenPipeError):  # the supervisor is gone
             os.write(self._report, json.dumps(fact).encode() + b"\n")
+
+
+def _adopt_orphans() -> None:
+    """Become the parent of what this process's own leave behind, where that can be."""
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(_ADOPTS, 1, 0, 0, 0)
 
 
 def _dying_with(parent: int) -> Callable[[], None] | None:
@@ -267,7 +329,6 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, required=True)
     parser.add_argument("--log", type=Path, required=True)
     parser.add_argument("--drain-seconds", type=float, required=True)
-    parser.add_argument("--mark", action="append", default=[])
     parser.add_argument("command", nargs="+")
     given = parser.parse_args()
     for descriptor in (given.lifeline, given.report, given.beats):
@@ -284,7 +345,6 @@ def main() -> None:
         report=given.report,
         beats=given.beats,
         drain_seconds=given.drain_seconds,
-        marks=[f"{name}={os.environ[name]}" for name in given.mark],
     )
     warden.run()
 

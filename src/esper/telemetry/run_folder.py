@@ -33,6 +33,63 @@ class RunFolderError(ValueError):
     """A run folder that exists already, is missing, or is not one this version can read."""
 
 
+class LockFile:
+    """An open lock file, locked until it is released or the process ends, however it ends.
+
+    A process that is forked has no part in it: else a worker that loads data would hold the lock
+    for as long as it lives on.
+
+    Args:
+        file: There must be one.
+        flags: That it is opened with.
+
+    Raises:
+        FileNotFoundError: There is none.
+    """
+
+    def __init__(self, file: Path, flags: int) -> None:
+        self._descriptor: int | None = os.open(file, flags, 0o644)
+        _open_locks.add(self)
+
+    def take(self, *, shared: bool = False) -> bool:
+        """Lock it, and return whether that is possible.
+
+        Args:
+            shared: Others may hold a shared lock too; it is held only to see whether nobody writes.
+        """
+        try:
+            import fcntl  # noqa: PLC0415 – not on Windows
+        except ModuleNotFoundError:
+            return True
+        assert self._descriptor is not None
+        try:
+            fcntl.flock(
+                self._descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB
+            )
+        except BlockingIOError:
+            return False
+        return True
+
+    def release(self) -> None:
+        """Let others have it; nothing in a process that was forked since."""
+        descriptor, self._descriptor = self._descriptor, None
+        _open_locks.discard(self)
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+_open_locks: set[LockFile] = set()
+
+
+def _leave_locks_to_parent() -> None:
+    for lock in [*_open_locks]:
+        lock.release()  # by closing a copy of its descriptor, which the parent's does not feel
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_leave_locks_to_parent)
+
+
 class WriterLock:
     """Held by the one process that writes a run folder; ends with it, however it ends.
 
@@ -41,50 +98,32 @@ class WriterLock:
     """
 
     def __init__(self, folder: Path) -> None:
-        descriptor = take_lock(folder)
-        if descriptor is None:
+        lock = take_lock(folder)
+        if lock is None:
             raise RunFolderError(
                 f"{folder} is being written by another process; wait for it, or stop it"
             )
-        self._descriptor = descriptor
+        self._lock = lock
 
     def release(self) -> None:
         """Let others write."""
-        os.close(self._descriptor)
+        self._lock.release()
 
 
-def take_lock(folder: Path) -> int | None:
-    """Return the descriptor of a folder's lock file, locked until it is closed.
+def take_lock(folder: Path) -> LockFile | None:
+    """Return the lock of a folder, held.
 
     None while another process holds it. Waits a moment for those who only look whether one does.
     """
-    descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
+    lock = LockFile(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT)
     waits = 0
-    while not _lock(descriptor):
+    while not lock.take():
         if waits == _LOCK_WAITS:
-            os.close(descriptor)
+            lock.release()
             return None
         waits += 1
         time.sleep(_LOCK_WAIT_SECONDS)
-    return descriptor
-
-
-def _lock(descriptor: int, *, shared: bool = False) -> bool:
-    """Lock an open file until it is closed, and return whether that is possible.
-
-    Args:
-        descriptor: Of the file.
-        shared: Others may hold a shared lock too; it is held only to see whether nobody writes.
-    """
-    try:
-        import fcntl  # noqa: PLC0415 – not on Windows
-    except ModuleNotFoundError:
-        return True
-    try:
-        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+    return lock
 
 
 def is_written(folder: Path) -> bool:
@@ -93,13 +132,28 @@ def is_written(folder: Path) -> bool:
     Not known on Windows, where it is False.
     """
     try:
-        descriptor = os.open(folder / LOCK_FILE, os.O_RDONLY)
+        lock = LockFile(folder / LOCK_FILE, os.O_RDONLY)
     except FileNotFoundError:
         return False
     try:
-        return not _lock(descriptor, shared=True)
+        return not lock.take(shared=True)
     finally:
-        os.close(descriptor)
+        lock.release()
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write a file as a whole: a kill leaves the old one or the new one."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        with temporary.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(file)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def write_json(path: Path, document: Mapping[str, Any]) -> None:

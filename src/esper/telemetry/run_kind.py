@@ -1,10 +1,13 @@
-"""What kind of run a folder holds, told by its settings."""
+"""What kind of run a folder holds, told by its settings: a run, a training or an evaluation."""
 
 from collections.abc import Mapping
 from typing import Any
 
 POLICY_TRAINING = "policy_training"
 """Key of a training's own settings in its folder's config.json; no other run has it."""
+
+EVALUATION_FILE = "evaluation.json"
+"""Settings of an evaluation of policies, whose folder is none of a run."""
 
 
 def training_settings(config: Mapping[str, Any]) -> Mapping[str, Any] | None:

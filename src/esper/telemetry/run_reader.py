@@ -21,6 +21,9 @@ from esper.telemetry.run_folder import (
     read_json,
 )
 
+MIRROR_KEY = "mirror"
+"""In the table of a run that is trained elsewhere, of which this folder is a mirror."""
+
 _READ_TIMEOUT_SECONDS = 0.5
 
 _EVENTS = "SELECT id, record FROM events WHERE id > ? ORDER BY id LIMIT ?"
@@ -34,15 +37,19 @@ _LAST_EVENT = "SELECT time_seconds, epoch, step FROM events ORDER BY id DESC LIM
 _LAST_METRIC = "SELECT epoch, step FROM metrics ORDER BY id DESC LIMIT 1"
 
 
-def standing(status: str, *, has_writer: bool) -> str:
+def standing(status: str, *, has_writer: bool, is_mirror: bool) -> str:
     """Return how a run stands for those who look at it: its status, or "killed".
+
+    A mirror stands as its run has told last, also where that was killed since: whether a router has
+    the folder open says nothing of the run.
 
     Args:
         status: That it has written.
         has_writer: Whether a process wrote its folder, asked before the status was read: a run that
             ends says so first. Not known on Windows, where no run counts as killed.
+        is_mirror: Whether the run is trained elsewhere.
     """
-    killed = status == "running" and not has_writer and os.name == "posix"
+    killed = status == "running" and not (has_writer or is_mirror) and os.name == "posix"
     return "killed" if killed else status
 
 
@@ -74,6 +81,7 @@ class RunGlance:
 
     status: str
     attempt: int
+    is_mirror: bool
     event_counts: Mapping[str, int]
     """By type."""
     first_seconds: float | None
@@ -114,7 +122,12 @@ class RunReader:
     def standing(self) -> str:
         """The status, but "killed" where the run says that it is running and nobody writes it."""
         has_writer = self.is_written
-        return standing(self.status, has_writer=has_writer)
+        return standing(self.status, has_writer=has_writer, is_mirror=self.is_mirror)
+
+    @property
+    def is_mirror(self) -> bool:
+        """Whether the run is trained elsewhere, and a router writes here what it tells."""
+        return self._value(MIRROR_KEY) is not None
 
     @property
     def attempt(self) -> int:
@@ -131,7 +144,7 @@ class RunReader:
 
     @property
     def is_written(self) -> bool:
-        """Whether a process writes the folder now; a "running" run without one was killed.
+        """Whether a process writes the folder now; of a mirror that is a router, and not the run.
 
         Not known on Windows, where it is False.
         """
@@ -151,6 +164,7 @@ class RunReader:
         return RunGlance(
             status=kept.get("status", "unknown"),
             attempt=int(kept.get("attempt", 1)),
+            is_mirror=MIRROR_KEY in kept,
             event_counts=counts,
             first_seconds=first and first[0],
             last_seconds=last_seconds,

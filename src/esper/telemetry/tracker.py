@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from esper.lifecycle.events import EventRecord
-from esper.telemetry.run_folder import RunStatus
+from esper.telemetry.run_folder import RunStatus, write_whole
 
 Setting = bool | int | float | str
 
@@ -81,12 +81,15 @@ def _flat(value: Any, name: str) -> Iterator[tuple[str, Setting]]:
 
 
 def read_run_id(folder: Path) -> str | None:
-    """Return under which id a tool knows the run that was tracked from this folder, if one was."""
+    """Return under which id a tool knows the run that was tracked from this folder, if one was.
+
+    A machine that went down may have left none in its file: what is tracked from then on is another
+    run to the tool.
+    """
     file = folder / _RUN_ID_FILE
-    return file.read_text(encoding="utf-8").strip() if file.is_file() else None
+    return (file.read_text(encoding="utf-8").strip() or None) if file.is_file() else None
 
 
 def write_run_id(folder: Path, run_id: str) -> None:
     """Note under which id a tool knows the run, for when it is resumed."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / _RUN_ID_FILE).write_text(f"{run_id}\n", encoding="utf-8")
+    write_whole(folder / _RUN_ID_FILE, f"{run_id}\n")

@@ -42,7 +42,7 @@ class ActionRunner:
         Args:
             slot: That the action names.
             action: Any but WAIT.
-            held_out_loss: As last evaluated, which a new seed is compared with; None before that.
+            held_out_loss: The last finite one, which a new seed is compared with; None before that.
         """
         if isinstance(action, Germinate):
             yield from self._germinate(slot, action, held_out_loss)

@@ -11,7 +11,7 @@ from esper.training.state_tree import tree_as_tensor, tree_from_tensor
 
 KEY = "esper_growth"
 """The state dict's entry: a tensor of bytes, as any checkpoint can hold it."""
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 
 
 class CarriedState:

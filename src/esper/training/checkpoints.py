@@ -35,7 +35,7 @@ from esper.training.trainer import Trainer
 INFO_FILE = "checkpoint.json"
 LATEST = "latest"
 """A link to the newest checkpoint, for people; a run goes on from the newest that is whole."""
-FORMAT_VERSION = 7
+FORMAT_VERSION = 8
 
 _STATE = "state"
 _PREFIX = "step-"

@@ -28,48 +28,71 @@ class DataPosition:
 
     Args:
         batches: With `state_dict` and `load_state_dict`, or drawing from the global random streams
-            and the `generator` that they or their samplers have, as a DataLoader does.
+            and the `generator` that they, their samplers or their data set have, as a DataLoader
+            does. Where one of these has `set_epoch` it is told the epoch's number.
     """
 
     def __init__(self, batches: Iterable[Any]) -> None:
         self._batches = batches
         self._begun: dict[str, Any] | None = None
-        """As it was when the epoch under way began; None between two epochs."""
+        """As it was when the epoch began that has batches left; None where none has."""
         self._num_seen = 0
+        self._exhausted = False
+        """Whether the epoch under way has no batches left, and is not over yet."""
         self._go_on_with: dict[str, Any] | None = None
         """Random streams to go on with, once the way back is found."""
 
-    def epoch(self) -> Iterator[Any]:
+    def epoch(self, number: int) -> Iterator[Any]:
         """Yield the batches of the next epoch, or what is left of one that was begun.
+
+        It is under way until `end_epoch`: whoever takes several batches at once finds that there
+        are no more before the last of them are used.
+
+        Args:
+            number: From 0; `DistributedSampler` and its like draw another order by it.
 
         Raises:
             ValueError: The epoch has no batches, or fewer than were seen of it.
         """
         if self._go_on_with is not None:
-            yield from self._rest(self._go_on_with)
+            yield from self._rest(self._go_on_with, number)
         else:
-            self._begun, self._num_seen = self._state(), 0
+            self._tell(number)
+            self._begun, self._num_seen, self._exhausted = self._state(), 0, False
             yield from self._counted(iter(self._batches))
-        self._begun = None
+        self._begun, self._exhausted = None, True
+
+    def end_epoch(self) -> None:
+        """Let the epoch be over, all that its batches have led to included."""
+        self._exhausted = False
 
     def state_dict(self) -> dict[str, Any]:
-        """Return where it is: before an epoch, or after so many batches of one."""
+        """Return where it is: before an epoch, after so many batches of one, or after all."""
         begun = self._state() if self._begun is None else self._begun
         num_seen = 0 if self._begun is None else self._num_seen
         random = random_states() if self._go_on_with is None else self._go_on_with
-        return {"begun": begun, "num_seen": num_seen, "random": random}
+        return {
+            "begun": begun,
+            "num_seen": num_seen,
+            "exhausted": self._exhausted,
+            "random": random,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from there with the next `epoch`, random streams included."""
         self._begun, self._num_seen = dict(state["begun"]), state["num_seen"]
+        self._exhausted = state["exhausted"]
         self._go_on_with = dict(state["random"])
 
-    def _rest(self, random: Mapping[str, Any]) -> Iterator[Any]:
+    def _rest(self, random: Mapping[str, Any], number: int) -> Iterator[Any]:
         begun, num_seen = self._begun, self._num_seen
         assert begun is not None
         self._go_on_with = None
         set_random_states(begun["random"])
         self._load(begun["batches"])
+        if self._exhausted:
+            return
+        self._tell(number)
         batches = iter(self._batches)
         seen = sum(1 for _ in islice(batches, num_seen))
         if seen < num_seen:
@@ -106,9 +129,21 @@ class DataPosition:
             for generator, state in zip(self._generators(), own, strict=True):
                 generator.set_state(state)
 
+    def _tell(self, number: int) -> None:
+        """Tell the epoch's number to what orders batches by it."""
+        for part in self._parts():
+            set_epoch = getattr(part, "set_epoch", None)
+            if callable(set_epoch):
+                set_epoch(number)
+
     def _generators(self) -> list[torch.Generator]:
-        sampler = getattr(self._batches, "sampler", None)
-        batch_sampler = getattr(self._batches, "batch_sampler", None)
-        drawing = (self._batches, sampler, batch_sampler, getattr(batch_sampler, "sampler", None))
-        found = (getattr(part, "generator", None) for part in drawing)
+        found = (getattr(part, "generator", None) for part in self._parts())
         return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
+
+    def _parts(self) -> list[Any]:
+        """Return the batches, and the parts of a DataLoader that they are drawn by."""
+        sampler, batch_sampler, data = (
+            getattr(self._batches, name, None) for name in ("sampler", "batch_sampler", "dataset")
+        )
+        inner = getattr(batch_sampler, "sampler", None)
+        return [self._batches, sampler, batch_sampler, inner, data]

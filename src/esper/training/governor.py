@@ -19,17 +19,23 @@ _RENEWED_STEPS = 8
 """The band follows the losses at every so manyth good step: two medians take some microseconds."""
 _LEAST_SPREAD = 0.05
 """Of the median: a loss that hardly varies may still rise by so much, times the band's width."""
+_PLAIN_SHARE = 0.4
+"""Of the plain standard deviation, which sees the few losses far above the others that the robust
+one does not. With a larger share a loss that grows from step to step would carry the band along: at
+a width of 20 over 64 steps a single loss lets it reach just as far as it lies itself."""
 
 
 class GovernorConfig(Record):
     """Which steps are refused, and when a run goes back."""
 
     band_width: Annotated[FiniteFloat, Field(gt=0.0)] | None = 20.0
-    """A loss is bad if it lies so many robust standard deviations, each at least 5 % of the median,
-    above the median of recent losses; None refuses only what is not finite."""
+    """A loss is bad if it lies so many robust standard deviations above the median of recent
+    losses, each at least 5 % of that median and 40 % of the plain standard deviation; None refuses
+    only what is not finite."""
     history_steps: Annotated[int, Field(ge=8)] = 64
-    """Good steps that the band is taken of; before there are so many there is none. Counted anew
-    where a seed leaves the forward path, after which the loss may rise."""
+    """Good steps that the band is taken of; before there are so many there is none. One whose loss
+    is 0 does not count: it tells nothing of how large a loss may be. Counted anew where a seed
+    leaves the forward path, after which the loss may rise."""
     max_bad_steps: Annotated[int, Field(ge=1)] = 3
     """In a row, after which a seed is pruned or the run goes back."""
     snapshot_steps: Annotated[int, Field(ge=1)] | None = 200
@@ -143,6 +149,8 @@ class Governor:
         self.bad_steps = state["bad_steps"]
 
     def _note(self, loss: float) -> None:
+        if loss == 0.0:
+            return
         history, width = self._history, self.config.band_width
         history.append(loss)
         self._unread += 1
@@ -151,5 +159,8 @@ class Governor:
             return
         self._unread = 0
         centre = median(history)
-        spread = _SIGMA_PER_MAD * median(abs(value - centre) for value in history)
-        self._limit = centre + width * max(spread, _LEAST_SPREAD * abs(centre))
+        distances = [abs(value - centre) for value in history]
+        robust = _SIGMA_PER_MAD * median(distances)
+        plain = math.hypot(*distances) / math.sqrt(len(distances))
+        spread = max(robust, _LEAST_SPREAD * abs(centre), _PLAIN_SHARE * plain)
+        self._limit = centre + width * spread

@@ -1,5 +1,6 @@
 """The growth engine: what a training loop calls after a step and after an epoch."""
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -247,6 +248,7 @@ class Growth:
             metrics = metrics_of(evaluate())
         if replication is not None:
             metrics = replication.from_first(metrics)
+        self.epoch += 1  # what follows belongs to the decision that is due
         self.losses.append(metrics["loss"])
         self._readings.note_loss(metrics["loss"])
         self.publish(self._readings.read_gradient_health())
@@ -265,7 +267,6 @@ class Growth:
             ratio = self._step_times.ratio_with_seed(path)
             if slot.living is not None and ratio is not None:
                 slot.measurements.step_time_ratio = ratio
-        self.epoch += 1
         median = self._step_times.median_seconds
         timing = {} if median is None else {"step_seconds": median}
         self.measure({**metrics, **timing})
@@ -302,8 +303,7 @@ class Growth:
         """Return the slots whose seeds the policy wants to be weighed now."""
         if not isinstance(self.policy, FrugalPolicy):
             return self.slots
-        state = self.state().model_copy(update={"epoch": self.epoch + 1})
-        return {path: self.slots[path] for path in self.policy.weighs(state)}
+        return {path: self.slots[path] for path in self.policy.weighs(self.state())}
 
     def state(self) -> GrowthState:
         """Return what a policy sees now."""
@@ -341,7 +341,7 @@ class Growth:
         else:
             if not isinstance(action, Wait):
                 self.publish([ActionApplied(action=action)])
-                loss = self.losses[-1] if self.losses else None
+                loss = next((loss for loss in reversed(self.losses) if math.isfinite(loss)), None)
                 slot = self.slots[action.slot]
                 for events in self._runner.carry_out(slot, action, held_out_loss=loss):
                     self.publish(events)
@@ -374,7 +374,10 @@ class Growth:
         return {
             "slots": self.slots.state_dict(),
             "isolation_monitor": self.isolation_monitor.state_dict(),
-            "policy": policy.state_dict() if isinstance(policy, StatefulPolicy) else None,
+            "policy": {
+                "name": policy.name,
+                "state": policy.state_dict() if isinstance(policy, StatefulPolicy) else None,
+            },
             "meter": self.meter.state_dict(),
             "epoch": self.epoch,
             "step": self.step,
@@ -387,20 +390,58 @@ class Growth:
         """Go on from there; call it before the state dicts of model and optimizer are loaded.
 
         Raises:
-            ValueError: The slots are others, or a field is missing; nothing has changed.
+            ValueError: The policy or the slots are others, or a field is missing; nothing has
+                changed.
             BlueprintError: A blueprint is not registered here; nothing has changed.
         """
         check_fields(state, _STATE_FIELDS, of="growth")
-        self.slots.load_state_dict(state["slots"])
+        check_fields(state["policy"], ("name", "state"), of="the policy")
+        policy = state["policy"]
+        self._load_policy_and_slots(policy["name"], policy["state"], state["slots"])
         self.isolation_monitor.load_state_dict(state["isolation_monitor"])
-        if isinstance(self.policy, StatefulPolicy):
-            self.policy.load_state_dict(state["policy"])
         self.meter.load_state_dict(state["meter"])
         self.epoch, self.step = state["epoch"], state["step"]
         self.losses = list(state["losses"])
         self.train_losses = list(state["train_losses"])
         self._step_times.load_state_dict(state["step_seconds_before"])
         self.awaits_decision = False
+
+    def _load_policy_and_slots(
+        self, name: str, state: Mapping[str, Any] | None, slots: Mapping[str, Any]
+    ) -> None:
+        """Load both or none: what a policy is given back can be taken from it again.
+
+        Args:
+            name: Of the policy that the state is of.
+            state: The policy's; None if it had none.
+            slots: Their state.
+
+        Raises:
+            ValueError: As `load_state_dict`.
+            BlueprintError: The same.
+        """
+        policy = self.policy
+        if policy.name != name:
+            raise ValueError(
+                f"the policy of the run was {name!r}, and is {policy.name!r} here; go on with the "
+                "policy that the run began with, or begin a new run"
+            )
+        if isinstance(policy, StatefulPolicy) != (state is not None):
+            has, had = ("a", "none") if state is None else ("no", "one")
+            raise ValueError(
+                f"policy {name!r} has {has} state, and that of the run had {had}; go on with the "
+                "policy that the run began with, or begin a new run"
+            )
+        if not isinstance(policy, StatefulPolicy) or state is None:
+            self.slots.load_state_dict(slots)
+            return
+        own = policy.state_dict()
+        try:
+            policy.load_state_dict(state)
+            self.slots.load_state_dict(slots)
+        except Exception:
+            policy.load_state_dict(own)
+            raise
 
     @property
     def sinks(self) -> list[Sink]:

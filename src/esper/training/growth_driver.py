@@ -48,10 +48,10 @@ class GrowthDriver:
         self._decided_at = growth.step
         """The step after which a decision was made last."""
 
-    def note_loss(self, loss: Tensor | float) -> None:
-        """Take note of a training loss, for policies that decide by it."""
+    def note_loss(self, loss: Tensor | float, *, num_batches: int = 1) -> None:
+        """Take note of a training loss, the mean over so many batches, for policies to see."""
         value = torch.as_tensor(loss, device=device_of(self._model))
-        self._losses.add(value.detach().float())
+        self._losses.add(value.detach().float(), num_batches=num_batches)
 
     def after_step(self) -> None:
         """Let one optimizer step pass."""
@@ -88,7 +88,7 @@ class GrowthDriver:
             "growth": self.growth.state_dict(),
             "trained": parameter_names(binding.optimizer, self._model),
             "ema": None if self.ema is None else self.ema.state_dict(),
-            "losses": self._losses.tensor(),
+            "losses": self._losses.state_dict(),
             "decided_at": self._decided_at,
         }
 
@@ -109,7 +109,7 @@ class GrowthDriver:
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
         self._decided_at = state["decided_at"]
-        self._losses.load(state["losses"], device=device_of(self._model))
+        self._losses.load_state_dict(state["losses"], device=device_of(self._model))
 
 
 def check_loop(slots: SlotSet, *, joint_clipping: bool, several: bool, scaled: bool) -> None:

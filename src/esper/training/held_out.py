@@ -44,9 +44,12 @@ class HeldOut:
             order, and moved to the model's device if it has but one. Inputs are a tensor, a tuple
             of arguments or a mapping of keyword arguments.
         loss: `(outputs, targets)` to one loss per sample, shape `B`.
-        metrics: By name, `(outputs, targets)` to one value per sample, shape `B`.
+        metrics: By name, `(outputs, targets)` to one value per sample, shape `B`; "loss" is taken.
         max_copies: How many variants run in one forward, each on a copy of the batch: what memory
             must have room for when seeds are weighed. More go into further forwards.
+
+    Raises:
+        ValueError: `max_copies` is less than 1, or a metric is called "loss".
 
     Example:
         >>> import torch, esper
@@ -71,6 +74,11 @@ class HeldOut:
     ) -> None:
         if max_copies < 1:
             raise ValueError(f"max_copies must be at least 1, got {max_copies}")
+        if metrics is not None and "loss" in metrics:
+            raise ValueError(
+                "metrics must not have a 'loss': that is the one that the gates judge by, passed "
+                "as loss=…; give the metric another name"
+            )
         self.max_copies = max_copies
         self.model = model
         self.batches = batches

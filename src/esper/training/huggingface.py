@@ -1,6 +1,7 @@
 """Growth in the Trainer of transformers."""
 
 import math
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -101,12 +102,8 @@ class GrowthCallback(TrainerCallback):
         if several and slots.replication is None:
             slots.replicate()
         if not self._plans_itself:
-            every = self._decision_interval_steps
-            if every is None:
-                left = math.ceil(state.num_train_epochs - (state.epoch or 0.0))
-            else:
-                left = state.max_steps // every - state.global_step // every
-            self.growth.max_epochs = self.growth.epoch + left
+            left = self._num_decisions_left(state)
+            self.growth.max_epochs = None if left is None else self.growth.epoch + left
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -135,6 +132,16 @@ class GrowthCallback(TrainerCallback):
         logs: Mapping[str, float] = kwargs["logs"]
         if "loss" in logs:
             self._driver.note_loss(logs["loss"])
+
+    def _num_decisions_left(self, state: TrainerState) -> int | None:
+        """Return how many decisions the Trainer's run has from here on, if that is known."""
+        every = self._decision_interval_steps
+        if every is not None:
+            return int(state.max_steps // every - state.global_step // every)
+        epochs = int(state.num_train_epochs)
+        if epochs == sys.maxsize:  # of data without a length
+            return None
+        return math.ceil(epochs - (state.epoch or 0.0))
 
     def _state(self) -> Mapping[str, Any] | None:
         bound = self.growth.slots.binding is not None

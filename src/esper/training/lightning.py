@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -76,8 +77,8 @@ class GrowthCallback(pl.Callback):
         self._stepped = False
         self._loaded: Mapping[str, Any] | None = None
         """From a checkpoint, until training begins."""
-        self._loss: Tensor | None = None
-        """Of the batches since the last optimizer step."""
+        self._losses: list[Tensor] = []
+        """Of the batches since the last optimizer step, as Lightning divides them."""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Let the weights carry what has grown, from now on."""
@@ -162,12 +163,15 @@ class GrowthCallback(pl.Callback):
     ) -> None:
         """Decide after an epoch's last step, or every N steps, before anything is saved."""
         assert self._driver is not None
-        self._note_loss(outputs)
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        if isinstance(loss, Tensor):
+            self._losses.append(loss.detach())
         if self._stepped:
             self._stepped = False
-            if self._loss is not None:
-                self._driver.note_loss(self._loss)
-                self._loss = None
+            if self._losses:
+                mean = torch.stack(self._losses).mean() * trainer.accumulate_grad_batches
+                self._driver.note_loss(mean, num_batches=len(self._losses))
+                self._losses = []
             self._decide(pl_module, epoch_ends=trainer.is_last_batch)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -191,22 +195,15 @@ class GrowthCallback(pl.Callback):
         if self._handle is not None:
             self._handle.remove()
         self.slots.unbind()
-        self._driver = self._handle = self._loss = None
-        self._stepped = False
-
-    def _note_loss(self, outputs: Any) -> None:
-        """Add a batch's share of the step's loss, if the LightningModule tells it."""
-        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
-        if isinstance(loss, Tensor):
-            self._loss = loss.detach() if self._loss is None else self._loss + loss.detach()
+        self._driver = self._handle = None
+        self._losses, self._stepped = [], False
 
     def _num_decisions(self, trainer: pl.Trainer) -> tuple[int | None, int]:
         """Return how many decisions the Trainer's run has, if that is known, and had already."""
         if self._interval is None:
-            epochs = trainer.max_epochs
-            return None if epochs is None or epochs < 0 else epochs, trainer.current_epoch
-        steps = trainer.estimated_stepping_batches
-        total = int(steps) // self._interval if math.isfinite(steps) else None
+            return _num_epochs(trainer), trainer.current_epoch
+        steps = trainer.estimated_stepping_batches  # -1 where the data has no length
+        total = int(steps) // self._interval if 0 <= steps < math.inf else None
         return total, trainer.global_step // self._interval
 
     def _state(self) -> Mapping[str, Any] | None:
@@ -219,6 +216,22 @@ class GrowthCallback(pl.Callback):
         self.slots.restore(state["growth"]["slots"]["slots"])
         self.slots.keep_out_of_wrappers(self._module)
         self._loaded = state
+
+
+def _num_epochs(trainer: pl.Trainer) -> int | None:
+    """Return how many epochs the Trainer's run has, the last one begun at least, if it is known."""
+    ends: list[int] = []
+    if trainer.max_epochs is not None and trainer.max_epochs >= 0:
+        ends.append(trainer.max_epochs)
+    if trainer.max_steps >= 0:
+        if trainer.train_dataloader is None:
+            trainer.fit_loop.setup_data()
+        num_batches = trainer.num_training_batches
+        if 0 < num_batches < math.inf:
+            steps_per_epoch = math.ceil(num_batches / trainer.accumulate_grad_batches)
+            left = math.ceil((trainer.max_steps - trainer.global_step) / steps_per_epoch)
+            ends.append(trainer.current_epoch + left)
+    return min(ends, default=None)
 
 
 def _only_optimizer(trainer: pl.Trainer) -> tuple[Optimizer, Any]:

@@ -47,6 +47,15 @@ def random_streams_apart(inside: Mapping[str, Any] | None = None) -> Iterator[No
         set_random_states(outside)
 
 
+def seed_random_streams(random_seed: int) -> None:
+    """Begin the streams of Python, NumPy (if it is in use), torch and each GPU at a seed."""
+    random.seed(random_seed)
+    torch.manual_seed(random_seed)
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        numpy.random.seed(random_seed % 2**32)
+
+
 def set_random_states(states: Mapping[str, Any]) -> None:
     """Put the streams where they stood.
 

@@ -1,5 +1,6 @@
 """What is read of living seeds before anything is decided: gradients, losses, isolation."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
 
@@ -31,13 +32,19 @@ class SeedReadings:
         self._isolation_monitor = isolation_monitor
 
     def note_loss(self, loss: float) -> None:
-        """Take note of the held-out loss that was just evaluated."""
+        """Take note of the held-out loss that was just evaluated.
+
+        A seed is compared with the last finite one before it entered the forward path. Where there
+        was none, the first one after that stands for it, and is itself compared with nothing.
+        """
         for slot in self._slots.values():
-            if slot.stage is SeedStage.TRAINING:
-                slot.measurements.reference_loss = loss
-            reference = slot.measurements.reference_loss
-            if reference:
-                slot.measurements.loss_increase_fraction = (loss - reference) / abs(reference)
+            measured = slot.measurements
+            if slot.stage is SeedStage.TRAINING and math.isfinite(loss):
+                measured.reference_loss = loss
+            if measured.reference_loss is not None:
+                measured.loss_increase_fraction = _increase(loss, measured.reference_loss)
+            elif slot.living is not None and math.isfinite(loss):
+                measured.reference_loss = loss
 
     def read_gradient_health(self) -> list[Event]:
         """Read gradient norms since the last time. Waits for the device."""
@@ -99,6 +106,13 @@ class SeedReadings:
         for path, measured in replication.from_first(mine).items():
             for name, value in measured.items():
                 setattr(self._slots[path].measurements, name, value)
+
+
+def _increase(loss: float, reference: float) -> float:
+    """Return the share of a reference's size that a loss has risen by; infinite if that is 0."""
+    if loss == reference:
+        return 0.0
+    return (loss - reference) / abs(reference) if reference else math.copysign(math.inf, loss)
 
 
 def _told_of_isolation(reading: IsolationReading) -> list[Event]:

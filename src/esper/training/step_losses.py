@@ -1,6 +1,8 @@
 """The losses of steps, kept where they are until their mean is asked for."""
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,17 +12,27 @@ _PACKED_AT = 256
 
 
 class StepLosses:
-    """Training losses of many steps, on their device; only the mean waits for it."""
+    """Training losses of many steps, on their device; only the mean waits for it.
+
+    A step counts by its batches: the mean of all is Σ nᵢ·lossᵢ / Σ nᵢ.
+    """
 
     def __init__(self) -> None:
         self._packed: list[Tensor] = []
-        """Each of many losses."""
+        """Each nᵢ·lossᵢ of many."""
         self._single: list[Tensor] = []
         """0-dim, in the order of steps."""
+        self._num_batches = 0
 
-    def add(self, loss: Tensor) -> None:
-        """Take the next step's loss, 0-dim and detached, which must not change any more."""
-        self._single.append(loss)
+    def add(self, loss: Tensor, *, num_batches: int = 1) -> None:
+        """Take the next step's loss.
+
+        Args:
+            loss: Mean over the step's batches, 0-dim and detached; must not change any more.
+            num_batches: That the step was made of.
+        """
+        self._single.append(loss if num_batches == 1 else loss * num_batches)
+        self._num_batches += num_batches
         if len(self._single) == _PACKED_AT:
             self._packed.append(torch.stack(self._single))
             self._single = []
@@ -30,18 +42,27 @@ class StepLosses:
 
     def take_mean(self) -> float:
         """Return the mean and forget all losses; NaN where there is none. Waits for the device."""
-        losses, self._packed, self._single = self.tensor(), [], []
-        return float(losses.mean()) if len(losses) else math.nan
+        weighed, num_batches = self._weighed(), self._num_batches
+        self._packed, self._single, self._num_batches = [], [], 0
+        if not len(weighed):
+            return math.nan
+        return float(weighed.mean()) * (len(weighed) / num_batches)
 
-    def tensor(self) -> Tensor:
-        """Return the losses in the order of steps, copied; no host–device synchronisation."""
+    def state_dict(self) -> dict[str, Any]:
+        """Return the losses, copied; no host–device synchronisation."""
+        return {"weighed": self._weighed(), "num_batches": self._num_batches}
+
+    def load_state_dict(self, state: Mapping[str, Any], *, device: torch.device) -> None:
+        """Go on from losses that were kept, on the device of the steps to come."""
+        weighed = state["weighed"]
+        self._packed = [weighed.to(device)] if len(weighed) else []
+        self._single = []
+        self._num_batches = state["num_batches"]
+
+    def _weighed(self) -> Tensor:
+        """Return each nᵢ·lossᵢ in the order of steps, copied."""
         single = [torch.stack(self._single)] if self._single else []
         parts = [*self._packed, *single]
         if not parts:
             return torch.empty(0)
         return torch.cat([part.to(parts[-1].device) for part in parts])
-
-    def load(self, losses: Tensor, *, device: torch.device) -> None:
-        """Go on from losses that were kept, on the device of the steps to come."""
-        self._packed = [losses.to(device)] if len(losses) else []
-        self._single = []

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
-import torch
 from pydantic import Field, FiniteFloat
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -65,7 +64,7 @@ class EpochReport:
     epochs: int
     step: int
     train_loss: float
-    """Mean over the epoch's batches; NaN if every step was skipped."""
+    """Mean over the epoch's batches, those of skipped steps left out; NaN if all were."""
     metrics: dict[str, float]
     """As last evaluated."""
     cost: RunCost
@@ -235,8 +234,8 @@ class Trainer:
             "data": self.data.state_dict(),
             "control": None if self.control is None else self.control.state_dict(),
             "epoch": self.epoch,
-            "losses": self._losses.tensor(),
-            "undecided": self._undecided.tensor(),
+            "losses": self._losses.state_dict(),
+            "undecided": self._undecided.state_dict(),
             "metrics": dict(self._metrics),
         }
 
@@ -280,8 +279,8 @@ class Trainer:
             self.control.load_state_dict(state["control"])
         self.epoch = state["epoch"]
         device = device_of(self.model)
-        self._losses.load(state["losses"], device=device)
-        self._undecided.load(state["undecided"], device=device)
+        self._losses.load_state_dict(state["losses"], device=device)
+        self._undecided.load_state_dict(state["undecided"], device=device)
         self._metrics = dict(state["metrics"])
         self._optimizer.zero_grad(set_to_none=True)
         self._in_path = self._seeds_in_path()
@@ -308,6 +307,7 @@ class Trainer:
         if self.config.scheduler_interval == "epoch":
             self._step_scheduler()
         train_loss = self._losses.take_mean()
+        self.data.end_epoch()
         self.epoch += 1
         self.growth.meter.stop()
         cost = self.growth.meter.cost
@@ -333,8 +333,8 @@ class Trainer:
         if loss is not None:
             if self.ema is not None:
                 self.ema.update()
-            self._losses.add(loss)
-            self._undecided.add(loss)
+            self._losses.add(loss, num_batches=len(group))
+            self._undecided.add(loss, num_batches=len(group))
             self._safeguard.note_good_step()
         if self.config.scheduler_interval == "step":
             self._step_scheduler()
@@ -405,7 +405,8 @@ class Trainer:
         state = {**state, "growth": {**state["growth"], **spent}}
         if not same_batches:
             onward = {"data": self.data.state_dict(), "epoch": self.epoch}
-            state = {**state, **onward, "losses": torch.empty(0), "undecided": torch.empty(0)}
+            none = StepLosses().state_dict()
+            state = {**state, **onward, "losses": none, "undecided": none}
         self.load_state_dict(state)
         raise _WentBack
 
@@ -427,7 +428,7 @@ class Trainer:
 
     def _accumulation_groups(self) -> Iterator[list[Batch]]:
         group: list[Batch] = []
-        for batch in self.data.epoch():
+        for batch in self.data.epoch(self.epoch):
             group.append(batch)
             if len(group) == self.config.accumulation_steps:
                 yield group

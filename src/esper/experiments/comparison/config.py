@@ -2,11 +2,11 @@
 
 from typing import Annotated, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-from esper.experiments.config import RunConfig, SharedRunConfig
+from esper.experiments.config import RandomSeed, RunConfig, SharedRunConfig
 from esper.lifecycle.record import Record
-from esper.policies.named import NEVER
+from esper.policies.named import NEVER, policy_of_anywhere
 
 MIN_SEEDS_FOR_A_CLAIM = 5
 
@@ -19,9 +19,9 @@ class CompareConfig(Record):
     run: SharedRunConfig
     """What all arms share. Its learning rate is where every arm's search begins, its number of
     epochs is what "equal steps" means, and its policy is the one that has to prove itself."""
-    policies: tuple[str, ...] = ()
+    policies: tuple[Annotated[str, AfterValidator(policy_of_anywhere)], ...] = ()
     """Further policies, each an arm of its own."""
-    random_seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    random_seeds: tuple[RandomSeed, ...] = (0, 1, 2, 3, 4)
     """Each fixes weights, data order and decisions, the same for every arm."""
     search_rates: AtLeastOne = 3
     """Learning rates that every arm tries; 1 takes the configured one for all."""

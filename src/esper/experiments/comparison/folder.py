@@ -8,7 +8,8 @@ from typing import Any
 from esper.experiments.comparison.config import CompareConfig
 from esper.experiments.comparison.plan import Comparison
 from esper.experiments.comparison.runs import RunResult
-from esper.experiments.series_folder import SeriesFiles, SeriesFolder, write_whole
+from esper.experiments.series_folder import SeriesFiles, SeriesFolder
+from esper.telemetry.run_folder import write_whole
 
 RESULTS_FOLDER = "runs"
 SUMMARY_FILE = "summary.json"

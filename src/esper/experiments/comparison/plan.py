@@ -10,7 +10,8 @@ from esper.experiments.comparison.curves import REACH, losses_at
 from esper.experiments.comparison.intervals import mean_interval
 from esper.experiments.comparison.runs import RunRequest, RunResult, Topology, structure
 from esper.experiments.comparison.search import best_rate, next_rate
-from esper.policies.named import NEVER
+from esper.experiments.run import least_epochs
+from esper.policies.named import NEVER, POLICY_FILE_SUFFIX, is_policy_file, policy_words
 
 HOST = "host"
 GROWN = "grown"
@@ -27,9 +28,10 @@ def intermediate(num_seeds: int | str) -> str:
     return f"static {num_seeds}"
 
 
-def policy_arm(policy: str) -> str:
-    """Return the arm of a further policy."""
-    return f"policy {policy}"
+def policy_arm(policy: str, among: Sequence[str] = ()) -> str:
+    """Return the arm of a further policy: of a file, as much of its path as no other one has."""
+    suffix = POLICY_FILE_SUFFIX if is_policy_file(policy) else ""
+    return f"policy {policy_words(policy, among)}{suffix}"
 
 
 class Comparison:
@@ -54,7 +56,7 @@ class Comparison:
         sizes = [intermediate(k) for k in range(1, largest)] if config.intermediate_sizes else []
         static = [*sizes, STATIC] if largest else []
         random = [RANDOM_TIMES] if config.random_times and largest else []
-        return [HOST, *static, GROWN, *random, *map(policy_arm, config.policies)]
+        return [HOST, *static, GROWN, *random, *self._policies]
 
     @property
     def epochs(self) -> int:
@@ -129,7 +131,14 @@ class Comparison:
             return self._absent(arm, wanted, dict.fromkeys(self._search_seeds(arm), self.epochs))
         at_full = dict.fromkeys(self.config.random_seeds, self.epochs)
         absent = self._absent(arm, rate, at_full)
-        return absent or self._absent(arm, rate, self._further_budgets(arm))
+        if absent or self._diverges(arm, STATIC, GROWN):
+            return absent
+        return self._absent(arm, rate, self._further_budgets(arm))
+
+    def _diverges(self, *arms: str) -> bool:
+        """Whether one does at its best rate: it tells not what an epoch costs, and no verdict."""
+        runs = (found for arm in arms for found in self.runs(arm).values())
+        return any(run.diverged for found in runs for run in found)
 
     def _absent(self, arm: str, rate: float, epochs: Mapping[int, int]) -> list[RunRequest]:
         requests = []
@@ -208,11 +217,10 @@ class Comparison:
 
     def _least_epochs(self, arm: str) -> int:
         """Return how many epochs an arm's run has at least: one, and a decision if it may grow."""
-        interval = self.config.run.trainer.decision_interval_steps
-        if interval is None or self.never_grows(arm):
+        if self.never_grows(arm):
             return 1
         steps = max(run.steps for run in self.at_equal_steps(STATIC).values())
-        return min(self.epochs, math.ceil(interval * self.epochs / steps))
+        return least_epochs(self.config.run, steps)
 
     def ahead(self) -> list[str]:
         """Return the arm of every run that is still to come, as far as can be told by now."""
@@ -242,10 +250,13 @@ class Comparison:
     def _policy(self, arm: str) -> str:
         if arm == GROWN:
             return self.config.run.policy
-        for policy in self.config.policies:
-            if arm == policy_arm(policy):
-                return policy
-        return NEVER
+        return self._policies.get(arm, NEVER)
+
+    @cached_property
+    def _policies(self) -> dict[str, str]:
+        """The further policies, by arm."""
+        policies = self.config.policies
+        return {policy_arm(policy, policies): policy for policy in policies}
 
     @cached_property
     def topologies(self) -> dict[int, Topology]:

@@ -3,6 +3,7 @@
 import hashlib
 import math
 import random
+import re
 from collections.abc import Mapping
 
 import torch
@@ -11,7 +12,12 @@ from esper.experiments.comparison.config import CompareConfig
 from esper.experiments.config import RunConfig
 from esper.experiments.run import GrowingRun, build_setup, num_decisions, num_steps, prepare
 from esper.lifecycle.actions import Germinate
-from esper.lifecycle.events import EventRecord, SeedCommitted, SeedGerminated, SeedPruned
+from esper.lifecycle.events import (
+    EventRecord,
+    SeedCommitted,
+    SeedGerminated,
+    SeedPruned,
+)
 from esper.lifecycle.record import Record
 from esper.policies.depth_schedule import SLOPE, DepthSchedulePolicy
 from esper.policies.learned import LearnedPolicy
@@ -22,9 +28,13 @@ from esper.slots.committed_seed import CommittedSeed
 from esper.slots.slot_set import SlotSet
 from esper.training.policy import Policy
 from esper.training.run_cost import RunCost
+from esper.training.safeguard import TrainingDivergedError
 
 DEPTH_POLICIES = (DepthSchedulePolicy.name, SLOPE)
 """Those that grow depth, and decide by the number of steps or the training loss alone."""
+
+_NAME_CHARACTERS = 60
+"""Most that a file's name has of its arm, which a policy's file may have given a long one."""
 
 
 class GrownSeed(Record):
@@ -70,7 +80,8 @@ class RunRequest(Record):
     def key(self) -> str:
         """Name that no other request has, fit for a file."""
         digest = hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:12]
-        return f"{self.arm.replace(' ', '-')}-seed{self.random_seed}-{digest}"
+        arm = re.sub(r"[^A-Za-z0-9._-]", "-", self.arm)[:_NAME_CHARACTERS]
+        return f"{arm}-seed{self.random_seed}-{digest}"
 
 
 class RunResult(Record):
@@ -93,19 +104,25 @@ class RunResult(Record):
     policy_sha256: str | None = None
     """Of the file of the policy that decided, if it has one."""
 
+    @property
+    def diverged(self) -> bool:
+        """Whether it came to no loss that is a number."""
+        return not math.isfinite(self.test["loss"])
+
 
 class GrowthRecord:
     """A sink that keeps what grew."""
 
     def __init__(self) -> None:
-        self.commits: list[str] = []
+        self._commits: list[str] = []
+        """By slot; of some the run may have gone back behind since."""
         self.num_germinated = 0
         self.num_pruned = 0
 
     def publish(self, record: EventRecord) -> None:
         """Count seeds, and note the order of commits."""
         if isinstance(record.event, SeedCommitted):
-            self.commits.append(record.event.slot)
+            self._commits.append(record.event.slot)
         self.num_germinated += isinstance(record.event, SeedGerminated)
         self.num_pruned += isinstance(record.event, SeedPruned)
 
@@ -117,8 +134,13 @@ class GrowthRecord:
 
     def topology(self, slots: SlotSet) -> Topology:
         """Return the committed seeds in the order of their commits."""
-        waiting = {path: iter(slot.committed) for path, slot in slots.items()}
-        return tuple(GrownSeed(slot=path, seed=next(waiting[path])) for path in self.commits)
+        left = {path: list(slot.committed) for path, slot in slots.items()}
+        found = [
+            GrownSeed(slot=path, seed=left[path].pop())
+            for path in reversed(self._commits)
+            if left[path]
+        ]
+        return tuple(reversed(found))
 
 
 def check_runs(config: CompareConfig) -> None:
@@ -140,7 +162,10 @@ def execute(request: RunRequest, config: RunConfig) -> RunResult:
         request: What differs from run to run.
         config: What all runs share.
 
-    Effects: sets the process's number of threads and matmul precision.
+    Returns:
+        What came out; of a run that diverged an infinite loss, and what it had spent by then.
+
+    Effects: sets the process's number of threads and matmul precision, seeds its random streams.
     """
     torch.set_num_threads(config.threads or 1)
     record = GrowthRecord()
@@ -156,10 +181,14 @@ def execute(request: RunRequest, config: RunConfig) -> RunResult:
         for grown in request.topology:
             _grow_at_once(run.growth.slots, grown)
     cost = None
-    for report in run.reports:
-        cost = report.cost
+    diverged = False
+    try:
+        for report in run.reports:
+            cost = report.cost
+    except TrainingDivergedError:
+        diverged, cost = True, run.growth.meter.cost
     assert cost is not None
-    return result_of(request, run, record, cost)
+    return result_of(request, run, record, cost, diverged=diverged)
 
 
 def _configured(request: RunRequest, config: RunConfig) -> RunConfig:
@@ -226,9 +255,9 @@ def _grow_at_once(slots: SlotSet, grown: GrownSeed) -> None:
 
 
 def result_of(
-    request: RunRequest, run: GrowingRun, record: GrowthRecord, cost: RunCost
+    request: RunRequest, run: GrowingRun, record: GrowthRecord, cost: RunCost, *, diverged: bool
 ) -> RunResult:
-    """Return what came out of a run that has come to its end."""
+    """Return what came out of a run that has come to its end, or has diverged before."""
     spent = run.spent(cost) if request.grows else cost.training
     policy = run.growth.policy
     assert spent.flops is not None
@@ -240,8 +269,8 @@ def result_of(
         flops=spent.flops,
         seconds=spent.seconds,
         training_flops=cost.training.flops,
-        validation=_finite((run.setup.selection or run.setup.validation)()),
-        test=_finite(run.setup.test()),
+        validation=_judged((run.setup.selection or run.setup.validation)(), diverged=diverged),
+        test=_judged(run.setup.test(), diverged=diverged),
         committed=record.topology(run.growth.slots),
         num_germinated=record.num_germinated,
         num_pruned=record.num_pruned,
@@ -249,8 +278,13 @@ def result_of(
     )
 
 
-def _finite(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Return metrics with a loss that is not a number as infinite: the run has diverged."""
+def _judged(metrics: Mapping[str, float], *, diverged: bool) -> dict[str, float]:
+    """Return metrics with an infinite loss where the run has diverged, or none can be told.
+
+    Other metrics are NaN where it has diverged: they are of a network that nobody would keep.
+    """
+    if diverged:
+        metrics = dict.fromkeys(metrics, math.nan)
     return {
         name: math.inf if name == "loss" and math.isnan(value) else value
         for name, value in metrics.items()

@@ -1,6 +1,5 @@
 """A comparison in figures: one row per arm, and the verdict."""
 
-import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -277,7 +276,7 @@ def _diverged(comparison: Comparison) -> list[str]:
         f"{arm} diverged on random seed {seed}, at the learning rate that was its best on others"
         for arm in arms
         for seed, runs in comparison.runs(arm).items()
-        if not all(math.isfinite(run.test["loss"]) for run in runs)
+        if any(run.diverged for run in runs)
     ]
 
 

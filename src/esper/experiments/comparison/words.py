@@ -1,9 +1,9 @@
 """Figures of a comparison in words, for a terminal and for a page."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from esper.experiments.comparison.intervals import Crossing, Interval
-from esper.experiments.comparison.plan import Comparison
+from esper.experiments.comparison.plan import STATIC, Comparison, intermediate
 from esper.experiments.comparison.summary import ArmSummary, tell_bounds
 
 
@@ -29,21 +29,56 @@ def reached(found: Crossing | None, *, bounds: bool = True) -> str:
 
 def rate(summary: ArmSummary) -> str:
     """Return an arm's learning rate, marked where a better one may lie beyond those tried."""
-    return f"{summary.learning_rate:.3g}{'*' if summary.rate_at_edge else ''}"
+    return f"{summary.learning_rate:.3g}{edge_mark(summary)}"
 
 
-def notes(comparison: Comparison, summaries: Sequence[ArmSummary]) -> list[str]:
-    """Return what has to be known to read the table."""
-    told = [
-        f"mean ± half of the 95 % interval over {len(comparison.config.random_seeds)} seeds, at "
-        f"equal steps ({comparison.epochs} epochs); static: the grown size from the start; static "
-        "1, 2 …: with the first so many of its seeds",
-        "FLOPs: as a share of static's, growing arms with pruned seeds, probes and decisions; to "
-        "match: the share at which an arm reaches static's loss, every point a run to its end",
-    ]
+def edge_mark(summary: ArmSummary) -> str:
+    """Return the sign of an arm for which a better learning rate may lie beyond those tried."""
+    return "*" if summary.rate_at_edge else ""
+
+
+def notes(
+    comparison: Comparison, summaries: Sequence[ArmSummary], *, as_shares: bool = False
+) -> list[str]:
+    """Return what has to be known to read the table of these arms.
+
+    Args:
+        comparison: What the table is of.
+        summaries: Its rows.
+        as_shares: Whether its FLOPs are shares of the static network's where there is one.
+    """
+    arms = {summary.arm for summary in summaries}
+    told = [_means(comparison, arms), _costs(summaries, as_shares=as_shares)]
     if any(summary.rate_at_edge for summary in summaries):
         told.append(
             "* the best learning rate is the only one tried, or the last on its side; more of "
             "them: --rates, in a comparison of its own"
+        )
+    return told
+
+
+def _means(comparison: Comparison, arms: Collection[str]) -> str:
+    told = (
+        f"mean ± half of the 95 % interval over {len(comparison.config.random_seeds)} seeds, at "
+        f"equal steps ({comparison.epochs} epochs)"
+    )
+    if STATIC in arms:
+        told += "; static: the grown size from the start"
+    if any(arm.startswith(intermediate("")) for arm in arms):
+        told += "; static 1, 2 …: with the first so many of its seeds"
+    return told
+
+
+def _costs(summaries: Sequence[ArmSummary], *, as_shares: bool) -> str:
+    shared = [summary.flops_fraction is not None for summary in summaries]
+    of_what = "of a whole run"
+    if as_shares and any(shared):
+        whole = "" if all(shared) else ", whole where there is none of the same seeds"
+        of_what = f"as a share of static's{whole}"
+    told = f"FLOPs: {of_what}, growing arms with pruned seeds, probes and decisions"
+    if any(shared):
+        told += (
+            "; to match: the share of static's at which an arm reaches its loss, every point a run "
+            "to its end"
         )
     return told
