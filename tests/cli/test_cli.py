@@ -247,6 +247,11 @@ def test_dry_run_prints_a_config_that_can_be_read_back_and_trains_nothing(tmp_pa
             ("digits", "--policy", "schedule", "--set", "depth_schedule.min_layers=9"),
             "depth_schedule: the schedule policy grows from at least 9 layers",
         ),
+        (
+            ("digits", "--set", 'heuristic.blueprints=["conv_lite"]'),
+            "heuristic: blueprint 'conv_lite' of the heuristic fits no slot; fitting: attention",
+        ),
+        (("digits", "--set", "heuristic.blueprints=[]"), "heuristic.blueprints: Tuple should have"),
         (("digits", "--policy", "none", "--audit"), "the policy never grows"),
         (("digits", "--device", "tpu"), "device: String should match"),
         (("digits", "--device", "cuda:01"), "device: String should match"),

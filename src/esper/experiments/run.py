@@ -16,6 +16,7 @@ from esper.experiments.parts import chosen_policy, learning_rate_factor, usable_
 from esper.experiments.settings import SettingsError
 from esper.lifecycle.events import RunFinished, RunStarted
 from esper.policies.depth_schedule import DepthSchedulePolicy
+from esper.policies.heuristic import HeuristicPolicy
 from esper.slots.attach import attach
 from esper.slots.nested import to_device
 from esper.slots.slot_set import SlotSet
@@ -164,8 +165,8 @@ def prepare(
         service: Compiles ahead, if the run is to be compiled.
 
     Raises:
-        SettingsError: The task's targets take no slots, the depth schedule cannot be carried out on
-            this host, or the run is shorter than the interval between two decisions.
+        SettingsError: The task's targets take no slots, a policy's settings cannot be carried
+            out on this host, or the run is shorter than the interval between two decisions.
 
     Effects: sets the process's matmul precision, and what `build_setup` does if it builds.
     """
@@ -192,11 +193,12 @@ def prepare(
         compiled=_compiled_host(config.compile, slots, service),
         count_flops=config.count_flops,
     )
-    if isinstance(policy, DepthSchedulePolicy):
+    if isinstance(policy, (DepthSchedulePolicy, HeuristicPolicy)):
+        settings = "heuristic" if isinstance(policy, HeuristicPolicy) else "depth_schedule"
         try:
             policy.check(growth.state())
         except ValueError as error:
-            raise SettingsError(f"depth_schedule: {error}") from error
+            raise SettingsError(f"{settings}: {error}") from error
     scheduler = LambdaLR(optimizer, learning_rate_factor(config, total_steps))
     trainer = Trainer(
         growth,

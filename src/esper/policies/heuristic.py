@@ -30,7 +30,7 @@ Fraction = Annotated[FiniteFloat, Field(ge=0.0, le=1.0)]
 class HeuristicConfig(Record):
     """Settings of the heuristic."""
 
-    blueprints: tuple[str, ...] | None = None
+    blueprints: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     """Candidates in the order they are tried; None takes all that fit, cheapest first, but those
     without parameters."""
     warmup_epochs: Count = 5
@@ -84,13 +84,27 @@ class HeuristicPolicy:
         """Return every slot whose next gate may ask."""
         return asked_to_be_weighed(state)
 
+    def check(self, state: GrowthState) -> None:
+        """Raise if a configured blueprint fits no slot, as each decision does.
+
+        Raises:
+            ValueError: One does not; what fits is listed.
+        """
+        known = {choice.name for slot in state.slots for choice in slot.choices}
+        unknown = [name for name in self.config.blueprints or () if name not in known]
+        if unknown:
+            raise ValueError(
+                f"blueprint {unknown[0]!r} of the heuristic fits no slot; fitting: "
+                f"{', '.join(sorted(known)) or 'none'}"
+            )
+
     def decide(self, state: GrowthState) -> Sequence[Action]:
         """Return advances, prunes and commits for what lives, then at most one germination.
 
         Raises:
             ValueError: A configured blueprint fits no slot, told at the first decision.
         """
-        self._refuse_unknown(state)
+        self.check(state)
         self._note_ends(state)
         config = self.config
         actions: list[Action] = []
@@ -204,15 +218,6 @@ class HeuristicPolicy:
         if self.config.blueprints is None:
             return fitting
         return [name for name in self.config.blueprints if name in fitting]
-
-    def _refuse_unknown(self, state: GrowthState) -> None:
-        known = {choice.name for slot in state.slots for choice in slot.choices}
-        unknown = [name for name in self.config.blueprints or () if name not in known]
-        if unknown:
-            raise ValueError(
-                f"blueprint {unknown[0]!r} of the heuristic fits no slot; fitting: "
-                f"{', '.join(sorted(known)) or 'none'}"
-            )
 
     def _note_ends(self, state: GrowthState) -> None:
         """Count what became of the seeds that do not live any more, and tell the chooser."""
