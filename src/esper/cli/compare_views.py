@@ -1,6 +1,5 @@
 """How a comparison shows itself: while it goes on, and as a table."""
 
-import json
 from dataclasses import asdict
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -11,6 +10,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from esper.cli.printing import print_json_line
 from esper.experiments.comparison import (
     ArmSummary,
     CompareConfig,
@@ -99,9 +99,9 @@ class JsonCompareView(QuietCompareView):
                 "finished": outlook.finished,
                 "expected": outlook.expected,
                 "seconds_left": outlook.seconds_left,
-                "result": json.loads(result.model_dump_json()),
+                "result": result.model_dump(mode="json"),
             }
-            self._console.out(json.dumps(record), highlight=False)
+            print_json_line(self._console, record)
 
 
 class LiveCompareView(QuietCompareView):

@@ -1,6 +1,5 @@
 """`esper inspect`: the story of a run, from its folder."""
 
-import json
 import shlex
 from collections.abc import Iterator
 from itertools import groupby
@@ -14,6 +13,7 @@ from rich.text import Text
 from esper.cli.compare_views import print_comparison, summary_record
 from esper.cli.policy import policy_errors
 from esper.cli.policy_views import evaluation_record, print_evaluation
+from esper.cli.printing import plain_console, print_json_line
 from esper.cli.tables import print_seeds, print_twin
 from esper.cli.training_tables import print_training_story, training_records
 from esper.cli.views import STAGE_STYLES
@@ -56,7 +56,7 @@ def inspect(
     table. Of the training of a policy: how it went, in ten rows, and which environments were
     restarted.
     """
-    console = Console(markup=False, emoji=False)  # what a run's files say is shown as it is
+    console = plain_console()
     try:
         if holds_comparison(run):
             _inspect_comparison(console, run, as_json=as_json)
@@ -66,12 +66,12 @@ def inspect(
             return
         reader = RunReader(run)
         if training_settings(reader.config()) is not None:
-            _inspect_training(Console(), reader, as_json=as_json)
+            _inspect_training(console, reader, as_json=as_json)
             return
         records = reader.events()
         if as_json:
             for record in records:
-                console.out(record.model_dump_json(), highlight=False)
+                print_json_line(console, record.model_dump(mode="json"))
             return
         story = tell(records)
         _print_head(console, reader, story)
@@ -89,7 +89,7 @@ def inspect(
 def _inspect_comparison(console: Console, folder: Path, *, as_json: bool) -> None:
     comparison = read_comparison(folder)
     if as_json:
-        console.print_json(data=summary_record(comparison), indent=None)
+        print_json_line(console, summary_record(comparison))
     else:
         print_comparison(console, comparison)
 
@@ -100,7 +100,7 @@ def _inspect_evaluation(console: Console, folder: Path, *, as_json: bool) -> Non
 
         evaluation = read_evaluation(folder)
     if as_json:
-        console.out(json.dumps(evaluation_record(evaluation)), highlight=False)
+        print_json_line(console, evaluation_record(evaluation))
         return
     print_evaluation(console, evaluation)
     if evaluation.missing():
@@ -112,7 +112,7 @@ def _inspect_training(console: Console, reader: RunReader, *, as_json: bool) -> 
     story = tell_training(reader)
     if as_json:
         for record in training_records(story):
-            console.out(json.dumps(record), highlight=False)
+            print_json_line(console, record)
     else:
         print_training_story(console, reader, story)
 

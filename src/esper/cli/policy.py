@@ -1,6 +1,5 @@
 """`esper policy`: train a policy that decides when to grow, and see what policies are worth."""
 
-import json
 import os
 import shlex
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -31,6 +30,7 @@ from esper.cli.policy_views import (
     print_evaluation,
     print_training,
 )
+from esper.cli.printing import plain_console, print_json_line
 from esper.cli.stopping import EXIT_INTERRUPTED, tell_interrupted
 from esper.experiments.parts import chosen_policy
 from esper.experiments.settings import SettingsError, explain
@@ -110,7 +110,7 @@ def train(
     with policy_errors():
         from esper.rl import policy_run  # noqa: PLC0415 – an optional extra
 
-        console = Console()
+        console = plain_console()
         if task is None:
             folder = _begun_folder(out, of_its_own)
             settings = policy_run.policy_run_config(folder, total_steps=steps)
@@ -207,7 +207,7 @@ def _print_trained(
         return
     if as_json:
         summary = {"kind": "summary", "folder": str(run.folder), "policy": str(run.policy_file)}
-        console.out(json.dumps(summary), highlight=False)
+        print_json_line(console, summary)
         return
     print_training(console, reports, resumed_at=run.resumed_at)
     console.print()
@@ -280,7 +280,7 @@ def eval_(
 ) -> None:
     """Let policies decide for the same runs of TASK with as many operations, and compare."""
     refuse_both(quiet=quiet, as_json=as_json)
-    console = Console()
+    console = plain_console()
     with policy_errors():
         settings = _evaluation_settings(
             task,
@@ -301,7 +301,7 @@ def eval_(
         console.out(str(folder.path), highlight=False)
     elif as_json:
         summary = {"kind": "summary", "folder": str(folder.path), **evaluation_record(done)}
-        console.out(json.dumps(summary), highlight=False)
+        print_json_line(console, summary)
     else:
         print_evaluation(console, done)
         console.print(f"\nfolder  {folder.path}", highlight=False, soft_wrap=True, markup=False)

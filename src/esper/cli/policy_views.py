@@ -1,6 +1,5 @@
 """How learning a policy and weighing policies show themselves."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean
@@ -19,6 +18,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from esper.cli.printing import print_json_line
 from esper.experiments.comparison.intervals import Interval, mean_interval
 from esper.experiments.comparison.words import spread
 from esper.policies.named import policy_words
@@ -73,7 +73,7 @@ class _View:
 
     def _json(self, record: object) -> None:
         if self._as_json:
-            self._console.out(json.dumps(record), highlight=False)
+            print_json_line(self._console, record)
 
 
 class TrainingView(_View):
@@ -102,7 +102,7 @@ class TrainingView(_View):
 
     def rollout(self, report: "TrainingReport") -> None:
         """Show a rollout."""
-        self._json({"kind": "rollout", **json.loads(report.model_dump_json())})
+        self._json({"kind": "rollout", **report.model_dump(mode="json")})
         for problem in report.problems:
             self._line(problem)
         if self._bar is not None:
@@ -161,7 +161,7 @@ class EvaluationView(_View):
 
     def run(self, evaluation: "Evaluation", run: "EvaluatedRun") -> None:
         """Show a finished run."""
-        self._json({"kind": "run", **json.loads(run.model_dump_json())})
+        self._json({"kind": "run", **run.model_dump(mode="json")})
         config = evaluation.config
         if self._bar is not None:
             waiting = {key[:2] for key in evaluation.missing()}

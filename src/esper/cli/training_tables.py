@@ -5,7 +5,6 @@ from itertools import pairwise
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -38,8 +37,8 @@ _SECOND = frozenset({f"{FINAL}committed", f"{FINAL}param_count", "episodes"})
 def print_training_story(console: Console, reader: RunReader, story: TrainingStory) -> None:
     """Print how a training stands, about ten rows of its course, and its restarts."""
     config, environment = reader.config(), reader.environment()
-    task = escape(str(config.get("task")))
-    console.print(f"[bold]{task}[/] · {TRAINING_WORDS} · {reader.standing}", highlight=False)
+    task = (str(config.get("task")), "bold")
+    console.print(Text.assemble(task, f" · {TRAINING_WORDS} · {reader.standing}"))
     torch = environment.get("packages", {}).get("torch")
     facts = [*training_facts(config), f"torch {torch} on {environment.get('device')}"]
     console.print(Text(", ".join(facts)))
