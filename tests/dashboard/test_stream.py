@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -234,7 +235,11 @@ def test_command_takes_all_files_it_may_and_ends_at_once_on_ctrl_c_with_streams_
     write_run(folder / "run")
     command = [sys.executable, "-m", "esper", "dashboard", str(folder), "--port", "0"]
     few_files = ["sh", "-c", 'ulimit -Sn 100; exec "$@"', "sh", *command]
-    with subprocess.Popen(few_files, stdout=subprocess.PIPE, text=True) as process:
+    with (
+        subprocess.Popen(few_files, stdout=subprocess.PIPE, text=True) as process,
+        ExitStack() as whatever_comes,
+    ):
+        whatever_comes.callback(process.kill)
         assert process.stdout is not None
         assert process.stdout.readline() == f"runs in {folder}\n"
         url = process.stdout.readline().strip()

@@ -112,7 +112,7 @@ def test_torchs_layers_that_take_the_batch_first_are_accepted(layer: nn.Module, 
     esper.attach(model, "0", example=torch.randn(batch, 5, WIDTH))
 
 
-@pytest.mark.parametrize(("batch", "calls"), [(4, [4, 4]), (8, [8, 16, 8])])
+@pytest.mark.parametrize(("batch", "calls"), [(4, [4, 4, 4]), (8, [8, 8, 16, 8])])
 def test_rows_of_all_samples_are_accepted_and_looked_at_again_only_where_that_tells(
     batch: int, calls: list[int]
 ) -> None:

@@ -25,7 +25,7 @@ RUN_FILES = (
 
 RunStatus = Literal["running", "finished", "failed", "interrupted", "stopped"]
 
-_LOCK_WAITS = 5
+_LOCK_WAITS = 50
 _LOCK_WAIT_SECONDS = 0.02
 
 
