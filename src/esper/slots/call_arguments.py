@@ -54,14 +54,24 @@ class CallArguments(NamedTuple):
             return self
         return CallArguments(*map_tensors(Tensor.detach, (self.args, self.kwargs)))
 
-    def opaque(self) -> list[str]:
-        """Return what `detached` cannot look into though tensors with a gradient are in there.
+    def refuse_opaque(self, path: str) -> None:
+        """Raise if `detached` cannot look into an argument that holds tensors with a gradient.
 
-        Each by its place or name, with its type.
+        Args:
+            path: Of the slot, for the error.
+
+        Raises:
+            ValueError: There is one; each is named by its place or name, with its type.
         """
         named = [*((f"argument {place}", v) for place, v in enumerate(self.args, start=2))]
         named += [(f"argument {name!r}", value) for name, value in self.kwargs.items()]
-        return [f"{name}, a {type(value).__name__}" for name, value in named if _hides(value)]
+        opaque = [f"{name}, a {type(value).__name__}" for name, value in named if _hides(value)]
+        if opaque:
+            raise ValueError(
+                f"slot {path!r}: a seed here reads {', '.join(opaque)}, whose tensors cannot be "
+                "detached, so that its gradient would reach the host; pass them as tensors, in "
+                "tuples, dicts or dataclasses, or set SlotConfig(isolation='none')"
+            )
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "CallArguments":
         """Return the same with every tensor on a device, floating-point ones of a dtype."""

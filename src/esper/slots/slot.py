@@ -111,7 +111,7 @@ class SeedSlot(KeptSlot):
             check_unshared=lambda seed: owner.check_unshared(self.path, seed),
         )
         if new.branch.contextual and self.isolation is not Isolation.NONE:
-            self._refuse_opaque_arguments()
+            self.example_call.refuse_opaque(self.path)
         life.blueprint, life.measurements = blueprint, new.measurements
         gate = life.judge(SeedStage.GERMINATED, force=False, breaker_closed=breaker.allows)
         events.append(gate)
@@ -131,15 +131,6 @@ class SeedSlot(KeptSlot):
         draws = new.draws_random_numbers
         self._stream = SeparateRandomStream(random_seed) if draws else None
         return [*events, registered, germinated]
-
-    def _refuse_opaque_arguments(self) -> None:
-        opaque = self.example_call.opaque()
-        if opaque:
-            raise ValueError(
-                f"slot {self.path!r}: a seed here reads {', '.join(opaque)}, whose tensors cannot "
-                "be detached, so that its gradient would reach the host; pass them as tensors, in "
-                "tuples, dicts or dataclasses, or set SlotConfig(isolation='none')"
-            )
 
     @torch.inference_mode(mode=False)
     def foreseen(
