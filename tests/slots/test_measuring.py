@@ -393,6 +393,17 @@ def test_a_gradient_is_looked_at_on_a_cpu_as_it_is_on_a_gpu(
         assert torch.equal(looked_at, gradient if was_finite else torch.zeros_like(gradient))
 
 
+def test_a_sparse_gradient_is_looked_at_too() -> None:
+    for value, was_finite in ((1.0, True), (math.nan, False)):
+        rows = torch.nn.Embedding(5, 3, sparse=True)
+        (rows(torch.tensor([1, 1, 4])) * torch.tensor([[1.0], [2.0], [value]])).sum().backward()
+        given, broken = rows.weight.grad.to_dense(), torch.zeros((), dtype=torch.bool)
+        zero_if_broken(rows.weight.grad, lambda broken=broken: broken)
+        assert bool(broken) is not was_finite
+        expected = given if was_finite else torch.zeros_like(given)
+        assert torch.equal(rows.weight.grad.to_dense(), expected)
+
+
 def test_a_norm_that_clipping_left_in_a_step_between_is_no_later_steps(
     hosts: Any, grow: Any
 ) -> None:

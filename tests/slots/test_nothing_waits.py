@@ -56,7 +56,7 @@ STEP_PATH: dict[ModuleType, set[str] | None] = {
         "living_slots",
         "_living_seeds",
     },
-    gradient_guard: {"_arrived", "zero_if_broken", "_can_be_read"},  # not what reads on a CPU
+    gradient_guard: {"_arrived", "zero_if_broken"},  # not what reads on a CPU
     gradient_health: {"step_is_due", "measure", "gradient_norm", "note_before_clipping"},
     gradient_projection: None,
     isolation_monitor: {
@@ -228,7 +228,7 @@ class Run:
 @pytest.fixture
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the guard go the way of gradients that are not on a CPU."""
-    monkeypatch.setattr(gradient_guard, "_can_be_read", lambda _: False)
+    monkeypatch.setattr(gradient_guard, "_is_known_finite", lambda _: False)
 
 
 STAGES = [

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active  # torch asks itself by no other name
 
 from esper.blending.objectives import SEED_GRADIENTS
 from esper.lifecycle.learning import SeedObjective
@@ -16,23 +17,17 @@ DEFAULT_TRUST_FRACTION = 0.1
 
 
 class _StraightThrough(torch.autograd.Function):
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(
+        ctx: Any,
         features: Tensor,
-        _increment: Tensor,
-        _objective: SeedObjective,
-        _trust_fraction: float,
+        increment: Tensor,
+        objective: SeedObjective,
+        trust_fraction: float,
         overwritten: bool,
     ) -> Tensor:
-        return features.clone() if overwritten else features.view_as(features)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], _output: Tensor) -> None:
-        features, increment, ctx.objective, ctx.trust_fraction, _ = inputs
-        if ctx.objective is not SeedObjective.PLAIN:
-            ctx.save_for_backward(features, increment)
+        _keep(ctx, features, increment, objective, trust_fraction)
+        return _passed(features, overwritten=overwritten)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, Tensor, None, None, None]:
@@ -45,6 +40,45 @@ class _StraightThrough(torch.autograd.Function):
         met = features.detach() if twice else features
         to_seed = SEED_GRADIENTS[ctx.objective](seen, increment, met, ctx.trust_fraction)
         return gradient, to_seed, None, None, None
+
+
+class _Transformable(_StraightThrough):
+    """The same for `torch.func` and the compiler.
+
+    Apart from the other, since torch looks at its signature in every call, for 0.1 ms in a step.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        features: Tensor,
+        _increment: Tensor,
+        _objective: SeedObjective,
+        _trust_fraction: float,
+        overwritten: bool,
+    ) -> Tensor:
+        return _passed(features, overwritten=overwritten)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], _output: Tensor) -> None:
+        _keep(ctx, *inputs[:4])
+
+
+def _passed(features: Tensor, *, overwritten: bool) -> Tensor:
+    return features.clone() if overwritten else features.view_as(features)
+
+
+def _keep(
+    ctx: Any,
+    features: Tensor,
+    increment: Tensor,
+    objective: SeedObjective,
+    trust_fraction: float,
+) -> None:
+    ctx.objective, ctx.trust_fraction = objective, trust_fraction
+    if objective is not SeedObjective.PLAIN:
+        ctx.save_for_backward(features, increment)
 
 
 def straight_through(
@@ -70,7 +104,9 @@ def straight_through(
             see: the output is a copy.
     """
     assert objective is not SeedObjective.SHADOW
-    output: Tensor = _StraightThrough.apply(  # type: ignore[no-untyped-call]
+    plain = not (torch.compiler.is_compiling() or _are_functorch_transforms_active())
+    function = _StraightThrough if plain else _Transformable
+    output: Tensor = function.apply(  # type: ignore[no-untyped-call]
         features, increment, objective, trust_fraction, overwritten
     )
     return output
