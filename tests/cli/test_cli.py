@@ -170,6 +170,9 @@ def test_a_run_that_diverges_says_so_in_a_line_and_how_to_look_back(
             assert line.startswith(f"{last['reason']}; ")
         elif way == "--quiet":
             assert done.stdout == "a [run]:smile:\n"
+        told = esper("inspect", "a [run]:smile:", cwd=tmp_path)
+        reason, _, _ = line.partition("; what came before")
+        assert told.count(f"the run ended: TrainingDivergedError: {reason}\n") == 1
 
 
 def test_quiet_output_is_the_folder(tmp_path: Path) -> None:

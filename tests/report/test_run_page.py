@@ -12,7 +12,9 @@ from playwright.sync_api import Browser
 from browser import complaints, keep_screenshot, launched
 from esper.lifecycle.events import (
     EventRecord,
+    RunFailed,
     RunFinished,
+    RunResumed,
     RunStarted,
     SeedBlamed,
     StepSkipped,
@@ -75,6 +77,22 @@ def test_every_check_of_every_gate_is_in_it(report: Path, story: RunStory) -> No
     for seed in story.seeds:
         assert f"{seed.blueprint} in {seed.slot}, epoch {seed.epoch}" in told
         assert seed.reason in words
+
+
+def test_why_a_run_ended_is_in_it_unless_it_went_on(tmp_path: Path) -> None:
+    store = RunStore(tmp_path / "run", config={}, environment={})
+    events = (
+        RunStarted(run_id="run", slots=("a",), host_param_count=10),
+        RunFailed(error="ValueError: <no> batch"),
+        RunResumed(name="step-00000000"),
+    )
+    told = []
+    for event in events:
+        store.publish(EventRecord(time_seconds=1.0, epoch=0, step=0, event=event))
+        told.append(run_report(RunReader(tmp_path / "run")))
+    store.close()
+    assert ["Why it ended" in page for page in told] == [False, True, False]
+    assert "ValueError: &lt;no&gt; batch" in told[1]
 
 
 def test_it_needs_nothing_from_anywhere(report: Path) -> None:

@@ -137,6 +137,8 @@ def _print_head(console: Console, reader: RunReader, story: RunStory) -> None:
         params += f"; test {values}"
     console.print(params, highlight=False)
     _print_interventions(console, story)
+    if story.failure is not None:
+        console.print(Text(f"the run ended: {story.failure}", style="red"), soft_wrap=True)
 
 
 def _print_interventions(console: Console, story: RunStory) -> None:

@@ -16,6 +16,7 @@ from esper.experiments.parts import (
     opened_trackers,
 )
 from esper.experiments.run import GrowingRun, prepare
+from esper.lifecycle.events import RunFailed
 from esper.tasks.task import TaskSetup
 from esper.telemetry.environment import describe_environment
 from esper.telemetry.heartbeat import Heartbeat
@@ -149,6 +150,8 @@ def _in_folder(
             status = "stopped" if error.commanded else "interrupted"
         elif isinstance(error, KeyboardInterrupt):
             status = "interrupted"
+        elif isinstance(error, Exception):
+            run.growth.publish([RunFailed(error=f"{type(error).__name__}: {error}")])
         raise
     finally:
         _close(run, store, status)

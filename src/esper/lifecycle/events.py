@@ -51,6 +51,18 @@ class RunFinished(_Event):
     param_count: int
 
 
+class RunFailed(_Event):
+    """An error has ended a run."""
+
+    type: Literal["run_failed"] = "run_failed"
+    error: str
+    """What it says, after its kind."""
+
+    @property
+    def priority(self) -> Priority:
+        return Priority.CRITICAL
+
+
 class TwinFinished(_Event):
     """The twin of a finished run, which never grew, came to its end with as many operations."""
 
@@ -561,6 +573,7 @@ class SinkLossesCounted(_Event):
 Event = Annotated[
     RunStarted
     | RunFinished
+    | RunFailed
     | TwinFinished
     | RewardGiven
     | EnvironmentRestarted

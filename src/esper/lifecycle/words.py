@@ -18,6 +18,7 @@ from esper.lifecycle.events import (
     GateEvaluated,
     GerminationFailed,
     IsolationViolated,
+    RunFailed,
     RunResumed,
     RunWentBack,
     SeedBlamed,
@@ -98,6 +99,8 @@ def _of_a_seed_in_trouble(event: Event) -> str | None:
 def _of_the_run(event: Event) -> str | None:
     if isinstance(event, RunWentBack):
         return f"steps in a row were bad: from {event.from_step} back to {event.to_step}"
+    if isinstance(event, RunFailed):
+        return f"the run ended: {event.error}"
     if isinstance(event, RunResumed):
         return f"goes on from checkpoint {event.name}"
     if isinstance(event, CheckpointFailed):

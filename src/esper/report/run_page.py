@@ -111,6 +111,8 @@ def duration(seconds: float) -> str:
 def _sections(
     story: RunStory, config: Mapping[str, Any], environment: Mapping[str, Any]
 ) -> Iterable[Section]:
+    if story.failure is not None:
+        yield Section(title="Why it ended", body=f"<p>{escape(story.failure)}</p>")
     if story.twin is not None and story.finished is not None:
         yield Section(title="Did growth pay?", body=_twin(story))
     yield Section(title="Seeds", body=_seeds(story))

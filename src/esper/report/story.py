@@ -12,7 +12,9 @@ from esper.lifecycle.events import (
     EventRecord,
     GateEvaluated,
     GradientHealthMeasured,
+    RunFailed,
     RunFinished,
+    RunResumed,
     RunStarted,
     SeedCommitted,
     SeedCompiled,
@@ -184,6 +186,8 @@ class RunStory:
     last_seconds: float | None = None
     compiled: list[SeedCompiled] = field(default_factory=list)
     finished: RunFinished | None = None
+    failure: str | None = None
+    """The error that has ended it, unless it has gone on since."""
     twin: TwinFinished | None = None
 
     @property
@@ -234,6 +238,8 @@ class StoryTeller:
             story.slots, story.host_param_count = event.slots, event.host_param_count
         elif isinstance(event, RunFinished):
             story.finished = event
+        elif isinstance(event, (RunFailed, RunResumed)):
+            story.failure = event.error if isinstance(event, RunFailed) else None
         elif isinstance(event, TwinFinished):
             story.twin = event
         elif isinstance(event, SeedCompiled):
