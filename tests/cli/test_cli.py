@@ -172,6 +172,7 @@ def test_a_run_that_diverges_says_so_in_a_line_and_how_to_look_back(
             assert done.stdout == "a [run]:smile:\n"
         told = esper("inspect", "a [run]:smile:", cwd=tmp_path)
         reason, _, _ = line.partition("; what came before")
+        assert "the run ended" not in done.stdout, "it is told once"
         assert told.count(f"the run ended: TrainingDivergedError: {reason}\n") == 1
 
 

@@ -39,8 +39,11 @@ _TOLD_GATES = (SeedStage.BLENDING, SeedStage.PROBATIONARY)
 
 
 def notable(record: EventRecord) -> str | None:
-    """Return an event with its epoch if a person watching would want to know, else None."""
-    words = in_words(record)
+    """Return an event with its epoch if a person at the terminal would want to know, else None.
+
+    Of an error that ends the run the program itself tells.
+    """
+    words = None if isinstance(record.event, RunFailed) else in_words(record)
     return None if words is None else f"epoch {record.epoch}: {words}"
 
 
