@@ -4,10 +4,12 @@ Legend: h host features, u the increment, g the loss gradient at the output.
 """
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from esper.blending import DEFAULT_TRUST_FRACTION, proximal_gradient, straight_through
 from esper.blending.objectives import SEED_GRADIENTS
@@ -138,3 +140,34 @@ def test_it_runs_under_torch_func(objective: SeedObjective):
     assert torch.equal(of_seed, seed.grad)
     each = torch.func.vmap(torch.func.grad(loss))(features, increment)
     assert torch.equal(each, weight.expand(3, 4))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own, in jvp
+@every_objective
+@pytest.mark.parametrize("overwritten", [False, True])
+def test_forward_derivatives_are_those_without_a_seed(objective: SeedObjective, overwritten: bool):
+    features, tangent, increment = (normal(3, 4, seed=seed) for seed in range(3))
+
+    def host(features: Tensor) -> Tensor:
+        return features.square()
+
+    def grown(features: Tensor) -> Tensor:
+        seed = increment * features.detach()
+        options = {"objective": objective, "overwritten": overwritten}
+        return host(straight_through(features, seed, **options))
+
+    for derive in (
+        lambda f: torch.func.jvp(f, (features,), (tangent,))[1],
+        lambda f: torch.func.jacfwd(f)(features),
+        lambda f: torch.func.hessian(lambda x: f(x).sum())(features),
+        lambda f: _by_dual_numbers(f, features, tangent),
+    ):
+        assert torch.equal(derive(grown), derive(host))
+
+
+def _by_dual_numbers(
+    function: Callable[[Tensor], Tensor], features: Tensor, tangent: Tensor
+) -> Tensor:
+    with forward_ad.dual_level():
+        derived = function(forward_ad.make_dual(features, tangent))
+        return forward_ad.unpack_dual(derived).tangent

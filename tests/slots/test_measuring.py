@@ -1,6 +1,7 @@
 """Measurements: forced alphas, many variants in one forward, gradient norms, clipping."""
 
 import math
+from collections import OrderedDict
 from typing import Any
 
 import pytest
@@ -193,6 +194,94 @@ def test_where_a_host_folds_tokens_into_the_batch_samples_are_not_mistaken_for_o
         pytest.raises(ValueError, match=r"\(6, 8\) have not one row for each of 2 samples"),
     ):
         model(torch.randn(2, 3, 4))
+
+
+class Graph(nn.Module):
+    """Adds to each node what an edge brings."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+
+    def forward(self, nodes: Tensor, edges: Tensor) -> Tensor:
+        features = self.layer(nodes)
+        brought = features[edges[0]]
+        return features + torch.zeros_like(features).index_add(0, edges[1], brought)
+
+
+class Masked(nn.Module):
+    """Takes a mask over tokens, of which there are as many as samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        features = self.layer(x.unsqueeze(1).expand(-1, 5, -1))
+        return (mask.softmax(1) @ features).mean(1)
+
+
+class Normed(nn.Sequential):
+    """Takes its statistics from the batch, in eval mode too."""
+
+    def __init__(self) -> None:
+        layer, norm = nn.Linear(6, 6), nn.BatchNorm1d(6, track_running_stats=False)
+        super().__init__(OrderedDict(layer=layer, norm=norm))
+
+
+class Told(nn.Module):
+    """Returns the mean over the batch besides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.layer(x)
+        return features, features.mean()
+
+
+def contrastive(outputs: Tensor, _: Any) -> Tensor:
+    """Every sample's loss, with all others of the batch as its negatives."""
+    unit = F.normalize(outputs, dim=1)
+    return F.cross_entropy(unit @ unit.T.roll(1, 0), torch.arange(len(unit)), reduction="none")
+
+
+@pytest.mark.parametrize(
+    ("make", "loss", "shared"),
+    [
+        (Graph, lambda out, _: out[:, 0], torch.tensor([[0, 4, 2, 2], [1, 2, 3, 0]])),
+        (Masked, lambda out, _: out[:, 0], torch.randn(5, 5)),
+        (Normed, lambda out, _: out[:, 0], None),
+        (Told, lambda out, _: out[0][:, 0] - out[1], None),
+        (Normed, contrastive, None),
+        (lambda: nn.Sequential(OrderedDict(layer=nn.Linear(6, 6))), contrastive, None),
+    ],
+    ids=[
+        "edges",
+        "mask",
+        "statistics of the batch",
+        "a mean over the batch",
+        "both",
+        "contrastive loss",
+    ],
+)
+def test_no_variant_meets_another_where_samples_of_a_batch_meet(
+    make: Any, loss: Any, shared: Tensor | None, grow: Any, randomise: Any
+) -> None:
+    torch.manual_seed(0)
+    model, x = make(), torch.randn(5, 6)
+    inputs = x if shared is None else (x, shared)
+    slots = esper.attach(model, "layer", example=inputs)
+    grow(slots["layer"], "mlp", SeedStage.BLENDING)
+    randomise(slots["layer"].living)
+    model.eval()
+    variants = [{"layer": alpha} for alpha in (0.0, 0.3, 1.0)]
+    found = fused_losses(model, slots, inputs, None, loss, variants)
+    for row, variant in zip(found, variants, strict=True):
+        with torch.no_grad(), slots["layer"].force_alpha(variant["layer"]):
+            alone = loss(model(*inputs) if shared is not None else model(x), None)
+        torch.testing.assert_close(row, alone, rtol=1e-5, atol=1e-6)
 
 
 def test_fused_losses_refuse_what_they_cannot_measure(host: Any, grow: Any) -> None:

@@ -150,6 +150,24 @@ def test_seeds_in_a_half_precision_host_have_its_dtype(target: str) -> None:
     assert next(slot.seed.parameters()).dtype is HALF
 
 
+def test_a_copy_of_a_block_of_mixed_precision_has_the_dtypes_of_its_original() -> None:
+    class Wide(nn.Linear):
+        """Computes in the dtype of its weights, as routers and some norms do."""
+
+        def forward(self, features: Tensor) -> Tensor:
+            return super().forward(features.to(self.weight.dtype)).to(features.dtype)
+
+    host = nn.Sequential(nn.Linear(3, WIDTH), nn.Sequential(nn.Linear(WIDTH, WIDTH))).to(HALF)
+    host[1].append(Wide(WIDTH, WIDTH))
+    (slot,) = esper.attach(host, "1", example=INPUTS["tokens"].to(HALF)).values()
+    slot.germinate("block", source="own")
+    originals = [p for name, p in host[1].named_parameters() if "esper" not in name]
+    copies = list(slot.seed.block.parameters())
+    assert {parameter.dtype for parameter in copies} == {HALF, torch.float32}
+    assert all(torch.equal(a, b) for a, b in zip(originals, copies, strict=True))
+    assert [parameter.dtype for parameter in slot.seed.gain.parameters()] == [HALF]
+
+
 def test_seeds_in_an_autocasting_host_compile_whole(grow: Any, randomise: Any) -> None:
     host, inputs = AutocastingHost("tokens", inside_blocks=True), INPUTS["tokens"]
     (slot,) = esper.attach(host, "block", example=inputs).values()

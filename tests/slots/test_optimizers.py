@@ -483,6 +483,45 @@ def test_a_frozen_seed_stays_put_in_a_step_that_does_not_run_it(hosts: Any) -> N
     assert all(torch.equal(a, b) for a, b in zip(before, seed, strict=True))
 
 
+@pytest.mark.parametrize("in_closure", [False, True])
+def test_a_frozen_seed_stays_put_where_a_loop_assigns_the_gradients_itself(
+    in_closure: bool, hosts: Any
+) -> None:
+    run = Run(hosts["mlp"], OPTIMIZERS["SGD"])
+    run.slots.bind(run.optimizer)
+    run.slot.germinate("mlp")
+    for _ in range(3):
+        run.slot.advance(force=True)
+    assert run.slot.frozen
+    seed = run.seed_parameters()
+    before = [parameter.detach().clone() for parameter in seed]
+
+    def assign() -> float:
+        for parameter in run.model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        return 0.0
+
+    if in_closure:
+        run.optimizer.step(assign)
+    else:
+        assign()
+        run.optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, seed, strict=True))
+
+
+def test_a_seed_is_guarded_after_loading_while_it_was_not_to_learn(hosts: Any) -> None:
+    """As in a GAN, where it is the other network's turn."""
+    run = Run(hosts["mlp"], OPTIMIZERS["SGD"])
+    run.slot.germinate("mlp")
+    run.slot.advance(force=True)
+    run.model.requires_grad_(False)
+    run.model.load_state_dict(run.model.state_dict())
+    run.model.requires_grad_(True)
+    seed = run.seed_parameters()
+    sum(parameter.sum() * torch.nan for parameter in seed).backward()
+    assert not any(parameter.grad.any() for parameter in seed)
+
+
 def test_commit_keeps_training_as_the_inlined_module_does(
     hosts: Any, grow: Any, bits_of: Any
 ) -> None:

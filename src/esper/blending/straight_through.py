@@ -17,17 +17,7 @@ DEFAULT_TRUST_FRACTION = 0.1
 
 
 class _StraightThrough(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        features: Tensor,
-        increment: Tensor,
-        objective: SeedObjective,
-        trust_fraction: float,
-        overwritten: bool,
-    ) -> Tensor:
-        _keep(ctx, features, increment, objective, trust_fraction)
-        return _passed(features, overwritten=overwritten)
+    """To both in the backward; how its forward is told of differs by who asks."""
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, Tensor, None, None, None]:
@@ -42,16 +32,13 @@ class _StraightThrough(torch.autograd.Function):
         return gradient, to_seed, None, None, None
 
 
-class _Transformable(_StraightThrough):
-    """The same for `torch.func` and the compiler.
-
-    Apart from the other, since torch looks at its signature in every call, for 0.1 ms in a step.
-    """
+class _Compilable(_StraightThrough):
+    """For the compiler, which takes no `jvp`."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         features: Tensor,
         _increment: Tensor,
         _objective: SeedObjective,
@@ -62,7 +49,33 @@ class _Transformable(_StraightThrough):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], _output: Tensor) -> None:
-        _keep(ctx, *inputs[:4])
+        _keep(ctx, *inputs)
+
+
+class _Transformable(_Compilable):
+    """For `torch.func`."""
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        return _passed(tangents[0], overwritten=ctx.overwritten)
+
+
+class _Eager(_StraightThrough):
+    """For a step: with a `setup_context` torch would look at a signature each time, for 0.1 ms."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        features: Tensor,
+        increment: Tensor,
+        objective: SeedObjective,
+        trust_fraction: float,
+        overwritten: bool,
+    ) -> Tensor:
+        _keep(ctx, features, increment, objective, trust_fraction, overwritten)
+        return _passed(features, overwritten=overwritten)
+
+    jvp = _Transformable.jvp
 
 
 def _passed(features: Tensor, *, overwritten: bool) -> Tensor:
@@ -75,8 +88,9 @@ def _keep(
     increment: Tensor,
     objective: SeedObjective,
     trust_fraction: float,
+    overwritten: bool,
 ) -> None:
-    ctx.objective, ctx.trust_fraction = objective, trust_fraction
+    ctx.objective, ctx.trust_fraction, ctx.overwritten = objective, trust_fraction, overwritten
     if objective is not SeedObjective.PLAIN:
         ctx.save_for_backward(features, increment)
 
@@ -104,8 +118,11 @@ def straight_through(
             see: the output is a copy.
     """
     assert objective is not SeedObjective.SHADOW
-    plain = not (torch.compiler.is_compiling() or _are_functorch_transforms_active())
-    function = _StraightThrough if plain else _Transformable
+    function: type[_StraightThrough]
+    if torch.compiler.is_compiling():
+        function = _Compilable
+    else:
+        function = _Transformable if _are_functorch_transforms_active() else _Eager
     output: Tensor = function.apply(  # type: ignore[no-untyped-call]
         features, increment, objective, trust_fraction, overwritten
     )

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from esper.lifecycle.stages import SeedStage
 from esper.seeds.registry import Family
 from esper.slots.linear_imitation import ImitationFit, LinearImitation
 from esper.slots.nested import map_tensors, tensors_in
 from esper.slots.slot import SeedSlot
-from esper.slots.slot_forward import FoldedBatchError
 
 
 @dataclass(frozen=True)
@@ -44,14 +44,17 @@ def fused_losses(
     """Return every sample's loss under every variant, from one forward.
 
     The batch is repeated once per variant and each slot gets its alpha per sample, so the result
-    equals separate runs up to the rounding of larger batches. Where features have not one row per
-    sample, as in a host that folds tokens or windows into the batch, the runs are separate.
+    equals separate runs up to the rounding of larger batches; each variant's loss is computed by
+    itself. The runs are separate where copies of the batch would meet: inputs, outputs or features
+    have not one row per sample, as edges of a graph or in a host that folds tokens or windows into
+    the batch, or a norm takes its statistics from the batch in eval mode too. A model whose samples
+    meet in another way, as by attention over the batch, cannot be told.
 
     Args:
         model: In eval mode.
         slots: By path, as `esper.attach` returns them.
         inputs: A tensor, or a tuple, list or mapping of tensors, batch first.
-        targets: As `inputs`.
+        targets: Of the loss.
         loss: Returns one value per sample, shape `B`.
         variants: Alphas by slot path, V of them.
 
@@ -63,29 +66,64 @@ def fused_losses(
         ValueError: A variant names a slot without a trained seed, or `loss` returned another shape.
     """
     batch = batch_size(inputs)
-    count = len(variants)
     paths = sorted({path for variant in variants for path in variant})
     own = {path: effective_alpha(slots[path]) for path in paths}
     choices = {path: [variant.get(path, own[path]) for variant in variants] for path in paths}
+    weighed = [(slots[path], chosen) for path, chosen in choices.items()]
     with torch.inference_mode():
-        try:
-            with ExitStack() as stack:
-                for path, chosen in choices.items():
-                    stack.enter_context(_weigh_each(slots[path], chosen, copies=batch))
-                outputs = call_model(model, _repeat(inputs, batch, count))
-            losses = loss(outputs, _repeat(targets, batch, count))
-            check_per_sample("loss", losses, count * batch)
-            return losses.reshape(count, batch)
-        except FoldedBatchError:
-            separate = []
-            for number in range(count):
-                with ExitStack() as stack:
-                    for path, chosen in choices.items():
-                        stack.enter_context(weigh(slots[path], chosen[number]))
-                    outputs = call_model(model, inputs)
-                separate.append(loss(outputs, targets))
-                check_per_sample("loss", separate[-1], batch)
-            return torch.stack(separate)
+        together = None
+        if _are_apart(model, inputs, batch):
+            together = _outputs_together(model, inputs, weighed, batch, len(variants))
+        losses = []
+        for number in range(len(variants)):
+            if together is None:
+                outputs = _outputs_alone(model, inputs, weighed, number)
+            else:
+                outputs = together[number]
+            losses.append(loss(outputs, targets))
+            check_per_sample("loss", losses[-1], batch)
+        return torch.stack(losses)
+
+
+_Weighed = Sequence[tuple[SeedSlot, Sequence[float | Imitated]]]
+"""Slots with what each variant weighs there."""
+
+
+def _are_apart(model: nn.Module, inputs: Any, batch: int) -> bool:
+    """Whether copies of a batch behind one another are as they are alone, as far as is known."""
+    if any(t.ndim > 0 and t.shape[0] not in (1, batch) for t in tensors_in(inputs)):
+        return False
+    return not any(
+        isinstance(module, _BatchNorm) and module.running_mean is None for module in model.modules()
+    )
+
+
+def _outputs_together(
+    model: nn.Module, inputs: Any, weighed: _Weighed, batch: int, count: int
+) -> list[Any] | None:
+    """Return each variant's outputs from one forward; None where that cannot be had."""
+    try:
+        with ExitStack() as stack:
+            for slot, chosen in weighed:
+                stack.enter_context(_weigh_each(slot, chosen, copies=batch))
+            outputs = call_model(model, _repeat(inputs, batch, count))
+    except Exception:  # noqa: BLE001 – alone it may run, with a mask for so many rows, or tells itself
+        return None
+    if any(t.ndim == 0 or t.shape[0] != count * batch for t in tensors_in(outputs)):
+        return None
+
+    def of_variant(number: int) -> Any:
+        return map_tensors(lambda t: t[number * batch : (number + 1) * batch], outputs)
+
+    return [of_variant(number) for number in range(count)]
+
+
+def _outputs_alone(model: nn.Module, inputs: Any, weighed: _Weighed, number: int) -> Any:
+    """Return one variant's outputs from a forward of its own."""
+    with ExitStack() as stack:
+        for slot, chosen in weighed:
+            stack.enter_context(weigh(slot, chosen[number]))
+        return call_model(model, inputs)
 
 
 def check_per_sample(name: str, values: Tensor, samples: int) -> None:

@@ -168,13 +168,16 @@ def build_branch(order: SeedOrder) -> SeedBranch:
 
 
 def _move(branch: SeedBranch, order: SeedOrder) -> SeedBranch:
-    """Move a branch where its slot is, in place, as `to` does, but for complex tensors' dtype.
+    """Move a branch where its slot is, in place, as `to` does; what was copied keeps its dtype.
 
-    `to` would drop their imaginary parts, which a copied block may have.
+    A block of mixed precision has several, and `to` would drop a complex one's imaginary part.
     """
+    parts = [part for copy in branch.seed.copies for part in (copy.parameters(), copy.buffers())]
+    copied = {id(tensor) for part in parts for tensor in part}
 
     def moved(tensor: Tensor) -> Tensor:
-        return tensor.to(order.device, order.dtype if tensor.is_floating_point() else tensor.dtype)
+        kept = id(tensor) in copied or not tensor.is_floating_point()
+        return tensor.to(order.device, tensor.dtype if kept else order.dtype)
 
     done: SeedBranch = branch._apply(moved)  # type: ignore[no-untyped-call]  # noqa: SLF001 – `to` would cast them
     return done

@@ -38,13 +38,14 @@ class GradientGuard:
 
     def watch(self, module: nn.Module) -> None:
         """Stand on the parameters that the branch has now, which loading may have replaced."""
-        if any(a is not b for a, b in itertools.zip_longest(self._watched, _learning(module))):
+        if any(a is not b for a, b in itertools.zip_longest(self._met, module.parameters())):
             self.remove()
             self._watch(module)
 
     def _watch(self, module: nn.Module) -> None:
-        self._watched = _learning(module)
-        self._handles = [_on_gradient(parameter, self._arrived) for parameter in self._watched]
+        self._met = list(module.parameters())
+        learning = (parameter for parameter in self._met if parameter.requires_grad)
+        self._handles = [_on_gradient(parameter, self._arrived) for parameter in learning]
 
     def remove(self) -> None:
         """Remove the hooks; gradients arrive unguarded from then on."""
@@ -101,10 +102,6 @@ def _is_known_finite(gradient: Tensor) -> bool:
         return False
     lowest, highest = torch.aminmax(gradient)  # a NaN is both
     return math.isfinite(lowest.item()) and math.isfinite(highest.item())
-
-
-def _learning(module: nn.Module) -> list[nn.Parameter]:
-    return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
 def _on_gradient(parameter: nn.Parameter, hook: Callable[[Tensor], None]) -> RemovableHandle:

@@ -280,7 +280,7 @@ class OptimizerBinding:
         closure = args[1] if len(args) > 1 else kwargs.get("closure")  # the optimizer comes first
         changed = None
         if closure is None:
-            self._before_step()
+            self._gradients_came()
         else:  # the backward is in there, as Lightning has it
             kept = {key: value for key, value in kwargs.items() if key != "closure"}
             changed = ((args[0], self._measured_after(closure), *args[2:]), kept)
@@ -297,10 +297,17 @@ class OptimizerBinding:
     def _measured_after(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         def measured() -> Any:
             result = closure()
-            self._before_step()
+            self._gradients_came()
             return result
 
         return measured
+
+    def _gradients_came(self) -> None:
+        for slot, group in self._filled_groups():
+            if slot.frozen:  # its guard drops what a backward brings, and sees nothing else
+                for parameter in group["params"]:
+                    parameter.grad = None
+        self._before_step()
 
     def _step_ends(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if self._restore:
