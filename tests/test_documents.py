@@ -176,7 +176,7 @@ def test_the_task_of_the_tasks_page_is_found_and_grows(
     *_, last = run.reports
     assert last.epoch == 9
     assert run.finish().keys() == {"loss", "accuracy"}
-    assert run.param_count() > 42, "the page says how many the host has alone"
+    assert run.growth.state().param_count > 42, "the page says how many the host has alone"
 
 
 SHOWN_IMPORT = re.compile(r"^from (esper[\w.]*) import ([\w, ]+)$", re.MULTILINE)

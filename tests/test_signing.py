@@ -63,6 +63,15 @@ def test_a_file_of_keys_is_its_owners_alone(tmp_path: Path) -> None:
         Keyring.from_file(file)
 
 
+def test_a_user_without_a_home_folder_is_told_where_keys_are_looked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("XDG_CONFIG_HOME", raising=False)
+    monkeypatch.setenv("HOME", "~")  # as of one without a name, and so without a folder
+    with pytest.raises(KeyFileError, match="no home folder; set HOME or XDG_CONFIG_HOME"):
+        Keyring.of_user()
+
+
 def test_who_makes_the_file_at_the_same_time_gets_the_same_key(tmp_path: Path) -> None:
     file, found = tmp_path / "keys", []
     start = threading.Barrier(8)

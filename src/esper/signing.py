@@ -79,12 +79,18 @@ class Keyring:
         """Read this user's own keys, from `esper/keys` in XDG_CONFIG_HOME or `~/.config`.
 
         Raises:
-            KeyFileError: As `from_file`.
+            KeyFileError: As `from_file`; or there is no home folder.
 
         Effects: makes the file, with a random key, if it is not there.
         """
         base = os.environ.get("XDG_CONFIG_HOME")
-        folder = Path(base) if base else Path.home() / ".config"
+        try:
+            folder = Path(base) if base else Path.home() / ".config"
+        except RuntimeError as error:
+            raise KeyFileError(
+                "your own keys are in your home folder, and this user has no home folder; set HOME "
+                "or XDG_CONFIG_HOME, or name a file of keys"
+            ) from error
         return cls.from_file(folder / "esper" / "keys", create=True)
 
     @property

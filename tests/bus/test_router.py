@@ -5,6 +5,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
@@ -35,7 +36,7 @@ from esper.bus.messages import (
     message_in,
 )
 from esper.bus.mirror import Mirror, NoMirrorError, Taken, Told, _making, missed_in
-from esper.bus.mirrors import check_name
+from esper.bus.mirrors import Mirrors, check_name
 from esper.bus.redis_streams import RedisBus
 from esper.bus.router import Router, RouterFacts
 from esper.bus.telemetry_link import TelemetryLink
@@ -43,7 +44,8 @@ from esper.cli.app import app
 from esper.dashboard.bus_channel import BusCommandChannel
 from esper.dashboard.commands import Command, CommandRefusedError
 from esper.lifecycle.events import EventRecord
-from esper.telemetry import RunReader, RunStore
+from esper.telemetry import RunFolderError, RunReader, RunStore
+from esper.telemetry.run_folder import WriterLock, is_written
 from processes import TESTS
 from redis_server import RedisServer
 from tracked_run import CONFIG, tell_run
@@ -511,6 +513,17 @@ def test_a_mirror_that_could_not_be_opened_can_be_when_it_is_free(
     Mirror(folder).close()
 
 
+def test_a_mirror_that_another_process_writes_is_not_waited_for(tmp_path: Path) -> None:
+    """All runs have one thread, and their emergencies would wait too."""
+    Mirror(tmp_path / "run").close()
+    lock = WriterLock(tmp_path / "run")
+    began = time.monotonic()
+    with pytest.raises(RunFolderError, match="being written by another process"):
+        Mirror(tmp_path / "run")
+    assert time.monotonic() - began < 0.5
+    lock.release()
+
+
 def test_what_is_stored_is_acknowledged_though_storing_the_rest_fails_unexpectedly(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -594,6 +607,23 @@ def test_a_run_of_this_machine_is_left_alone_and_that_is_said_once(
         "folder",
         "link",
     ]
+
+
+def test_a_run_that_is_trained_into_the_folder_of_mirrors_has_none_beside_it(
+    tmp_path: Path,
+) -> None:
+    bus, store = InProcessBus(), RunStore(tmp_path / "run", config={}, environment={})
+    here, far = Telling(store.run_id), Telling("run-01234567")
+    store.close()
+    with routing(bus, tmp_path) as router:
+        for telling in (here, far, here):
+            bus.publish(TELEMETRY, telling.sealed(TELEMETRY, *events(1)))
+        wait_for(lambda: sum(router.facts().model_dump().values()) == 4)
+        assert router.facts() == RouterFacts(stored=1, passed_over=2, runs=1)
+        (tmp_path / "run").rename(tmp_path / "away")
+        bus.publish(TELEMETRY, here.sealed(TELEMETRY, *events(2)))
+        wait_for(lambda: router.facts().stored == 2)
+    assert steps_in(tmp_path / here.run) == [2]
 
 
 ODD_RUNS = [
@@ -717,6 +747,16 @@ def test_a_run_is_passed_over_only_as_long_as_that_folder_is_there(
         wait_for(lambda: router.facts().stored == 1, seconds=5.0)
         assert router.facts() == RouterFacts(passed_over=1, stored=1, missed=1, runs=1)
     assert steps_in(folder) == [*kept, 3]
+
+
+def test_a_damaged_mirror_leaves_no_other_one_open(tmp_path: Path) -> None:
+    mirrors = Mirrors(tmp_path)
+    for run in ("first", "damaged", "last"):
+        mirrors.take(run, Telling(run).told(TELEMETRY, *events(1)))
+    (tmp_path / "damaged" / "run.sqlite").write_bytes(b"damaged" * 2000)
+    with pytest.raises(sqlite3.DatabaseError):
+        mirrors.close()
+    assert not any(is_written(folder) for folder in tmp_path.iterdir())
 
 
 def test_what_a_killed_router_was_making_is_made_anew(tmp_path: Path) -> None:

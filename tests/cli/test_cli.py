@@ -288,25 +288,41 @@ def test_inspect_of_something_else_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "until", "status", "way_on"),
+    ("ended_by", "arguments", "until", "status", "way_on"),
     [
-        (("--epochs", "1000"), ("epoch 2/",), "interrupted", "begin anew with: {} resume 'a run'"),
         (
+            signal.SIGINT,
+            ("--epochs", "1000"),
+            ("epoch 2/",),
+            "interrupted",
+            "begin anew with: {} resume 'a run'",
+        ),
+        (
+            signal.SIGINT,
             ("--epochs", "1000", "--set", "checkpoint.min_seconds=0"),
             ("epoch 3/",),
             "interrupted",
             "go on from the newest checkpoint with: {} resume 'a run'",
         ),
-        (
-            (*SHORT, "--audit"),
-            ("its twin", "epoch 1/"),
-            "finished",
-            "the run itself has come to its end: {} inspect 'a run'",
+        *(
+            (
+                ended_by,
+                (*SHORT, "--audit"),
+                ("its twin", "epoch 1/"),
+                "finished",
+                "the run itself has come to its end: {} inspect 'a run'",
+            )
+            for ended_by in (signal.SIGINT, signal.SIGTERM)
         ),
     ],
 )
 def test_interrupted_run_says_so_and_keeps_its_epochs(
-    arguments: tuple[str, ...], until: tuple[str, ...], status: str, way_on: str, tmp_path: Path
+    ended_by: signal.Signals,
+    arguments: tuple[str, ...],
+    until: tuple[str, ...],
+    status: str,
+    way_on: str,
+    tmp_path: Path,
 ) -> None:
     """A run that has come to its end is finished, whatever becomes of its twin."""
     process = subprocess.Popen(
@@ -328,10 +344,10 @@ def test_interrupted_run_says_so_and_keeps_its_epochs(
         for beginning in until:
             while not output.readline().startswith(beginning):
                 assert process.poll() is None
-        process.send_signal(signal.SIGINT)
+        process.send_signal(ended_by)
         output.read()
         told = errors.read()
-        assert process.wait(timeout=60) == 130
+        assert process.wait(timeout=60) == 128 + ended_by
     assert told.startswith("stopped; ")
     assert told.endswith(f"{way_on.format('python -m esper')}\n")
     assert "Traceback" not in told

@@ -90,6 +90,18 @@ def test_a_comparison_leaves_a_report_unless_told_not_to() -> None:
     assert "not decided" in Path("kept/report.html").read_text("utf-8")
 
 
+def test_a_comparison_can_be_looked_at_where_its_task_is_not() -> None:
+    """Another directory, machine, or environment than it was made in."""
+    shutil.copytree(RESULTS / "compare-digits", "kept")
+    there = esper("inspect", "kept")
+    settings = Path("kept/compare.json")
+    kept = json.loads(settings.read_text("utf-8"))
+    kept["run"]["task"] = "python:gone:TASK"
+    settings.write_text(json.dumps(kept), encoding="utf-8")
+    assert "test accuracy" in there
+    assert esper("inspect", "kept") == there
+
+
 def test_ctrl_c_before_a_run_is_made_ends_it_without_a_traceback(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

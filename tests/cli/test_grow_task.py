@@ -13,7 +13,8 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 from esper.cli.app import app
-from esper.experiments.config import load_run_config
+from esper.cli.options import new_folder
+from esper.experiments.config import RunConfig, load_run_config
 from esper.tasks.collection.source import open_source
 from esper.tasks.digits.data import load_splits
 from esper.telemetry import RunReader
@@ -116,7 +117,32 @@ def test_text_task_runs_without_any_data_set() -> None:
 def test_run_folder_has_a_plain_name(pictures: Path) -> None:
     odd = pictures.rename(pictures.parent / "pic tures,äöü")
     grow(f"folder:{odd}", "--epochs", "1", "--quiet", "--set", "threads=1")
-    assert re.fullmatch(r"folder-[A-Za-z0-9._-]+-pic-tures-\d{8}-\d{6}-\d{6}", only_run().name)
+    assert re.fullmatch(r"folder-pic-tures-\d{8}-\d{6}-\d{6}", only_run().name)
+
+
+@pytest.mark.parametrize(
+    ("task", "name"),
+    [
+        ("python:ring:TASK", "python-ring-TASK"),
+        ("hf:uoft-cs/cifar100,image=img", "hf-uoft-cs-cifar100-image-img"),
+        ("folder:/some/where/tables,text=body", "folder-tables-text-body"),
+        (f"hf:{'long' * 40}", f"hf-{'long' * 20}"),
+    ],
+)
+def test_a_runs_folder_has_a_name_that_every_file_system_takes(task: str, name: str) -> None:
+    assert re.fullmatch(rf"compare-{name}-[\d-]+", new_folder(None, task, kind="compare-").name)
+
+
+def test_a_run_of_a_folder_has_the_same_data_wherever_it_goes_on(
+    pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(pictures.parent)
+    kept = json.loads(grow("folder:pictures,samples=30", "--dry-run").output)
+    assert kept["task"] == f"folder:{pictures},samples=30"
+    monkeypatch.chdir(pictures)
+    assert RunConfig.model_validate(kept).task == kept["task"]
+    monkeypatch.setenv("HOME", str(pictures.parent))
+    assert load_run_config("folder:~/pictures", None, [], {}).task == f"folder:{pictures}"
 
 
 def test_argument_and_option_name_the_same_task() -> None:
@@ -134,7 +160,8 @@ def test_argument_and_option_name_the_same_task() -> None:
             "did you mean 'text'? tasks: digits, teacher, text, text-large, text-xl, hf:NAME",
         ),
         (("hff:x",), "there are hf:NAME and folder:PATH"),
-        (("folder:nowhere",), "folder 'nowhere' does not exist"),
+        (("folder:nowhere",), "here/nowhere' does not exist"),
+        (("digits", "--set", "task=text"), "task: 'digits' is named, and the settings are for"),
         (("hf:me/mine",), "data set 'me/mine' cannot be loaded: ConnectionError: Couldn't reach"),
     ],
 )

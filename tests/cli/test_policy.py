@@ -18,7 +18,12 @@ from typer.testing import CliRunner
 
 from eager_policy import write_eager_policy
 from esper.cli.app import app
-from esper.cli.policy_views import TrainingView, print_evaluation
+from esper.cli.policy_views import (
+    TrainingView,
+    evaluation_record,
+    evaluation_rows,
+    print_evaluation,
+)
 from esper.experiments.config import load_run_config
 from esper.experiments.run import build_setup
 from esper.experiments.stored_run import stored_run
@@ -496,3 +501,13 @@ def test_no_figure_of_the_table_is_cut_off(task: str, width: int) -> None:
     assert ("bits_per_byte" in rows[0]) == (wide and task == "text")
     assert rows[2].split()[-1] == "1.00–2.00"
     assert "difference: of the test loss to heuristic's" in " ".join(notes.split())
+
+
+def test_an_evaluation_can_be_looked_at_where_its_task_is_not() -> None:
+    evaluation = _evaluation("text", ())
+    rows = evaluation_rows(evaluation)
+    gone = evaluation.config.run.model_copy(update={"task": "python:gone:TASK"})
+    config = evaluation.config.model_copy(update={"run": gone})
+    elsewhere = Evaluation(config, list(evaluation.runs.values()))
+    assert evaluation_rows(elsewhere) == rows
+    assert "bits_per_byte" in evaluation_record(elsewhere)["policies"][0]

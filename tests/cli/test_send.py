@@ -228,8 +228,13 @@ def test_the_answer_as_json(folder: Path) -> None:
             ("run", "advance", "a", "--set", "operation=prune"),
             "advance SLOT has the operation already, got operation=prune",
         ),
+        (
+            ("run", "germinate", "a", "b", "--set", "options.x=[1.0, nan]"),
+            "options.x=[1.0, nan] holds a number that is not finite",
+        ),
         (("elsewhere", "pause"), "elsewhere is no run folder"),
         (("run", "pause", "--bus", "http://x"), "begins with redis://"),
+        (("run", "pause", "--bus", "redis://:hidden@h"), "set the environment variable ESPER_BUS_"),
         (("run", "pause", "--sender", 201 * "x"), "has 1 to 200 characters, got 201"),
     ],
     ids=[
@@ -241,8 +246,10 @@ def test_the_answer_as_json(folder: Path) -> None:
         "setting",
         "word",
         "operation",
+        "not finite",
         "folder",
         "address",
+        "password",
         "sender",
     ],
 )

@@ -128,7 +128,10 @@ def test_status_where_nobody_has_served(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [("serve", "--bus", "redis://h"), ("--key-file", "keys"), ("--bus", "http://h")],
+    [
+        *(("serve", "--bus", "redis://h"), ("--key-file", "keys")),
+        *(("--bus", "http://h"), ("--bus", "redis://:hidden@127.0.0.1:1")),
+    ],
 )
 def test_wrong_usage_of_status(tmp_path: Path, arguments: tuple[str, ...]) -> None:
     assert Served(tmp_path, CONFIG).run(STATUS, *arguments).returncode == 2

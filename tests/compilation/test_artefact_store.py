@@ -234,7 +234,9 @@ def test_a_signed_description_of_something_else_is_refused(store: ArtefactStore)
             store.load(request)
 
 
-def test_what_was_made_elsewhere_is_told_apart(store: ArtefactStore) -> None:
+@pytest.mark.parametrize("folder", ["store", "runs [1]"])
+def test_what_was_made_elsewhere_is_told_apart(folder: str, tmp_path: Path) -> None:
+    store = ArtefactStore(str(tmp_path / folder), KEYRING)
     there = Fingerprint.here().model_copy(update={"torch": "9.9", "cpu": "another"})
     ArtefactStore(store.url, KEYRING, fingerprint=there).save(request_for(), FILES, **TIMES)
     with pytest.raises(ArtefactError, match=r"made elsewhere: torch is .*, was 9\.9, cpu is"):

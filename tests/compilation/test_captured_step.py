@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 import esper
-from compiled_run import Host
+from compiled_run import WIDTH, Host, Run
 from esper import SlotConfig
 from esper.compilation import CapturedStep, CompiledHost
 from esper.compilation.captured_step import WARM_UP_STEPS
+from esper.compilation.placements import Placements
 from esper.lifecycle.events import CompileFailed, StepCaptured
 from esper.policies.named import named_policy
 from esper.training.growth import Growth
@@ -267,6 +268,18 @@ class TestOnAGPU:
             loop.optimizer.zero_grad()
             loop.slots.tick()
 
+    def test_a_batch_that_requires_a_gradient_gets_it_in_eager_steps_and_that_is_told(self) -> None:
+        loop = Loop(captured=True)
+        inputs, targets = loop.batch(4)
+        inputs.requires_grad_()
+        for _ in range(WARM_UP_STEPS + 3):
+            inputs.grad = None
+            loop.captured(inputs, targets)
+            assert inputs.grad is not None
+        (failure,) = loop.captured.take_events()
+        assert isinstance(failure, CompileFailed)
+        assert "a tensor in the batch requires a gradient" in failure.error
+
     def test_a_batch_elsewhere_is_refused(self) -> None:
         loop = Loop(captured=True)
         with pytest.raises(ValueError, match=r"on cpu, and the model on cuda:0; move the batch"):
@@ -296,6 +309,47 @@ class TestOnAGPU:
             weights.append({**loop.host.state_dict(), "loss": torch.tensor(reports[-1].train_loss)})
         for name, value in weights[0].items():
             assert torch.equal(value, weights[1][name]), name
+
+
+def other_buffer(host: Host) -> None:
+    host.first.norm.running_mean = torch.zeros(WIDTH)
+
+
+def other_parameter(host: Host) -> None:
+    host.head.bias = nn.Parameter(torch.zeros(2))
+
+
+def moved(host: Host) -> None:
+    host.head.weight.data = host.head.weight.clone()
+
+
+def frozen(host: Host) -> None:
+    host.stem.requires_grad_(False)
+
+
+@pytest.mark.parametrize("change", [other_buffer, other_parameter, moved, frozen])
+def test_what_lies_elsewhere_or_learns_otherwise_is_another_placement(
+    change: Callable[[Host], None],
+) -> None:
+    host = Host()
+    placements, kept = Placements(host), host.first.norm.running_mean
+    first = placements.number("structure")
+    change(host)
+    assert placements.number("structure") != first
+    if change is other_buffer:
+        host.first.norm.running_mean = kept
+        assert placements.number("structure") == first
+
+
+def test_a_life_of_steps_leaves_everything_where_it_is() -> None:
+    run = Run(compiled=False, isolation="shadowing")
+    placements = Placements(run.host)
+    for _stage in run.live("first", "conv_light"):
+        run.step()  # gives the optimizer, and gradients, their places
+        before = placements.number(run.slots.structure())
+        for _ in range(3):
+            run.step()
+            assert placements.number(run.slots.structure()) == before
 
 
 def test_a_model_that_is_not_on_a_gpu_is_refused_before_anything_trains() -> None:

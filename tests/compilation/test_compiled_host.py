@@ -2,7 +2,7 @@
 
 import copy
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -435,6 +435,140 @@ def test_a_module_of_the_host_that_does_not_compile_runs_as_it_is() -> None:
         assert run.step() == pytest.approx(plain.step(), rel=1e-4)
     (event,) = run.events
     assert (event.place, event.blueprint) == ("second", None)
+
+
+def tripled(_module: nn.Module, _inputs: object, output: Tensor) -> Tensor:
+    return 3.0 * output
+
+
+def positive(_module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+    return (inputs[0].abs(),)
+
+
+def tripled_backward(_module: nn.Module, inputs: tuple[Tensor], _: object) -> tuple[Tensor]:
+    return (3.0 * inputs[0],)
+
+
+def add_hook(kind: str, module: nn.Module) -> None:
+    if kind == "forward":
+        module.register_forward_hook(tripled)
+    elif kind == "before":
+        module.register_forward_pre_hook(positive)
+    else:
+        module.register_full_backward_hook(tripled_backward)
+
+
+@pytest.mark.parametrize("place", ["first", "second"])
+@pytest.mark.parametrize(
+    ("kind", "moment", "fails"),
+    [
+        ("forward", "before compiling", False),
+        ("before", "before compiling", False),
+        ("backward", "before compiling", True),
+        ("forward", "before the first step", False),
+        ("forward", "after the first step", True),
+        ("before", "after the first step", True),
+        ("backward", "after the first step", True),
+    ],
+)
+def test_a_hook_inside_of_a_module_of_the_host_runs_and_no_equal_module_has_it(
+    kind: str, moment: str, fails: bool, place: str
+) -> None:
+    run, plain = Run(compiled=False), Run(compiled=False)
+    inner = [getattr(each.host, place).norm for each in (run, plain)]
+    if moment == "before compiling":
+        add_hook(kind, inner[0])
+    run.compiled = CompiledHost(run.slots, backend="aot_eager")
+    if moment == "before the first step":
+        add_hook(kind, inner[0])
+    elif moment == "after the first step":
+        assert run.step() == pytest.approx(plain.step(), rel=1e-4)
+        add_hook(kind, inner[0])
+    add_hook(kind, inner[1])
+    for _ in range(3):
+        assert run.step() == pytest.approx(plain.step(), rel=1e-4)
+    assert [event.place for event in run.events] == ([place] if fails else [])
+
+
+def test_a_hook_that_is_gone_again_leaves_the_module_compiled() -> None:
+    run = Run(compiled=True)
+    run.step()
+    before = graphs()
+    handle = run.host.first.convolution.register_forward_hook(lambda *_: None)
+    run.step()
+    (told,) = run.events
+    assert "modules in it have other hooks than in its first step" in told.error
+    handle.remove()
+    calls = counters["aot_autograd"]["ok"]
+    run.step()
+    assert (graphs(), counters["aot_autograd"]["ok"]) == (before, calls)
+    assert len(run.events) == 1
+
+
+def test_equal_seeds_of_which_one_has_hooks_are_compiled_each() -> None:
+    calls: list[str] = []
+    run = Run(compiled=True)
+    for slot in run.slots.values():
+        slot.germinate("conv_light")
+        slot.advance(force=True)
+    hooked = run.slots["second"].seed.convolutions[0]
+    hooked.register_forward_hook(lambda *_: calls.append("second"))
+    run.step()
+    assert [type(event) for event in run.events] == [SeedCompiled, SeedCompiled]
+    calls.clear()
+    run.step()
+    assert calls == ["second"]
+
+
+@pytest.mark.parametrize("kind", [nn.ModuleList, nn.ModuleDict])
+def test_what_only_holds_modules_is_no_module_to_compile_and_those_in_it_are(kind: type) -> None:
+    class Holding(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            blocks = {str(number): Block() for number in range(3)}
+            self.stem = nn.Conv2d(3, WIDTH, 1)
+            self.blocks = kind(blocks if kind is nn.ModuleDict else blocks.values())
+
+        def forward(self, features: Tensor) -> Tensor:
+            features = self.stem(features)
+            for block in self.blocks.children():
+                features = block(features)
+            return features
+
+    slots = esper.attach(Holding(), ["stem"], example=BATCHES[0])
+    compiled = CompiledHost(slots, backend="eager")
+    assert [region.path for region in compiled.regions] == ["blocks.0", "blocks.1", "blocks.2"]
+    slots.model(BATCHES[0])
+    assert graphs() == 1
+
+
+def loaded(model: nn.Module) -> nn.Module:
+    return pickle.loads(pickle.dumps(model))  # noqa: S301 – of this very process
+
+
+@pytest.mark.parametrize(
+    "again", [copy.deepcopy, loaded, lambda model: model], ids=["copied", "pickled", "itself"]
+)
+def test_a_host_that_was_compiled_and_not_released_is_compiled_again(
+    again: Callable[[nn.Module], nn.Module],
+) -> None:
+    run = Run(compiled=True)
+    host = again(run.host)
+    esper.detach(host)
+    assert not any("forward" in vars(part) for part in host.modules())
+    slots = esper.attach(host, ["first", "second"], example=BATCHES[0])
+    compiled = CompiledHost(slots, backend="eager")
+    assert [region.path for region in compiled.regions] == ["first", "second"]
+
+
+def test_a_copy_of_a_compiled_module_is_compiled_in_another_host_too() -> None:
+    block: nn.Module = Block()
+    for _ in range(3):
+        block = copy.deepcopy(block)
+        host = nn.Sequential(nn.Conv2d(3, WIDTH, 1), block)
+        slots = esper.attach(host, ["0"], example=BATCHES[0])
+        compiled = CompiledHost(slots, backend="eager")
+        assert [region.path for region in compiled.regions] == ["1"]
 
 
 class Layer(nn.Module):

@@ -131,6 +131,8 @@ def test_token_comes_from_a_file_of_ones_own_or_the_environment(tmp_path: Path) 
         find_token(file, {})
     with pytest.raises(TokenError, match="has 5 characters"):
         find_token(None, {"ESPER_DASHBOARD_TOKEN": "short"})
+    with pytest.raises(TokenError, match="holds others than printable ASCII"):
+        find_token(None, {"ESPER_DASHBOARD_TOKEN": "schlüssel für alle"})
 
 
 def test_command_needs_the_pages_origin_and_its_secret() -> None:

@@ -31,10 +31,12 @@ def test_missing_extra_is_named(package: str, tmp_path: Path) -> None:
     assert f"needs {package}" in said
 
 
-def test_wrong_folder_host_and_token_are_named(tmp_path: Path) -> None:
+def test_wrong_folder_host_token_and_bus_are_named(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("short")
     file.chmod(0o600)
     assert "is no folder" in refusal(str(file))
     assert "at least 16" in refusal(str(tmp_path), "--port", "0", "--token-file", str(file))
-    assert "cannot be served here" in refusal(str(tmp_path), "--host", "192.0.2.1")
+    elsewhere = (str(tmp_path), "--host", "192.0.2.1")
+    assert "cannot be served here" in refusal(*elsewhere)
+    assert "--bus holds a password" in refusal(*elsewhere, "--bus", "redis://:hidden@h")

@@ -10,6 +10,8 @@ import pytest
 from playwright.sync_api import Browser, Page, expect
 
 from browser import complaints, keep_screenshot, launched
+from esper.bus.messages import RunMessage
+from esper.bus.mirror import Mirror
 from esper.dashboard import Command, OfferedAction
 from esper.lifecycle.events import CheckpointDamaged, EventRecord, RunStarted, StepSkipped
 from esper.telemetry import RunStore
@@ -348,6 +350,19 @@ def test_decisions_odd_times_and_what_is_not_shown_are_told_as_they_are(
         page.get_by_label("Compare other").check()
         row = page.get_by_role("row", name=re.compile("Random seed"))
         expect(row).to_contain_text("1234")
+
+
+def test_a_command_that_resumes_is_named_only_for_runs_of_this_machine(
+    page: Page, tmp_path: Path
+) -> None:
+    mirror = Mirror(tmp_path / "far", RunMessage(config=CONFIG, environment={}, after_step=-1))
+    mirror.set_status("interrupted")
+    mirror.close()
+    write_run(tmp_path / "near", finished=False)
+    with serving(tmp_path) as server:
+        page.goto(server.address.url)
+        expect(page.locator("main .runs-now li")).to_have_count(2)
+        expect(page.locator("main code")).to_have_text(f"esper resume {tmp_path}/near")
 
 
 def test_names_are_shown_as_text_and_never_run(page: Page, tmp_path: Path) -> None:

@@ -17,10 +17,12 @@ from esper.dashboard.stream import Streams
 from esper.dashboard.trend import Trend
 from esper.dashboard.watched_run import WatchedRun
 from esper.dashboard.watcher import UnknownRunError, Watcher
+from esper.lifecycle import SeedStage
+from esper.lifecycle.events import RunWentBack
 from esper.telemetry import RunStore
 from esper.telemetry.run_reader import RunReader
 from esper.telemetry.run_store import ReopenedRunStore
-from served_runs import CONFIG, skip, write_run
+from served_runs import CONFIG, publish, skip, write_run
 
 
 def settled(folder: Path) -> WatchedRun:
@@ -61,7 +63,7 @@ def test_run_elsewhere_stands_as_it_has_told_whether_or_not_a_router_has_its_mir
     mirror.close()
     for _ in range(3):
         run.look()
-        assert run.row.status == "running"
+        assert (run.row.status, run.row.resume) == ("running", "")
     forbid_reading(monkeypatch)
     assert not run.look()
 
@@ -129,6 +131,18 @@ def test_resumed_run_begins_its_curve_anew(tmp_path: Path) -> None:
     assert run.row.trend == [2.0, 1.0, 0.6667]
     assert run.row.best_loss == run.row.loss == pytest.approx(2.0 / 3)
     store.close()
+
+
+def test_slot_stands_where_it_did_at_the_step_that_a_run_goes_back_to(tmp_path: Path) -> None:
+    write_run(tmp_path, finished=False)  # a seed is committed at step 40, another pruned at 50
+    store = ReopenedRunStore(tmp_path, after_step=100)
+    publish(store, 10, RunWentBack(from_step=100, to_step=40, same_batches=True))
+    store.close()
+    tail = RunTail(tmp_path)
+    while tail.advance():
+        pass
+    stages = {slot.path: slot.stage for slot in tail.state().slots}
+    assert stages == {"stage1": SeedStage.FOSSILIZED, "stage2": SeedStage.BLENDING}
 
 
 def test_run_removed_and_made_anew_under_its_name_is_another(tmp_path: Path) -> None:

@@ -25,9 +25,10 @@ from torch.nn.parallel import DistributedDataParallel
 import esper
 from esper.compilation import CompiledHost
 from esper.lifecycle.actions import Action, Germinate, GrowthState, Prune
-from esper.slots.replication import LostReplicaError, ReplicasDisagreeError
+from esper.slots.replication import LostReplicaError
 from esper.slots.sharded import whole
 from esper.training import Checkpoints
+from ranks import run
 
 EPOCH_STEPS = 4
 EPOCHS = 8
@@ -165,12 +166,19 @@ def make(rank: int, size: int, samples: int, watch: Watch, scenario: str) -> esp
         ),
         keeper=watch,
         ema=esper.EMA(slots, decay=0.9),
-        forward=DistributedDataParallel(model) if several and not sharded else None,
+        forward=wrapped(model, scenario) if several and not sharded else None,
     )
     if "random" in scenario:
         torch.manual_seed(100 + rank)  # masks of its own
     optimizer.register_step_pre_hook(lambda *_: watch.before_step(trainer))
     return trainer
+
+
+def wrapped(model: nn.Module, scenario: str) -> nn.Module:
+    if scenario == "unwrapped":
+        return nn.Sequential(model)
+    forward = DistributedDataParallel(model)
+    return torch.compile(forward, backend="eager") if "as one graph" in scenario else forward
 
 
 class AllCompiled:
@@ -292,33 +300,5 @@ def main() -> None:
         end.after_epoch(trainer)
 
 
-def leave(code: int) -> None:
-    """End this process at once.
-
-    Threads of gloo now and then abort one that ends in the usual way (pytorch/pytorch#190489). As
-    none does, a process that ends by SIGABRT was amid its work: gloo aborts one that is sent more
-    than it expects, which is what two do whose collectives are not the same.
-    """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
-def run() -> None:
-    """Run `main`; of several processes, end each by `leave`."""
-    try:
-        main()
-    except Exception as error:
-        if not dist.is_initialized():
-            raise
-        sys.excepthook(type(error), error, error.__traceback__)
-        if isinstance(error, ReplicasDisagreeError):
-            dist.barrier()  # all have been told, and torchrun kills the others once one has ended
-        leave(1)
-    if dist.is_initialized():
-        dist.barrier()
-        leave(0)
-
-
 if __name__ == "__main__":
-    run()
+    run(main)

@@ -11,9 +11,21 @@ import safetensors.torch
 import torch
 
 import esper
-from processes import run_python, torchrun
+from processes import TESTS, run_python, torchrun
 
 REPLICA = Path(__file__).parent / "replica.py"
+OWN_LOOP = Path(__file__).parent / "own_loop.py"
+FAILED_AFTER_STEP = {
+    "left out at first": None,
+    "left out in one": None,
+    "skipped": None,
+    "raises": 4,
+    "raises frozen": 4,
+    "raises, told late": 5,
+    "raises, then decision": 4,
+    "raises while measured": 4,
+}
+"""By scenario of a loop of one's own, when a seed failed in all processes."""
 
 
 @pytest.mark.parametrize(
@@ -26,6 +38,7 @@ REPLICA = Path(__file__).parent / "replica.py"
         ),
         ("compiled live", 2),
         ("compiled behind", 2),
+        ("as one graph live", 2),
     ],
 )
 def test_gradients_and_weights_are_those_of_one_process_with_all_batches(
@@ -51,6 +64,31 @@ def test_gradients_and_weights_are_those_of_one_process_with_all_batches(
             torch.testing.assert_close(found[key], value, rtol=1e-5, atol=1e-6, msg=key)
 
 
+@pytest.fixture(scope="module")
+def own_loops(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("own_loops")
+    done = torchrun(OWN_LOOP, str(folder), *FAILED_AFTER_STEP)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.parametrize(("scenario", "failed_after"), FAILED_AFTER_STEP.items())
+def test_seeds_stay_one_model_in_a_loop_of_ones_own(
+    scenario: str, failed_after: int | None, own_loops: Path
+) -> None:
+    files = [own_loops / f"{scenario} {rank}.safetensors" for rank in (0, 1)]
+    first, second = map(safetensors.torch.load_file, files)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(value, second[key]) for key, value in first.items())
+    learned = first.get("second.esper_slot.branches.0.seed.layer.weight")
+    assert (learned is None) == (failed_after is not None)
+    assert learned is None or learned.any()
+    for rank in (0, 1):
+        told = (own_loops / f"{scenario} {rank}.txt").read_text()
+        error = "MemoryError: of the test (in process 1)"
+        assert told == ("" if failed_after is None else f"{failed_after} second {error}")
+
+
 def test_processes_that_disagree_are_stopped_before_anything_is_attached(tmp_path: Path) -> None:
     done = torchrun(REPLICA, str(tmp_path), "disagree")
     assert done.returncode != 0
@@ -70,6 +108,12 @@ def test_all_processes_go_back_where_the_losses_of_one_are_bad(tmp_path: Path) -
     weights = [key for key in found[0] if key.startswith(f"{last} weight ")]
     assert weights
     assert all(torch.equal(found[0][key], found[1][key]) for key in weights)
+
+
+def test_a_forward_that_would_train_each_process_for_itself_is_refused(tmp_path: Path) -> None:
+    done = torchrun(REPLICA, str(tmp_path), "unwrapped")
+    assert done.returncode != 0
+    assert "2 processes run, and no DistributedDataParallel is in the Sequential" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -97,7 +141,13 @@ def test_survivors_of_a_killed_process_end_soon_with_a_clear_error(tmp_path: Pat
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env={**os.environ, **address, "OMP_NUM_THREADS": "1", "RANK": str(rank)},
+            env={
+                **os.environ,
+                **address,
+                "OMP_NUM_THREADS": "1",
+                "PYTHONPATH": str(TESTS),
+                "RANK": str(rank),
+            },
         )
         for rank in range(3)
     ]

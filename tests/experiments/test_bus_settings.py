@@ -4,8 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from esper.experiments.config import load_run_config
+from esper.experiments.bus_connection import BusConnection
+from esper.experiments.config import BusConfig, load_run_config
 from esper.experiments.settings import SettingsError
+from esper.telemetry import CommandLog, RunReader, RunStore
+from esper.training import RunControl
 
 
 @pytest.mark.parametrize(
@@ -38,3 +41,16 @@ def test_the_key_file_is_the_same_from_wherever_the_run_goes_on(
     config = load_run_config("digits", None, ["bus.key_file=keys", "compile.key_file=other"], {})
     assert config.bus.key_file == tmp_path / "keys"
     assert config.compile.key_file == tmp_path / "other"
+
+
+def test_a_connection_that_could_not_be_opened_can_be_closed(tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("k" * 32)
+    keys.chmod(0o600)
+    RunStore(tmp_path / "run", config={"notes": "x" * (1 << 20)}, environment={}).close()
+    connection = BusConnection(BusConfig(commands="redis://127.0.0.1:1/0", key_file=keys))
+    growth, control = object(), RunControl(CommandLog.in_memory())
+    with pytest.raises(ValueError, match="a message holds"):
+        connection.open(RunReader(tmp_path / "run"), growth, control, after_step=-1)
+    connection.stop_receiving(refuse_rest=False)
+    connection.close("failed")

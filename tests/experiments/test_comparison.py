@@ -308,6 +308,30 @@ def test_a_single_seed_has_no_size_in_between_that_it_must_be_better_than(
     assert "a single seed was grown, so that there is no size in between" in verdict.reasons
 
 
+def test_growth_does_not_pay_where_a_cheaper_size_is_better_in_as_many_steps() -> None:
+    """All cost nearly the same, and the largest overfits: between sizes a line is no rival."""
+
+    class Overfitting(World):
+        def make(self, request: RunRequest) -> RunResult:
+            result = super().make(request)
+            grows = request.policy != "none"
+            size = len(result.committed)
+            flops = request.epochs * (1.0 + 0.001 * size) * (1.015 if grows else 1.0) * 1e6
+            loss = (1.0, 0.98, 0.99)[size] - (0.002 if grows else 0.0)
+            loss += 0.05 * abs(math.log2(request.learning_rate / BEST_RATE))
+            loss += random.Random(request.key).gauss(0.0, 0.0005)
+            test = {**result.test, "loss": loss}
+            return result.model_copy(update={"flops": flops, "validation": test, "test": test})
+
+    comparison = played(Overfitting(num_seeds=lambda _: 2), config(random_times=False))
+    equal = at_equal_flops(comparison)
+    assert equal.cheaper == "static 1"
+    assert equal.same_steps.mean == pytest.approx(0.008, abs=0.001)
+    verdict = judge(comparison)
+    assert verdict.outcome is Outcome.DOES_NOT_PAY
+    assert any("that of static 1, which takes no more" in reason for reason in verdict.reasons)
+
+
 def test_a_single_seed_on_some_random_seeds_leaves_others_with_a_size_in_between() -> None:
     for num_seeds, outcome in ((1, Outcome.UNDECIDED), (2, Outcome.PAYS)):
         mixed = World(growth_bonus=0.05, num_seeds=lambda seed, n=num_seeds: n if seed else 2)
@@ -653,6 +677,13 @@ def test_a_run_that_diverged_decides_nothing(arm: str) -> None:
     json.dumps(summary_record(comparison), allow_nan=False)
     assert len(comparison.results) <= len(played(World(growth_bonus=0.1), config()).results)
     assert max(result.request.epochs for result in comparison.results.values()) < 10 * EPOCHS
+
+
+def test_growth_that_diverged_on_one_seed_and_committed_nothing_decides_nothing() -> None:
+    world = type("World", (Diverging,), {"arm": "grown"})(num_seeds=lambda _: 0)
+    verdict = judge(played(world, config()))
+    assert verdict.outcome is Outcome.UNDECIDED
+    assert verdict.reasons[0].startswith("grown diverged on random seed 1")
 
 
 def test_nothing_is_made_up_where_nothing_is_finished() -> None:

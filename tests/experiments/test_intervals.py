@@ -113,5 +113,11 @@ def test_a_curve_that_is_better_nowhere_is_not_taken_for_better_where_it_gets_wo
 def test_a_loss_between_points_lies_on_the_line_through_them() -> None:
     curve = [(1.0, 3.0), (100.0, 1.0)]
     assert loss_at(curve, 10.0) == pytest.approx(2.0)
-    assert loss_at(curve, 1000.0) == pytest.approx(0.0)
     assert loss_at([(5.0, 1.5)], 7.0) == 1.5
+
+
+def test_a_loss_beyond_points_is_the_nearest_ones() -> None:
+    """A line through points that cost nearly the same would be far off."""
+    nearly_the_same = [(1.0, 1.0), (1.001, 0.98), (1.002, 0.99)]
+    assert loss_at(nearly_the_same, 1.015) == 0.99
+    assert loss_at(nearly_the_same, 0.99) == 1.0

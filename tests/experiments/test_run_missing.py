@@ -64,6 +64,24 @@ def test_a_network_of_the_grown_size_is_the_host_with_the_seeds_from_the_start()
     assert again.model_dump(exclude={"seconds"}) == grown.model_dump(exclude={"seconds"})
 
 
+def test_a_seed_that_still_lives_at_the_end_is_no_part_of_what_came_out() -> None:
+    request = RunRequest(
+        arm="grown", random_seed=0, learning_rate=0.01, epochs=3, policy="heuristic"
+    )
+    run = prepare(config(epochs=3).run, run_id="run", sinks=[record := GrowthRecord()])
+    host = run.param_count()
+    *_, last = run.reports
+    (slot,) = run.growth.slots.living_slots
+    assert slot.in_forward_path
+    result = result_of(request, run, record, last.cost, diverged=False)
+    finished = run.finish()
+    slot.prune(reason="asked")
+    assert not result.committed
+    assert result.param_count == host == run.param_count()
+    assert result.test == finished == run.setup.test()
+    assert result.validation == (run.setup.selection or run.setup.validation)()
+
+
 def test_a_run_that_diverges_is_a_result_which_loses_any_search() -> None:
     settings = config(epochs=2)
     request = RunRequest(

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from esper.bus.mirror import Mirror
 from esper.experiments.config import RunConfig, load_run_config
 from esper.experiments.run import GrowingRun, build_setup, prepare
 from esper.experiments.stored_run import resumed_run, stored_run
@@ -40,3 +41,10 @@ def test_a_run_that_finishes_while_another_is_about_to_resume_it_is_left_alone(
         pass
     assert RunReader(tmp_path).events() == events
     assert RunReader(tmp_path).status == "finished"
+
+
+def test_a_mirror_is_refused_before_its_settings_are_looked_at(tmp_path: Path) -> None:
+    """They may not have come."""
+    Mirror(tmp_path / "run").close()
+    with pytest.raises(RunFolderError, match="is a mirror"), resumed_run(tmp_path / "run"):
+        pass

@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import safetensors.torch
@@ -14,11 +14,12 @@ from torch.nn.functional import mse_loss
 import esper
 from esper import SeedStage, SlotConfig
 from esper.lifecycle.actions import Germinate, Prune
+from esper.lifecycle.events import SeedFailed
 from growth_problem import LENIENT, Recorder
 from processes import kill_after, torchrun
 
 transformers = pytest.importorskip("transformers", reason="needs esper-lite[hf]")
-pytest.importorskip("accelerate", reason="the Trainer of transformers needs it")
+accelerate = pytest.importorskip("accelerate", reason="the Trainer of transformers needs it")
 from esper.training.huggingface import GrowthCallback  # noqa: E402 – only where it can be
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the libraries' own
@@ -248,6 +249,84 @@ def test_the_best_network_is_loaded_at_the_end_with_what_it_had_grown(tmp_path: 
     assert all(torch.equal(found[name], weights[name]) for name in found if "esper_g" not in name)
 
 
+@pytest.mark.parametrize("unscales", [False, True], ids=["5.0", "later"])
+def test_scaled_gradients_are_clipped_at_their_own_size(
+    unscales: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU accelerate has no scaler; later releases unscale where it knows of float16."""
+
+    def change(scale: float) -> float:
+        run = Run(tmp_path, max_steps=1, optim="sgd", warmup_steps=0, weight_decay=0.0, clip=0.01)
+        accelerator = run.trainer.accelerator
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        accelerator.native_amp = True
+        if unscales:
+            monkeypatch.setattr(accelerator.state, "_mixed_precision", "fp16")
+        before = run.model.classifier.weight.detach().clone()
+        run.fit()
+        return float((run.model.classifier.weight.detach() - before).norm())
+
+    assert change(64.0) == pytest.approx(change(1.0), rel=0.02)
+
+
+def test_a_seed_that_raises_in_the_trainers_evaluation_is_gone_before_it_saves(
+    tmp_path: Path,
+) -> None:
+    run = Run(tmp_path, num_train_epochs=3, eval_strategy="epoch", save_strategy="epoch")
+    slot = run.slots["bert.encoder.layer.1"]
+
+    def fail(module: Any, inputs: Any) -> None:
+        if not module.training and len(inputs[0]) == 8:  # a batch of the Trainer's evaluation
+            raise RuntimeError("seed broke")
+
+    def spoil(*_: Any, **__: Any) -> None:
+        if slot.living is not None:
+            slot.living.register_forward_pre_hook(fail)
+
+    run.watch.on_epoch_end = spoil
+    run.fit()
+    assert "seed broke" in run.recorder.of(SeedFailed)[0].error
+    assert (tmp_path / "checkpoint-24").exists()
+
+
+def test_batches_that_accelerate_has_prepared_are_gone_on_with() -> None:
+    def made() -> esper.Trainer:
+        torch.manual_seed(0)
+        features = torch.randn(24, 4)
+        data = torch.utils.data.TensorDataset(features, features.sum(1, keepdim=True))
+        loader = torch.utils.data.DataLoader(data, 4, shuffle=True)
+        host = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 1))
+        slots = esper.attach(host, ["0"], example=features[:2])
+        growth = esper.Growth(
+            slots, torch.optim.SGD(host.parameters(), lr=0.1), policy=esper.SchedulePolicy({})
+        )
+        return esper.Trainer(
+            growth,
+            accelerate.Accelerator(cpu=True).prepare(loader),
+            loss=mse_loss,
+            evaluate=lambda: 1.0,
+            config=esper.TrainerConfig(epochs=3),
+            keeper=Keep(),
+        )
+
+    class Keep:
+        states: ClassVar[dict[int, Any]] = {}
+
+        def after_step(self, trainer: esper.Trainer) -> None:
+            self.states.setdefault(trainer.growth.step, trainer.state_dict())
+
+        def after_epoch(self, trainer: esper.Trainer) -> None:
+            pass
+
+    whole = made()
+    wanted = whole.fit()
+    for step in (6, 9):
+        again = made()
+        torch.manual_seed(99)
+        again.load_state_dict(Keep.states[step])
+        assert again.fit()[-1].train_loss == wanted[-1].train_loss, step
+
+
 def others() -> dict[str, tuple[Callable[[Path], Run], str]]:
     def another_model(folder: Path) -> Run:
         run = Run(folder)
@@ -259,7 +338,13 @@ def others() -> dict[str, tuple[Callable[[Path], Run], str]]:
         run.trainer.args.deepspeed = "settings.json"
         return run
 
+    def adapted(folder: Path) -> Run:
+        run = Run(folder)
+        run.model.peft_config = {"default": object()}
+        return run
+
     return {
+        "adapted": (adapted, "hold PEFT's adapters alone"),
         "sharded": (sharded, "does not know deepspeed"),
         "another optimizer": (lambda f: Run(f, bound=False), "would never train a seed"),
         "another model": (another_model, "trains another model"),

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import esper
 from esper import SeedStage, SlotConfig
 from esper.lifecycle.actions import Germinate, Prune
+from esper.lifecycle.events import SeedFailed
 from esper.training.carried_state import FORMAT_VERSION
 from growth_problem import LENIENT, LinearHost, Recorder, quadratic
 from processes import kill_after, torchrun
@@ -303,6 +304,25 @@ def test_a_further_fit_goes_on_growing_and_its_checkpoint_can_be_resumed(tmp_pat
     kept = run.module.state_dict()
     assert all(torch.equal(kept[name], value) for name, value in found.items() if name in kept)
     assert [len(slot.branches) for slot in again.slots.values()] == [1, 1]
+
+
+def test_a_seed_that_raises_in_validation_is_gone_before_lightning_saves(tmp_path: Path) -> None:
+    run = Run(tmp_path, max_epochs=4)
+    slot = run.slots["0.head"]
+
+    def fail(module: Any, inputs: Any) -> None:
+        if not module.training and len(inputs[0]) == 32:  # a batch of Lightning's validation
+            raise RuntimeError("seed broke")
+
+    def spoil(*_: Any) -> None:
+        if slot.living is not None:
+            slot.living.register_forward_pre_hook(fail)
+
+    run.watch.on_validation_start = spoil
+    run.fit()
+    (failed,) = run.recorder.of(SeedFailed)
+    assert "seed broke" in failed.error
+    assert (tmp_path / "epoch=3.ckpt").exists()
 
 
 def test_clipping_takes_in_what_lies_outside_of_the_host(tmp_path: Path) -> None:

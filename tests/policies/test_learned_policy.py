@@ -652,6 +652,22 @@ def test_a_random_seed_fixes_what_is_drawn_and_changes_nothing_where_nothing_is(
     assert decisions(False, 0) != decisions(False, 1)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_file_and_what_it_decides_are_the_same_whatever_torchs_default_dtype(
+    saved: Path, tmp_path: Path, dtype: torch.dtype
+):
+    states = random_states(30, random_seed=2)
+    expected = decided(LearnedPolicy.load(saved, deterministic=False), states)
+    double = tmp_path / "double.safetensors"
+    save_policy(double, lively(["conv", "norm"]).double())
+    torch.set_default_dtype(dtype)
+    try:
+        for path in (saved, double):
+            assert decided(LearnedPolicy.load(path, deterministic=False), states) == expected
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_a_host_may_grow_more_slots_or_have_other_blueprints_than_in_training(saved: Path):
     policy = LearnedPolicy.load(saved, deterministic=False)
     other = (BlueprintChoice(name="bottleneck", param_count=50),)

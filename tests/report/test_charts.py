@@ -215,15 +215,29 @@ def test_ramps_are_drawn_as_they_went(curve: AlphaCurve) -> None:
 
 
 def test_axis_has_ticks_that_can_be_told_apart() -> None:
-    assert log_axis([0.9, 2.0])["ticktext"][:3] == ["0.1", "0.2", "0.3"]
+    assert log_axis([0.6, 2.0])["ticktext"][:9] == [f"0.{step}" for step in range(1, 10)]
     assert log_axis([0.01, 2.0])["ticktext"][:4] == ["0.01", "0.02", "0.05", "0.1"]
     assert log_axis([1e-6, 1.0])["ticktext"][:2] == ["1e-06", "1e-05"]
     assert log_axis([0.0, 1.0]) == log_axis([]) == log_axis([math.inf]) == {}
 
 
+@pytest.mark.parametrize("lowest", [0.021, 1.01, 1.1, 2.25, 9.1e9])
+def test_every_axis_has_numbers_among_its_values(lowest: float) -> None:
+    assert log_axis([lowest, 1.3 * lowest]) == {}, "linear, with ticks that suit it"
+    ticks = log_axis([lowest, 3.0 * lowest])["tickvals"]
+    assert len([tick for tick in ticks if lowest <= tick <= 3.0 * lowest]) > 1
+
+
 @pytest.mark.parametrize(
     ("value", "told"),
-    [(0.0, "0"), (999.0, "999"), (1500.0, "1.5 k"), (1.5e10, "15 G"), (2e21, "2e+03 E")],
+    [
+        (0.0, "0"),
+        (999.0, "999"),
+        (999.6, "1 k"),
+        (1500.0, "1.5 k"),
+        (1.5e10, "15 G"),
+        (2e21, "2e+03 E"),
+    ],
 )
 def test_large_numbers_have_a_prefix(value: float, told: str) -> None:
     assert si(value) == told

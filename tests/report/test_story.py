@@ -1,11 +1,21 @@
 """The story that a run's events tell."""
 
+import math
 from pathlib import Path
 
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import mse_loss
+
+import esper
+from esper.lifecycle.actions import Germinate, Prune
+from esper.lifecycle.events import EventRecord, RunWentBack
 from esper.lifecycle.gates import Gate
 from esper.lifecycle.stages import GROWTH_PATH, SeedStage
 from esper.report import RunStory, tell
 from esper.telemetry import RunReader
+from growth_problem import make_problem
 
 
 def test_each_seed_has_its_outcome_and_the_reason(story: RunStory) -> None:
@@ -53,3 +63,67 @@ def test_story_can_be_told_of_any_prefix_of_the_events(run_folder: Path) -> None
     for length in range(len(records)):
         story = tell(records[:length])
         assert len(story.seeds) <= 3
+
+
+def told_of_a_seed(*, bad_after: int | None = None, snapshot_steps: int = 10) -> list[EventRecord]:
+    """Return what a run tells of a seed that germinates at step 32 and is pruned at step 64.
+
+    Args:
+        bad_after: Three steps in a row are bad from there on, once.
+        snapshot_steps: Between two states that the run can go back to.
+    """
+    problem = make_problem()
+    bad = {"left": 0 if bad_after is None else 3}
+
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        value = mse_loss(output, target)
+        if bad["left"] and torch.is_grad_enabled() and trainer.growth.step >= (bad_after or 0):
+            bad["left"] -= 1
+            return value * math.nan
+        return value
+
+    policy = esper.SchedulePolicy(
+        {
+            2: [Germinate(slot="embed", blueprint="mlp")],
+            4: [Prune(slot="embed", over_steps=0, reason="seen enough")],
+        }
+    )
+    governor = {"snapshot_steps": snapshot_steps, "history_steps": 8}
+    trainer = problem.trainer(policy, epochs=6, loss=loss, governor=governor)
+    trainer.fit()
+    return problem.recorder.records
+
+
+@pytest.mark.parametrize(
+    ("bad_after", "snapshot_steps", "to_step", "outcomes"),
+    [
+        (35, 10, 30, []),
+        (40, 16, 32, ["still growing"]),  # from before the decision, which is the next to be told
+        (70, 10, 60, ["still growing"]),
+    ],
+)
+def test_what_a_run_has_gone_back_behind_is_no_part_of_its_story(
+    bad_after: int, snapshot_steps: int, to_step: int, outcomes: list[str]
+) -> None:
+    records = told_of_a_seed(bad_after=bad_after, snapshot_steps=snapshot_steps)
+    (went_back,) = (i for i, r in enumerate(records) if isinstance(r.event, RunWentBack))
+    assert records[went_back].event.to_step == to_step
+    there = tell(records[: went_back + 1])
+    assert [seed.outcome for seed in there.seeds] == outcomes
+    assert all(visit.step <= to_step for seed in there.seeds for visit in seed.stages)
+
+    def lives(story: RunStory) -> list[object]:
+        return [(s.step, s.outcome, s.end_step, s.stages, len(s.ramps)) for s in story.seeds]
+
+    story, untouched = tell(records), tell(told_of_a_seed())
+    assert lives(story) == lives(untouched)
+    assert lives(story)[0][:3] == (32, "pruned", 64)
+    assert story.stages == untouched.stages
+    assert story.param_counts == untouched.param_counts
+    assert [met.step for met in story.interventions][-1] > to_step, "is told as what happened"
+
+
+def test_a_seed_that_was_taken_out_for_another_reason_than_a_refusal_has_that_one() -> None:
+    (seed,) = tell(told_of_a_seed()).seeds
+    assert not seed.gates[-1].event.result.passed, "a gate has refused it before"
+    assert seed.reason == seed.pruned_because == "seen enough"

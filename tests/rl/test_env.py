@@ -21,7 +21,7 @@ from esper.experiments import load_run_config
 from esper.lifecycle.actions import Action, Advance, Commit, Germinate, Operation, Prune, Wait
 from esper.lifecycle.events import RewardGiven
 from esper.policies.learned import Head, ObservationConfig, WatchedLoss, features
-from esper.rl import GrowthEnv, GrowthEpisode, RewardConfig, TaskRuns
+from esper.rl import GrowthEnv, GrowthEpisode, HostRun, RewardConfig, TaskRuns
 from esper.rl.growth_episode import reference_of
 from esper.rl.rewards import Potential
 from esper.training.random_states import random_streams_apart
@@ -111,6 +111,20 @@ def test_it_terminates_after_the_last_decision_and_never_truncates() -> None:
     ends = [env.step([0] * len(Head))[2:4] for _ in range(RUNS.epochs)]
     assert ends == [(False, False)] * (RUNS.epochs - 1) + [(True, False)]
     with pytest.raises(RuntimeError, match="the episode is over; call reset"):
+        env.step([0] * len(Head))
+
+
+def test_an_episode_that_could_not_begin_leaves_none_behind() -> None:
+    def make_run(random_seed: int) -> HostRun:
+        if random_seed == 7:
+            raise OSError("no data")
+        return RUNS(random_seed)
+
+    env = GrowthEnv(make_run)
+    env.reset(seed=0)
+    with pytest.raises(OSError, match="no data"):
+        env.reset(seed=7)
+    with pytest.raises(RuntimeError, match="there is no episode; call reset"):
         env.step([0] * len(Head))
 
 

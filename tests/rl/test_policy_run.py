@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from esper.experiments.config import load_run_config
 from esper.experiments.settings import SettingsError
@@ -211,6 +212,10 @@ def test_how_a_training_ended_is_told_in_its_folder(tmp_path: Path) -> None:
     [
         ("demonstrations.policy=nonesuch", "no policy 'nonesuch'"),
         ("demonstrations.policy=missing.safetensors", "there is no policy file"),
+        (
+            'demonstrations.num_episodes=1 heuristic.blueprints=["typo"]',
+            "blueprint 'typo' of the heuristic fits no slot",
+        ),
         ("trainer.decision_interval_steps=999", "nothing would ever be decided"),
         ("training.device=cuda:99", "device 'cuda:99' cannot be used here"),
         ("ray=local", "no Ray here"),
@@ -225,10 +230,44 @@ def test_what_could_not_begin_leaves_no_folder(
     monkeypatch.setattr(policy_run, "RayWorkers", without_ray)
     with (
         pytest.raises((SettingsError, ModuleNotFoundError), match=told),
-        new_policy_run(tiny(setting), tmp_path / "run"),
+        new_policy_run(tiny(*setting.split()), tmp_path / "run"),
     ):
         pass
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("in_process")
+def test_a_training_leaves_the_process_as_many_threads_as_it_had(tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with new_policy_run(tiny(), tmp_path / "run"):
+            pass
+        with resumed_policy_run(tmp_path / "run"):
+            pass
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("in_process")
+def test_a_policy_that_could_not_be_written_is_told_and_the_last_one_ends_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def without_room(*_: Any, **__: Any) -> None:
+        raise OSError("no space left")
+
+    with new_policy_run(tiny(), tmp_path / "run") as run:
+        reports = run.reports()
+        with monkeypatch.context() as full:
+            full.setattr(policy_run, "save_policy", without_room)
+            assert next(reports).problems == ("the policy was not written: no space left",)
+            with pytest.raises(OSError, match="no space left"):
+                next(reports)
+    assert RunReader(tmp_path / "run").status == "interrupted"
+    with resumed_policy_run(tmp_path / "run") as run:
+        assert trained(run) == []
+    assert load_policy(run.policy_file).trained_on["timesteps"] == 2 * ROLLOUT
 
 
 @pytest.mark.usefixtures("in_process")

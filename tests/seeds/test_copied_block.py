@@ -71,17 +71,34 @@ class Norm(nn.GroupNorm):
     """A GroupNorm of a library's own."""
 
 
+class Normalised(nn.Module):
+    """Calls its norm by position or by name."""
+
+    def __init__(self, norm: nn.GroupNorm, *, by_name: bool) -> None:
+        super().__init__()
+        self.norm, self.by_name = norm, by_name
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.norm(input=features) if self.by_name else self.norm(features)
+
+
+@pytest.mark.parametrize("by_name", [False, True])
 @pytest.mark.parametrize("norm", [nn.GroupNorm, Norm])
-def test_a_group_norm_in_a_copy_gets_no_input_that_ends_the_process(norm: type[nn.GroupNorm]):
+def test_a_group_norm_in_a_copy_gets_no_input_that_ends_the_process(
+    norm: type[nn.GroupNorm], *, by_name: bool
+):
     """The backward of torch's own does, for channels-last features that need no gradient."""
-    block = nn.Sequential(norm(2, 4), nn.Conv2d(4, 4, 1))
+    block = nn.Sequential(Normalised(norm(2, 4), by_name=by_name), nn.Conv2d(4, 4, 1))
     seed = blueprints.create(Family.CNN, "block", 4, source=block, depth=2)
     layouts = []
+
+    def note(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        (features,) = (*args, *kwargs.values())
+        layouts.append(features.is_contiguous() or features.requires_grad)
+
     for module in seed.modules():
         if isinstance(module, norm):
-            module.register_forward_hook(
-                lambda _, args, __: layouts.append(args[0].is_contiguous() or args[0].requires_grad)
-            )
+            module.register_forward_pre_hook(note, with_kwargs=True)
     features = torch.randn(2, 4, 3, 3).to(memory_format=torch.channels_last)
     increment = seed.increment(features)
     assert layouts == [True, True]

@@ -124,6 +124,33 @@ def test_patterns_match_part_by_part_and_slots_stand_in_module_order(
     assert list(esper.attach(model, pattern, example=inputs)) == paths
 
 
+def test_a_path_with_the_signs_of_a_pattern_names_its_module_alone() -> None:
+    class Cell(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            names = ("linear[3x3]", "linear3", "max?", "maxx")
+            self.ops = nn.ModuleDict({name: nn.Linear(6, 6) for name in names})
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            return nn.Sequential(*self.ops.values())(inputs)
+
+    paths = ["ops.linear[3x3]", "ops.max?"]
+    assert list(esper.attach(Cell(), paths, example=torch.randn(2, 6))) == paths
+
+
+def test_a_host_may_return_what_has_no_memory_of_its_own() -> None:
+    class Graph(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(6, 8)
+
+        def forward(self, nodes: Tensor, edges: Tensor) -> tuple[Tensor, Tensor]:
+            return torch.sparse.mm(edges, self.layer(nodes)), edges
+
+    example = (torch.randn(5, 6), torch.eye(5).to_sparse())
+    assert not esper.attach(Graph(), "layer", example=example)["layer"].layout.overwritten
+
+
 class TakesKeywords(nn.Module):
     def __init__(self) -> None:
         super().__init__()

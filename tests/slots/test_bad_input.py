@@ -95,6 +95,12 @@ class LoopingSequential(nn.Sequential):
         return inputs
 
 
+class LoopingList(nn.ModuleList):
+    """A ModuleList with a forward of its own."""
+
+    forward = LoopingSequential.forward
+
+
 def lists() -> nn.Module:
     class Lists(nn.Module):
         def __init__(self) -> None:
@@ -172,6 +178,12 @@ ATTACH: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], type[Exception]
         TypeError,
         r"'odd' returned a tensor of torch\.int64; .*choose a module inside it",
     ),
+    "output that is sparse": (
+        lambda: Returns(lambda h: h.to_sparse()),
+        {"targets": "odd"},
+        TypeError,
+        r"'odd' returned a tensor of layout torch\.sparse_coo",
+    ),
     "output that is an empty tuple": (
         lambda: Returns(lambda _: ()),
         {"targets": "odd"},
@@ -247,6 +259,12 @@ ATTACH: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], type[Exception]
     ),
     "Sequential with its own loop": (
         lambda: nn.Sequential(LoopingSequential(nn.Linear(6, 6), nn.Tanh()), nn.Linear(6, 3)),
+        {"targets": "0"},
+        ValueError,
+        "'0' runs all its children itself.*name its last child",
+    ),
+    "ModuleList with its own loop": (
+        lambda: nn.Sequential(LoopingList([nn.Linear(6, 6), nn.Tanh()]), nn.Linear(6, 3)),
         {"targets": "0"},
         ValueError,
         "'0' runs all its children itself.*name its last child",
@@ -580,6 +598,13 @@ def test_a_refused_call_names_the_mistake_and_leaves_the_model(
     assert fingerprint(slotted.model) == before
     assert [[id(p) for p in group["params"]] for group in optimizer.param_groups] == groups
     assert [slot.stage for slot in slotted.slots.values()] == stages
+
+
+def test_advance_tells_where_a_slot_can_grow_again(grow: Any) -> None:
+    slot = attach_first(chain())["0"]
+    grow(slot, "norm", SeedStage.FOSSILIZED)
+    with pytest.raises(IllegalTransition, match=r"is FOSSILIZED and needs germinate\(blueprint\)"):
+        slot.advance()
 
 
 @pytest.mark.parametrize("keeps_slot", [False, True])

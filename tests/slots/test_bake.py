@@ -354,4 +354,28 @@ def test_a_pruned_linear_layer_is_not_folded(grown: Any):
     model = nn.Sequential(nn.Linear(8, 8))
     prune.random_unstructured(model[0], "weight", 0.5)
     model, _ = grown(model, {"0": ["lora"]})
+    model(INPUTS)  # the weight that the hook computes is in a graph now
     assert isinstance(esper.bake(model, fold=True)[0], GrownModule)
+
+
+def test_a_baked_copy_of_a_block_with_group_norms_has_no_hook(grow: Any):
+    norm = nn.GroupNorm(2, 8)
+    model, maps = nn.Sequential(nn.Conv2d(3, 8, 1), norm), torch.randn(2, 3, 4, 4)
+    slots = esper.attach(model, "1", example=maps)
+    grow(slots["1"], "block", SeedStage.FOSSILIZED, source="own")
+    plain = esper.bake(model)
+    assert not any(module._forward_pre_hooks for module in plain.modules())
+    assert torch.equal(plain(maps), model(maps))
+
+
+def test_a_copy_grows_behind_a_grown_module_that_is_called_by_keyword(grown: Any):
+    class Called(Host):
+        def forward(self, features: Tensor) -> Tensor:
+            for layer in self.layers:
+                features = layer(features=features, scale=0.9)
+            return features
+
+    copied = ("block", {"source": "layers.0"})
+    model, _ = grown(Called(["tensor"] * 2), {"layers.1": [copied]})
+    again, _ = grown(esper.bake(model), {"layers.1": [copied]})
+    assert torch.equal(esper.bake(again)(INPUTS), again(INPUTS))

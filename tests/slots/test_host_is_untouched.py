@@ -122,25 +122,93 @@ def test_attach_and_detach_leave_no_trace(host: Any, fingerprint: Any) -> None:
     assert fingerprint(model) == before
 
 
-def test_attach_leaves_no_trace_in_a_host_that_draws_and_counts_in_eval_mode_too(
-    fingerprint: Any,
+class Changing(nn.Linear):
+    """Draws a number, and changes itself in each forward, in eval mode too."""
+
+    def __init__(self, change: Callable[[Any, Tensor], Any]) -> None:
+        super().__init__(4, 4)
+        self.change = change
+        self.codes = nn.Parameter(torch.tensor([0.0, torch.nan, 1.0, 2.0]), requires_grad=False)
+        self.register_buffer("mean", torch.zeros(4))
+        self.register_buffer("range", torch.empty(0))
+        self.register_buffer("cache", None)
+        self.calls = 0
+
+    def forward(self, features: Tensor) -> Tensor:
+        self.change(self, features)
+        return super().forward(features) + torch.rand(())
+
+
+CHANGES: dict[str, Callable[[Any, Tensor], Any]] = {
+    "buffer moved": lambda m, x: m.mean.add_(x.mean(0)),
+    "buffer replaced": lambda m, x: setattr(m, "mean", 0.9 * m.mean + 0.1 * x.mean(0)),
+    "buffer resized": lambda m, x: m.range.set_(x.amin(0)),
+    "buffer filled": lambda m, x: setattr(m, "cache", x.mean(0)),
+    "buffer added": lambda m, x: m.register_buffer("late", x.mean(0)),
+    "parameter moved": lambda m, _: m.codes.mul_(-0.9),
+    "parameter moved beside autograd": lambda m, _: m.codes.data.mul_(-1.0),
+    "parameter's data replaced": lambda m, _: setattr(m.codes, "data", m.weight.data[0]),
+    "parameter replaced": lambda m, x: setattr(m, "codes", nn.Parameter(x[0])),
+    "attribute": lambda m, _: setattr(m, "calls", m.calls + 1),
+    "attribute added": lambda m, x: setattr(m, "seen", x),
+    "child added": lambda m, _: m.add_module("late", nn.Linear(4, 4)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_attach_leaves_no_trace_in_a_host_that_changes_itself_in_its_forward(
+    change: str, fingerprint: Any
 ) -> None:
-    class Busy(nn.Linear):
-        def __init__(self) -> None:
-            super().__init__(4, 4)
-            self.register_buffer("calls", torch.zeros(()))
-            self.register_buffer("mean", torch.zeros(4))
-
-        def forward(self, features: Tensor) -> Tensor:
-            self.calls += 1
-            self.mean = 0.9 * self.mean + 0.1 * features.mean(0)
-            return super().forward(features) + torch.rand(())
-
-    model = nn.Sequential(Busy(), nn.Tanh())
-    before = fingerprint(model)
+    model = nn.Sequential(Changing(CHANGES[change]), nn.Tanh())
+    before, storage = fingerprint(model), model[0].codes.data_ptr()
     esper.attach(model, "0", example=torch.ones(2, 4))
     esper.detach(model)
     assert fingerprint(model) == before
+    assert model[0].calls == 0
+    assert model[0].codes.data_ptr() == storage
+
+
+class Merging(nn.Linear):
+    """Adds a low-rank part to its weight in eval mode, as loralib's layers do."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 4)
+        self.down, self.up = nn.Parameter(torch.randn(1, 4)), nn.Parameter(torch.randn(4, 1))
+        self.merged = False
+
+    def train(self, mode: bool = True) -> "Merging":
+        super().train(mode)
+        if self.merged is mode:
+            self.weight.data += (-1.0 if mode else 1.0) * self.up @ self.down
+            self.merged = not mode
+        return self
+
+
+class FrozenNorm(nn.Sequential):
+    """Keeps its BatchNorm in eval mode, whatever its own."""
+
+    def train(self, mode: bool = True) -> "FrozenNorm":
+        super().train(mode)
+        self[1].eval()
+        return self
+
+
+def test_a_host_whose_modes_are_more_than_flags_is_left_in_them(fingerprint: Any) -> None:
+    inner = nn.Sequential(Merging(), nn.Tanh())
+    model = FrozenNorm(Merging(), nn.BatchNorm1d(4), inner).train()
+    inner.eval()
+    inner[1].train()
+    inputs, before = torch.randn(3, 4), fingerprint(model)
+    esper.attach(model, "0", example=inputs)
+    esper.detach(model)
+    assert fingerprint(model) == before
+    assert (model[0].merged, inner[0].merged) == (False, True)
+
+    weights = [model[0].weight.clone(), inner[0].weight.clone()]
+    esper.HeldOut(model, [(inputs, inputs)], loss=lambda out, x: (out - x).square().mean(1))()
+    assert fingerprint(model)["modules"] == before["modules"]
+    assert (model[0].merged, inner[0].merged) == (False, True)
+    torch.testing.assert_close([model[0].weight, inner[0].weight], weights)
 
 
 def test_germination_changes_no_bit_and_draws_no_random_number(

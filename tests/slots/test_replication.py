@@ -1,6 +1,6 @@
 """One process of several: which gradients of seeds are averaged, and in which steps."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,18 +10,15 @@ from torch import nn
 
 import esper
 from esper import SeedStage, SlotConfig, SlotSet
+from esper.slots import replication
 
+STAGES_THAT_RUN = (
+    SeedStage.TRAINING,
+    SeedStage.BLENDING,
+    SeedStage.SHADOWING,
+    SeedStage.PROBATIONARY,
+)
 X = torch.linspace(-1.0, 1.0, 24).reshape(4, 6)
-
-
-class CountingReplication:
-    """Stands in for the processes: counts how often gradients are averaged."""
-
-    def __init__(self) -> None:
-        self.times = 0
-
-    def average_gradients(self, parameters: Iterable[nn.Parameter], *, structure: Any) -> None:
-        self.times += 1
 
 
 @pytest.fixture
@@ -30,6 +27,21 @@ def process_group() -> Iterator[None]:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
+
+
+@pytest.fixture
+def averaged(process_group: None, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The sizes of what was averaged, one after the other."""
+    sizes: list[int] = []
+    reduce = dist.all_reduce
+
+    def watched(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if tensor.is_floating_point():
+            sizes.append(tensor.numel())
+        return reduce(tensor, *args, **kwargs)
+
+    monkeypatch.setattr(dist, "all_reduce", watched)
+    return sizes
 
 
 def bound(**config: Any) -> tuple[SlotSet, torch.optim.Optimizer]:
@@ -51,24 +63,50 @@ def step(slots: SlotSet, optimizer: torch.optim.Optimizer, *, refused: bool = Fa
     slots.tick()
 
 
-def test_gradients_are_averaged_once_in_a_step_that_follows_a_refused_one(grow: Any) -> None:
+def test_gradients_are_averaged_once_in_a_step_that_follows_a_refused_one(
+    averaged: list[int], grow: Any
+) -> None:
     slots, optimizer = bound()
-    slots.replication = replication = CountingReplication()  # type: ignore[assignment]
+    slots.replicate()
     grow(slots["0"], "mlp", SeedStage.TRAINING)
     for times, refused in enumerate([False, True, True, False, False], start=1):
         step(slots, optimizer, refused=refused)
-        assert replication.times == times
+        assert len(averaged) == times
 
 
-def test_gradients_are_averaged_in_a_step_after_a_state_was_loaded(grow: Any) -> None:
+@pytest.mark.parametrize(
+    "calls", ["average clip step", "clip step", "step", "average clip", "average", "clip"]
+)
+def test_gradients_are_averaged_once_in_every_step_whoever_asks_and_if_nobody_ends_it(
+    calls: str, averaged: list[int], grow: Any
+) -> None:
     slots, optimizer = bound()
-    slots.replication = replication = CountingReplication()  # type: ignore[assignment]
+    slots.replicate()
+    grow(slots["0"], "mlp", SeedStage.TRAINING)
+    asks = {
+        "average": slots.average_gradients,
+        "clip": lambda: slots.clip_grad_norm_(1.0),
+        "step": optimizer.step,
+    }
+    for times in (1, 2, 3):
+        optimizer.zero_grad()
+        slots.model(X).square().mean().backward()
+        for call in calls.split():
+            asks[call]()
+        assert len(averaged) == times
+
+
+def test_gradients_are_averaged_in_a_step_after_a_state_was_loaded(
+    averaged: list[int], grow: Any
+) -> None:
+    slots, optimizer = bound()
+    slots.replicate()
     grow(slots["0"], "mlp", SeedStage.TRAINING)
     kept = slots.state_dict()
-    slots.average_gradients()  # of a step that is given up
+    slots.clip_grad_norm_(1.0)  # in a step that is given up
     slots.load_state_dict(kept)
-    step(slots, optimizer)
-    assert replication.times == 2
+    optimizer.step()
+    assert len(averaged) == 2
 
 
 @pytest.mark.parametrize("how", ["shadowing", "fading"])
@@ -93,26 +131,55 @@ def test_a_frozen_seed_stays_put_where_gradients_are_averaged(
     assert all(map(torch.equal, slot.living.parameters(), before))
 
 
-def test_a_seed_that_begins_to_learn_in_shadow_is_averaged(
-    process_group: None, monkeypatch: pytest.MonkeyPatch, grow: Any
-) -> None:
+def test_a_seed_that_begins_to_learn_in_shadow_is_averaged(averaged: list[int], grow: Any) -> None:
     slots, optimizer = bound(isolation="shadowing", objective="shadow")
     slots.replicate()
-    sizes: list[int] = []
-    reduce = dist.all_reduce
-
-    def watched(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        if tensor.is_floating_point():
-            sizes.append(tensor.numel())
-        return reduce(tensor, *args, **kwargs)
-
-    monkeypatch.setattr(dist, "all_reduce", watched)
     slots["0"].germinate("mlp")
     step(slots, optimizer)
-    assert not sizes, "a seed that has only germinated has no gradient"
+    assert not averaged, "a seed that has only germinated has no gradient"
     slots["0"].advance(force=True)
     step(slots, optimizer)
-    assert sizes == [slots["0"].living.param_count]
+    numbers = slots["0"].living.param_count
+    told = len(list(slots["0"].living.parameters())) + 1
+    assert averaged == [numbers + told]
+
+
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize("stage", [SeedStage.GERMINATED, *STAGES_THAT_RUN, SeedStage.FOSSILIZED])
+@pytest.mark.parametrize("operator", ["add", "gate"])
+def test_the_device_is_asked_who_has_a_gradient_only_where_one_is_lacking(
+    stage: SeedStage, operator: str, monkeypatch: pytest.MonkeyPatch, grow: Any
+) -> None:
+    asked: list[torch.Tensor] = []
+    read = replication._read
+    monkeypatch.setattr(replication, "_read", lambda told: (asked.append(told), read(told))[1])
+    slots, optimizer = bound(isolation="shadowing", blend_operator=operator)
+    slots.replicate()
+    grow(slots["0"], "mlp", stage)
+    for _ in range(2):
+        step(slots, optimizer)
+    assert not asked
+    optimizer.zero_grad()
+    slots.average_gradients()  # of a step in which the slot's module has not run
+    without = (SeedStage.GERMINATED, SeedStage.SHADOWING)  # has no gradient anyway
+    assert len(asked) == (stage not in without)
+
+
+@pytest.mark.usefixtures("process_group")
+def test_what_a_seed_has_raised_is_forgotten_with_it(grow: Any) -> None:
+    slots, optimizer = bound()
+    slots.replicate()
+    slot = slots["0"]
+    grow(slot, "mlp", SeedStage.BLENDING)
+    slot.note_failure("RuntimeError: of the first one")
+    slots.average_gradients()
+    slot.prune()
+    while slot.stage is not SeedStage.DORMANT:
+        slot.advance(force=True)
+    grow(slot, "mlp", SeedStage.BLENDING)
+    assert not [event for event in slots.tick() if event.type == "seed_failed"]
+    step(slots, optimizer)
+    assert slot.living is not None
 
 
 @pytest.mark.usefixtures("process_group")

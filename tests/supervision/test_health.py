@@ -116,6 +116,22 @@ def test_a_message_that_comes_late_does_not_replace_a_newer_one(server: RedisSer
     assert one.age_seconds < 50.0
 
 
+@pytest.mark.parametrize("restarted", [False, True])
+def test_a_clock_that_was_ahead_and_was_set_right_hides_no_later_state(
+    restarted: bool, server: RedisServer
+) -> None:
+    ahead = Sealer(RING, "serve:there", clock=lambda: time.time() + seconds)
+    bus = RedisBus(server.url)
+    for seconds, state in ((3600.0, "ready"), (0.0, "given up")):
+        message = HealthMessage(service="a", state=state, pid=1, host="there")
+        sealer = Sealer(RING, "serve:there") if restarted and not seconds else ahead
+        bus.publish(HEALTH, [sealer.seal(body_of(message))[1]])
+    bus.close()
+    (one,) = health(server).services
+    assert one.needs_a_person
+    assert one.age_seconds >= 0.0
+
+
 def test_a_server_that_is_away_or_hangs_holds_up_nobody_and_hears_the_newest_state_later(
     server: RedisServer,
 ) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from esper.supervision.config import load_serve_config
 from esper.supervision.finding import Finding
+from esper.supervision.folder_lock import is_served
 from esper.supervision.preflight import preflight
 from redis_server import NO_SERVER, PROGRAM, RedisServer
 from supervised import free_port
@@ -106,11 +107,19 @@ def test_a_port_that_is_taken_is_a_failure_unless_it_is_served_now(tmp_path: Pat
         assert {finding.level for finding in found(tmp_path, text, served=True)} == {"ok"}
 
 
-def test_a_folder_that_cannot_be_written_is_a_failure(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("folder", "problem"),
+    [("file/serve", "Not a directory"), (300 * "x" + "/serve", "File name too long")],
+    ids=["file", "name"],
+)
+def test_a_folder_that_cannot_be_written_is_a_failure(
+    folder: str, problem: str, tmp_path: Path
+) -> None:
     (tmp_path / "file").touch()
-    (finding,) = bad(tmp_path, f'folder = "file/serve"\n{SLEEPER}')
+    (finding,) = bad(tmp_path, f'folder = "{folder}"\n{SLEEPER}')
     assert finding[:2] == ("failure", "folder")
-    assert "cannot be written: Not a directory" in finding[2]
+    assert f"cannot be written: {problem}" in finding[2]
+    assert not is_served(tmp_path / folder)
 
 
 def test_a_disk_that_is_nearly_full_is_a_warning(

@@ -1,5 +1,6 @@
 """The file of `esper serve`: what is wrong is named, what is left out has its default."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from esper.supervision.config import (
 from esper.supervision.program import programs
 
 JOB = '[[job]]\nname = "a"\ntask = "digits"\nfolder = "runs/a"\n'
+SERVICE = '[[service]]\nname = "s"\ncommand = ["true"]\nready = {port = 1, '
 
 
 def load(folder: Path, text: str) -> str:
@@ -37,6 +39,11 @@ def load(folder: Path, text: str) -> str:
         (JOB + "[dashboard]\ncommands = true\n", "[dashboard] commands go over the bus"),
         (JOB + "[restart]\nlongest_seconds = 0.5\n", "must not be less than first_seconds"),
         (JOB + "[stop]\ndrain_seconds = -1\n", "stop.drain_seconds: Input should be greater"),
+        (
+            JOB + '[dashboard]\nhost = ".local"\n',
+            "dashboard.host: '.local' is no name of a",
+        ),
+        (JOB + SERVICE + 'host = "a..b"}\n', "service[1].ready.host: 'a..b' is no name of a"),
         (JOB + "[restart]\nmax_restart = 3\n", "did you mean 'restart.max_restarts'?"),
         (JOB + '[bus]\ncommands = "redis://u:secret@h"\n', "ESPER_BUS_PASSWORD"),
         (JOB + '[bus]\ncommands = "redis://h:99999"\n', "bus: Port out of range"),
@@ -50,6 +57,13 @@ def load(folder: Path, text: str) -> str:
 )
 def test_what_is_wrong_is_named(tmp_path: Path, text: str, told: str) -> None:
     assert told in load(tmp_path, text)
+
+
+def test_a_folder_whose_name_is_no_text_is_refused(tmp_path: Path) -> None:
+    """The status, which is JSON, could not tell of it."""
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    folder.mkdir()
+    assert r"caf\udce9/esper.toml' is no text" in load(folder, JOB)
 
 
 def test_a_password_is_not_repeated(tmp_path: Path) -> None:

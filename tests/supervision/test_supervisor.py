@@ -6,6 +6,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -167,6 +168,31 @@ def test_one_that_hangs_is_killed_after_its_silence_and_its_log_says_where(tmp_p
         reasons = [told["text"] for told in served.notices if told.get("state") == "stopping"]
         assert reasons == ["silent for 1 s"]
         assert 'File "' in (tmp_path / "serve/logs/beater.log").read_text()
+
+
+def test_silence_counts_from_when_a_program_is_ready_however_long_that_took(
+    tmp_path: Path,
+) -> None:
+    loading = """
+import os, socket, sys, time
+time.sleep(3.0)
+server = socket.create_server(("127.0.0.1", int(sys.argv[1])))
+time.sleep(1.2)
+while True:
+    os.write(int(os.environ["ESPER_HEARTBEAT_FD"]), b'{"state": "running"}\\n')
+    time.sleep(0.1)
+"""
+    port = free_port()
+    config = f"""
+[[service]]
+name = "loading"
+command = ["PYTHON", "-S", "loading.py", "{port}"]
+ready = {{port = {port}}}
+silent_seconds = 2
+"""
+    with Served(tmp_path, QUICK + config, loading=loading) as served:
+        wait_for(lambda: (s := served.service("loading")) and (s.beat or s.restarts))
+        assert served.states("loading") == ["starting", "ready"]
 
 
 def test_one_that_does_not_become_ready_is_given_up_and_what_needs_it_never_starts(
@@ -333,6 +359,22 @@ def test_sighup_starts_what_is_new_ends_what_is_gone_and_leaves_the_rest_alone(
         )
 
 
+def test_sighup_starts_what_waited_for_a_service_that_is_gone_from_the_file(
+    tmp_path: Path,
+) -> None:
+    deaf = f"""
+[[service]]
+name = "deaf"
+command = ["sleep", "1000"]
+ready = {{port = {free_port()}}}
+"""
+    with Served(tmp_path, QUICK + deaf + BEATER, beating=BEATING) as served:
+        served.wait_for("beater", "waiting")
+        served.configure(QUICK + BEATER)
+        served.signal(signal.SIGHUP)
+        served.wait_for("beater", "ready")
+
+
 def test_sighup_hands_new_waits_to_what_goes_on(tmp_path: Path) -> None:
     with Served(tmp_path, QUICK + BEATER, beating=BEATING) as served:
         pid = served.wait_for("beater", "ready").pid
@@ -469,21 +511,55 @@ def test_a_log_that_takes_nothing_is_told_everywhere_and_its_program_goes_on(
         ]
 
 
-def test_all_goes_on_where_nobody_reads_any_more_what_serve_prints(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_open", [False, True], ids=["gone", "not read"])
+def test_all_goes_on_where_nobody_reads_any_more_what_serve_prints(
+    is_open: bool, tmp_path: Path
+) -> None:
     served = Served(tmp_path, QUICK + BEATER, beating=BEATING)
     reading, writing = os.pipe()
     served.start(output=writing)
-    os.close(writing)
     try:
         pid = served.wait_for("beater", "ready").pid
-        os.close(reading)
+        if is_open:
+            fill(writing)
+        else:
+            os.close(reading)
+        os.close(writing)
         assert pid is not None
         os.kill(pid, signal.SIGKILL)
         assert ready_again(served, "beater").pid != pid
         served.signal(signal.SIGTERM)
         assert served.ended() == 0
+        if is_open:
+            os.close(reading)
     finally:
         served.__exit__()
+
+
+def test_what_the_output_has_no_letters_for_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = '[[service]]\nname = "broken"\ncommand = ["sh", "-c", "echo \u2713 loaded; exit 3"]\n'
+    served = Served(tmp_path, QUICK + BEATER + config, beating=BEATING)
+    monkeypatch.setattr(
+        Served, "environment", {**served.environment, "PYTHONIOENCODING": "latin-1"}
+    )
+    with served:
+        assert served.wait_for("broken", "given up").last_lines == ("\u2713 loaded",)
+        assert "\\u2713 loaded" in served.output
+        assert "\\u2713 loaded" in served.run(STATUS).stdout
+        served.signal(signal.SIGTERM)
+        assert served.ended() == 0
+
+
+def fill(pipe: int) -> None:
+    """Write into a pipe as much as it holds; whoever else writes into it has to wait then."""
+    again = os.open(f"/proc/self/fd/{pipe}", os.O_WRONLY | os.O_NONBLOCK)
+    for size in (1 << 16, 1):
+        with suppress(BlockingIOError):
+            while True:
+                os.write(again, bytes(size))
+    os.close(again)
 
 
 def has_open(pid: int, file: Path) -> bool:

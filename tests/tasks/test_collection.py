@@ -282,6 +282,21 @@ def test_one_long_file_is_cut_in_three_without_a_loss(tmp_path: Path) -> None:
     assert "the last 256 bytes each" in notes[0]
 
 
+@pytest.mark.parametrize(("given", "missing"), [("test", "validation"), ("val", "test")])
+def test_one_long_file_to_train_on_is_cut_for_the_part_that_is_missing(
+    given: str, missing: str, tmp_path: Path
+) -> None:
+    text, other = bytes(range(256)) * 10, b"o" * 300
+    (tmp_path / "train.txt").write_bytes(text)
+    (tmp_path / f"{given}.txt").write_bytes(other)
+    splits, notes = text_of(f"folder:{tmp_path}")
+    there = {"test": "test", "val": "validation"}[given]
+    assert (splits["train"], splits[missing], splits[there]) == (text[:-256], text[-256:], other)
+    assert notes == (
+        f"{missing}: the last 256 bytes of the text to train on, as it has 1 rows or files only",
+    )
+
+
 def test_parquet_with_text_keeps_its_splits_and_line_order(tmp_path: Path) -> None:
     lines = {
         split: [f"{split} {number}: grün" + "." * 40 for number in range(30)]

@@ -12,6 +12,10 @@ from typing import get_args
 
 import pytest
 
+from bus_machinery import KEYRING
+from esper.bus.envelope import Sealer
+from esper.bus.mirror import Mirror
+from esper.bus.mirrors import check_name
 from esper.lifecycle.events import EventRecord, SeedPruned, StepSkipped
 from esper.lifecycle.stages import SeedStage
 from esper.report import run_page
@@ -84,6 +88,20 @@ def test_what_was_published_is_read_back_in_order(tmp_path: Path) -> None:
         2,
         31,
     )
+
+
+@pytest.mark.parametrize(
+    "name",
+    [255 * "x", 127 * "é", 85 * "試", ".hidden", "...", "a\\b", "a\nb", os.fsdecode(b"caf\xe9")],
+    ids=range(8),
+)
+def test_a_run_of_any_name_has_an_id_that_the_bus_and_folders_elsewhere_take(
+    name: str, tmp_path: Path
+) -> None:
+    store = open_store(tmp_path / name)
+    store.close()
+    Sealer(KEYRING, store.run_id)
+    check_name(store.run_id)
 
 
 def test_run_is_read_while_it_goes_on_and_each_row_once(tmp_path: Path) -> None:
@@ -174,6 +192,16 @@ def test_a_run_that_has_finished_meanwhile_is_left_alone(tmp_path: Path) -> None
     assert not is_written(tmp_path)
     ReopenedRunStore(tmp_path, after_step=-1).close()  # a training may go on still
     assert RunReader(tmp_path).events() == []
+
+
+def test_a_mirror_of_a_run_elsewhere_is_left_alone(tmp_path: Path) -> None:
+    mirror = Mirror(tmp_path / "run")
+    mirror.publish(PRUNED)
+    mirror.close()
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    with pytest.raises(RunFolderError, match="is a mirror of a run elsewhere"):
+        ReopenedRunStore(tmp_path / "run", after_step=-1)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
 
 
 def test_killed_run_loses_nothing_that_it_was_given(tmp_path: Path) -> None:
@@ -363,7 +391,7 @@ def test_folder_in_which_another_process_begins_a_run_is_refused_and_left_alone(
 def test_folder_in_which_another_process_was_quicker_keeps_that_ones_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def after_the_other(folder: Path) -> WriterLock:
+    def after_the_other(folder: Path, **_: float) -> WriterLock:
         monkeypatch.setattr(run_store, "WriterLock", WriterLock)
         open_store(folder).close()
         return WriterLock(folder)

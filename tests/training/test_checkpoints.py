@@ -1,11 +1,12 @@
 """Checkpoints on disk: what stays, what is passed over, what is refused."""
 
+import errno
 import itertools
 import json
 import math
 import pickle
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -193,6 +194,76 @@ def test_what_only_the_run_or_only_the_trainer_has_is_refused_and_nothing_is_loa
     assert all(map(torch.equal, before, other.model.parameters()))
 
 
+def another_head(problem: Problem) -> esper.Trainer:
+    problem.model.head = torch.nn.Linear(16, 2)
+    return problem.trainer(Ever(), epochs=1)
+
+
+def another_layer(problem: Problem) -> esper.Trainer:
+    problem.model.added = torch.nn.Linear(2, 2)
+    return problem.trainer(Ever(), epochs=1)
+
+
+def another_optimizer(problem: Problem) -> esper.Trainer:
+    problem.optimizer = torch.optim.SGD(problem.model.parameters(), lr=1e-2)
+    return problem.trainer(Ever(), epochs=1)
+
+
+def more_groups(problem: Problem) -> esper.Trainer:
+    parts = problem.model.children()
+    problem.optimizer = torch.optim.Adam([{"params": list(part.parameters())} for part in parts])
+    return problem.trainer(Ever(), epochs=1)
+
+
+def another_scheduler(problem: Problem) -> esper.Trainer:
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(problem.optimizer)
+    return problem.trainer(Ever(), epochs=1, scheduler=scheduler)
+
+
+def scaled(problem: Problem) -> esper.Trainer:
+    return problem.trainer(Ever(), epochs=1, precision="float16")
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (another_head, r"'head.bias' has shape \(2,\), and had \(1,\)"),
+        (another_layer, "it has 'added.bias'"),
+        (another_optimizer, "the state is of a Adam, and this is a SGD"),
+        (more_groups, "had 2 parameter groups, and has 3"),
+        (another_scheduler, "was a StepLR, no ReduceLROnPlateau"),
+        (scaled, "another precision than float16"),
+    ],
+)
+def test_a_trainer_that_is_made_otherwise_is_refused_and_nothing_is_loaded(
+    make: Callable[[Problem], esper.Trainer], told: str
+) -> None:
+    whole, problem = make_problem(), make_problem(seed=1)
+    scheduler = None
+    if make is another_scheduler:
+        scheduler = torch.optim.lr_scheduler.StepLR(whole.optimizer, 2)
+    trainer = whole.trainer(Ever(), epochs=1, scheduler=scheduler)
+    trainer.fit()
+    other = make(problem)
+    before = {name: value.clone() for name, value in other.model.state_dict().items()}
+    with pytest.raises(ValueError, match=told):
+        other.load_state_dict(trainer.state_dict())
+    assert (other.epoch, other.growth.step) == (0, 0)
+    assert all(torch.equal(v, before[k]) for k, v in other.model.state_dict().items())
+
+
+def test_a_state_holds_a_schedulers_as_it_was_then() -> None:
+    problem = make_problem()
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(problem.optimizer, [2])
+    trainer = problem.trainer(Ever(), epochs=1, scheduler=scheduler)
+    state = trainer.state_dict()
+    scheduler.milestones[5] += 1
+    assert state["scheduler"]["state"]["milestones"] == {2: 1}
+    trainer.load_state_dict(state)
+    scheduler.milestones[5] += 1
+    assert state["scheduler"]["state"]["milestones"] == {2: 1}
+
+
 def test_a_run_goes_on_to_the_milestones_of_its_scheduler(tmp_path: Path) -> None:
     def made(problem: Problem) -> esper.Trainer:
         lower, optimizer = torch.optim.lr_scheduler, problem.optimizer
@@ -310,6 +381,53 @@ def test_where_there_is_none_it_says_so(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_written_is_refused_before_the_first_step() -> None:
     with pytest.raises(CheckpointError, match="cannot be written to /proc/esper"):
         Checkpoints("/proc/esper")
+
+
+def test_what_people_keep_beside_checkpoints_stays_and_is_none(tmp_path: Path) -> None:
+    trained(tmp_path, epochs=4)
+    for name in ("step-0000000064 (copy)", "step-good", ".step-good"):
+        shutil.copytree(tmp_path / "step-0000000048", tmp_path / name)
+    (tmp_path / "step-0000000048" / "notes.txt").write_text("mine")
+    (tmp_path / "step-0000000080").mkdir()
+    (tmp_path / "step-0000000080" / "notes.txt").write_text("mine")
+    whole = tmp_path / "step-0000000064"
+    before = {path for path in tmp_path.rglob("*") if whole not in (path, path.parent)}
+    trainer, problem, checkpoints = fresh(tmp_path)
+    trainer.keeper = checkpoints
+    assert checkpoints.resume(trainer).step == 64
+    trainer.fit()
+    assert before <= set(tmp_path.rglob("*"))
+    (failed,) = problem.recorder.of(CheckpointFailed)
+    assert failed.name == "step-0000000080"
+    assert "was not saved by esper, and is not replaced" in failed.error
+    assert checkpoints.newest().name == "step-0000000096"
+
+
+def test_a_file_system_without_links_keeps_checkpoints_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(link: Path, target: str) -> None:
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported", str(link))
+
+    monkeypatch.setattr(Path, "symlink_to", refuse)
+    _, problem = trained(tmp_path, epochs=4, keep_last=2, keep_best=False)
+    assert len(problem.recorder.of(CheckpointSaved)) == 4
+    assert not problem.recorder.of(CheckpointFailed)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-0000000048", "step-0000000064"]
+
+
+def test_one_that_cannot_be_removed_is_told_and_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: Checkpoints, name: str) -> None:
+        raise OSError(errno.EACCES, "Permission denied", str(self.folder / name))
+
+    monkeypatch.setattr(Checkpoints, "_remove", refuse)
+    _, problem = trained(tmp_path, epochs=2, keep_last=1, keep_best=False)
+    (failed,) = problem.recorder.of(CheckpointFailed)
+    assert failed.name == "step-0000000016"
+    assert "cannot be removed" in failed.error
+    assert [event.name for event in problem.recorder.of(CheckpointSaved)][-1] == "step-0000000032"
 
 
 def test_what_a_killed_process_left_is_cleared_away(tmp_path: Path) -> None:

@@ -159,6 +159,29 @@ def test_averages_that_pair_by_position_are_refused_with_the_reason() -> None:
     assert all(map(torch.equal, before["averages"].values(), ema.averages().values()))
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bool, torch.float8_e4m3fn])
+def test_of_what_cannot_be_averaged_it_has_the_value(dtype: torch.dtype) -> None:
+    run = Run()
+    codes = nn.Parameter(torch.tensor([1.0, 0.0]).to(dtype), requires_grad=False)
+    run.model.register_parameter("codes", codes)
+    run.ema = esper.EMA(run.slots, decay=DECAY)
+    codes.data.copy_(torch.tensor([0.0, 1.0]))
+    run.ema.update()
+    assert run.ema.averages()["codes"].dtype == dtype
+    assert run.ema.averages()["codes"].float().tolist() == [0.0, 1.0]
+
+
+def test_weights_that_are_assigned_begin_their_averages_anew() -> None:
+    run = Run()
+    assigned = {name: value + 1 for name, value in run.model.state_dict().items()}
+    run.model.load_state_dict(assigned, assign=True)
+    run.ema.update()
+    assert run.ema.state_dict()["averages"].keys() == dict(run.model.named_parameters()).keys()
+    for name, average in run.ema.averages().items():
+        assert torch.equal(average, assigned[name])
+        assert average.data_ptr() != run.model.get_parameter(name).data_ptr()
+
+
 @pytest.mark.parametrize("decay", [0.0, 1.0, -0.5, 2.0])
 def test_a_decay_out_of_range_is_refused(decay: float) -> None:
     with pytest.raises(ValueError, match="decay must lie between 0 and 1"):

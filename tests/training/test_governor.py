@@ -143,6 +143,29 @@ def test_a_single_bad_batch_is_skipped_and_nothing_else() -> None:
     assert run.trainer.growth.step == 6 * STEPS
 
 
+def test_a_bad_batch_is_over_where_the_optimizer_trains_a_part_of_the_host() -> None:
+    """What nothing trains has gradients as well: NaN once, and no optimizer drops them."""
+    norms = {}
+    for frozen in (False, True):
+        torch.manual_seed(0)
+        host = Host()
+        host.embed.requires_grad_(not frozen)
+        features = torch.randn(STEPS * 8, 4)
+        data = list(zip(features.split(8), features.prod(1).tanh().split(8), strict=True))
+        data[5] = (data[5][0] * math.nan, data[5][1])
+        slots = esper.attach(host, "norm", example=features[:2])
+        recorder = Recorder()
+        optimizer = torch.optim.AdamW(host.head.parameters(), lr=1e-2)
+        growth = esper.Growth(slots, optimizer, policy=Script(), sinks=[recorder])
+        config = esper.TrainerConfig(epochs=1, max_gradient_norm=0.1)
+        trainer = esper.Trainer(growth, data, loss=mse_loss, evaluate=lambda: 1.0, config=config)
+        trainer.fit()
+        assert [event.reason for event in recorder.of(StepSkipped)] == ["the loss is not finite"]
+        assert all(parameter.grad is None for parameter in host.parameters())
+        norms[frozen] = host.head.weight.detach().clone()
+    assert torch.equal(norms[False], norms[True]), "it is clipped by what is trained"
+
+
 def test_a_run_whose_weights_are_spoilt_goes_back_and_is_what_it_would_have_been() -> None:
     """As a flipped bit would; random streams, data, optimizer and statistics go back too."""
     run, untouched = Run(), Run()
@@ -414,6 +437,14 @@ def losses_of(governor: Governor, values: list[float]) -> list[bool]:
         refused.append(skipped is not None)
         governor.count(skipped)
     return refused
+
+
+def test_a_step_that_its_norm_makes_bad_is_none_of_the_good_ones() -> None:
+    governor = Governor(GovernorConfig(history_steps=8))
+    for norm in (1.0, math.inf, 1.0):
+        governor.look(torch.tensor(2.0))
+        governor.judge(torch.tensor(norm))
+    assert governor.state_dict()["history"] == [2.0, 2.0]
 
 
 def test_the_band_follows_the_losses() -> None:

@@ -39,6 +39,7 @@ from esper.policies import DepthSchedulePolicy, RandomPolicy, UCB1Chooser, ucb1_
 from esper.seeds import Family, Seed, blueprints
 from esper.slots.modes import evaluation_mode
 from esper.training import Checkpoints
+from esper.training.held_out import metrics_of
 from esper.training.safeguard import TrainingDivergedError
 from growth_problem import LENIENT, TEST_CONFIG, Problem, Recorder, make_problem
 
@@ -397,6 +398,24 @@ def test_seed_that_raises_where_it_is_evaluated_is_gone_before_the_run_is_kept(
     assert "seed broke" in pruned.reason
 
 
+@pytest.mark.parametrize("kept_by", ["keeper", "state"])
+def test_seed_that_raises_between_epochs_is_gone_before_the_run_is_kept(
+    kept_by: str, problem: Problem, tmp_path: Path
+) -> None:
+    trainer = problem.trainer(Script({1: [Germinate(slot="embed", blueprint="mlp")]}), epochs=3)
+    slot, checkpoints = problem.slots["embed"], Checkpoints(tmp_path)
+    for report in trainer.run():
+        if report.epoch == 2:
+            assert slot.living is not None
+            broken = slot.living.register_forward_pre_hook(lambda *_: 1 / 0)
+            problem.model(problem.batches[0][0])
+            broken.remove()
+            assert checkpoints.save(trainer) if kept_by == "keeper" else trainer.state_dict()
+            assert slot.living is None
+    (failed,) = problem.recorder.of(SeedFailed)
+    assert "division by zero" in failed.error
+
+
 @pytest.mark.parametrize("epochs_of_data", [0, 1])
 def test_data_that_can_be_iterated_only_once_is_refused(
     epochs_of_data: int, problem: Problem
@@ -515,6 +534,11 @@ def test_plateau_scheduler_sees_the_held_out_loss(problem: Problem) -> None:
         Script({}), epochs=3, scheduler=scheduler, evaluate=lambda: next(poisoned_loss)
     ).fit()
     assert problem.optimizer.param_groups[0]["lr"] == pytest.approx(1e-4)
+
+
+@pytest.mark.parametrize("result", [np.float32(0.5), torch.tensor(0.5), {"loss": 0.5}])
+def test_a_held_out_loss_may_be_any_kind_of_number(result: Any) -> None:
+    assert metrics_of(result) == {"loss": 0.5}
 
 
 @pytest.mark.parametrize(

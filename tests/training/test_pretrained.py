@@ -305,6 +305,11 @@ def test_views_strides_empty_and_odd_state_on_disk(tmp_path: Path):
     with pytest.raises(TypeError, match=r"'_extra_state' in the state dict is a dict"):
         esper.save_pretrained(slots, tmp_path / "extra")
 
+    slots = esper.attach(host(), "first", example=INPUTS)
+    slots.model.register_buffer("edges", torch.eye(8).to_sparse())
+    with pytest.raises(TypeError, match=r"'edges' in the state dict has the layout torch.sparse"):
+        esper.save_pretrained(slots, tmp_path / "sparse")
+
 
 def test_only_saved_folders_are_replaced(
     saved: tuple[esper.SlotSet, Path], monkeypatch: pytest.MonkeyPatch

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, TensorDataset
 
 import esper
 from esper.lifecycle.actions import Germinate, Prune
@@ -304,6 +304,22 @@ class Stream(IterableDataset[Any]):
         yield from (self.data[index] for index in torch.randperm(len(self.data), generator=by))
 
 
+class Drawn(Dataset[Any]):
+    """Draws its samples of an epoch when it is told of one, as negatives are."""
+
+    def __init__(self, data: TensorDataset, generator: torch.Generator | None = None) -> None:
+        self.data, self.generator = data, generator
+
+    def set_epoch(self, epoch: int) -> None:
+        self.drawn = torch.randperm(len(self.data), generator=self.generator)
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.data[self.drawn[index]]
+
+
 LOADERS: Mapping[str, Callable[[TensorDataset], Any]] = {
     "shuffled": lambda data: DataLoader(data, 4, shuffle=True),
     "by a DistributedSampler": lambda data: DataLoader(
@@ -311,6 +327,8 @@ LOADERS: Mapping[str, Callable[[TensorDataset], Any]] = {
     ),
     "by the data set": lambda data: DataLoader(Stream(data), 4),
     "by the data set's generator": lambda data: DataLoader(Stream(data, torch.Generator()), 4),
+    "drawn when it is told": lambda data: DataLoader(Drawn(data), 4),
+    "drawn by its generator": lambda data: DataLoader(Drawn(data, torch.Generator()), 4),
     "ordered ahead": OrderedAhead,
 }
 

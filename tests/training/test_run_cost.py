@@ -14,8 +14,9 @@ import esper
 from esper.lifecycle.actions import Germinate
 from esper.lifecycle.stages import SeedStage
 from esper.training.checkpoints import Checkpoints
+from esper.training.flop_formulas import flop_counter
 from esper.training.loss_scaler import LossScaler
-from esper.training.run_cost import CostMeter, flop_counter
+from esper.training.run_cost import CostMeter
 from growth_problem import Problem, make_problem
 
 EPOCHS = 30
@@ -62,10 +63,17 @@ def test_counting_changes_no_bit() -> None:
         assert torch.equal(one, other)
 
 
-def test_flops_are_published_with_the_metrics(problem: Problem) -> None:
-    reports = train(problem, count_flops=True)
+@pytest.mark.parametrize("reads_losses", [False, True])
+def test_flops_are_published_with_the_metrics(problem: Problem, *, reads_losses: bool) -> None:
+    """Plain evaluations among them only where the policy decides by them."""
+    decides = policy()
+    decides.reads_losses = reads_losses
+    reports = problem.trainer(decides, EPOCHS, count_flops=True).fit()
     told = [metrics["flops"] for _, _, metrics in problem.recorder.metrics if "flops" in metrics]
-    assert told == [report.cost.total.flops for report in reports]
+    costs = [report.cost for report in reports]
+    assert told == [
+        (cost.total if reads_losses else cost.training + cost.decision).flops for cost in costs
+    ]
     assert told == sorted(told)
 
 
@@ -80,6 +88,49 @@ def test_attention_on_a_cpu_costs_its_matrix_products(heads: int) -> None:
     with flop_counter() as backward:
         output.sum().backward()
     assert backward.get_total_flops() == 5 * one_product
+
+
+def operations(run: Callable[[], Any]) -> int:
+    with flop_counter() as counter:
+        run()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("layers", [{}, {"num_layers": 2, "bidirectional": True}], ids=str)
+def test_a_recurrent_layer_on_a_cpu_costs_its_matrix_products(layers: dict[str, Any]) -> None:
+    lstm, sequences = nn.LSTM(3, 5, **layers), torch.randn(7, 2, 3, requires_grad=True)
+    products = 2 * 7 * 2 * sum(p.numel() for p in lstm.parameters() if p.ndim == 2)
+    assert operations(lambda: lstm(sequences)) == products
+    total = lstm(sequences)[0].sum()
+    assert operations(total.backward) == 2 * products
+
+
+def test_the_kernel_of_a_gpu_for_recurrent_layers_costs_as_much() -> None:
+    lstm = nn.LSTM(3, 5, num_layers=2)
+    counter = flop_counter()
+    shapes = [tuple(parameter.shape) for parameter in lstm.parameters()]
+    for name, times in (("_cudnn_rnn", 1), ("_cudnn_rnn_backward", 2)):
+        formula = counter.flop_registry[getattr(torch.ops.aten, name)]
+        found = formula(torch.empty(7, 2, 3), [torch.empty(shape) for shape in shapes])
+        assert found == times * operations(lambda: lstm(torch.randn(7, 2, 3)))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_evaluating_a_transformer_layer_costs_what_its_forward_in_training_does() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    attention = nn.MultiheadAttention(8, 2, batch_first=True)
+    x, lengths = torch.randn(3, 5, 8), (5, 2, 4)
+    padding = torch.tensor([[place >= length for place in range(5)] for length in lengths])
+    alone = [operations(lambda n=n: layer(x[:1, :n])) for n in lengths]
+    trained = [operations(lambda: layer(x)), operations(lambda: attention(x, x, x))]
+    layer.eval()
+    attention.eval()
+    stack = nn.TransformerEncoder(layer, 1)
+    with torch.inference_mode():
+        evaluated = [operations(lambda: layer(x)), operations(lambda: attention(x, x, x))]
+        nested = operations(lambda: stack(x, src_key_padding_mask=padding))
+    assert evaluated == trained
+    assert nested == sum(alone)
 
 
 def ticking(seconds: list[float]) -> Callable[[], float]:

@@ -87,6 +87,8 @@ def test_keys_that_read_alike_are_not_mixed_up(tmp_path: Path) -> None:
         ({1, 2}, "builtins.set"),
         (print, "builtin_function"),
         (b"", "bytes"),
+        (torch.eye(2).to_sparse(), "layout torch.sparse_coo"),
+        (torch.ones(2, dtype=torch.complex128), "tensor of torch.complex128"),
     ],
 )
 def test_what_has_no_form_is_named_with_its_place(value: Any, kind: str, tmp_path: Path) -> None:

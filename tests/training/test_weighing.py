@@ -53,6 +53,20 @@ def plain(problem: Problem) -> Evaluate:
     return lambda: problem.held_out()["loss"]
 
 
+def test_an_evaluation_may_differentiate() -> None:
+    """As one of forces does, or of adversarial examples."""
+    problem, _ = grown("lora", SeedStage.SHADOWING)
+
+    def slope() -> float:
+        with torch.enable_grad():
+            features = problem.batches[0][0].clone().requires_grad_()
+            (gradient,) = torch.autograd.grad(problem.model(features).sum(), features)
+        return float(gradient.square().mean())
+
+    event = weighed(problem, slope)
+    assert event.loss_with != event.loss_without
+
+
 def test_a_seed_that_rescales_saves_nothing_over_a_linear_map_whatever_it_contributes() -> None:
     for blueprint in ("rescale", "gain_and_shift", "lora"):
         problem, slot = grown(blueprint, SeedStage.SHADOWING)

@@ -119,7 +119,7 @@ class Mirror(RunStore):
             _make(folder, first)
         if folder.is_symlink() or missed_in(folder) is None:
             raise NoMirrorError(f"{folder} is there already, and no mirror of a run elsewhere")
-        self._open(folder, busy_seconds=_BUSY_SECONDS)
+        self._open(folder, lock_seconds=_BUSY_SECONDS, busy_seconds=_BUSY_SECONDS)
         with self._let_go_on_error():
             self._identity = _identity(folder)
             self._state, self._sequences = self._loaded()

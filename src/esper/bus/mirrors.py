@@ -4,6 +4,7 @@ import logging
 import os
 from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -11,6 +12,8 @@ from pathlib import Path
 from esper.bus.envelope import MessageRefusedError, Refusal
 from esper.bus.messages import RunMessage
 from esper.bus.mirror import Mirror, NoMirrorError, Taken, Told
+from esper.telemetry.run_folder import RunFolderError
+from esper.telemetry.run_reader import RunReader
 
 _MAX_NAME_BYTES = 255
 
@@ -20,8 +23,9 @@ _LOG = logging.getLogger(__name__)
 class Mirrors:
     """Opens mirrors as they are needed, and closes those that were not needed for longest.
 
-    A run that is trained on this machine into the same folder is no mirror, and is passed over as
-    long as that folder is there. For one thread.
+    A run that is trained on this machine into the same folder needs no mirror beside it: it is
+    passed over as long as its own folder is there, and so is one whose mirror would have the name
+    of something else. For one thread.
 
     Args:
         folder: That mirrors are in; is made if there is something to store.
@@ -60,8 +64,9 @@ class Mirrors:
 
     def close(self) -> None:
         """Let go of all files."""
-        while self._open:
-            self._drop(next(iter(self._open)))
+        with ExitStack() as all_of_them:  # also where one is damaged
+            for run in self._open:
+                all_of_them.callback(self._drop, run)
 
     def _found(self, run: str, told: Sequence[Told]) -> "Mirror | _PassedOver":
         found = self._open.get(run)
@@ -77,12 +82,26 @@ class Mirrors:
     def _opened(self, run: str, told: Sequence[Told]) -> "Mirror | _PassedOver":
         first = next((one.message for one in told if isinstance(one.message, RunMessage)), None)
         folder = self._folder / run
+        if not folder.exists() and (own := self._own_folder(run)) is not None:
+            _LOG.info("run %s is trained here, in %s, and has no mirror", run, own)
+            return _PassedOver(own, _inode(own))
         try:
             return Mirror(folder, first)
         except NoMirrorError as error:
             passed_over = _PassedOver(folder, _inode(folder))
             _LOG.warning("what run %s tells is not stored: %s", run, error)
             return passed_over
+
+    def _own_folder(self, run: str) -> Path | None:
+        """Return the folder here that a run itself writes; None if there is none."""
+        name = run.rpartition("-")[0]  # ids are made so
+        folder = self._folder / name
+        if not name or folder.is_symlink():
+            return None
+        try:
+            return folder if RunReader(folder).run_id == run else None
+        except (RunFolderError, OSError):
+            return None
 
     def _drop(self, run: str) -> None:
         found = self._open.pop(run)
@@ -92,7 +111,7 @@ class Mirrors:
 
 @dataclass(frozen=True)
 class _PassedOver:
-    """A folder that is no mirror, or a link, as it was found."""
+    """A folder that is no mirror, or a link, or the run's own, as it was found."""
 
     folder: Path
     inode: tuple[int, int]

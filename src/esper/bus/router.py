@@ -68,7 +68,7 @@ class RouterFacts(Record):
     refused: int = 0
     """Could not be trusted or read, and are dead letters."""
     passed_over: int = 0
-    """Are of runs that have a folder here which is no mirror."""
+    """Are of runs that have a folder here which is no mirror, as those that are trained into it."""
     runs: int = 0
     """Whose mirrors are open now."""
 

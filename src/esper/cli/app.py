@@ -1,5 +1,7 @@
 """The `esper` command."""
 
+import io
+import sys
 from typing import Annotated
 
 import typer
@@ -66,4 +68,7 @@ app.command()(doctor)
 
 def main() -> None:
     """Run the command line."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # None where it is closed
+        # A letter that the terminal's encoding has not is no reason to end.
+        sys.stdout.reconfigure(errors="backslashreplace")
     app()

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from esper.cli.printing import print_json_line
+from esper.cli.tables import metric_of
 from esper.experiments.comparison import (
     ArmSummary,
     CompareConfig,
@@ -24,7 +25,6 @@ from esper.experiments.comparison import (
 )
 from esper.experiments.comparison.words import edge_mark, notes, rate, reached, spread
 from esper.report.chart import json_values
-from esper.tasks.named import named_task
 
 _OUTCOME_STYLES = {
     Outcome.PAYS: "bold green",
@@ -177,7 +177,7 @@ def print_comparison(console: Console, comparison: Comparison) -> None:
 
 def _table(comparison: Comparison, summaries: list[ArmSummary], *, width: int) -> Table:
     """Return a row per arm, with as much of it as the terminal is wide: figures are never cut."""
-    metric = named_task(comparison.config.run.task).metric
+    metric = metric_of(comparison.config.run.task, summaries[0].metrics)
     medium, wide = width >= _MEDIUM_COLUMNS, width >= _WIDE_COLUMNS
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column("arm", overflow="fold", min_width=8)

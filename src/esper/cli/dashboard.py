@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from esper.bus.addresses import check_no_password
 from esper.bus.command_sender import this_user
 from esper.cli.printing import plain_console
 from esper.experiments.bus_connection import open_run_bus
@@ -97,10 +98,11 @@ def _channel(folder: Path, bus: str, key_file: Path | None) -> "CommandChannel":
 
     Raises:
         ModuleNotFoundError: Redis' client is not installed.
-        ValueError: The address is none, or the keys cannot be read.
+        ValueError: The address is none, or holds a password; or the keys cannot be read.
     """
     from esper.dashboard.bus_channel import BusCommandChannel  # noqa: PLC0415 – an optional extra
 
+    check_no_password("--bus", bus)
     keyring = Keyring.of_user() if key_file is None else Keyring.from_file(key_file)
     sender = f"{this_user()}, by the dashboard"
     return BusCommandChannel(folder, open_run_bus(bus), keyring, sender=sender)

@@ -26,7 +26,7 @@ from esper.cli.options import (
 )
 from esper.cli.printing import plain_console, print_json_line
 from esper.cli.report import leave_report
-from esper.cli.stopping import stops_told
+from esper.cli.stopping import ended_at_once_by_sigterm, stops_told
 from esper.cli.tables import networks_table, print_compiled, print_seeds, print_twin
 from esper.cli.views import JsonView, LinesView, QuietView, RunView
 from esper.experiments.audit import ForkPoint, Twin, prepare_twin
@@ -196,12 +196,13 @@ def _train_grown(
             cost = train(run, view)
         networks = {"grown": (run.param_count(), run.finish())}
         if beside is not None and fork is not None:
-            try:
-                twin = prepare_twin(settings, run, cost, fork)
-            except ValueError as error:
-                beside(f"no twin: {error}")
-            else:
-                networks = {"its twin": _train_twin(twin, run, beside), **networks}
+            with ended_at_once_by_sigterm():  # the run itself has come to its end, and is kept
+                try:
+                    twin = prepare_twin(settings, run, cost, fork)
+                except ValueError as error:
+                    beside(f"no twin: {error}")
+                else:
+                    networks = {"its twin": _train_twin(twin, run, beside), **networks}
         return networks
 
 

@@ -121,8 +121,13 @@ def _try_to_make(folder: Path) -> None:
 
 
 def _folder_name(task: str, time: datetime) -> str:
-    """Return a name for the run that every file system takes; of a long path the end is kept."""
-    scheme, _, name = task.rpartition(":")
+    """Return a name for the run that every file system takes: a folder of data has its last part.
+
+    Of a long name the end is kept.
+    """
+    scheme, _, name = task.partition(":") if ":" in task else ("", "", task)
+    if scheme == "folder":
+        name = Path(name).name
     plain = re.sub(r"[^A-Za-z0-9._-]+", "-", name)[-_MAX_TASK_CHARACTERS:].strip("-.")
     prefix = f"{scheme}-" if scheme else ""
     return f"{prefix}{plain}-{time:%Y%m%d-%H%M%S-%f}"

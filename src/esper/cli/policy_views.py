@@ -19,11 +19,11 @@ from rich.table import Table
 from rich.text import Text
 
 from esper.cli.printing import print_json_line
+from esper.cli.tables import metric_of
 from esper.experiments.comparison.intervals import Interval, mean_interval
 from esper.experiments.comparison.words import spread
 from esper.policies.named import policy_words
 from esper.report.chart import json_values
-from esper.tasks.named import named_task
 
 if TYPE_CHECKING:
     from esper.rl.evaluation import EvaluatedRun, Evaluation, EvaluationConfig
@@ -167,7 +167,7 @@ class EvaluationView(_View):
             waiting = {key[:2] for key in evaluation.missing()}
             known = {run.key[:2] for run in evaluation.runs.values()}
             self._bar.update(self._bar_task, completed=len(known - waiting))
-        metric = named_task(config.run.task).metric
+        metric = metric_of(config.run.task, run.test)
         told = f"test loss {run.test['loss']:.4f}"
         if metric != "loss":
             told += f"  {metric} {run.test[metric]:.4f}"
@@ -213,8 +213,7 @@ class EvaluationRow:
 
 def evaluation_rows(evaluation: "Evaluation") -> list[EvaluationRow]:
     """Return a row per policy that has runs, in order."""
-    config = evaluation.config
-    metric = named_task(config.run.task).metric
+    config, metric = evaluation.config, _metric(evaluation)
     rows = []
     for policy, runs in evaluation.table().items():
         if not runs:
@@ -244,6 +243,11 @@ def evaluation_rows(evaluation: "Evaluation") -> list[EvaluationRow]:
     return rows
 
 
+def _metric(evaluation: "Evaluation") -> str:
+    measured = [name for run in evaluation.runs.values() for name in run.test]
+    return metric_of(evaluation.config.run.task, measured)
+
+
 def _label(config: "EvaluationConfig", policy: str, num_seeds: int) -> str:
     label, of_seeds = policy_words(policy, config.all_policies), len(config.random_seeds)
     return label if num_seeds == of_seeds else f"{label} ({num_seeds} of {of_seeds} seeds)"
@@ -251,7 +255,7 @@ def _label(config: "EvaluationConfig", policy: str, num_seeds: int) -> str:
 
 def evaluation_record(evaluation: "Evaluation") -> dict[str, Any]:
     """Return the table as JSON values; what is not known or not finite is null."""
-    metric = named_task(evaluation.config.run.task).metric
+    metric = _metric(evaluation)
     record: dict[str, Any] = json_values(
         {
             "task": evaluation.config.run.task,
@@ -288,7 +292,7 @@ def print_evaluation(console: Console, evaluation: "Evaluation") -> None:
     if not rows:
         console.print("no policy's runs can be compared yet")
         return
-    metric = named_task(config.run.task).metric
+    metric = _metric(evaluation)
     table = _evaluation_table(rows, metric, whole=True)
     unbounded = console.options.update(width=_UNBOUNDED)
     if console.measure(table, options=unbounded).maximum > console.width:

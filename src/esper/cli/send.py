@@ -1,11 +1,13 @@
 """`esper send`: tell a run what to do."""
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from pydantic import ValidationError
 
+from esper.bus.addresses import check_no_password
 from esper.bus.bus import BusRefusedError, BusUnavailableError
 from esper.bus.command_sender import CommandSender, NoAnswerError, this_user
 from esper.bus.messages import AnswerMessage
@@ -81,6 +83,9 @@ def send(
     Exit code 0: it was done; 1: it was refused; 3: nothing was heard in time.
     """
     command = _command(words, set_ or [])
+    if bus is not None:
+        with bad_parameter(ValueError):
+            check_no_password("--bus", bus)
     run_id, address, keys = _addressed(run, bus, key_file)
     try:
         keyring = Keyring.of_user() if keys is None else Keyring.from_file(keys)
@@ -124,7 +129,9 @@ def _command(words: list[str], settings: list[str]) -> Command:
     for setting in settings:
         with bad_parameter(SettingsError):
             _refuse_given_as_word(setting, name)
-            merge(fields, _field(setting, kind))
+            field = _field(setting, kind)
+            _refuse_not_finite(setting, field)
+            merge(fields, field)
     try:
         return Act(action=kind.model_validate(fields))
     except ValidationError as error:
@@ -138,6 +145,15 @@ def _refuse_given_as_word(setting: str, name: str) -> None:
             f"{name} {' '.join(_ARGUMENTS[name]).upper()} has the {key} already, got {setting}; "
             "leave one of them out"
         )
+
+
+def _refuse_not_finite(setting: str, field: dict[str, Any]) -> None:
+    try:
+        json.dumps(field, allow_nan=False, default=str)
+    except ValueError as error:
+        raise typer.BadParameter(
+            f"{setting} holds a number that is not finite, which JSON has no word for"
+        ) from error
 
 
 def _field(setting: str, kind: type[Record]) -> dict[str, Any]:

@@ -1,11 +1,13 @@
 """`esper serve`: run everything that one file names, and keep it running."""
 
+import io
 import os
 import signal
+import sys
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TextIO
 
 import typer
 from rich.console import Console
@@ -49,6 +51,7 @@ def serve(
             FolderLock,
             is_served,
         )
+        from esper.supervision.notice_printer import NoticePrinter  # noqa: PLC0415
         from esper.supervision.preflight import preflight  # noqa: PLC0415
         from esper.supervision.supervisor import (  # noqa: PLC0415
             Supervisor,
@@ -85,8 +88,10 @@ def serve(
     view.findings(findings)
     if _failures(findings):
         raise typer.Exit(_NOT_READY)
-    supervisor = Supervisor(config, found, preflight=findings, tell=view.notice)
+    printer = NoticePrinter(view.notice)
+    supervisor = Supervisor(config, found, preflight=findings, tell=printer.tell)
     anyio.run(serve_until_signal, supervisor)
+    printer.close()
     lock.release()
 
 
@@ -111,7 +116,7 @@ class _View:
 
     def __init__(self, name_columns: int, *, as_json: bool) -> None:
         self._name_columns = name_columns
-        self._console = Console()
+        self._console = Console(file=_unbuffered_output())
         self._as_json = as_json
 
     def findings(self, findings: list[Finding]) -> None:
@@ -128,9 +133,9 @@ class _View:
 
     def notice(self, notice: Notice) -> None:
         """Print that something has changed; where that cannot be, all goes on."""
-        # Nobody reads it any more, which rich would end the program for, or a disk is full: what
-        # is served does not depend on it, and status.json tells the same.
-        with suppress(OSError, SystemExit):
+        # Nobody reads it any more, which rich would end the program for, a disk is full, or it is
+        # no text: what is served does not depend on it, and status.json tells the same.
+        with suppress(OSError, SystemExit, ValueError):
             self._print(notice)
 
     def _print(self, notice: Notice) -> None:
@@ -151,3 +156,20 @@ class _View:
 
     def _print_json(self, line: str) -> None:
         self._console.out(line, highlight=False)
+
+
+def _unbuffered_output() -> TextIO | None:
+    """Return what prints to standard output; None where that is closed.
+
+    Without a buffer, whose lock Python waits for when it ends: the thread that prints may hold it
+    for as long as nobody reads.
+    """
+    if sys.stdout is None:
+        return None
+    raw = io.FileIO(sys.stdout.fileno(), "w", closefd=False)
+    return io.TextIOWrapper(
+        raw,
+        encoding=sys.stdout.encoding,
+        errors="backslashreplace",
+        write_through=True,
+    )

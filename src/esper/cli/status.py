@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from esper.bus.addresses import check_no_password
 from esper.bus.bus import BusRefusedError, BusUnavailableError
 from esper.experiments.bus_connection import open_run_bus
 from esper.signing import KeyFileError, Keyring
@@ -199,6 +200,7 @@ def _print_problem(
 def _from_bus(console: Console, address: str, key_file: Path | None, *, as_json: bool) -> int:
     """Print what was told over a bus, and return the exit code."""
     try:
+        check_no_password("it", address)
         keyring = Keyring.of_user() if key_file is None else Keyring.from_file(key_file)
         with closing(open_run_bus(address)) as bus:
             found = read_health(bus, keyring, now_seconds=time.time())

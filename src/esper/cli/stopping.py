@@ -1,6 +1,7 @@
 """What a run says that ends before its end: on Ctrl-C, by a command, on SIGTERM, diverged."""
 
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,33 @@ EXIT_TERMINATED = 128 + signal.SIGTERM
 EXIT_DIVERGED = 1
 
 
+class TerminatedError(BaseException):
+    """SIGTERM has come where no step is waited for; as KeyboardInterrupt is for Ctrl-C."""
+
+
+@contextmanager
+def ended_at_once_by_sigterm() -> Iterator[None]:
+    """Let SIGTERM end the block as Ctrl-C does, so that what surrounds it is closed.
+
+    Only in the main thread, which alone may take signals.
+
+    Raises:
+        TerminatedError: It has come.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(*_: object) -> None:
+        raise TerminatedError
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 @contextmanager
 def stops_told(folder: Path, *, quiet: bool, as_json: bool) -> Iterator[None]:
     """End the program where the run in a folder is stopped or diverges, and tell the way on.
@@ -35,13 +63,14 @@ def stops_told(folder: Path, *, quiet: bool, as_json: bool) -> Iterator[None]:
     except TrainingDivergedError as error:
         _tell_diverged(error, folder, quiet=quiet, as_json=as_json)
         raise typer.Exit(EXIT_DIVERGED) from error
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, TerminatedError) as error:
         tell_interrupted(_way_on(folder))
-        raise typer.Exit(EXIT_INTERRUPTED) from None
+        terminated = isinstance(error, TerminatedError)
+        raise typer.Exit(EXIT_TERMINATED if terminated else EXIT_INTERRUPTED) from None
 
 
 def tell_interrupted(way_on: str) -> None:
-    """Tell that Ctrl-C has ended the program, and how to go on; never among what is printed."""
+    """Tell that a signal has ended the program, and how to go on; never among what is printed."""
     typer.echo(f"stopped; {way_on}", err=True)
 
 

@@ -2,7 +2,8 @@
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 
 from rich.console import Console
 from rich.table import Table
@@ -12,6 +13,7 @@ from esper.cli.views import WIDE_COLUMNS
 from esper.lifecycle.events import CompiledBy, RunFinished, TwinFinished
 from esper.lifecycle.words import percent
 from esper.report.story import RunStory, SeedStory
+from esper.tasks.named import named_task
 
 _COMPILED_BY: dict[CompiledBy, str] = {
     "here": "between two steps",
@@ -19,6 +21,24 @@ _COMPILED_BY: dict[CompiledBy, str] = {
     "store": "long before",
 }
 _OUTCOME_STYLES = {"committed": "green", "pruned": "red", "still growing": "yellow"}
+
+
+def metric_of(task: str, measured: Iterable[str]) -> str:
+    """Return the metric that tables show of a task.
+
+    What was kept can be looked at without its data and its module: if the task cannot be opened
+    here, or measures something else by now, it is the first one that is not the loss.
+
+    Args:
+        task: Its name.
+        measured: Names of the metrics that there are.
+    """
+    measured = list(measured)
+    with suppress(ValueError, ModuleNotFoundError):
+        metric = named_task(task).metric
+        if metric in measured:
+            return metric
+    return next((name for name in measured if name != "loss"), "loss")
 
 
 def print_seeds(console: Console, story: RunStory) -> None:

@@ -133,8 +133,9 @@ class ArtefactStore:
         self._files.invalidate_cache()  # another process may have saved since it was listed
         stored = self._verified(name)
         if stored is None:
-            for path in self._files.glob(self._place(f"{request.digest}-*")):
-                self._verified(path.rpartition("/")[2].removesuffix(_SUFFIX))  # tells why not
+            for other in self.names():
+                if other.startswith(f"{request.digest}-"):
+                    self._verified(other)  # tells why not
         elif stored.artefact.request.digest != request.digest:
             raise ArtefactError(f"{self._place(name)} is for another request")
         return stored

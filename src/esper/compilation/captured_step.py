@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from esper.compilation.comparable import comparable
 from esper.compilation.compile_job import told
 from esper.compilation.compiled_host import CompiledHost
+from esper.compilation.placements import Placements
 from esper.lifecycle.events import CompileFailed, Event, StepCaptured
 from esper.slots.modes import sole_device
 from esper.slots.nested import map_tensors, tensors_in
@@ -25,17 +26,21 @@ WARM_UP_STEPS = 3
 
 MAX_GRAPHS = 8
 _PLACE = "the step"
+_BATCH_LEARNS = (
+    "a tensor in the batch requires a gradient, which a replayed step, made on a copy of it, would "
+    "not give it; detach it, or leave cuda_graphs out where its gradient is needed"
+)
 
 
 class CapturedStep:
     """Makes the forward and backward of batches, and replays them as CUDA graphs.
 
     A graph launches all kernels of a forward, or of a backward, at once, and no Python of the host
-    runs. It is right while nothing but values changes: the slots' structure and stages, every
-    parameter's place, the shapes of the batch. Such a window is run eagerly for three steps,
-    captured in the fourth, and replayed from then on, also when it returns later. A seed that
-    germinates or enters another stage, or a last smaller batch, begins a new window. Alpha is read
-    from its buffer inside of the graph, so that a ramp replays one graph.
+    runs. It is right while nothing but values changes: the slots' structure and stages, where
+    parameters and buffers lie, the shapes of the batch. Such a window is run eagerly for three
+    steps, captured in the fourth, and replayed from then on, also when it returns later. A seed
+    that germinates or enters another stage, or a last smaller batch, begins a new window. Alpha is
+    read from its buffer inside of the graph, so that a ramp replays one graph.
 
     What runs in a step besides stays as it is: the optimizer, clipping, gradient norms, checks of
     isolation, shadow passes. A seed that draws random numbers behind the host is run eagerly in
@@ -92,12 +97,7 @@ class CapturedStep:
         self._stream = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
         self._windows: OrderedDict[Hashable, _Window] = OrderedDict()
-        self._structure: Hashable = None
-        self._parameters: list[nn.Parameter] = []
-        """The model's, in that structure."""
-        self._placed: list[int] = []
-        self._placements: dict[tuple[int, ...], int] = {}
-        self._number = 0
+        self._placements = Placements(slots.model)
         self._events: list[Event] = []
 
     def __call__(self, *batch: Any, between: Callable[[Tensor], None] | None = None) -> Tensor:
@@ -156,8 +156,8 @@ class CapturedStep:
         except TypeError:
             return None
         key = (
-            slots.structure(),
-            self._placement(),
+            structure := slots.structure(),
+            self._placements.number(structure),
             # A frozen seed's gradients are dropped in the backward, and an isolated one's mended.
             *((slot.path, slot.stage, slot.fading) for slot in slots.living_slots),
             slots.model.training,
@@ -171,20 +171,6 @@ class CapturedStep:
         if len(self._windows) > MAX_GRAPHS:
             self._windows.popitem(last=False)
         return window
-
-    def _placement(self) -> int:
-        """Return what is equal while all parameters lie where they did and learn if they did."""
-        structure = self._slots.structure()
-        if structure != self._structure:
-            self._structure, self._parameters = structure, list(self._slots.model.parameters())
-        placed = [
-            *map(Tensor.data_ptr, self._parameters),
-            *[parameter.requires_grad for parameter in self._parameters],
-        ]
-        if placed != self._placed:
-            self._placed = placed
-            self._number = self._placements.setdefault(tuple(placed), len(self._placements))
-        return self._number
 
     def _passes(self, batch: Sequence[Any], between: Callable[[Tensor], None] | None) -> Tensor:
         loss = self._loss(*batch)
@@ -211,9 +197,12 @@ class CapturedStep:
 
     def _capture(self, window: "_Window", batch: Sequence[Any]) -> None:
         """Capture the passes, of which nothing runs; waits for the device."""
+        if any(tensor.requires_grad for tensor in tensors_in(batch)):
+            self._refuse(window, _BATCH_LEARNS)
+            return
         started = time.perf_counter()
         structure, now = self._slots.structure(), torch.cuda.current_stream(self._device)
-        parameters = [p for p in self._parameters if p.requires_grad]
+        parameters = [p for p in self._slots.model.parameters() if p.requires_grad]
         kept = [parameter.grad for parameter in parameters]
         inputs = map_tensors(torch.clone, tuple(batch))
         forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
@@ -230,9 +219,8 @@ class CapturedStep:
                 scaled.backward()
             gradients = [(p, p.grad) for p in parameters if p.grad is not None]
         except Exception as error:  # noqa: BLE001 – whatever cannot be captured runs eagerly
-            window.refused = True
+            self._refuse(window, told(error))
             self._clear_away(now)
-            self._events.append(CompileFailed(place=_PLACE, blueprint=None, error=told(error)))
             return
         finally:
             for parameter, gradient in zip(parameters, kept, strict=True):
@@ -244,6 +232,11 @@ class CapturedStep:
         taken = 1e3 * (time.perf_counter() - started)
         kept_graphs = sum(other.graph is not None for other in self._windows.values())
         self._events.append(StepCaptured(graphs=kept_graphs, milliseconds=taken))
+
+    def _refuse(self, window: "_Window", reason: str) -> None:
+        """Let the steps of a window run eagerly from now on, and tell why."""
+        window.refused = True
+        self._events.append(CompileFailed(place=_PLACE, blueprint=None, error=reason))
 
     def _clear_away(self, stream: torch.cuda.Stream) -> None:
         """Undo what torch leaves behind where ending a capture fails.

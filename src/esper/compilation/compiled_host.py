@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Hashable, Iterable, Sequence
-from functools import partial
 from typing import Any
 
 from esper.compilation.compile_job import CompileJob, told
@@ -10,11 +9,12 @@ from esper.compilation.compile_service import CompileService
 from esper.compilation.compiled_functions import CompiledFunctions
 from esper.compilation.compiled_region import CompiledRegion, regions_of, run_module
 from esper.compilation.compiled_slot import CompiledSlot, SeenCall, run_slot
-from esper.compilation.structures import structure_of_module, structure_of_slot
+from esper.compilation.structures import InnerHooks, structure_of_slot
 from esper.lifecycle.actions import Germinate
 from esper.lifecycle.events import CompiledBy, CompileFailed, Event, SeedCompiled
 from esper.lifecycle.stages import IllegalTransition
 from esper.slots.breaker import CircuitBreaker
+from esper.slots.forwards import give_forwards_back
 from esper.slots.modes import beside_the_step
 from esper.slots.slot_forward import ForwardKind
 from esper.slots.slot_set import SlotSet
@@ -41,7 +41,8 @@ class CompiledHost:
     of every stage to come; `prepare` compiles them between two steps, on features that a step
     really had, and compares them with the seed itself. Until then, or if that fails, the seed runs
     as it is. With a service the compiler is not waited for: its worker compiles meanwhile, and
-    `prepare` finds everything done.
+    `prepare` finds everything done. From a compiled host that was not released another one takes
+    over.
 
     Args:
         slots: From `esper.attach`.
@@ -86,14 +87,9 @@ class CompiledHost:
         """The service's version at the last `prepare`."""
         self._events: list[Event] = []
         host = CompiledFunctions(run_module, options=settings)
+        give_forwards_back(slots.model)  # a compiled host may have been copied, or not released
         self.regions = [
-            CompiledRegion(
-                path,
-                module,
-                host.of(structure_of_module(module)),
-                alone=partial(host.of, ("alone", path)),
-                failed=self._failed,
-            )
+            CompiledRegion(path, module, host, failed=self._failed)
             for path, module in list(regions_of(slots.model))
         ]
         self.seeds = {path: CompiledSlot(slot) for path, slot in slots.items()}
@@ -259,7 +255,8 @@ class CompiledHost:
     ) -> SeedCompiled:
         slot = seed.slot
         started = time.perf_counter()
-        function = self._functions.of((structure_of_slot(slot), seen.variant))
+        structure = structure_of_slot(slot), InnerHooks(slot).now()
+        function = self._functions.of((structure, seen.variant))
         with beside_the_step(slot):
             seed.prepare(kinds, seen, function)
         return SeedCompiled(

@@ -7,59 +7,88 @@ from typing import Any
 import torch
 from torch import nn
 
+from esper.compilation.compiled_functions import CompiledFunctions
+from esper.compilation.structures import InnerHooks, structure_of_module
+from esper.slots.forwards import StandIn, has_forward
 from esper.slots.placement import slot_behind
 
 
-class CompiledRegion:
-    """Stands in for a module's forward; hooks stay outside of it, a slot's among them.
+class LateHookError(RuntimeError):
+    """A module inside of a compiled one has other hooks than when that was compiled."""
 
-    In eval mode and without gradients the module runs as it is, so that measuring, on batches of
-    any size, compiles nothing. So it does for good once the compiler has failed on it.
+
+_OTHER_HOOKS = (
+    "modules in it have other hooks than in its first step, which its graphs would leave out; "
+    "register hooks before that step, or release this CompiledHost and make another one"
+)
+
+
+class CompiledRegion(StandIn):
+    """Stands in for a module's forward; its own hooks stay outside of it, a slot's among them.
+
+    Hooks of the modules in it are compiled with it, as they are in its first step. While they are
+    others, the module runs as it is. So it does in eval mode and without gradients, so that
+    measuring, on batches of any size, compiles nothing, and for good once the compiler has failed
+    on it.
 
     Args:
         path: Of the module, for people.
         module: Whose forward is replaced until `release`.
-        compiled: Takes the module and the arguments of its forward; equal modules share it.
-        alone: Makes such a function that no other module shares, for where those that do have more
-            graphs than the compiler keeps, as they differ by a number that they compute with.
-        failed: Is told the path and why the compiler failed.
+        functions: Of `run_module`. Modules of equal structure and hooks share one, unless those
+            that do have more graphs than the compiler keeps, as they differ by a number that they
+            compute with.
+        failed: Is told the path and why the module runs as it is.
     """
 
     def __init__(
         self,
         path: str,
         module: nn.Module,
-        compiled: Callable[..., Any],
+        functions: CompiledFunctions,
         *,
-        alone: Callable[[], Callable[..., Any]],
         failed: Callable[[str, Exception], None],
     ) -> None:
+        super().__init__(module)
         self.path = path
-        self._module = module
-        self._compiled: Callable[..., Any] | None = compiled
-        self._alone: Callable[[], Callable[..., Any]] | None = alone
+        self._functions = functions
         self._failed = failed
-        module.forward = self
-
-    def release(self) -> None:
-        """Give the module its own forward back."""
-        if self._module.__dict__.get("forward") is self:
-            del self._module.forward
+        self._compiled: Callable[..., Any] | None = None
+        """None before the first step."""
+        self._alone = self._refused = False
+        self._inner_hooks = InnerHooks(module)
+        self._compiled_with = self._inner_hooks.now()
+        self._late_hooks_told = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        module, compiled = self._module, self._compiled
-        if compiled is not None and module.training and torch.is_grad_enabled():
-            try:
-                return compiled(module, *args, **kwargs)
-            except Exception as error:
-                if _is_limit_of_graphs(error) and self._alone is not None:
-                    self._compiled, self._alone = self._alone(), None
-                    return self(*args, **kwargs)
-                if not _is_of_the_compiler(error):
-                    raise
-                self._compiled = None
-                self._failed(self.path, error)
+        module = self._module
+        if module.training and torch.is_grad_enabled() and not self._refused:
+            compiled = self._function()
+            if compiled is not None:
+                try:
+                    return compiled(module, *args, **kwargs)
+                except Exception as error:
+                    if _is_limit_of_graphs(error) and not self._alone:
+                        self._alone = True
+                        self._compiled = self._functions.of(("alone", self.path))
+                        return self(*args, **kwargs)
+                    if not _is_of_the_compiler(error):
+                        raise
+                    self._refused = True
+                    self._failed(self.path, error)
         return type(module).forward(module, *args, **kwargs)
+
+    def _function(self) -> Callable[..., Any] | None:
+        """Return what to run compiled; None while that would leave out hooks."""
+        hooks = self._inner_hooks.now()
+        if self._compiled is None:
+            self._compiled_with = hooks
+            self._compiled = self._functions.of((structure_of_module(self._module), hooks))
+        elif hooks != self._compiled_with:
+            if not self._late_hooks_told:
+                self._late_hooks_told = True
+                self._failed(self.path, LateHookError(_OTHER_HOOKS))
+            return None
+        return self._compiled
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """Let a copy of the module run as it is."""
@@ -93,7 +122,7 @@ def run_module(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def regions_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the largest modules, with modules in them, that have no slot inside.
+    """Yield the largest modules, with modules in them, that can be run and have no slot inside.
 
     A slot behind a module is not inside it. A module without others in it gains nothing by being
     compiled alone, and is left out.
@@ -107,7 +136,7 @@ def _regions(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
     if not parts or "forward" in module.__dict__:
         return
     inside = [part for _, child in parts for part in child.modules()]
-    if path and all(slot_behind(part) is None for part in inside):
+    if path and has_forward(module) and all(slot_behind(part) is None for part in inside):
         yield path, module
         return
     for name, part in parts:

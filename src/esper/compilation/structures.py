@@ -2,7 +2,7 @@
 
 import hashlib
 import inspect
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -12,6 +12,8 @@ from esper.slots.placement import slot_behind
 from esper.slots.slot import SeedSlot
 
 _CONSTANTS = (bool, int, float, str, type(None))
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+"""Where torch keeps a module's hooks, which it has no public list of."""
 
 
 def structure_of_slot(slot: SeedSlot) -> Hashable:
@@ -40,10 +42,8 @@ def structure_of_slot(slot: SeedSlot) -> Hashable:
 def structure_of_module(module: nn.Module) -> Hashable:
     """Return what a module's graphs depend on: classes, shapes and dtypes of what it holds.
 
-    Slots, which stand outside of its forward, are left out.
+    Slots, which stand outside of its forward, are left out, and so are hooks.
     """
-    own = slot_behind(module)
-    apart = set() if own is None else set(own.modules())
     return tuple(
         (
             name,
@@ -54,9 +54,54 @@ def structure_of_module(module: nn.Module) -> Hashable:
                 for key, parameter in part.named_parameters(recurse=False)
             ),
         )
-        for name, part in module.named_modules()
-        if part not in apart
+        for name, part in _parts_of(module)
     )
+
+
+class InnerHooks:
+    """The hooks of modules inside of a module, which its graphs contain.
+
+    The compiler does not look whether a module has more of them than the one that it has compiled
+    before. The module's own run outside of its forward.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._places = [
+            getattr(part, kind)
+            for _, part in _parts_of(module)
+            if part is not module
+            for kind in _HOOKS
+        ]
+
+    def now(self) -> Hashable:
+        """Return what is equal, in this process, for modules with the same hooks."""
+        if not any(self._places):
+            return ()
+        return tuple(
+            (number, _Same(hook))
+            for number, hooks in enumerate(self._places)
+            for hook in hooks.values()
+        )
+
+
+class _Same:
+    """Equal for the same object, whatever it takes for equal itself, and keeps it alive."""
+
+    def __init__(self, it: object) -> None:
+        self._it = it
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self._it is other._it
+
+    def __hash__(self) -> int:
+        return id(self._it)
+
+
+def _parts_of(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield what a module's forward consists of, the module itself first."""
+    own = slot_behind(module)
+    apart = set() if own is None else set(own.modules())
+    return ((name, part) for name, part in module.named_modules() if part not in apart)
 
 
 def code_of_module(module: nn.Module) -> str:

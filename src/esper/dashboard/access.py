@@ -129,7 +129,7 @@ def find_token(file: Path | None, environment: Mapping[str, str] = os.environ) -
     It is no argument of the command: every user of the machine sees those.
 
     Raises:
-        TokenError: It is short or no text, or others may read the file.
+        TokenError: It is short or no text, not of printable ASCII, or others may read the file.
         OSError: The file cannot be read.
     """
     if file is not None:
@@ -147,6 +147,11 @@ def find_token(file: Path | None, environment: Mapping[str, str] = os.environ) -
         raise TokenError(
             f"the token in {source} has {len(token)} characters, at least {MIN_TOKEN_CHARACTERS} "
             f"are needed; {_MAKE_ONE}"
+        )
+    if not (token.isascii() and token.isprintable()):
+        raise TokenError(
+            f"the token in {source} holds others than printable ASCII characters, which not every "
+            f"program sends alike; {_MAKE_ONE}"
         )
     return token
 

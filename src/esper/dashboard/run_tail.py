@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from esper.dashboard.progress import progress_of
 from esper.dashboard.run_folders import as_text
-from esper.lifecycle.events import EventRecord, Priority, RunFinished, RunStarted, StageChanged
+from esper.lifecycle.events import EventRecord, Priority, RunFinished, RunStarted
 from esper.lifecycle.stages import LIVING_STAGES, SeedStage
 from esper.lifecycle.words import in_words
 from esper.report.chart import STAGE_COLOURS, Chart
@@ -139,7 +139,6 @@ class RunTail:
         settings = training_settings(self._config)
         self._training = None if settings is None else TrainingStory(settings=settings)
         self._teller = StoryTeller()
-        self._stages: dict[str, tuple[StageChanged, int]] = {}
         self._lines: deque[EventLine] = deque(maxlen=_MAX_LINES)
         self._metrics: list[MetricRow] = []
         self._last_values: dict[str, float] = {}
@@ -191,8 +190,6 @@ class RunTail:
         if self._training is not None:
             self._training.take(record)
         self._last_event = row
-        if isinstance(event, StageChanged):
-            self._stages[event.slot] = (event, record.epoch)
         words = _words(record)
         if words is not None:
             line = EventLine(
@@ -280,8 +277,8 @@ class RunTail:
         return [self._slot(path, lives) for path, lives in seeds.items()]
 
     def _slot(self, path: str, lives: Sequence[SeedStory]) -> SlotNow:
-        changed, epoch = self._stages.get(path, (None, 0))
-        stage = SeedStage.DORMANT if changed is None else changed.to_stage
+        changed = self._teller.story.stages.get(path)
+        stage, epoch = (SeedStage.DORMANT, 0) if changed is None else (changed.stage, changed.epoch)
         seed = lives[-1] if lives and stage in LIVING_STAGES else None
         step = self._teller.story.last_step
         if self._metrics:

@@ -37,7 +37,7 @@ class RunRow:
             a run that is not over and no mirror; "starting" while its folder is being made,
             "unreadable" if it cannot be read, for which `problem` says why.
         kind: A training is that of a policy; it has no loss and no seeds of its own.
-        resume: The command that resumes the run.
+        resume: The command that resumes the run; "" of a mirror, whose run is resumed where it ran.
         unit: What `epoch` counts; `epochs` is how many there will be, if that is known.
         loss: Held out, the last; `trend` is all of it in few points.
         mean_return: Of episodes, the last; `trend` is that of a training.
@@ -81,7 +81,7 @@ class WatchedRun:
     def __init__(self, run_id: str, folder: Path) -> None:
         self.folder = folder
         self._named = shlex.quote(as_text(str(folder)))
-        self.row = RunRow(id=run_id, resume=f"esper resume {self._named}")
+        self.row = RunRow(id=run_id)
         # As text: hundreds of runs are looked at several times a second.
         self._marked = (str(folder / DATABASE_FILE), str(folder / f"{DATABASE_FILE}-wal"))
         self._seen: _Marks | None = None
@@ -166,7 +166,7 @@ class WatchedRun:
         progress = progress_of(self._config)
         row = RunRow(
             id=self.row.id,
-            resume=f"esper resume {self._named}",
+            resume="" if glance.is_mirror else f"esper resume {self._named}",
             status=standing(glance.status, has_writer=has_writer, is_mirror=glance.is_mirror),
             task=str(self._config.get("task", "")),
             policy=str(self._config.get("policy", "")),

@@ -63,6 +63,11 @@ class BusConnection:
             control: Carries out what is received.
             after_step: The last step that the run still knows of; -1 of a new one.
         """
+        self._telemetry_link = TelemetryLink(
+            self._telemetry, self._keyring, run.run_id, folder=run.folder, link=self.link
+        )
+        self._telemetry_link.begin(run.config(), run.environment(), after_step)
+        growth.sinks.append(self._telemetry_link)
         self._receiver = CommandReceiver(
             self._commands,
             self._keyring,
@@ -72,11 +77,6 @@ class BusConnection:
             link=self.link,
             window_seconds=self._config.window_seconds,
         )
-        self._telemetry_link = TelemetryLink(
-            self._telemetry, self._keyring, run.run_id, folder=run.folder, link=self.link
-        )
-        self._telemetry_link.begin(run.config(), run.environment(), after_step)
-        growth.sinks.append(self._telemetry_link)
         self._receiver.start()
 
     def stop_receiving(self, *, refuse_rest: bool) -> None:

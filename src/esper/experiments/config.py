@@ -19,6 +19,7 @@ from esper.policies.depth_schedule import (
 from esper.policies.heuristic import UCB1_POLICY, HeuristicConfig, HeuristicPolicy
 from esper.policies.named import policy_of_anywhere
 from esper.slots.config import SlotConfig
+from esper.tasks.collection.address import address_of_anywhere
 from esper.tasks.named import named_task
 from esper.tasks.task import Task
 from esper.telemetry.tracking import TrackingConfig
@@ -97,7 +98,7 @@ class BusConfig(Record):
 class RunConfig(Record):
     """A run, fully specified; kept as config.json in the run folder."""
 
-    task: str
+    task: Annotated[str, AfterValidator(address_of_anywhere)]
     policy: Annotated[str, AfterValidator(policy_of_anywhere)] = HeuristicPolicy.name
     """Name of a policy, or a file that `esper policy train` has written."""
     random_seed: RandomSeed = 0
@@ -250,9 +251,10 @@ def load_run_config(
 
     Raises:
         SettingsError: The file cannot be read, or a key or value is wrong; the key is named
-            with the nearest one that exists. The task does not exist, its data cannot be found, or
-            it needs an extra that is not installed.
+            with the nearest one that exists. The task does not exist, its data cannot be found, it
+            needs an extra that is not installed, or the settings are those of another task.
     """
+    task = address_of_anywhere(task)  # as it is kept: data is opened once
     try:
         merged = task_defaults(named_task(task))
     except (ValueError, ModuleNotFoundError) as error:
@@ -263,6 +265,12 @@ def load_run_config(
         merge(merged, parse_setting(setting, RunConfig))
     merge(merged, {key: value for key, value in options.items() if value is not None})
     try:
-        return RunConfig.model_validate(merged)
+        config = RunConfig.model_validate(merged)
     except ValidationError as error:
         raise SettingsError(explain(error, RunConfig)) from error
+    if config.task != task:
+        raise SettingsError(
+            f"task: {task!r} is named, and the settings are for {config.task!r}; name that one, or "
+            "leave task out of them"
+        )
+    return config

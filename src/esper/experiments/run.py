@@ -1,7 +1,7 @@
 """A task's run with growth: host, slots, optimizer, policy and loop."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from esper.telemetry.sink import Sink
 from esper.telemetry.tracker import Tracker
 from esper.training.checkpoints import FoundCheckpoint
 from esper.training.growth import Growth
-from esper.training.policy import FrugalPolicy, Policy
+from esper.training.policy import Policy
 from esper.training.random_states import seed_random_streams
 from esper.training.run_cost import Cost, RunCost
 from esper.training.trainer import EpochReport, Trainer
@@ -57,32 +57,36 @@ class GrowingRun:
     def reports(self) -> Iterator[EpochReport]:
         """Train, an epoch at each step; a run from the start is announced first."""
         if self.resumed is None:
-            parameters = self.setup.model.parameters()
-            count = sum(parameter.numel() for parameter in parameters)
-            slots = tuple(self.growth.slots)
+            count, slots = self.param_count(), tuple(self.growth.slots)
             started = RunStarted(run_id=self.run_id, slots=slots, host_param_count=count)
             self.growth.publish([started])
         yield from self.trainer.run()
 
     def param_count(self) -> int:
-        """Return the parameters of the network as it is now."""
-        return sum(parameter.numel() for parameter in self.setup.model.parameters())
+        """Return the parameters of host and committed seeds."""
+        total = sum(parameter.numel() for parameter in self.setup.model.parameters())
+        living = (slot.living for slot in self.growth.slots.living_slots)
+        return total - sum(branch.param_count for branch in living if branch is not None)
+
+    def judged(self, evaluate: Callable[[], Mapping[str, float]]) -> Mapping[str, float]:
+        """Evaluate what the run has made: its host with what it has committed.
+
+        What no gate has let in is no part of it: a seed that still lives may be one that was
+        refused.
+        """
+        with self.growth.slots.as_committed():
+            return evaluate()
 
     def spent(self, cost: RunCost) -> Cost:
-        """Return what a run had to spend: training, and what growth took to decide.
-
-        A plain evaluation counts where the policy decides by its loss, and nowhere else: watching
-        is not growth's.
-        """
-        spent = cost.training + cost.decision
-        policy = self.growth.policy
-        if isinstance(policy, FrugalPolicy) and not policy.reads_losses:
-            return spent
-        return spent + cost.evaluation
+        """Return what the run had to spend, as `Growth.spent` has it."""
+        return self.growth.spent(cost)
 
     def finish(self) -> dict[str, float]:
-        """Evaluate on the test split, keep the weights in the run folder, publish the end."""
-        metrics = self.setup.test()
+        """Evaluate on the test split, keep the weights in the run folder, publish the end.
+
+        The weights are of all that is there, seeds that still live too; the metrics as `judged`.
+        """
+        metrics = dict(self.judged(self.setup.test))
         if self.weights_file is not None:
             safetensors.torch.save_model(self.setup.model, str(self.weights_file))
         self.growth.publish([RunFinished(metrics=metrics, param_count=self.param_count())])

@@ -22,7 +22,7 @@ from esper.telemetry.environment import describe_environment
 from esper.telemetry.heartbeat import Heartbeat
 from esper.telemetry.run_folder import RUN_FILES, WEIGHTS_FILE, RunFolderError, RunStatus
 from esper.telemetry.run_reader import RunReader
-from esper.telemetry.run_store import ReopenedRunStore, RunStore, check_unfinished
+from esper.telemetry.run_store import ReopenedRunStore, RunStore, check_own, check_unfinished
 from esper.telemetry.sink import Sink
 from esper.telemetry.tracker import Tracker
 from esper.telemetry.tracking import TRACKER_FOLDERS
@@ -83,13 +83,15 @@ def resumed_run(folder: Path, sinks: Sequence[Sink] = ()) -> Iterator[GrowingRun
     steps after the checkpoint is forgotten.
 
     Raises:
-        RunFolderError: It is no run folder, the run is finished, or a process writes it.
+        RunFolderError: It is no run folder or a mirror, the run is finished, or a process writes
+            it.
         CheckpointError: Every checkpoint is damaged, or of another version.
         SettingsError: As `prepare`, or a tracker cannot be opened; the run can be resumed still.
         TaskDataError: The data cannot be read or used any more.
         ModuleNotFoundError: The task needs an extra that is not installed.
     """
     reader = RunReader(folder)
+    check_own(reader)
     check_unfinished(reader)
     config = RunConfig.model_validate(reader.config())
     _set_process(config)

@@ -399,7 +399,7 @@ class CheckpointSaved(_Event):
 
 
 class CheckpointFailed(_Event):
-    """A checkpoint could not be written; training goes on, and older checkpoints stand."""
+    """A checkpoint could not be written, or an older one not removed; training goes on."""
 
     type: Literal["checkpoint_failed"] = "checkpoint_failed"
     name: str

@@ -35,6 +35,7 @@ from esper.lifecycle.events import (
 )
 from esper.lifecycle.stages import SeedStage
 
+_REFUSED_FOR = "refused for"
 _TOLD_GATES = (SeedStage.BLENDING, SeedStage.PROBATIONARY)
 
 
@@ -67,6 +68,16 @@ def in_words(record: EventRecord) -> str | None:
         return f"step {record.step} skipped: {event.reason}"
     seed, run = _of_a_seed_in_trouble(event), _of_the_run(event)
     return seed or run or _of_whoever_steers(event) or _of_the_compiler(event)
+
+
+def refused_for(epochs: int, stage: SeedStage) -> str:
+    """Return why a seed is pruned that the gate out of a stage has refused for too long."""
+    return f"{_REFUSED_FOR} {epochs} epochs in {stage.name}"
+
+
+def is_refusal(reason: str) -> bool:
+    """Whether a seed was pruned because a gate has refused it: the reason is `refused_for`'s."""
+    return reason.startswith(_REFUSED_FOR)
 
 
 def percent(fraction: float | None) -> str:
@@ -107,7 +118,7 @@ def _of_the_run(event: Event) -> str | None:
     if isinstance(event, RunResumed):
         return f"goes on from checkpoint {event.name}"
     if isinstance(event, CheckpointFailed):
-        return f"no checkpoint could be written, training goes on: {event.error}"
+        return f"checkpoint {event.name} failed, training goes on: {event.error}"
     if isinstance(event, CheckpointDamaged):
         return f"checkpoint {event.name} is damaged, an older one is taken: {event.error}"
     if isinstance(event, SinkFailed):

@@ -14,6 +14,7 @@ from esper.lifecycle.actions import (
 )
 from esper.lifecycle.alpha import AlphaMode
 from esper.lifecycle.stages import LIVING_STAGES, SeedStage
+from esper.lifecycle.words import refused_for
 
 
 def tend(slot: SlotState, *, patience_epochs: int, fade_steps: int) -> Sequence[Action]:
@@ -27,7 +28,7 @@ def tend(slot: SlotState, *, patience_epochs: int, fade_steps: int) -> Sequence[
     if slot.stage not in LIVING_STAGES or slot.fading or slot.alpha_mode is not AlphaMode.HOLD:
         return []
     if slot.refusals_in_stage > 0 and slot.epochs_in_stage >= patience_epochs:
-        reason = f"refused for {slot.epochs_in_stage} epochs in {slot.stage.name}"
+        reason = refused_for(slot.epochs_in_stage, slot.stage)
         return [Prune(slot=slot.path, over_steps=fade_steps, reason=reason)]
     legal = legal_operations(slot)
     if Operation.COMMIT in legal:

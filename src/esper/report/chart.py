@@ -33,7 +33,10 @@ INK, QUIET, LINE = "var(--ink)", "var(--quiet)", "var(--line)"
 PANEL_HEIGHT = 300
 _DECADE = 10.0
 _THOUSAND = 1000.0
+_ROUNDED_TO_A_THOUSAND = 999.5
 _DECADES_WITH_STEPS = 4
+_LINEAR_FACTOR = 3.0
+"""Between the lowest and the highest value, below which an axis is linear."""
 _MAX_POINTS = 2000
 """Of one line: more cannot be told apart on a screen."""
 
@@ -109,17 +112,18 @@ def layout_of(
 def log_axis(values: Iterable[float]) -> dict[str, Any]:
     """Return a logarithmic axis with ticks at all, at some or at none of the steps in a decade.
 
-    An empty one, which is linear, where a value is not above 0.
+    An empty one, which is linear, where a value is not above 0, and where values lie so near to
+    each other that a logarithmic one might have no tick among them.
     """
     lowest, highest = math.inf, -math.inf
     for value in values:
         lowest, highest = min(lowest, value), max(highest, value)
-    if not 0.0 < lowest <= highest < math.inf:
+    if not 0.0 < lowest <= highest < math.inf or highest < _LINEAR_FACTOR * lowest:
         return {}
     decades = range(math.floor(math.log10(lowest)), math.ceil(math.log10(highest)) + 1)
     steps: Sequence[int] = (1, 2, 5) if len(decades) <= _DECADES_WITH_STEPS else (1,)
     if highest < _DECADE * lowest:
-        steps = range(1, 9)
+        steps = range(1, 10)
     ticks = [step * 10.0**decade for decade in decades for step in steps]
     return {"type": "log", "tickvals": ticks, "ticktext": [si(tick) for tick in ticks]}
 
@@ -156,7 +160,7 @@ def si(value: float) -> str:
     """Return a number, with a prefix if it is large: 15 G."""
     prefixes = ("", "k", "M", "G", "T", "P", "E")
     index = 0
-    while abs(value) >= _THOUSAND and index < len(prefixes) - 1:
+    while abs(value) >= _ROUNDED_TO_A_THOUSAND and index < len(prefixes) - 1:
         value, index = value / _THOUSAND, index + 1
     return f"{value:.3g} {prefixes[index]}".strip()
 

@@ -16,6 +16,7 @@ from esper.lifecycle.events import (
     RunFinished,
     RunResumed,
     RunStarted,
+    RunWentBack,
     SeedCommitted,
     SeedCompiled,
     SeedFailed,
@@ -25,8 +26,9 @@ from esper.lifecycle.events import (
     StepSkipped,
     TwinFinished,
 )
+from esper.lifecycle.gates import Gate
 from esper.lifecycle.stages import SeedStage
-from esper.lifecycle.words import in_words
+from esper.lifecycle.words import in_words, is_refusal
 
 INTERVENTIONS = frozenset(
     {"step_skipped", "seed_blamed", "run_went_back", "seed_failed", "isolation_violated"}
@@ -159,13 +161,15 @@ class SeedStory:
 
     @property
     def reason(self) -> str:
-        """Why it ended so: the last gate's failing checks, an error, or where it stands."""
+        """Why it ended so, or where it stands: failing checks, where a gate's refusals are why."""
         if self.error is not None:
             return f"its forward raised {self.error}"
         last = self.gates[-1].event if self.gates else None
         if self.committed:
             measured = [visit.event.result for visit in self.gates[-1:]]
             return "; ".join(f"passed {result.gate}" for result in measured if result.passed)
+        if self.pruned_because is not None and not is_refusal(self.pruned_because):
+            return self.pruned_because
         if last is not None and not last.result.passed:
             failed = "; ".join(str(check) for check in last.result.failures)
             return f"{last.result.gate} refused: {failed.replace(' FAILS', '')}"
@@ -179,6 +183,9 @@ class RunStory:
     slots: tuple[str, ...] = ()
     host_param_count: int = 0
     seeds: list[SeedStory] = field(default_factory=list)
+    """Without those that the run has gone back behind."""
+    stages: dict[str, StageVisit] = field(default_factory=dict)
+    """What each slot's stage has last become."""
     interventions: list[Intervention] = field(default_factory=list)
     last_step: int = 0
     first_seconds: float | None = None
@@ -215,6 +222,8 @@ class StoryTeller:
 
     def __init__(self) -> None:
         self.story = RunStory()
+        self._of_slots: list[EventRecord] = []
+        """What is told of slots, as far as the run has not gone back behind it."""
         self._living: dict[str, SeedStory] = {}
         self._waiting: dict[str, list[GateVisit | StageVisit]] = {}
 
@@ -244,9 +253,19 @@ class StoryTeller:
             story.twin = event
         elif isinstance(event, SeedCompiled):
             story.compiled.append(event)
-        elif isinstance(event, SeedGerminated):
-            self._germinated(record, event)
-        else:
+        elif isinstance(event, RunWentBack):
+            self._go_back(event.to_step)
+        elif getattr(event, "slot", None) is not None:
+            self._of_slots.append(record)
+            self._follow(record)
+
+    def _go_back(self, to_step: int) -> None:
+        """Tell of the slots anew, up to a step."""
+        kept = [record for record in self._of_slots if record.step <= to_step]
+        self._of_slots = kept
+        for told in (self.story.seeds, self.story.stages, self._living, self._waiting):
+            told.clear()
+        for record in kept:
             self._follow(record)
 
     def _germinated(self, record: EventRecord, event: SeedGerminated) -> None:
@@ -264,15 +283,24 @@ class StoryTeller:
 
     def _follow(self, record: EventRecord) -> None:
         event = record.event
+        if isinstance(event, SeedGerminated):
+            self._germinated(record, event)
+            return
         slot = getattr(event, "slot", None)
         seed = self._living.get(slot) if slot is not None else None
+        if seed is not None and isinstance(event, GateEvaluated) and event.result.gate is Gate.G0:
+            # The run has gone back to the step at which it germinated, and decides there anew.
+            self.story.seeds.remove(self._living.pop(seed.slot))
+            seed = None
         if isinstance(event, (GateEvaluated, StageChanged)):
             visit = _visit(record, event)
+            if isinstance(visit, StageVisit):
+                self.story.stages[event.slot] = visit
             if seed is not None:
                 _take_over(seed, [visit])
             elif isinstance(visit, GateVisit):
                 self._waiting[event.slot] = [visit]  # G0, with which a life begins
-            elif event.to_stage is SeedStage.GERMINATED:
+            elif visit.stage is SeedStage.GERMINATED:
                 self._waiting.setdefault(event.slot, []).append(visit)
         if seed is not None:
             _note(seed, record)

@@ -100,7 +100,7 @@ class GrowthEnv(gymnasium.Env[Observation, NDArray[np.int64]]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Observation, dict[str, Any]]:
-        """Begin a run, and train it up to its first decision.
+        """Begin a run, and train it up to its first decision; where that fails there is none.
 
         Args:
             seed: Random seed of the run.
@@ -109,6 +109,7 @@ class GrowthEnv(gymnasium.Env[Observation, NDArray[np.int64]]):
         Raises:
             ValueError: As `GrowthEpisode`, or there are options.
         """
+        self.close()
         super().reset(seed=seed)
         if options:
             raise ValueError(f"options {sorted(options)} are not known; this environment has none")

@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import Annotated, Self
 
 import torch
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from esper.experiments.config import RandomSeed, RunConfig, SharedRunConfig
+from esper.experiments.config import RandomSeed, SharedRunConfig
 from esper.experiments.parts import chosen_policy
 from esper.experiments.run import build_setup, least_epochs, prepare
 from esper.experiments.series_folder import SeriesFiles, SeriesFolder
-from esper.experiments.settings import SettingsError, explain
 from esper.experiments.worker_pool import make_missing
 from esper.lifecycle.events import EventRecord, SeedCommitted, SeedGerminated, SeedPruned
 from esper.lifecycle.record import Record
@@ -20,6 +19,7 @@ from esper.policies.heuristic import HeuristicPolicy
 from esper.policies.learned import LearnedPolicy
 from esper.rl.growth_episode import GrowthEpisode, HostRun
 from esper.rl.rewards import RewardConfig
+from esper.rl.task_runs import check_policy
 from esper.telemetry.run_kind import EVALUATION_FILE
 
 TOLERANCE = 0.03
@@ -122,7 +122,7 @@ def play(config: EvaluationConfig, policy: str, random_seed: int, epochs: int) -
         episode_return=math.fsum(sums.values()),
         rewards=sums,
         diverged=episode.diverged,
-        test=setup.test(),
+        test=dict(run.judged(setup.test)),
         param_count=run.param_count(),
         num_germinated=counted.num_germinated,
         num_committed=counted.num_committed,
@@ -267,11 +267,7 @@ def check_policies(config: EvaluationConfig) -> None:
     Effects: sets the process's matmul precision.
     """
     for policy in config.all_policies:
-        try:
-            run = RunConfig.model_validate({**config.run.model_dump(), "policy": policy})
-        except ValidationError as error:
-            raise SettingsError(f"{policy}: {explain(error, RunConfig)}") from error
-        prepare(run, run_id="check")
+        check_policy(policy, config.run)
 
 
 def evaluate(

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 
 from esper.lifecycle.actions import Action, GrowthState
@@ -230,10 +229,7 @@ class GrowthEpisode:
             self.diverged = True
         if self.diverged:
             return math.nan
-        with ExitStack() as undecided:
-            for slot in self.growth.slots.values():
-                if slot.living is not None:
-                    undecided.enter_context(slot.left_out())
+        with self.growth.slots.as_committed():
             self.final_metrics = metrics_of(self._run.final())
         self.diverged = not math.isfinite(self.final_metrics["loss"])
         return self.final_metrics["loss"]

@@ -17,7 +17,7 @@ from esper.training.sealed_folder import (
     remove_damaged,
     sealed_folder,
 )
-from esper.training.state_tree import read_tree, write_tree
+from esper.training.state_tree import read_tree, tree_files, write_tree
 
 INFO_FILE = "learner.json"
 FORMAT_VERSION = 1
@@ -80,7 +80,7 @@ class LearnerStates:
             num_timesteps=learner.num_timesteps,
             settings=dict(settings),
         )
-        remove_damaged(target)
+        remove_damaged(target, (INFO_FILE, *tree_files(_STATE)))
         with sealed_folder(target, overwrite=True) as writing:
             text = info.model_dump_json(indent=2) + "\n"
             (writing / INFO_FILE).write_text(text, encoding="utf-8")

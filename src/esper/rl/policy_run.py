@@ -37,7 +37,6 @@ from esper.policies.learned import (
 from esper.rl.demonstrations import (
     DemonstrationConfig,
     NotImitableError,
-    demonstrating_policy,
     demonstrations,
     imitate,
 )
@@ -49,7 +48,7 @@ from esper.rl.policy_training import PolicyTraining, PolicyTrainingConfig
 from esper.rl.process_workers import ProcessWorkers
 from esper.rl.ray_workers import RayWorkers
 from esper.rl.rewards import RewardConfig
-from esper.rl.task_runs import TaskRuns
+from esper.rl.task_runs import TaskRuns, check_policy
 from esper.rl.training_report import TrainingReport
 from esper.rl.workers import Workers
 from esper.telemetry.environment import describe_environment
@@ -256,13 +255,22 @@ class PolicyRun:
         """Train, a rollout at each step, and write the policy after each.
 
         Also where no step is left: a training may have been killed before it had written that.
+
+        Raises:
+            OSError: The last one's cannot be written; those before are told as problems.
         """
         learned = False
         for report in self.training.rollouts():
             self._tell(report)
-            self._save(report.mean_return)
+            problems = report.problems
+            try:
+                self._save(report.mean_return)
+            except OSError as error:  # a full disk may have room the next time
+                if report.timesteps >= report.total_steps:
+                    raise
+                problems += (f"the policy was not written: {error}",)
             learned = True
-            yield report
+            yield report.model_copy(update={"problems": problems})
         if not learned and not self._is_saved():
             self._save(None)
         self.finished = True
@@ -313,7 +321,8 @@ def new_policy_run(
     Raises:
         RunFolderError: The folder holds a run already.
         SettingsError, TaskDataError, ModuleNotFoundError: The task's runs cannot be made, there is
-            no policy to imitate, no such device, or no Ray; there is no folder then.
+            no policy to imitate or its settings are not for the task's host, no such device, or no
+            Ray; there is no folder then.
         ValueError: The host has no slot, no blueprint fits one, or the Ray cluster is too small;
             there is no folder then.
         ConnectionError: There is no Ray cluster at the address; there is no folder then.
@@ -321,7 +330,7 @@ def new_policy_run(
             not offer; there is no folder any more.
     """
     if config.demonstrations is not None:
-        demonstrating_policy(config.demonstrations, config.run)
+        check_policy(config.demonstrations.policy, config.run)
     device = usable_device(config.training.device)
     options = _options(config)
     before = contents(folder)
@@ -406,7 +415,8 @@ def policy_run_config(folder: Path, *, total_steps: int | None = None) -> Policy
 
 def _options(config: PolicyRunConfig) -> dict[str, Any]:
     """Return what the policy's class is told, of the task's host."""
-    env = MakeGrowthEnv(config.unreferenced)()
+    with _threads_put_back():
+        env = MakeGrowthEnv(config.unreferenced)()
     blueprints = env.coder.blueprints
     env.close()
     return {"blueprints": blueprints, "choices": config.actions, "network": config.network}
@@ -427,9 +437,20 @@ def _workers(config: PolicyRunConfig, options: Mapping[str, Any]) -> Iterator[Wo
         address = None if config.ray == "local" else config.ray
         workers = RayWorkers(make_env, settings, num_workers=number, address=address)
     try:
-        yield workers
+        with _threads_put_back():
+            yield workers
     finally:
         workers.close()
+
+
+@contextmanager
+def _threads_put_back() -> Iterator[None]:
+    """Undo what making environments, and playing them here, does to the number of threads."""
+    threads = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _policy_run(

@@ -2,8 +2,11 @@
 
 from dataclasses import dataclass, field, replace
 
+from pydantic import ValidationError
+
 from esper.experiments.config import RunConfig
 from esper.experiments.run import build_setup, prepare
+from esper.experiments.settings import SettingsError, explain
 from esper.rl.growth_episode import DecidedOutside, HostRun, Reference, reference_of
 from esper.training.random_states import random_streams_apart
 
@@ -62,3 +65,24 @@ class TaskRuns:
             with random_streams_apart():  # it draws what the run itself will draw
                 self._references[random_seed] = reference_of(self._fresh(random_seed))
         return self._references[random_seed]
+
+
+def check_policy(policy: str, config: RunConfig) -> None:
+    """Begin a run, so that what the policy could not carry out is told before any is made.
+
+    Args:
+        policy: By name, or a file.
+        config: Of all runs, but for the policy.
+
+    Raises:
+        SettingsError: There is no such policy, or it cannot decide for these runs.
+        TaskDataError, ModuleNotFoundError: As `esper.experiments.prepare`.
+
+    Effects: sets the process's matmul precision.
+    """
+    try:
+        run = RunConfig.model_validate({**config.model_dump(), "policy": policy})
+    except ValidationError as error:
+        raise SettingsError(f"{policy}: {explain(error, RunConfig)}") from error
+    with random_streams_apart():
+        prepare(run, run_id="check")

@@ -36,20 +36,36 @@ class GroupNorm(nn.GroupNorm):
 
 
 def make_group_norms_safe(module: nn.Module) -> None:
-    """Let every GroupNorm in a module that somebody else wrote be as safe as the one here."""
+    """Let every GroupNorm in a module that somebody else wrote be as safe as the one here.
+
+    Effects: a forward pre-hook on each, until `leave_group_norms_alone`.
+    """
     for norm in module.modules():
         if isinstance(norm, nn.GroupNorm) and not isinstance(norm, GroupNorm):
             hooks = norm._forward_pre_hooks.values()  # noqa: SLF001 – torch has no public list
             if _before_group_norm not in hooks:
-                norm.register_forward_pre_hook(_before_group_norm)
+                norm.register_forward_pre_hook(_before_group_norm, with_kwargs=True)
 
 
-def _before_group_norm(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    features, *others = args
-    return (_safe_to_normalise(features), *others)
+def leave_group_norms_alone(module: nn.Module) -> None:
+    """Take back what `make_group_norms_safe` did to a module, or to one that it is a copy of."""
+    for norm in module.modules():
+        hooks = norm._forward_pre_hooks  # noqa: SLF001 – a copy has no handle to remove
+        for key in [key for key, hook in hooks.items() if hook is _before_group_norm]:
+            del hooks[key]
+            norm._forward_pre_hooks_with_kwargs.pop(key)  # noqa: SLF001
 
 
-def _safe_to_normalise(features: Tensor) -> Tensor:
+def _before_group_norm(
+    _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    safe_kwargs = {name: _safe_to_normalise(value) for name, value in kwargs.items()}
+    return tuple(map(_safe_to_normalise, args)), safe_kwargs
+
+
+def _safe_to_normalise(features: Any) -> Any:
+    if not isinstance(features, Tensor):
+        return features  # of further arguments, which a GroupNorm of a library's own may have
     on_cpu = features.device.type == "cpu"
     if on_cpu and torch.is_grad_enabled() and not features.requires_grad:
         return features.contiguous()

@@ -1,7 +1,7 @@
 """Slots behind a host's modules: attach, grow, measure, detach (design name: Kasmina)."""
 
 from esper.slots.attach import attach, detach, find_slots
-from esper.slots.bake import GrownModule, bake
+from esper.slots.bake import bake
 from esper.slots.breaker import BreakerState, CircuitBreaker
 from esper.slots.committed_seed import CommittedSeed
 from esper.slots.config import SlotConfig
@@ -14,6 +14,7 @@ from esper.slots.counterfactual import (
     weigh,
 )
 from esper.slots.germination import GerminationError
+from esper.slots.grown_module import GrownModule
 from esper.slots.isolation_monitor import IsolationMonitor, IsolationReading
 from esper.slots.ownership import OwnershipError
 from esper.slots.placement import SLOT_NAME

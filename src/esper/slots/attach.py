@@ -11,8 +11,10 @@ from torch import nn
 from esper.lifecycle.stages import LIVING_STAGES
 from esper.seeds.registry import Family
 from esper.slots.batch_dimension import refuse_unless_batch_first
-from esper.slots.call_arguments import first_parameter
 from esper.slots.config import SlotConfig, choose
+from esper.slots.forwards import give_forwards_back, has_forward
+from esper.slots.grown_module import first_parameter
+from esper.slots.modes import unchanged_parameters
 from esper.slots.placement import SLOT_NAME, place, remove_slots
 from esper.slots.probe import (
     feature_layout,
@@ -22,8 +24,6 @@ from esper.slots.probe import (
 )
 from esper.slots.slot import SeedSlot
 from esper.slots.slot_set import SlotSet
-
-_CONTAINERS_WITHOUT_FORWARD = (nn.ModuleList, nn.ModuleDict)
 
 
 @torch.inference_mode(mode=False)
@@ -39,12 +39,15 @@ def attach(
 
     Args:
         model: Any module, before `torch.compile`, DDP or FSDP.
-        targets: Module paths or patterns, matched part by part (`"layer[23]"`, `"blocks.*"`).
+        targets: Module paths or patterns, matched part by part (`"layer[23]"`, `"blocks.*"`). What
+            is a module's path names that module alone, whatever it would match as a pattern.
         example: One batch as the model takes it: a tensor, a tuple of positional arguments, a dict
             of keyword arguments, or a batch whose first element is the input. Run without gradient
             twice in eval mode and once in train mode, and where features have another dimension as
-            large as the batch once more, with all samples twice; buffers and random streams are
-            left as they were.
+            large as the batch once more, with all samples twice. Random streams, parameters,
+            buffers and attributes of modules are left as they were, with a copy of the parameters
+            in main memory until then; what is inside an attribute, as the items of a list, is not
+            looked at.
         config: For all slots, or by path; None is the default `SlotConfig`.
         family: None reads it off the features: `B C H W` is CNN, `B T D` and `B D` TRANSFORMER.
             Or one by path, for those that it names.
@@ -73,10 +76,83 @@ def attach(
     paths = _resolve(model, patterns)
     locations = {path: _location(model, path) for path in paths}
     _refuse_shared(model, locations)
+    configs, families = _configs(paths, config), _families(paths, family)
+    with unchanged_parameters(model):
+        return _slots_behind(model, locations, example, configs, families)
+
+
+def detach(model: nn.Module) -> None:
+    """Take every slot away; the model is bitwise what it would be without.
+
+    Living seeds are pruned. Empty parameter groups stay in a bound optimizer, since schedulers
+    count them; a later `bind` uses them again.
+
+    Raises:
+        ValueError: The model has no slots, or a slot has committed seeds, which are the host's and
+            must not vanish: `esper.bake` keeps them.
+        RuntimeError: The model is compiled or wrapped.
+    """
+    refuse_wrapped(model, "detach")
+    slots = find_slots(model)
+    if not slots:
+        raise ValueError(f"{type(model).__name__} has no slots to detach")
+    grown = [slot.path for slot in slots if slot.committed]
+    if grown:
+        raise ValueError(
+            f"slots {', '.join(map(repr, grown))} hold committed seeds, which belong to the host; "
+            "detaching would lose them: esper.bake(model) makes a plain module that keeps them"
+        )
+    for slot in slots:
+        if slot.owner is not None and slot.stage in LIVING_STAGES:
+            slot.prune(reason="detached")
+    for slot in slots:  # afterwards, so that the optimizer has let go of every seed
+        if isinstance(slot.owner, SlotSet):
+            slot.owner.unbind()
+        slot.release()
+    remove_slots(model)
+    give_forwards_back(model)
+
+
+def find_slots(model: nn.Module) -> list[SeedSlot]:
+    """Return the slots of a model in module order."""
+    return [module for module in model.modules() if isinstance(module, SeedSlot)]
+
+
+def refuse_wrapped(model: nn.Module, verb: str) -> None:
+    """Raise RuntimeError if a compiled, wrapped or scripted model cannot be acted on."""
+    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    for name, module in model.named_modules():
+        where = f"module {name!r} of the model" if name else "the model"
+        if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
+            problem = "compiled, and a compiled graph silently ignores hooks that come later"
+        elif isinstance(module, wrappers):
+            problem = f"wrapped in {type(module).__name__}, which would not see the seeds"
+        elif any(
+            "FSDP" in base.__name__ or "FullySharded" in base.__name__
+            for base in type(module).__mro__
+        ):
+            problem = "sharded by FSDP, which would not see the seeds"
+        elif isinstance(module, torch.jit.ScriptModule):
+            problem = "a ScriptModule, whose forward cannot be hooked"
+        else:
+            continue
+        raise RuntimeError(
+            f"cannot {verb}: {where} is {problem}. Right order: esper.attach(model, …), "
+            "slots.bind(optimizer), then torch.compile, DDP or FSDP; detach and bake the plain "
+            "model, which is inside"
+        )
+
+
+def _slots_behind(
+    model: nn.Module,
+    locations: Mapping[str, nn.Module],
+    example: Any,
+    configs: Mapping[str, SlotConfig],
+    families: Mapping[str, Family],
+) -> SlotSet:
+    """Run the model, and put a slot behind each location."""
     features = observe_features(model, locations, example)
     overwritten = overwritten_in_training(model, locations, example)
-    configs = _configs(paths, config)
-    families = _families(paths, family)
     layouts, dtypes = {}, {}
     for path, calls in features.items():
         _refuse_unless_once(path, len(calls))
@@ -112,67 +188,6 @@ def attach(
     return slots
 
 
-def detach(model: nn.Module) -> None:
-    """Take every slot away; the model is bitwise what it would be without.
-
-    Living seeds are pruned. Empty parameter groups stay in a bound optimizer, since schedulers
-    count them; a later `bind` uses them again.
-
-    Raises:
-        ValueError: The model has no slots, or a slot has committed seeds, which are the host's and
-            must not vanish: `esper.bake` keeps them.
-        RuntimeError: The model is compiled or wrapped.
-    """
-    refuse_wrapped(model, "detach")
-    slots = find_slots(model)
-    if not slots:
-        raise ValueError(f"{type(model).__name__} has no slots to detach")
-    grown = [slot.path for slot in slots if slot.committed]
-    if grown:
-        raise ValueError(
-            f"slots {', '.join(map(repr, grown))} hold committed seeds, which belong to the host; "
-            "detaching would lose them: esper.bake(model) makes a plain module that keeps them"
-        )
-    for slot in slots:
-        if slot.owner is not None and slot.stage in LIVING_STAGES:
-            slot.prune(reason="detached")
-    for slot in slots:  # afterwards, so that the optimizer has let go of every seed
-        if isinstance(slot.owner, SlotSet):
-            slot.owner.unbind()
-        slot.release()
-    remove_slots(model)
-
-
-def find_slots(model: nn.Module) -> list[SeedSlot]:
-    """Return the slots of a model in module order."""
-    return [module for module in model.modules() if isinstance(module, SeedSlot)]
-
-
-def refuse_wrapped(model: nn.Module, verb: str) -> None:
-    """Raise RuntimeError if a compiled, wrapped or scripted model cannot be acted on."""
-    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-    for name, module in model.named_modules():
-        where = f"module {name!r} of the model" if name else "the model"
-        if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
-            problem = "compiled, and a compiled graph silently ignores hooks that come later"
-        elif isinstance(module, wrappers):
-            problem = f"wrapped in {type(module).__name__}, which would not see the seeds"
-        elif any(
-            "FSDP" in base.__name__ or "FullySharded" in base.__name__
-            for base in type(module).__mro__
-        ):
-            problem = "sharded by FSDP, which would not see the seeds"
-        elif isinstance(module, torch.jit.ScriptModule):
-            problem = "a ScriptModule, whose forward cannot be hooked"
-        else:
-            continue
-        raise RuntimeError(
-            f"cannot {verb}: {where} is {problem}. Right order: esper.attach(model, …), "
-            "slots.bind(optimizer), then torch.compile, DDP or FSDP; detach and bake the plain "
-            "model, which is inside"
-        )
-
-
 def _refuse_attached(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if hasattr(module, SLOT_NAME):
@@ -188,7 +203,8 @@ def _resolve(model: nn.Module, patterns: Sequence[str]) -> list[str]:
     names = [name for name, _ in model.named_modules() if name]
     matched: set[str] = set()
     for pattern in patterns:
-        hits = [name for name in names if _matches(name, pattern)]
+        exact = pattern in names
+        hits = [pattern] if exact else [name for name in names if _matches(name, pattern)]
         if not hits:
             nearest = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3)
             hint = (
@@ -209,7 +225,7 @@ def _matches(name: str, pattern: str) -> bool:
 def _location(model: nn.Module, path: str) -> nn.Module:
     """Return the module to hook: the target, or a chain's last child, whose output is the same."""
     module = model.get_submodule(path)
-    if isinstance(module, _CONTAINERS_WITHOUT_FORWARD):
+    if not has_forward(module):
         raise TypeError(
             f"module {path!r} is a {type(module).__name__}, which has no forward; name the modules "
             f"in it ({path + '.*'!r})"

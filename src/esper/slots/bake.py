@@ -1,72 +1,19 @@
 """A grown model as a plain module: no slot, no hook, the same output to the bit."""
 
 import copy
+import itertools
 from collections.abc import Sequence
-from types import MethodType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from esper.lifecycle.alpha import BlendOperator
+from esper.seeds.normalization import leave_group_norms_alone
 from esper.slots.attach import find_slots, refuse_wrapped
 from esper.slots.branch import SeedBranch
-from esper.slots.call_arguments import (
-    NO_ARGUMENTS,
-    CallArguments,
-    first_parameter,
-    refuse_cached_tokens,
-)
-from esper.slots.nested import replace_first
+from esper.slots.forwards import give_forwards_back
+from esper.slots.grown_module import GrownModule
 from esper.slots.placement import remove_slots, slot_behind, take_later_hooks
-
-
-class GrownModule(nn.Module):
-    """A host's module followed by the seeds that were committed behind it.
-
-    Attributes of the module can be read through it, as hosts do that ask their layers.
-
-    Args:
-        module: The host's own.
-        branches: Committed seeds in the order of their commits.
-    """
-
-    def __init__(self, module: nn.Module, branches: Sequence[SeedBranch]) -> None:
-        super().__init__()
-        self.module = module
-        self.branches = nn.ModuleList(branches)
-        self.contextual = any(branch.contextual for branch in branches)
-        self.mixes_tokens = any(branch.mixes_tokens for branch in branches)
-        self.first_parameter = first_parameter(module)
-        self.training = self.branches.training = module.training
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the module's output with the seeds applied to its features."""
-        output = self.module(*args, **kwargs)
-        features = output if isinstance(output, Tensor) else output[0]
-        if self.mixes_tokens:
-            refuse_cached_tokens(features, args, kwargs)
-        call = NO_ARGUMENTS
-        if self.contextual:
-            call = CallArguments.of_call(args, kwargs, self.first_parameter)
-        for branch in self.branches:
-            features = features + branch(features, features, call)
-        return replace_first(output, features)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "module":  # not there yet
-                raise
-        value = getattr(self.module, name)
-        if isinstance(value, Tensor):
-            # Whoever computes with the weights itself would leave out the seeds.
-            raise AttributeError(  # noqa: TRY004 – what hasattr() expects
-                f"{name!r} is a tensor of the module inside this GrownModule; call the "
-                f"GrownModule, or read .module.{name}"
-            )
-        return value
 
 
 def bake(model: nn.Module, *, fold: bool = False) -> nn.Module:
@@ -104,7 +51,7 @@ def bake(model: nn.Module, *, fold: bool = False) -> nn.Module:
             f"slots {', '.join(undecided)} hold living seeds in the forward path; commit or prune "
             "them before baking"
         )
-    plain = copy.deepcopy(model)
+    plain = _copied(model)
     grown = _committed_branches(plain)
     later_hooks = {
         path: take_later_hooks(module, slot)
@@ -112,7 +59,9 @@ def bake(model: nn.Module, *, fold: bool = False) -> nn.Module:
         if (slot := slot_behind(module := plain.get_submodule(path))) is not None
     }
     remove_slots(plain)
-    _forget_replaced_forwards(plain)
+    give_forwards_back(plain)
+    for branch in itertools.chain.from_iterable(grown.values()):
+        leave_group_norms_alone(branch)
     shared = _shared_parameters(plain)
     for path, branches in grown.items():
         parent_path, _, name = path.rpartition(".")
@@ -134,12 +83,11 @@ def bake(model: nn.Module, *, fold: bool = False) -> nn.Module:
     return plain
 
 
-def _forget_replaced_forwards(model: nn.Module) -> None:
-    """Let modules that are copies of a compiled host's have their class's forward, as others do."""
-    for part in model.modules():
-        forward = part.__dict__.get("forward")
-        if isinstance(forward, MethodType) and forward.__func__ is type(part).forward:
-            del part.forward
+def _copied(model: nn.Module) -> nn.Module:
+    """Return a deep copy, in which what hooks have computed, as pruned weights, is in no graph."""
+    attributes = [value for module in model.modules() for value in vars(module).values()]
+    computed = [v for v in attributes if isinstance(v, Tensor) and not v.is_leaf]
+    return copy.deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in computed})
 
 
 def _committed_branches(model: nn.Module) -> dict[str, list[SeedBranch]]:

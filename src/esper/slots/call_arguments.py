@@ -1,6 +1,5 @@
 """What the host gave to the module in front of a slot, beyond the features."""
 
-import inspect
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -97,11 +96,6 @@ _WITHOUT_CACHE = (
     "a seed here mixes tokens and would not see those in the key-value cache; turn the cache off: "
     "generate(…, use_cache=False), or use_cache=False in the forward"
 )
-
-
-def first_parameter(module: nn.Module) -> str | None:
-    """Return the name of the first parameter of a module's forward, which takes the features."""
-    return next(iter(inspect.signature(module.forward).parameters), None)
 
 
 def refuse_cached_tokens(

@@ -102,13 +102,13 @@ def _outputs_together(
     model: nn.Module, inputs: Any, weighed: _Weighed, batch: int, count: int
 ) -> list[Any] | None:
     """Return each variant's outputs from one forward; None where that cannot be had."""
-    try:
-        with ExitStack() as stack:
-            for slot, chosen in weighed:
-                stack.enter_context(_weigh_each(slot, chosen, copies=batch))
+    with ExitStack() as stack:
+        for slot, chosen in weighed:
+            stack.enter_context(_weigh_each(slot, chosen, copies=batch))
+        try:
             outputs = call_model(model, _repeat(inputs, batch, count))
-    except Exception:  # noqa: BLE001 – alone it may run, with a mask for so many rows, or tells itself
-        return None
+        except Exception:  # noqa: BLE001 – alone it may run, with a mask for so many rows, or tells itself
+            return None
     if any(t.ndim == 0 or t.shape[0] != count * batch for t in tensors_in(outputs)):
         return None
 

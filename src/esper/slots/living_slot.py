@@ -298,13 +298,23 @@ class LivingSlot(SlotForward):
         if self._owner is not None:
             self._owner.forward_changes()
 
-    def _follow_stage(self) -> None:
-        stage = self.stage
-        self._shadow_passes, self._shadow_gradient_came = 0, False
-        kind = self._kind_in(stage)
+    def withhold_failure(self) -> str | None:
+        """Return what the living seed has raised, and run it as if nothing had happened."""
+        failure = self.take_failure()
+        if failure is not None:
+            self._run_by_stage()
+        return failure
+
+    def _run_by_stage(self) -> None:
+        kind = self._kind_in(self.stage)
         if kind != self.kind:
             self._forward_changes()
         self.mode, self.num_inlined, self.isolated = kind.mode, kind.num_inlined, kind.isolated
+
+    def _follow_stage(self) -> None:
+        stage = self.stage
+        self._shadow_passes, self._shadow_gradient_came = 0, False
+        self._run_by_stage()
         self.active = self.num_inlined > 0 or self.mode is not ForwardMode.PASS_THROUGH
         self._note_branches()
         if self._guard is not None:

@@ -8,6 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""By bytes."""
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -22,48 +26,125 @@ def sole_device(model: nn.Module) -> torch.device | None:
 
 
 def evaluation_mode(model: nn.Module) -> AbstractContextManager[None]:
-    """Put every module in eval mode and restore each one's own flag afterwards."""
+    """Put every module in eval mode and restore each one's own mode afterwards."""
     return _in_mode(model, training=False)
 
 
 def training_mode(model: nn.Module) -> AbstractContextManager[None]:
-    """Put every module in train mode and restore each one's own flag afterwards."""
+    """Put every module in train mode and restore each one's own mode afterwards."""
     return _in_mode(model, training=True)
 
 
 @contextmanager
 def _in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
-    flags = [(module, module.training) for module in model.modules()]
+    modes = [(module, module.training) for module in model.modules()]
     model.train(training)
     try:
         yield
     finally:
-        for module, training in flags:
-            module.training = training
+        # Through `train`, which may do more than set a flag: LoRA layers merge their weights there.
+        for module, mode in modes:  # outer ones first, whose `train` reaches those inside
+            if module.training != mode:
+                module.train(mode)
+        for module, mode in modes:
+            module.training = mode
 
 
 @contextmanager
 def unchanged_buffers(model: nn.Module, *, besides: nn.Module | None = None) -> Iterator[None]:
     """Give every buffer back its tensor and its values afterwards, also those that eval changes.
 
+    A name that had no tensor has none again, and names that have come are gone.
+
     Args:
         model: Whose buffers, those of all modules in it.
         besides: A part of the model whose buffers may change.
     """
     free = set() if besides is None else set(besides.modules())
+    modules = [module for module in model.modules() if module not in free]
+    # named_buffers() leaves out names without a tensor.
+    tensors = [(module._buffers, dict(module._buffers)) for module in modules]  # noqa: SLF001
     kept = [
-        (module, name, buffer, _without_repeats(buffer).clone())
-        for module in model.modules()
-        if module not in free
-        for name, buffer in module.named_buffers(recurse=False)
+        (buffer, _without_repeats(buffer).clone())
+        for _, buffers in tensors
+        for buffer in buffers.values()
+        if buffer is not None
     ]
     try:
         yield
     finally:
         with torch.no_grad():
-            for module, name, buffer, values in kept:
-                _without_repeats(buffer).copy_(values)
-                setattr(module, name, buffer)
+            for buffer, values in kept:
+                place = _without_repeats(buffer)
+                if place.shape == values.shape:
+                    place.copy_(values)
+                else:  # resized, as observers of quantisation are by their first features
+                    buffer.data = values
+        for own, buffers in tensors:
+            own.clear()
+            own.update(buffers)
+
+
+@contextmanager
+def unchanged_attributes(model: nn.Module) -> Iterator[None]:
+    """Let every module have the attributes, parameters and children afterwards that it had.
+
+    Not what is inside them: a list that has grown stays as long as it is. A lazy module that has
+    become another one is that.
+    """
+    kept = [
+        (module, type(module), [(own, dict(own)) for own in _attributes_of(module)])
+        for module in model.modules()
+    ]
+    try:
+        yield
+    finally:
+        for module, kind, attributes in kept:
+            if type(module) is kind:
+                for own, had in attributes:
+                    own.clear()
+                    own.update(had)
+
+
+def _attributes_of(module: nn.Module) -> list[dict[str, Any]]:
+    own = vars(module)
+    return [own, own["_parameters"], own["_modules"]]
+
+
+@contextmanager
+def unchanged_parameters(model: nn.Module) -> Iterator[None]:
+    """Give every parameter its storage and its bits back afterwards.
+
+    A forward may move some itself, as codebooks by moving averages, and through `.data`, which no
+    version counter sees. Copies are kept in main memory, since a model may fill a device. Left out
+    are parameters that are no plain tensors: lazy, on the meta device, sparse, of another class.
+    """
+    kept = [
+        (parameter, parameter.data, _without_repeats(parameter.data).to("cpu", copy=True))
+        for parameter in model.parameters()
+        if _has_plain_memory(parameter)
+    ]
+    try:
+        yield
+    finally:
+        for parameter, data, values in kept:
+            place = _without_repeats(data)
+            if not torch.equal(_bits(place.cpu()), _bits(values)):
+                place.copy_(values)
+            if not parameter.is_set_to(data):
+                parameter.data = data
+
+
+def _has_plain_memory(parameter: nn.Parameter) -> bool:
+    if is_lazy(parameter) or parameter.is_meta:
+        return False
+    return type(parameter.data) is Tensor and parameter.layout is torch.strided
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """Return the tensor as integers, so that -0.0 differs from 0.0 and NaN equals itself."""
+    numbers = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    return numbers.view(_INTEGERS[numbers.element_size()])
 
 
 def _without_repeats(tensor: Tensor) -> Tensor:

@@ -1,21 +1,24 @@
 """One forward on an example, to learn what features each target has."""
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from esper.seeds.registry import Family
-from esper.slots.call_arguments import CallArguments, first_parameter
+from esper.slots.call_arguments import CallArguments
+from esper.slots.channels_first import ChannelsFirst
 from esper.slots.germination import FeatureLayout
+from esper.slots.grown_module import first_parameter
 from esper.slots.modes import (
     device_of,
     evaluation_mode,
     forked_random_state,
     training_mode,
+    unchanged_attributes,
     unchanged_buffers,
 )
 from esper.slots.nested import tensors_in, to_device
@@ -85,11 +88,16 @@ def first_tensor(output: Any, path: str) -> Tensor:
             f"module {path!r} returned a nested tensor, which slots do not take; build the encoder "
             "with enable_nested_tensor=False"
         )
+    if features.layout is not torch.strided:
+        raise _NoFeaturesError(
+            f"module {path!r} returned a tensor of layout {features.layout}, which slots do not "
+            "take; choose a module whose features are dense"
+        )
     return features
 
 
 def run_on_example(model: nn.Module, example: Any, *, training: bool = False) -> Any:
-    """Run the model once without gradient; modes, buffers and random streams stay.
+    """Run the model once without gradient; all that it is stays, but for values of parameters.
 
     Args:
         model: The host.
@@ -106,8 +114,9 @@ def run_on_example(model: nn.Module, example: Any, *, training: bool = False) ->
     args, kwargs = to_device(example_arguments(model, example), device)
     try:
         with (
-            training_mode(model) if training else evaluation_mode(model),
+            unchanged_attributes(model),
             unchanged_buffers(model),
+            training_mode(model) if training else evaluation_mode(model),
             forked_random_state(device),
             torch.no_grad(),
         ):
@@ -138,6 +147,8 @@ class Features:
     overwritten: bool
     """A later operation of the host changed the tensor in place, or may: a later module with
     `inplace=True` received it, or it left the model, whose caller may change it."""
+    channels_first: bool
+    """They are `B C T`, as 1-d convolutions make them, as far as that can be told."""
 
 
 def observe_features(
@@ -155,23 +166,30 @@ def observe_features(
         TypeError: A location's output is no tensor.
         ValueError: The model cannot run on the example.
     """
-    seen: dict[str, list[tuple[Tensor, CallArguments, bool, int]]] = {p: [] for p in locations}
+    seen: dict[str, list[tuple[Features, int]]] = {path: [] for path in locations}
     handed_over: set[int] = set()
+    channels_first = ChannelsFirst()
 
     def recorder(path: str) -> Callable[[nn.Module, Any, Any, Any], None]:
         def record(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             features = first_tensor(output, path)
-            call = CallArguments.of_call(args, kwargs, first_parameter(module))
-            autocast = torch.is_autocast_enabled(features.device.type)
-            seen[path].append((features, call, autocast, _changes(features)))
+            observed = Features(
+                tensor=features,
+                call=CallArguments.of_call(args, kwargs, first_parameter(module)),
+                autocast=torch.is_autocast_enabled(features.device.type),
+                overwritten=False,
+                channels_first=channels_first.describes(features),
+            )
+            seen[path].append((observed, _changes(features)))
 
         return record
 
     def note_inplace(module: nn.Module, args: Any) -> None:
         if getattr(module, "inplace", False):
-            handed_over.update(_storage(value) for value in args if isinstance(value, Tensor))
+            handed_over.update(_storages(value for value in args if isinstance(value, Tensor)))
 
-    handles = [
+    handles = channels_first.watch(model)  # before a location's own hook asks
+    handles += [
         module.register_forward_hook(recorder(path), with_kwargs=True)
         for path, module in locations.items()
     ]
@@ -181,16 +199,15 @@ def observe_features(
     finally:
         for handle in handles:
             handle.remove()
-    handed_over.update(_storage(value) for value in tensors_in(output))
+    handed_over |= _storages(tensors_in(output))
+
+    def overwritten(tensor: Tensor, changes: int) -> bool:
+        return _changes(tensor) != changes or not handed_over.isdisjoint(_storages([tensor]))
+
     return {
         path: [
-            Features(
-                tensor=tensor,
-                call=call,
-                autocast=autocast,
-                overwritten=_changes(tensor) != changes or _storage(tensor) in handed_over,
-            )
-            for tensor, call, autocast, changes in calls
+            replace(observed, overwritten=overwritten(observed.tensor, changes))
+            for observed, changes in calls
         ]
         for path, calls in seen.items()
     }
@@ -221,8 +238,9 @@ def _changes(tensor: Tensor) -> int:
     return tensor._version  # noqa: SLF001
 
 
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+def _storages(tensors: Iterable[Tensor]) -> set[int]:
+    """Return where the tensors' memory begins, of those that have one: sparse ones have not."""
+    return {t.untyped_storage().data_ptr() for t in tensors if t.layout is torch.strided}
 
 
 def seed_dtype(model: nn.Module, path: str, observed: Features) -> torch.dtype:
@@ -269,7 +287,8 @@ def feature_layout(
         overwritten: The host changes the features in place, or may.
 
     Raises:
-        ValueError: The number of dimensions is another one, or not one of the family given.
+        ValueError: The number of dimensions is another one, or not one of the family given. Or the
+            features are `B C T`, and no family is given.
     """
     features = observed.tensor
     ndim = features.ndim
@@ -278,6 +297,14 @@ def feature_layout(
             raise ValueError(
                 f"module {path!r} returned features of shape {tuple(features.shape)}; slots take "
                 "B C H W, B T D or B D (pass family= if features are in the last dimension)"
+            )
+        if observed.channels_first:
+            raise ValueError(
+                f"module {path!r} returned features of shape {tuple(features.shape)} with channels "
+                "in dimension 1 (B C T, as torch's 1-d convolutions, norms of channels and "
+                "poolings have them), where a seed would mix time steps; slots take B T D: name a "
+                "module that returns them transposed, or pass family='transformer' if the last "
+                "dimension does hold the features"
             )
         family = Family.CNN if ndim == 4 else Family.TRANSFORMER
     elif ndim < 2 or (family is Family.CNN and ndim != 4):

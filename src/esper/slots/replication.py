@@ -7,15 +7,19 @@ they are pruned. So no wrapper ever gets a seed.
 
 import hashlib
 import json
-from collections.abc import Hashable, Iterable
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from esper.slots.sharded import is_sharded
+from esper.lifecycle.stages import SeedStage
+from esper.slots.slot import SeedSlot
+
+AskedBy = Literal["loop", "clipping", "step"]
+"""Who wants gradients to be averaged: the training loop, clipping, or the optimizer's step."""
 
 
 class ReplicasDisagreeError(RuntimeError):
@@ -31,12 +35,13 @@ class Replication:
 
     Args:
         group: Of processes; None is all of them.
+        sharded: Each process holds a part of it, and something else averages all gradients.
 
     Raises:
         RuntimeError: torch.distributed is not initialised.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+    def __init__(self, group: dist.ProcessGroup | None = None, *, sharded: bool = False) -> None:
         if not dist.is_initialized():
             raise RuntimeError(
                 "torch.distributed is not initialised; call init_process_group first, as scripts "
@@ -48,45 +53,116 @@ class Replication:
         nccl = dist.get_backend(group) == "nccl"
         self._device = torch.device("cuda" if nccl else "cpu")
         """Where what is not of the model is exchanged."""
-        self._structure: Hashable = None
-        self._shared: list[int] = []
-        """Which of the seeds' parameters have a gradient in any process."""
+        self._sharded = sharded
+        self._averaged_by: AskedBy | None = None
+        """By whose wish this step's gradients are averaged; None where they are not yet."""
+        self._raised: dict[str, str] = {}
+        """What living seeds have raised here that not all processes know of, by slot."""
+        self._alarms: list[_Alarm] = []
+        """Of the last steps; not looked at yet."""
 
-    def average_gradients(self, parameters: Iterable[nn.Parameter], *, structure: Hashable) -> None:
-        """Average gradients over the processes, but for those of sharded parameters.
+    def average_gradients(self, slots: Mapping[str, SeedSlot], *, asked_by: AskedBy) -> None:
+        """Average the gradients of seeds, and let the other processes know whether one has raised.
 
-        A gradient that one process lacks counts as zero there; one that all lacked in the first
-        step of a structure stays lacking.
+        A gradient that one process lacks counts as zero there; one that all lack stays lacking.
 
         Args:
-            parameters: The same in every process, in the same order.
-            structure: Of the network. Waits for the device where it is another one than before, and
-                not otherwise.
+            slots: By path, the same in every process.
+            asked_by: Who asks after another one has, in the same step, changes nothing. Who asks
+                again is in another step, as where a loop has left the optimizer's out.
+
+        Raises:
+            LostReplicaError: A process has died.
+
+        Effects: waits for the device where this process lacks a gradient, and not otherwise.
+        """
+        if self._averaged_by in (None, asked_by) and not self._sharded:
+            self._averaged_by = asked_by
+            self._withhold_failures(slots)
+            by_dtype: dict[torch.dtype, list[nn.Parameter]] = {}
+            for parameter in _learning(slots.values()):
+                by_dtype.setdefault(parameter.dtype, []).append(parameter)
+            alarms = [self._average(parameters) for parameters in by_dtype.values()]
+            if not alarms and any(map(_runs, slots.values())):
+                alarms = [self._average([])]
+            self._alarms += map(_Alarm, alarms[:1])
+        if asked_by == "step":
+            self._averaged_by = None
+
+    def _average(self, parameters: Sequence[nn.Parameter]) -> Tensor:
+        """Average gradients, all of one dtype.
+
+        Returns:
+            0-dim, not 0 if a seed has raised in any process.
+        """
+        like = parameters[0] if parameters else torch.empty(0, device=self._device)
+        mine = like.new_ones(len(parameters) + 1)  # which have a gradient, and how many have raised
+        mine[-1].fill_(len(self._raised))
+        lacking = [index for index, one in enumerate(parameters) if one.grad is None]
+        for index in lacking:
+            mine[index].zero_()
+        flat = torch.cat([*map(_flat_gradient, parameters), mine])
+        self._reduce(flat, dist.ReduceOp.SUM)
+        flat /= self.size
+        sizes = [parameter.numel() for parameter in parameters]
+        averages: Sequence[Tensor] = flat[: sum(sizes)].split(sizes)
+        everyones = flat[sum(sizes) :]
+        if lacking:
+            anywhere = _read(everyones)
+            for index in lacking:
+                if anywhere[index]:
+                    parameters[index].grad = torch.empty_like(parameters[index])
+        for parameter, average in zip(parameters, averages, strict=True):
+            if parameter.grad is not None:
+                parameter.grad.copy_(average.view_as(parameter))
+        return everyones[-1]
+
+    def end_step(self, slots: Mapping[str, SeedSlot]) -> None:
+        """Let a step end, stepped or not, and say in all slots which seeds have raised in any.
+
+        Raises:
+            LostReplicaError: A process has died.
+
+        Effects: what a GPU tells is looked at one step later, so that nothing of this step is
+        waited for.
+        """
+        self._averaged_by = None
+        if self._sharded:
+            return
+        self._withhold_failures(slots)
+        under_way = [alarm for alarm in self._alarms[-1:] if alarm.under_way]
+        arrived = self._alarms[: len(self._alarms) - len(under_way)]
+        self._alarms = under_way
+        if any(alarm.rings() for alarm in arrived):
+            self.share_failures(slots)
+
+    def share_failures(self, slots: Mapping[str, SeedSlot]) -> None:
+        """Say in all slots of every process which seeds have raised in any of them.
 
         Raises:
             LostReplicaError: A process has died.
         """
-        ours = [p for p in parameters if p.requires_grad and not is_sharded(p)]
-        if not ours:
-            return
-        if structure != self._structure:
-            has = torch.tensor([p.grad is not None for p in ours], dtype=torch.int32)
-            has = has.to(self._device)
-            self._reduce(has, dist.ReduceOp.MAX)
-            self._shared, self._structure = has.tolist(), structure
-        by_dtype: dict[torch.dtype, list[Tensor]] = {}
-        for parameter, shared in zip(ours, self._shared, strict=True):
-            if shared:
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-                by_dtype.setdefault(parameter.grad.dtype, []).append(parameter.grad)
-        for gradients in by_dtype.values():
-            flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-            self._reduce(flat, dist.ReduceOp.SUM)
-            flat /= self.size
-            parts = flat.split([gradient.numel() for gradient in gradients])
-            for gradient, part in zip(gradients, parts, strict=True):
-                gradient.copy_(part.view_as(gradient))
+        self._withhold_failures(slots)
+        mine = bytearray(json.dumps(self._raised).encode())
+        self._raised, self._alarms = {}, []
+        for rank, data in enumerate(self.gather(torch.frombuffer(mine, dtype=torch.uint8))):
+            for path, error in json.loads(bytes(data.tolist())).items():
+                slots[path].note_failure(f"{error} (in process {rank})")
+
+    def forget_failure(self, path: str) -> None:
+        """Forget what a seed has raised that is gone from its slot."""
+        self._raised.pop(path, None)
+
+    def start_anew(self) -> None:
+        """Forget the step that was under way, in every process."""
+        self._averaged_by, self._raised, self._alarms = None, {}, []
+
+    def _withhold_failures(self, slots: Mapping[str, SeedSlot]) -> None:
+        """Keep slots from acting on what their seeds have raised before all processes know."""
+        for path, slot in slots.items():
+            error = slot.withhold_failure()
+            if error is not None:
+                self._raised.setdefault(path, error)
 
     def from_first(self, value: Any) -> Any:
         """Return the first process's value, of anything that JSON can hold, in every process.
@@ -179,6 +255,51 @@ class Replication:
             raise LostReplicaError(
                 f"rank {self.rank} of {self.size} waits for a process that does not answer: {error}"
             ) from error
+
+
+class _Alarm:
+    """Whether a seed has raised in any process, on its way from the device.
+
+    Args:
+        told: Not 0 if so, 0-dim.
+    """
+
+    def __init__(self, told: Tensor) -> None:
+        self.under_way = told.is_cuda
+        """Whether reading it at once would wait."""
+        self._told = told.to("cpu", non_blocking=self.under_way, copy=True)
+        self._arrives: torch.cuda.Event | None = None
+        if told.is_cuda:
+            self._arrives = torch.cuda.current_stream(told.device).record_event()
+
+    def rings(self) -> bool:
+        """Return whether it is so; waits until what was asked has arrived."""
+        if self._arrives is not None:
+            self._arrives.synchronize()
+        return bool(self._told)
+
+
+def _learning(slots: Iterable[SeedSlot]) -> Iterable[nn.Parameter]:
+    """Return the parameters of seeds that have a gradient where their module has run."""
+    for slot in slots:
+        for branch in slot.branches:
+            if branch is not slot.living or (_runs(slot) and not slot.frozen):
+                yield from (one for one in branch.parameters() if one.requires_grad)
+
+
+def _runs(slot: SeedSlot) -> bool:
+    return slot.living is not None and slot.stage is not SeedStage.GERMINATED
+
+
+def _flat_gradient(parameter: nn.Parameter) -> Tensor:
+    gradient = parameter.grad
+    return parameter.new_zeros(parameter.numel()) if gradient is None else gradient.reshape(-1)
+
+
+def _read(told: Tensor) -> list[float]:
+    """Return numbers from the device; waits for it."""
+    values: list[float] = told.tolist()
+    return values
 
 
 def keep_out_of_wrappers(model: nn.Module, seeds: Iterable[nn.Module]) -> None:

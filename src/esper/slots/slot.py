@@ -213,12 +213,12 @@ class SeedSlot(KeptSlot):
                 subject=life.subject,
                 problem="is fading out and cannot advance",
             )
-        if life.stage is SeedStage.DORMANT:
+        if life.stage is SeedStage.DORMANT or self._may_grow_again:
             raise IllegalTransition(
                 life.stage,
                 SeedStage.GERMINATED,
                 subject=life.subject,
-                problem="is DORMANT and needs germinate(blueprint), not advance()",
+                problem=f"is {life.stage.name} and needs germinate(blueprint), not advance()",
             )
         if life.stage in RECOVERY_PATH:
             return self._recover(force=force)
@@ -355,12 +355,14 @@ class SeedSlot(KeptSlot):
             contribution_fraction=record.contribution_fraction,
         )
 
+    @property
+    def _may_grow_again(self) -> bool:
+        committed = self._life.stage is SeedStage.FOSSILIZED
+        return committed and len(self.committed) < self.config.max_committed
+
     def _life_for_next_seed(self) -> SeedLife:
         current = self._life
-        if (
-            current.stage is SeedStage.FOSSILIZED
-            and len(self.committed) < self.config.max_committed
-        ):
+        if self._may_grow_again:
             return self._new_life(current.number + 1)
         check_transition(current.stage, SeedStage.GERMINATED, subject=current.subject)
         return self._new_life(current.number)

@@ -256,6 +256,13 @@ class SlotForward(nn.Module):
             with self._stream.unchanged():
                 yield
 
+    def note_failure(self, error: str) -> None:
+        """Run without the living seed, which has raised something; `tick` prunes it."""
+        self._failure = error
+        self._forward_changes()
+        self.mode = ForwardMode.PASS_THROUGH
+        self.num_inlined = self.num_committed
+
     def take_failure(self) -> str | None:
         """Return what the living seed has raised, and forget it, so that `tick` does not prune."""
         failure, self._failure = self._failure, None
@@ -302,10 +309,7 @@ class SlotForward(nn.Module):
         except Exception as error:  # whatever a living seed raises, the host must go on
             if branch is not self.living or stops_recomputation(error):
                 raise
-            self._failure = f"{type(error).__name__}: {error}"
-            self._forward_changes()
-            self.mode = ForwardMode.PASS_THROUGH
-            self.num_inlined = self.num_committed
+            self.note_failure(f"{type(error).__name__}: {error}")
             return None
         return increment
 

@@ -1,6 +1,7 @@
 """All slots of one model, and what they share: ownership, the optimizer, caches."""
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch.distributed as dist
@@ -24,7 +25,7 @@ from esper.slots.optimizer_binding import OptimizerBinding, skips_step
 from esper.slots.ownership import HOST, OwnershipLedger
 from esper.slots.placement import stands_in
 from esper.slots.pruned_seeds import PrunedSeeds
-from esper.slots.replication import Replication, keep_out_of_wrappers
+from esper.slots.replication import AskedBy, Replication, keep_out_of_wrappers
 from esper.slots.shadow_pass import teach_in_shadow
 from esper.slots.sharded import keep_sharded, whole
 from esper.slots.slot import SeedSlot
@@ -48,8 +49,6 @@ class SlotSet(Mapping[str, SeedSlot]):
         self.replication: Replication | None = None
         """The processes that train copies of the model; None where there is one."""
         self._shard: Callable[[nn.Module], Any] | None = None
-        self._averaged = False
-        """Whether the gradients of this step are averaged over processes."""
         self._slots: dict[str, SeedSlot] = {}
         self._breakers: dict[str, CircuitBreaker] = {}
         self._fitting = FittingBlueprints()
@@ -173,7 +172,7 @@ class SlotSet(Mapping[str, SeedSlot]):
                     "gradients of sharded parameters do not arrive there; choose another objective"
                 )
         keep_sharded(self.model)
-        self.replicate(group)
+        self.replication = Replication(group, sharded=True)
         self._shard = shard
 
     @property
@@ -182,21 +181,18 @@ class SlotSet(Mapping[str, SeedSlot]):
         return self._shard is not None
 
     def average_gradients(self) -> None:
-        """Average the gradients of seeds over the processes, once per optimizer step.
+        """Average the gradients of seeds over the processes, after a step's last backward.
 
         Does nothing unless `replicate` was called.
 
         Raises:
             LostReplicaError: A process has died.
         """
-        if self.replication is None or self._averaged:
-            return
-        self._averaged = True
-        slots = self._slots.values()
-        seeds = (p for slot in slots for p in slot.branches.parameters())
-        # Who has a gradient depends on the stage besides: a frozen seed runs, but has none.
-        learning = tuple((slot.stage, slot.fading) for slot in slots)
-        self.replication.average_gradients(seeds, structure=(self.structure(), learning))
+        self._average_gradients("loop")
+
+    def _average_gradients(self, asked_by: AskedBy) -> None:
+        if self.replication is not None:
+            self.replication.average_gradients(self._slots, asked_by=asked_by)
 
     def shadow_pass(self, loss: Callable[[], Tensor]) -> None:
         """Give each seed that learns in shadow the gradient of the loss at full alpha.
@@ -222,8 +218,10 @@ class SlotSet(Mapping[str, SeedSlot]):
 
         Raises:
             RuntimeError: A seed learns in shadow, and no pass was made since the last tick.
+            LostReplicaError: Another process that trains the model has died.
         """
-        self._averaged = False  # where the step was refused, no hook of the optimizer has run
+        if self.replication is not None:
+            self.replication.end_step(self._slots)
         learned = self.binding is None or self.binding.take_step()
         events: list[Event] = []
         for slot in self.living_slots:
@@ -250,7 +248,8 @@ class SlotSet(Mapping[str, SeedSlot]):
     def clip_grad_norm_(self, max_norm: float, *, others: Sequence[nn.Parameter] = ()) -> Tensor:
         """Clip gradients to `max_norm` per owner: the host alone, and each living seed alone.
 
-        With one norm over everything a seed's gradients would change the host's step.
+        With one norm over everything a seed's gradients would change the host's step. What the
+        bound optimizer does not hold is left out.
 
         Args:
             max_norm: Above 0.
@@ -264,8 +263,9 @@ class SlotSet(Mapping[str, SeedSlot]):
         """
         if not max_norm > 0.0:
             raise ValueError(f"max_norm must be above 0, got {max_norm}")
-        self.average_gradients()
-        norms = {HOST: whole(clip_grad_norm_([*self.host_parameters(), *others], max_norm))}
+        self._average_gradients("clipping")
+        host = self._in_training([*self.host_parameters(), *others])
+        norms = {HOST: whole(clip_grad_norm_(host, max_norm))}
         for owner, seed in self._living_seeds().items():
             norms[owner] = whole(clip_grad_norm_(list(seed.parameters()), max_norm))
         self.gradient_health.note_before_clipping(norms)
@@ -279,11 +279,27 @@ class SlotSet(Mapping[str, SeedSlot]):
             self._living_slots = tuple(slot for slot in slots if slot.living is not None)
         return self._living_slots
 
+    @contextmanager
+    def as_committed(self) -> Iterator[None]:
+        """Run the model without the seeds that live uncommitted."""
+        with ExitStack() as left_out:
+            for slot in self.living_slots:
+                left_out.enter_context(slot.left_out())
+            yield
+
     def host_parameters(self) -> list[nn.Parameter]:
         """Return the host's parameters in the model's order, committed seeds included."""
         if self._host_parameters is None:
             self._host_parameters = self.ledger.host_parameters()
         return self._host_parameters
+
+    def _in_training(self, parameters: Sequence[nn.Parameter]) -> Sequence[nn.Parameter]:
+        """Return those that the optimizer holds; all where none is bound."""
+        if self.binding is None:
+            return parameters
+        groups = self.binding.optimizer.param_groups
+        held = {parameter for group in groups for parameter in group["params"]}
+        return [parameter for parameter in parameters if parameter in held]
 
     def host_learns(self) -> bool:
         """Return whether any parameter of the host's own does, those of seeds left out."""
@@ -317,14 +333,12 @@ class SlotSet(Mapping[str, SeedSlot]):
             return None
         return self.gradient_health.read(
             _owner_name(slot.path),
-            host_params=_num_learning(self.host_parameters()),
+            host_params=_num_learning(self._in_training(self.host_parameters())),
             seed_params=_num_learning(branch.parameters()),
         )
 
     def _before_step(self) -> None:
-        if self.replication is not None:
-            self.average_gradients()
-            self._averaged = False
+        self._average_gradients("step")
         for slot in self.living_slots:
             slot.check_shadow_gradient()
         assert self.binding is not None
@@ -340,7 +354,8 @@ class SlotSet(Mapping[str, SeedSlot]):
         }
         # GradScaler leaves its factor to a fused optimizer, under this attribute.
         scale = getattr(self.binding.optimizer, "grad_scale", None)
-        self.gradient_health.measure(self.host_parameters(), learning, HOST, gradient_scale=scale)
+        host = self._in_training(self.host_parameters())
+        self.gradient_health.measure(host, learning, HOST, gradient_scale=scale)
 
     # Keeping
 
@@ -389,7 +404,6 @@ class SlotSet(Mapping[str, SeedSlot]):
             self.breaker(name).load_state_dict(kept)
         if self.binding is not None:
             self.binding.load_state_dict(state["binding"])
-        self._averaged = False
 
     def restore(self, states: Mapping[str, Mapping[str, Any]]) -> None:
         """Give each slot back its seeds and its life; the part of `load_state_dict` about slots.
@@ -410,6 +424,8 @@ class SlotSet(Mapping[str, SeedSlot]):
             self._pruned.forget(path)
         self._note_seeds_changed()
         self._renew_block_masks()
+        if self.replication is not None:
+            self.replication.start_anew()
         if self.binding is not None:
             self.binding.regroup(removed)
 
@@ -498,6 +514,8 @@ class SlotSet(Mapping[str, SeedSlot]):
         self._pruned.add(path, branch.parameters())
         self.gradient_health.forget(_owner_name(path))
         self._renew_block_masks()
+        if self.replication is not None:
+            self.replication.forget_failure(path)
         if self.binding is not None:
             self.binding.remove(path, branch)
 

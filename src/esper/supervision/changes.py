@@ -18,10 +18,14 @@ class Changes:
 
     def tell(self, name: str) -> None:
         """Say that one has changed."""
-        passed, self._next = self._next, anyio.Event()
-        passed.set()
+        self.wake()
         self._listener(name)
 
+    def wake(self) -> None:
+        """Let those who wait look again."""
+        passed, self._next = self._next, anyio.Event()
+        passed.set()
+
     async def next(self) -> None:
-        """Wait until one changes."""
+        """Wait until one changes, or there are others."""
         await self._next.wait()

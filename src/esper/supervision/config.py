@@ -38,9 +38,21 @@ def _place(path: Path, info: ValidationInfo) -> Path:
         ) from error
 
 
+def _host(host: str) -> str:
+    try:
+        host.encode("idna")  # as whoever looks it up does
+    except UnicodeError as error:
+        raise ValueError(
+            f"{host!r} is no name of a machine, as each part between dots has 1 to 63 characters; "
+            "give its name or address"
+        ) from error
+    return host
+
+
 PlacedPath = Annotated[Path, AfterValidator(_place)]
 """Relative to the folder of the config file."""
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
+Host = Annotated[str, AfterValidator(_host)]
 Port = Annotated[int, Field(ge=1, le=65535)]
 Seconds = Annotated[FiniteFloat, Field(gt=0.0)]
 
@@ -72,7 +84,7 @@ class DashboardConfig(Record):
     """The page that shows the runs of a folder."""
 
     folder: PlacedPath = Path("runs")
-    host: str = "127.0.0.1"
+    host: Host = "127.0.0.1"
     port: Port = 8265
     token_file: PlacedPath | None = None
     """Needed where host is not of this machine alone."""
@@ -136,7 +148,7 @@ class ReadyConfig(Record):
     """When a service can be used: as soon as something answers at its port."""
 
     port: Port
-    host: str = "127.0.0.1"
+    host: Host = "127.0.0.1"
 
 
 class ServiceConfig(Record):
@@ -150,7 +162,7 @@ class ServiceConfig(Record):
     ready_seconds: Seconds = 30.0
     """How long it may take to become ready."""
     silent_seconds: Seconds | None = None
-    """For one that writes heartbeats: after so long without one it hangs."""
+    """For one that writes heartbeats: once it is ready, it hangs after so long without one."""
 
 
 class ServeConfig(Record):
@@ -191,9 +203,16 @@ def load_serve_config(file: Path) -> ServeConfig:
     """Read what is to be served; paths become absolute.
 
     Raises:
-        ServeConfigError: The file cannot be read, or a key or value is wrong; each is named, an
-            unknown key with the nearest one that exists.
+        ServeConfigError: The file cannot be read, its path is no text, or a key or value is wrong;
+            each is named, an unknown key with the nearest one that exists.
     """
+    try:
+        str(file.absolute()).encode()
+    except UnicodeEncodeError as error:
+        raise ServeConfigError(
+            f"{str(file.absolute())!a} is no text in UTF-8, and the status could not tell of it; "
+            "give file and folders other names"
+        ) from error
     try:
         document = tomllib.loads(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:

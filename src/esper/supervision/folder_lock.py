@@ -35,5 +35,8 @@ class FolderLock:
 
 
 def is_served(folder: Path) -> bool:
-    """Return whether a supervisor has a folder now."""
-    return is_written(folder)
+    """Return whether a supervisor has a folder now; not known of one that cannot be looked into."""
+    try:
+        return is_written(folder)
+    except OSError:
+        return False

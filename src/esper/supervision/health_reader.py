@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pydantic import JsonValue
 
 from esper.bus.bus import HEALTH, Bus
-from esper.bus.envelope import MessageRefusedError, open_envelope
+from esper.bus.envelope import Envelope, MessageRefusedError, open_envelope
 from esper.bus.messages import HealthMessage, message_in
 from esper.signing import Keyring
 from esper.supervision.health_teller import HEALTH_SECONDS
@@ -79,7 +79,7 @@ def read_health(bus: Bus, keyring: Keyring, *, now_seconds: float) -> HealthOnBu
         BusUnavailableError: The server is away.
         BusRefusedError: It does not let this user in.
     """
-    newest: dict[tuple[str, str], Health] = {}
+    newest: dict[tuple[str, str], tuple[Envelope, Health]] = {}
     refused = 0
     for delivery in bus.latest(HEALTH, limit=HEALTH.max_length or 1):
         try:
@@ -101,7 +101,17 @@ def read_health(bus: Bus, keyring: Keyring, *, now_seconds: float) -> HealthOnBu
             details=message.details,
         )
         known = newest.get((health.source, health.service))
-        if known is None or health.age_seconds <= known.age_seconds:
-            newest[health.source, health.service] = health
-    found = sorted(newest.values(), key=lambda health: (health.source, health.service))
-    return HealthOnBus(services=found, refused=refused)
+        if known is None or _replaces(envelope, known[0], now_seconds):
+            newest[health.source, health.service] = envelope, health
+    return HealthOnBus(services=[newest[key][1] for key in sorted(newest)], refused=refused)
+
+
+def _replaces(envelope: Envelope, known: Envelope, now_seconds: float) -> bool:
+    """Return whether a message is newer than one that has come before it.
+
+    One supervisor counts its messages, whatever its clock says meanwhile. Of two, as after a
+    restart, the clock tells, unless it was ahead then.
+    """
+    if envelope.producer == known.producer:
+        return envelope.numbers.start >= known.numbers.start
+    return known.time_seconds > now_seconds or envelope.time_seconds >= known.time_seconds

@@ -112,18 +112,17 @@ def _disk(config: ServeConfig) -> Iterator[Finding]:
     folders |= {f"job {job.name}": job.folder for job in config.job}
     seen = set()
     for about, folder in folders.items():
-        place = next(path for path in (folder, *folder.parents) if path.exists())
         try:
+            place = next(path for path in (folder, *folder.parents) if path.exists())
             with tempfile.TemporaryFile(dir=place):
                 pass
+            device, free = place.stat().st_dev, shutil.disk_usage(place).free
         except OSError as error:
             yield failure(about, f"{folder} cannot be written: {error.strerror}")
             continue
-        device = place.stat().st_dev
         if device in seen:
             continue
         seen.add(device)
-        free = shutil.disk_usage(place).free
         text = f"{free / 1e9:.1f} GB free at {place}"
         if free < _MIN_FREE_BYTES:
             yield warning("disk", f"{text}; runs and logs may fill it")

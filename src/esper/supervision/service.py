@@ -62,6 +62,7 @@ class Service:
         self._child: Child | None = None
         self._beat: BeatStatus | None = None
         self._beat_seconds = 0.0
+        self._ready_seconds = 0.0
         self._hangs: str | None = None
         self._restarts = 0
         self._last_exit: str | None = None
@@ -270,20 +271,25 @@ class Service:
 
     def _become_ready(self) -> None:
         self._policy.became_ready()
+        self._ready_seconds = time.monotonic()
         self._enter(ServiceState.READY, None)
 
     async def _watch_silence(self, child: Child, silent_seconds: float) -> None:
         while True:
-            left = self._beat_seconds + silent_seconds - time.monotonic()
+            left = self._left(silent_seconds)
             if self.state != ServiceState.READY:
                 left = silent_seconds
             elif left <= 0.0:
                 self._note(child.beats.take())  # this process may itself have been held up
-                if self._beat_seconds + silent_seconds <= time.monotonic():
+                if self._left(silent_seconds) <= 0.0:
                     self._kill_as(child, f"silent for {silent_seconds:g} s")
                     return
                 continue
             await anyio.sleep(left)
+
+    def _left(self, silent_seconds: float) -> float:
+        """Return how long a program that is ready may stay silent yet."""
+        return max(self._beat_seconds, self._ready_seconds) + silent_seconds - time.monotonic()
 
     def _kill_as(self, child: Child, problem: str) -> None:
         self._hangs = problem

@@ -47,7 +47,7 @@ class Supervisor:
         file: Is read again by `reload`.
         config: What it says now.
         preflight: What was found before; kept in the status.
-        tell: Is called with everything that a person may want to see.
+        tell: Is called with everything that a person may want to see; everything waits for it.
     """
 
     def __init__(
@@ -163,6 +163,7 @@ class Supervisor:
                 restart, drain_seconds = config.restart, config.stop.drain_seconds
                 same[program.name].configure(program, restart, drain_seconds)
         self._start(wanted)
+        self._changes.wake()  # what waited for one that is gone need not any more
         names = {program.name for program in wanted}
         parts = (
             ("started", names - before),

@@ -25,8 +25,9 @@ RUN_FILES = (
 
 RunStatus = Literal["running", "finished", "failed", "interrupted", "stopped"]
 
-_LOCK_WAITS = 50
-_LOCK_WAIT_SECONDS = 0.02
+LOCK_SECONDS = 1.0
+"""For which those who only look whether a process writes are waited for."""
+_LOCK_LOOK_SECONDS = 0.02
 
 
 class RunFolderError(ValueError):
@@ -93,12 +94,16 @@ if hasattr(os, "register_at_fork"):  # not on Windows
 class WriterLock:
     """Held by the one process that writes a run folder; ends with it, however it ends.
 
+    Args:
+        folder: Of the run.
+        wait_seconds: For those who only look.
+
     Raises:
         RunFolderError: Another process holds it.
     """
 
-    def __init__(self, folder: Path) -> None:
-        lock = take_lock(folder)
+    def __init__(self, folder: Path, *, wait_seconds: float = LOCK_SECONDS) -> None:
+        lock = take_lock(folder, wait_seconds=wait_seconds)
         if lock is None:
             raise RunFolderError(
                 f"{folder} is being written by another process; wait for it, or stop it"
@@ -110,19 +115,18 @@ class WriterLock:
         self._lock.release()
 
 
-def take_lock(folder: Path) -> LockFile | None:
+def take_lock(folder: Path, *, wait_seconds: float = LOCK_SECONDS) -> LockFile | None:
     """Return the lock of a folder, held.
 
     None while another process holds it. Waits a moment for those who only look whether one does.
     """
     lock = LockFile(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT)
-    waits = 0
+    until = time.monotonic() + wait_seconds
     while not lock.take():
-        if waits == _LOCK_WAITS:
+        if time.monotonic() >= until:
             lock.release()
             return None
-        waits += 1
-        time.sleep(_LOCK_WAIT_SECONDS)
+        time.sleep(_LOCK_LOOK_SECONDS)
     return lock
 
 

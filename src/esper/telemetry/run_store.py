@@ -14,6 +14,7 @@ from esper.telemetry.run_folder import (
     DATABASE_FILE,
     ENVIRONMENT_FILE,
     LOCK_FILE,
+    LOCK_SECONDS,
     RUN_FILES,
     STORE_VERSION,
     RunFolderError,
@@ -24,6 +25,8 @@ from esper.telemetry.run_folder import (
 from esper.telemetry.run_reader import RunReader
 
 _ID_BYTES = 4
+_ID_NAME_BYTES = 255 - 1 - 2 * _ID_BYTES
+"""With the rest of the id it can be the name of a folder."""
 
 _FORGET_EVENTS = "DELETE FROM events WHERE step > ?"
 _FORGET_METRICS = "DELETE FROM metrics WHERE step > ?"
@@ -90,12 +93,15 @@ class RunStore:
                 self._set("store_version", str(STORE_VERSION))
                 self._set("attempt", "1")
                 self._set("status", "running")
-                self._set("id", f"{folder.absolute().name}-{secrets.token_hex(_ID_BYTES)}")
+                self._set("id", _new_id(folder.absolute().name))
             undoing.pop_all()
 
     @property
     def run_id(self) -> str:
-        """The run's own: its folder's first name, and what no other run of that name has."""
+        """The run's own: its folder's first name, and what no other run of that name has.
+
+        Where a bus, or a folder elsewhere, would not take the name, what is left of it.
+        """
         return RunReader(self.folder).run_id
 
     def _open(
@@ -103,6 +109,7 @@ class RunStore:
         folder: Path,
         begin: Callable[[ExitStack], None] = lambda _: None,
         *,
+        lock_seconds: float = LOCK_SECONDS,
         busy_seconds: float = BUSY_SECONDS,
     ) -> None:
         """Open the database.
@@ -111,11 +118,12 @@ class RunStore:
             folder: Of the run.
             begin: Is called once no other process can write the folder, with what is undone before
                 another can if this fails.
+            lock_seconds: To wait for a process that looks whether another writes the folder.
             busy_seconds: To wait for a process that reads the database.
         """
         self.folder = folder
         with ExitStack() as undoing:
-            self._lock = WriterLock(folder)
+            self._lock = WriterLock(folder, wait_seconds=lock_seconds)
             undoing.callback(self._lock.release)
             begin(undoing)
             self._database = sqlite3.connect(
@@ -198,6 +206,13 @@ class RunStore:
         self._database.execute("INSERT OR REPLACE INTO run VALUES (?, ?)", (key, value))
 
 
+def _new_id(name: str) -> str:
+    """Return an id for the run of a folder's name."""
+    taken = "".join(sign if sign.isprintable() and sign != "\\" else "_" for sign in name)
+    cut = taken.lstrip(".").encode()[:_ID_NAME_BYTES].decode(errors="ignore")
+    return f"{cut or 'run'}-{secrets.token_hex(_ID_BYTES)}"
+
+
 def _check_no_run(folder: Path) -> None:
     for name in (DATABASE_FILE, CONFIG_FILE, ENVIRONMENT_FILE):
         if (folder / name).exists():
@@ -212,6 +227,14 @@ def _remove_run(folder: Path) -> None:
     for name in RUN_FILES:
         if name != LOCK_FILE:
             (folder / name).unlink(missing_ok=True)
+
+
+def check_own(reader: RunReader) -> None:
+    """Raise a `RunFolderError` if a folder is what a router writes of a run elsewhere."""
+    if reader.is_mirror:
+        raise RunFolderError(
+            f"{reader.folder} is a mirror of a run elsewhere; resume it on its own machine"
+        )
 
 
 def check_unfinished(reader: RunReader) -> None:
@@ -232,16 +255,18 @@ class ReopenedRunStore(RunStore):
         unfinished: Whether a run that is finished is to be left alone.
 
     Raises:
-        RunFolderError: It is no run folder, of another version, or a process writes it; or the run
-            is finished, perhaps since it was looked at, and is to be left alone then.
+        RunFolderError: It is no run folder, of another version, a mirror, or a process writes it;
+            or the run is finished, perhaps since it was looked at, and is to be left alone then.
     """
 
     def __init__(self, folder: Path, *, after_step: int, unfinished: bool = False) -> None:
         reader = RunReader(folder)
 
         def begin(_: ExitStack) -> None:
+            now = RunReader(folder)
+            check_own(now)
             if unfinished:
-                check_unfinished(RunReader(folder))
+                check_unfinished(now)
 
         self._open(folder, begin)
         with self._let_go_on_error(), self._transaction():

@@ -2,10 +2,12 @@
 
 import json
 import math
+import re
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,19 +28,29 @@ from esper.slots.sharded import whole
 from esper.training.sealed_folder import (
     DamagedFolderError,
     check_sealed,
+    holds_only,
     remove_damaged,
     sealed_folder,
 )
-from esper.training.state_tree import read_tree, tree_as_tensor, tree_from_tensor, write_tree
+from esper.training.state_tree import (
+    read_tree,
+    tree_as_tensor,
+    tree_files,
+    tree_from_tensor,
+    write_tree,
+)
 from esper.training.trainer import Trainer
 
 INFO_FILE = "checkpoint.json"
 LATEST = "latest"
-"""A link to the newest checkpoint, for people; a run goes on from the newest that is whole."""
-FORMAT_VERSION = 8
+"""A link to the newest checkpoint, for people, where there can be links; a run goes on from the
+newest that is whole."""
+FORMAT_VERSION = 9
 
 _STATE = "state"
-_PREFIX = "step-"
+_FILES = (INFO_FILE, *tree_files(_STATE))
+_NAME = re.compile(r"step-\d{10}")
+_UNFINISHED = re.compile(rf"\.{_NAME.pattern}-\w+")
 
 
 class CheckpointError(ValueError):
@@ -89,7 +101,7 @@ class Checkpoints:
 
     Safetensors and JSON only, each file with its SHA-256. A checkpoint appears by a rename, when it
     is on the disk as a whole. Those of later steps then go: they are damaged, or of a way that the
-    run has gone back on.
+    run has gone back on. What people put beside or into them stays, and is none of them.
 
     Args:
         folder: Is created.
@@ -159,21 +171,24 @@ class Checkpoints:
         Of several processes all must call it, and the first one writes.
 
         Returns:
-            Its folder; None if the disk refused it, which an event tells, and training goes on.
+            Its folder; None if the disk refused it, or holds something else in its place, which an
+            event tells, and training goes on.
 
         Raises:
             TypeError: The state holds what no checkpoint can; it says what and where.
 
-        Effects: the time that it takes is no step's, and no cost of the run.
+        Effects: the time that it takes is no step's, and no cost of the run. As
+        `Trainer.prune_failed`.
         """
         with trainer.growth.held_up():
             return self._save(trainer)
 
     def _save(self, trainer: Trainer) -> Path | None:
         growth, slots = trainer.growth, trainer.growth.slots
-        target = self.folder / f"{_PREFIX}{growth.step:010d}"
+        target = self.folder / f"step-{growth.step:010d}"
         started = self._clock()
         growth.sink_guard.flush()  # what sinks hold of these steps must not go with the process
+        trainer.prune_failed()  # in every process; only the first may take the state
         places = _places_in_data(trainer)
         first = slots.replication is None or slots.replication.rank == 0
         state = trainer.state_dict() if first or slots.sharded else {}
@@ -192,20 +207,21 @@ class Checkpoints:
         )
         self._clear_unfinished()
         try:
-            remove_damaged(target)
+            remove_damaged(target, _FILES)
             with sealed_folder(target, overwrite=True) as writing:
                 (writing / INFO_FILE).write_text(
                     info.model_dump_json(indent=2) + "\n", encoding="utf-8"
                 )
                 write_tree(state, writing, _STATE)
-            self._point_at(target)
-            self._remove_old(target.name)
-        except OSError as error:
+        except (OSError, DamagedFolderError) as error:
             growth.publish([CheckpointFailed(name=target.name, error=str(error))])
             return None
+        with suppress(OSError):  # not every file system has links
+            self._point_at(target)
+        not_removed = self._remove_old(target.name)
         self._last_seconds = self._clock()
         seconds = self._last_seconds - started
-        growth.publish([CheckpointSaved(name=target.name, seconds=seconds)])
+        growth.publish([CheckpointSaved(name=target.name, seconds=seconds), *not_removed])
         return target
 
     def newest(self) -> "FoundCheckpoint":
@@ -259,12 +275,14 @@ class Checkpoints:
 
     def names(self) -> list[str]:
         """Return the checkpoints that are there, whole or not, oldest first."""
-        return sorted(path.name for path in self.folder.glob(f"{_PREFIX}*") if path.is_dir())
+        every = (path for path in self.folder.iterdir() if path.is_dir())
+        return sorted(path.name for path in every if _NAME.fullmatch(path.name))
 
     def _clear_unfinished(self) -> None:
         if not self._cleared:
-            for unfinished in self.folder.glob(f".{_PREFIX}*"):
-                shutil.rmtree(unfinished, ignore_errors=True)
+            for path in self.folder.iterdir():
+                if _UNFINISHED.fullmatch(path.name):
+                    shutil.rmtree(path, ignore_errors=True)
             self._cleared = True
 
     def _point_at(self, target: Path) -> None:
@@ -274,7 +292,8 @@ class Checkpoints:
         fresh.symlink_to(target.name)
         fresh.replace(link)
 
-    def _remove_old(self, newest: str) -> None:
+    def _remove_old(self, newest: str) -> list[CheckpointFailed]:
+        """Remove those that need not be kept; return what tells of those that cannot be."""
         names = self.names()
         self._of_this_run.add(newest)
         passed = [name for name in names if name <= newest]
@@ -283,11 +302,20 @@ class Checkpoints:
             losses = {name: loss for name in passed if (loss := self._loss(name)) is not None}
             kept |= {min(losses, key=lambda name: losses[name])} if losses else set()
         # Of this run, what lies above is damaged, or of steps that it has gone back behind.
-        for name in names:
-            if name not in kept and (name <= newest or name in self._of_this_run):
-                aside = self.folder / f".{name}-old"
-                (self.folder / name).rename(aside)  # gone at once, not file by file
-                shutil.rmtree(aside)
+        old = [n for n in names if n not in kept and (n <= newest or n in self._of_this_run)]
+        failed = []
+        for name in old:
+            try:
+                self._remove(name)
+            except OSError as error:
+                failed.append(CheckpointFailed(name=name, error=f"it cannot be removed: {error}"))
+        return failed
+
+    def _remove(self, name: str) -> None:
+        folder, aside = self.folder / name, self.folder / f".{name}-old"
+        if holds_only(folder, _FILES):
+            folder.rename(aside)  # gone at once, not file by file
+            shutil.rmtree(aside)
 
     def _loss(self, name: str) -> float | None:
         try:

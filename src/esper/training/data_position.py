@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeGuard, runtime_checkable
 
 import torch
 
@@ -57,10 +57,16 @@ class DataPosition:
         if self._go_on_with is not None:
             yield from self._rest(self._go_on_with, number)
         else:
-            self._tell(number)
+            # Before it is told: what draws then, draws the same when the way back is found.
             self._begun, self._num_seen, self._exhausted = self._state(), 0, False
+            self._tell(number)
             yield from self._counted(iter(self._batches))
         self._begun, self._exhausted = None, True
+
+    @property
+    def begins_epoch(self) -> bool:
+        """Whether the next `epoch` is one from its beginning, and not the rest of one."""
+        return self._go_on_with is None
 
     def end_epoch(self) -> None:
         """Let the epoch be over, all that its batches have led to included."""
@@ -116,14 +122,14 @@ class DataPosition:
 
     def _state(self) -> dict[str, Any]:
         own: Any
-        if isinstance(self._batches, StatefulBatches):
+        if _remembers(self._batches):
             own = self._batches.state_dict()
         else:
             own = [generator.get_state() for generator in self._generators()]
         return {"random": random_states(), "batches": own}
 
     def _load(self, own: Any) -> None:
-        if isinstance(self._batches, StatefulBatches):
+        if _remembers(self._batches):
             self._batches.load_state_dict(own)
         else:
             for generator, state in zip(self._generators(), own, strict=True):
@@ -147,3 +153,9 @@ class DataPosition:
         )
         inner = getattr(batch_sampler, "sampler", None)
         return [self._batches, sampler, batch_sampler, inner, data]
+
+
+def _remembers(batches: Any) -> TypeGuard[StatefulBatches]:
+    """Whether batches have a state; a loader of accelerate has the methods without one, too."""
+    inner = getattr(batches, "base_dataloader", batches)
+    return isinstance(batches, StatefulBatches) and isinstance(inner, StatefulBatches)

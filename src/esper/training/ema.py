@@ -21,7 +21,9 @@ class EMA:
 
     A seed's parameters join with the values that they have after their first step, stay when the
     host takes the seed over, and leave with a seed that is pruned. They go where the weights go,
-    and have their dtype. Buffers, as running statistics, are not averaged.
+    and have their dtype; of integers and of numbers of 8 bits the average is the value. Buffers, as
+    running statistics, are not averaged. Where other parameters take the names, as after
+    `load_state_dict(…, assign=True)`, their averages begin anew.
 
     Args:
         slots: From `esper.attach`; their model is averaged.
@@ -54,6 +56,10 @@ class EMA:
         self.decay = decay
         self._weights: dict[str, nn.Parameter] = {}
         self._averages: dict[str, Tensor] = {}
+        self._mixed: tuple[list[Tensor], list[Tensor]] = ([], [])
+        """Averages, and what is taken into each."""
+        self._copied: list[tuple[Tensor, Tensor]] = []
+        """Averages that are the value, with what that is."""
         self._structure: Hashable = None
         self._follow()
 
@@ -61,9 +67,10 @@ class EMA:
         """Take the weights of a step into the average. No host–device synchronisation."""
         self._follow()
         with torch.no_grad():
-            averages = list(self._averages.values())
-            weights: list[Tensor] = list(self._weights.values())
-            torch._foreach_lerp_(averages, weights, 1.0 - self.decay)
+            if self._mixed[0]:
+                torch._foreach_lerp_(*self._mixed, 1.0 - self.decay)
+            for average, weight in self._copied:
+                average.copy_(weight)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -145,9 +152,8 @@ class EMA:
 
     def _follow(self) -> None:
         """Bring the averages in step with the parameters that the model has now."""
-        first = next(iter(self._weights.values()), None)
-        place = None if first is None else (first.device, first.dtype)
-        structure = (self.slots.structure(), place)
+        first = next(self.slots.model.parameters())
+        structure = (self.slots.structure(), id(first), first.device, first.dtype)
         if structure == self._structure:
             return
         weights = dict(self.slots.model.named_parameters())
@@ -159,8 +165,15 @@ class EMA:
             for name, weight in weights.items()
         }
         self._weights = weights
-        one = next(iter(weights.values()))
-        self._structure = (self.slots.structure(), (one.device, one.dtype))
+        pairs = [(self._averages[name], weight) for name, weight in weights.items()]
+        mixed = [pair for pair in pairs if _can_be_mixed(pair[1].dtype)]
+        self._mixed = ([average for average, _ in mixed], [weight for _, weight in mixed])
+        self._copied = [pair for pair in pairs if not _can_be_mixed(pair[1].dtype)]
+        self._structure = structure
+
+
+def _can_be_mixed(dtype: torch.dtype) -> bool:
+    return dtype.is_complex or (dtype.is_floating_point and dtype.itemsize >= 2)
 
 
 def _set(weights: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> None:

@@ -84,11 +84,8 @@ class Governor:
             gradient_norm: The host's, where clipping has measured it; reading it waits for the
                 backward pass.
         """
-        if self._loss is not None:
-            if self._arrived is not None:
-                self._arrived.synchronize()
-            loss = float(self._loss)
-            self._loss = None
+        loss = self._read()
+        if loss is not None:
             if not math.isfinite(loss):
                 return StepSkipped(reason="the loss is not finite", value=loss)
             if self.is_bad(loss):
@@ -97,11 +94,12 @@ class Governor:
                     f"deviations over the last {len(self._history)}",
                     value=loss,
                 )
-            self._note(loss)
         if gradient_norm is not None:
             norm = float(gradient_norm)
             if not math.isfinite(norm):
                 return StepSkipped(reason="the host's gradient norm is not finite", value=norm)
+        if loss is not None:
+            self._note(loss)
         return None
 
     def count(self, skipped: StepSkipped | None) -> None:
@@ -147,6 +145,15 @@ class Governor:
         self._history = deque(state["history"], maxlen=self.config.history_steps)
         self._limit, self._unread = state["limit"], state["unread"]
         self.bad_steps = state["bad_steps"]
+
+    def _read(self) -> float | None:
+        """Return the loss that was looked at, once."""
+        if self._loss is None:
+            return None
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        loss, self._loss = float(self._loss), None
+        return loss
 
     def _note(self, loss: float) -> None:
         if loss == 0.0:

@@ -36,7 +36,7 @@ from esper.training.action_runner import ActionRunner
 from esper.training.held_out import Evaluate, metrics_of
 from esper.training.policy import ForesightedPolicy, FrugalPolicy, Policy, StatefulPolicy
 from esper.training.probing import probe_seeds
-from esper.training.run_cost import CostMeter
+from esper.training.run_cost import Cost, CostMeter, RunCost
 from esper.training.seed_readings import SeedReadings
 from esper.training.step_times import StepTimes
 
@@ -227,7 +227,10 @@ class Growth:
                 "nothing is to be decided now; call growth.look(evaluate) first, or "
                 "growth.after_epoch(evaluate), which does both"
             )
+        replication = self.slots.replication
         with self.meter.decision():
+            if replication is not None:  # before a stage is left
+                replication.share_failures(self.slots)
             self._readings.share()
             for action in self._decided() if actions is None else actions:
                 self.apply(action)
@@ -443,6 +446,20 @@ class Growth:
             policy.load_state_dict(own)
             raise
 
+    def spent(self, cost: RunCost) -> Cost:
+        """Return what a run had to spend: training, and what growth took to decide.
+
+        A plain evaluation counts where the policy decides by its loss, and nowhere else: watching
+        is not growth's.
+
+        Args:
+            cost: Of the run, up to wherever is asked for.
+        """
+        spent = cost.training + cost.decision
+        if isinstance(self.policy, FrugalPolicy) and not self.policy.reads_losses:
+            return spent
+        return spent + cost.evaluation
+
     @property
     def sinks(self) -> list[Sink]:
         """Return what receives every event and metric; may be added to."""
@@ -466,8 +483,13 @@ class Growth:
             time_seconds=self._clock(), epoch=self.epoch, step=self.step, event=event
         )
 
+    def prune_failed(self) -> None:
+        """Prune, in all processes, seeds that raised after the last step: no state holds them."""
+        if self.slots.replication is not None:
+            self.slots.replication.share_failures(self.slots)
+        self._prune_failed()
+
     def _prune_failed(self) -> None:
-        """Prune seeds that raised since the last step, which a state between steps cannot hold."""
         for slot in self.slots.living_slots:
             error = slot.take_failure()
             if error is not None:

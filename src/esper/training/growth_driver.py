@@ -45,6 +45,8 @@ class GrowthDriver:
         self._interval = decision_interval_steps
         self._losses = StepLosses()
         """Of the steps since the last decision."""
+        self._decides = False
+        """Whether a decision is being made now, with evaluations of its own."""
         self._decided_at = growth.step
         """The step after which a decision was made last."""
 
@@ -78,7 +80,16 @@ class GrowthDriver:
     def _decide(self) -> dict[str, float]:
         self._decided_at = self.growth.step
         train_loss = self._losses.take_mean() if self._losses else None
-        return self.growth.after_epoch(self._evaluate, train_loss=train_loss)
+        self._decides = True
+        try:
+            return self.growth.after_epoch(self._evaluate, train_loss=train_loss)
+        finally:
+            self._decides = False
+
+    def after_validation(self) -> None:
+        """Prune seeds that raised in the loop's own validation, after which it may save."""
+        if not self._decides:
+            self.growth.prune_failed()
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a framework's own checkpoint does not hold."""

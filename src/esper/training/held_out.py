@@ -1,6 +1,7 @@
 """Held-out data: what the gates measure on."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from numbers import Real
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -141,9 +142,10 @@ def metrics_of(result: float | Mapping[str, float]) -> dict[str, float]:
                 "judge by it"
             )
         return {str(name): float(value) for name, value in result.items()}
-    if isinstance(result, bool) or not isinstance(result, (int, float, Tensor)):
+    number: Any = result  # NumPy's numbers are none of Python's
+    if isinstance(number, bool) or not isinstance(number, (Real, Tensor)):
         raise TypeError(
             "evaluate must return the held-out loss as a number, or a mapping of metrics with a "
-            f"'loss' in it; got {type(result).__name__}"
+            f"'loss' in it; got {type(number).__name__}"
         )
-    return {"loss": float(result)}
+    return {"loss": float(number)}

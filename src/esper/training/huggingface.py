@@ -92,6 +92,12 @@ class GrowthCallback(TrainerCallback):
                 f"growth does not know {sharded[0] if sharded else 'deepspeed'}, which shards what "
                 "it was given before; train with DDP, one process per GPU"
             )
+        if hasattr(slots.model, "peft_config") and args.save_strategy != "no":
+            raise ValueError(
+                f"the Trainer's checkpoints of a {type(slots.model).__name__} hold PEFT's adapters "
+                'alone, and nothing of what grows; set save_strategy="no" and save with '
+                "esper.save_pretrained, or train with esper.Trainer and Checkpoints"
+            )
         several = args.parallel_mode is ParallelMode.DISTRIBUTED
         if args.parallel_mode not in (ParallelMode.DISTRIBUTED, ParallelMode.NOT_PARALLEL):
             raise ValueError(
@@ -110,6 +116,7 @@ class GrowthCallback(TrainerCallback):
     ) -> None:
         """Clip gradients per owner, if asked to."""
         if self.max_gradient_norm is not None:
+            _unscale(kwargs["optimizer"])
             self.growth.slots.clip_grad_norm_(self.max_gradient_norm)
 
     def on_step_end(
@@ -124,6 +131,12 @@ class GrowthCallback(TrainerCallback):
     ) -> None:
         """Decide after an epoch of a data set that did not tell its length."""
         self._driver.decide(epoch_ends=True)
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Prune seeds that raised in the Trainer's evaluation, before anything is saved."""
+        self._driver.after_validation()
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -150,6 +163,18 @@ class GrowthCallback(TrainerCallback):
     def _load(self, state: Mapping[str, Any]) -> None:
         self._driver.load_state_dict(state)
         self.growth.slots.keep_out_of_wrappers()
+
+
+def _unscale(optimizer: Any) -> None:
+    """Give gradients of float16 their own size, if the Trainer has not done so."""
+    scaler = getattr(optimizer, "scaler", None)
+    if scaler is None:
+        return
+    try:
+        scaler.unscale_(_innermost(optimizer))
+    except RuntimeError as error:  # later releases do it at each step, to log the norm
+        if "already been called" not in str(error):
+            raise
 
 
 def _innermost(optimizer: Any) -> Any:

@@ -178,6 +178,11 @@ class GrowthCallback(pl.Callback):
         """Decide after an epoch whose last batch made no step."""
         self._decide(pl_module, epoch_ends=True)
 
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Prune seeds that raised in validation, before anything is saved."""
+        if self._driver is not None:
+            self._driver.after_validation()
+
     def _after_step(self, *_: Any) -> None:
         assert self._driver is not None
         self._stepped = True

@@ -54,6 +54,7 @@ class LossScaler:
             nonlocal stepped
             stepped = not skips_step(stepping)
 
+        self._unscaled = True  # it does so where nobody has
         handle = optimizer.register_step_post_hook(note)
         try:
             self._scaler.step(optimizer)

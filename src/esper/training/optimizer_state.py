@@ -76,11 +76,7 @@ def order_parameters(
             optimizer is as it was.
     """
     kind = type(optimizer).__name__
-    if len(names) != len(optimizer.param_groups):
-        raise ValueError(
-            f"the {kind} had {len(names)} parameter groups, and has "
-            f"{len(optimizer.param_groups)}; build it as it was built then, and bind the slots"
-        )
+    _check_num_groups(optimizer, len(names))
     parameters = dict(model.named_parameters())
     for name in (name for group in names for name in group):
         if name not in parameters:
@@ -90,6 +86,30 @@ def order_parameters(
             )
     for group, kept in zip(optimizer.param_groups, names, strict=True):
         group["params"] = [parameters[name] for name in kept]
+
+
+def check_optimizer_state(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
+    """Raise unless a state is of an optimizer that was built as this one is.
+
+    Args:
+        optimizer: Bound to its slots, if it was then.
+        state: From `optimizer_state`.
+
+    Raises:
+        ValueError: The class or the number of groups is another one.
+    """
+    kind = type(optimizer).__name__
+    if kind != state["class"]:
+        raise ValueError(f"the state is of a {state['class']}, and this is a {kind}")
+    _check_num_groups(optimizer, len(state["groups"]))
+
+
+def _check_num_groups(optimizer: Optimizer, num_groups: int) -> None:
+    if num_groups != len(optimizer.param_groups):
+        raise ValueError(
+            f"the {type(optimizer).__name__} had {num_groups} parameter groups, and has "
+            f"{len(optimizer.param_groups)}; build it as it was built then, and bind the slots"
+        )
 
 
 def load_optimizer_state(optimizer: Optimizer, model: nn.Module, state: Mapping[str, Any]) -> None:
@@ -104,10 +124,8 @@ def load_optimizer_state(optimizer: Optimizer, model: nn.Module, state: Mapping[
         ValueError: The class or the number of groups is another one, or the model lacks a
             parameter. The optimizer is as it was.
     """
-    kind, groups = type(optimizer).__name__, state["groups"]
-    if kind != state["class"]:
-        raise ValueError(f"the state is of a {state['class']}, and this is a {kind}")
-    parameters = dict(model.named_parameters())
+    check_optimizer_state(optimizer, state)
+    groups, parameters = state["groups"], dict(model.named_parameters())
     wanted = [name for group in groups for name in group["params"]]
     unknown = [name for name in state["state"] if name not in wanted]
     if unknown:

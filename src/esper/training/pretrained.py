@@ -59,7 +59,7 @@ def save_pretrained(slots: SlotSet, folder: str | Path, *, overwrite: bool = Fal
         DamagedFolderError: What is to be replaced is damaged; remove it, or choose another folder.
         ValueError: A living seed is in the forward path; commit or prune it first. Or the model is
             sharded.
-        TypeError: The state dict holds something that is no tensor.
+        TypeError: The state dict holds something that is no tensor, or a sparse one.
         pydantic_core.PydanticSerializationError: An option of a committed seed has no JSON form.
         In each case nothing is written.
     """
@@ -147,6 +147,11 @@ def _weights_to_save(slots: SlotSet) -> dict[str, Tensor]:
         if not isinstance(tensor, Tensor):
             raise TypeError(
                 f"{name!r} in the state dict is a {type(tensor).__name__}; only tensors are saved"
+            )
+        if tensor.layout is not torch.strided:
+            raise TypeError(
+                f"{name!r} in the state dict has the layout {tensor.layout}; only dense tensors "
+                "are saved: register it with persistent=False, and make it in the host's __init__"
             )
         memory = (tensor.data_ptr(), tensor.shape, tensor.stride())
         if (living and name.startswith(living)) or memory in seen:

@@ -74,7 +74,7 @@ def losses_of(
     for variant in variants:
         with ExitStack() as stack:
             stack.enter_context(evaluation_mode(model))
-            stack.enter_context(torch.inference_mode())
+            stack.enter_context(torch.no_grad())  # an evaluation may differentiate inside
             for path, choice in variant.items():
                 stack.enter_context(weigh(slots[path], choice))
             loss = metrics_of(evaluate())["loss"]

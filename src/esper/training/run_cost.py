@@ -4,7 +4,6 @@ import time
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from esper.slots.nested import tensors_in
 from esper.slots.slot_set import SlotSet
+from esper.training.flop_formulas import flop_counter
 
 _NOT_COUNTED = nullcontext()
 
@@ -67,8 +67,9 @@ class _Spent:
 class CostMeter:
     """Measures what training costs while it goes on.
 
-    Operations are counted by torch's `FlopCounterMode`: matrix products, convolutions and
-    attention, a multiplication and an addition each one operation; elementwise work counts as none.
+    Operations are counted by torch's `FlopCounterMode`: matrix products, convolutions, attention
+    and recurrent layers, a multiplication and an addition each one operation; elementwise work
+    counts as none.
     A step is counted the first time that a structure meets batches of a shape, and has the same
     figure from then on; what a decision does is counted each time. Counting changes no result, but
     that a step that is counted runs eagerly, and so may round otherwise than a compiled one.
@@ -230,34 +231,3 @@ class CostMeter:
                 total = counter.get_total_flops()
                 spent.flops += total - self._counted_inside
                 self._counted_inside = around + total
-
-
-def flop_counter() -> FlopCounterMode:
-    """Return torch's counter, with the attention that torch runs on a CPU counted as on a GPU."""
-    return FlopCounterMode(display=False, custom_mapping=dict(_CPU_ATTENTION))
-
-
-def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    """Return the operations of softmax(Q Kᵀ) V; a causal mask saves none, as in torch's formula."""
-    batch, heads, queries, head_dim = query
-    keys, value_dim = key[2], value[3]
-    return 2 * int(batch * heads * queries * keys * (head_dim + value_dim))
-
-
-def _attention_backward_flops(
-    _gradient: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any
-) -> int:
-    """Return the operations of attention's backward, scores recomputed, as in torch's formula."""
-    batch, heads, queries, head_dim = query
-    keys, value_dim = key[2], value[3]
-    return 2 * int(batch * heads * queries * keys * (3 * head_dim + 2 * value_dim))
-
-
-_CPU_ATTENTION_NAME = "_scaled_dot_product_flash_attention_for_cpu"
-_CPU_ATTENTION: Mapping[Any, Callable[..., int]] = MappingProxyType(
-    {
-        getattr(torch.ops.aten, _CPU_ATTENTION_NAME): _attention_flops,
-        getattr(torch.ops.aten, f"{_CPU_ATTENTION_NAME}_backward"): _attention_backward_flops,
-    }
-)
-"""torch 2.13 has no formula for these two: without them attention on a CPU would cost nothing."""

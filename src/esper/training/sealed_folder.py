@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -66,14 +66,25 @@ def check_sealed(folder: Path) -> None:
             raise DamagedFolderError(f"{file} was changed after it was written")
 
 
-def remove_damaged(folder: Path) -> None:
-    """Remove a folder that was sealed and is damaged, so that it can be written anew."""
+def remove_damaged(folder: Path, files: Collection[str]) -> None:
+    """Remove a folder that was sealed and is damaged, so that it can be written anew.
+
+    Args:
+        folder: Is left as it is if it holds anything else than was sealed.
+        files: The names of what was sealed.
+    """
     try:
         check_sealed(folder)
     except FileNotFoundError:
         return
     except DamagedFolderError:
-        shutil.rmtree(folder)
+        if holds_only(folder, files):
+            shutil.rmtree(folder)
+
+
+def holds_only(folder: Path, files: Collection[str]) -> bool:
+    """Return whether nothing is in a folder but files of these names, and a manifest."""
+    return {path.name for path in folder.iterdir()} <= {*files, MANIFEST_FILE}
 
 
 def _read_manifest(file: Path) -> dict[str, str]:

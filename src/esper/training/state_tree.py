@@ -1,5 +1,6 @@
 """States as files or as one tensor: JSON and safetensors, nothing that could run code."""
 
+import functools
 import json
 import math
 from collections import Counter
@@ -20,6 +21,11 @@ _DOCUMENT = "$document"
 """Names the JSON among the tensors, where both are one tensor."""
 
 
+def tree_files(name: str) -> tuple[str, str]:
+    """Return the names of the files that `write_tree` writes."""
+    return f"{name}.json", f"{name}.safetensors"
+
+
 def write_tree(tree: Any, folder: Path, name: str) -> None:
     """Write NAME.json and NAME.safetensors: mappings, lists, tuples, plain values and tensors.
 
@@ -27,7 +33,8 @@ def write_tree(tree: Any, folder: Path, name: str) -> None:
     tensor that is found at several places, or shares its memory with another, is written for each.
 
     Raises:
-        TypeError: There is something else in it; the message says where and what.
+        TypeError: There is something else in it, or a tensor that is not strided or of a dtype that
+            safetensors lack; the message says where and what.
         OSError: The folder cannot be written.
     """
     tensors: dict[str, Tensor] = {}
@@ -83,6 +90,7 @@ def _json(document: Any) -> str:
 
 def _encode(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Tensor):
+        _check_plain(value, place)
         name = place if place not in tensors else f"{place}#{len(tensors)}"
         tensors[name] = value.detach().contiguous().cpu().clone()
         return {_TENSOR: name}
@@ -105,6 +113,25 @@ def _encode(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:
         f"{place} is a {type(value).__module__}.{type(value).__qualname__}, which no checkpoint "
         "can hold: only mappings, lists, tuples, numbers, strings and tensors"
     )
+
+
+@functools.cache
+def _is_known(dtype: torch.dtype) -> bool:
+    """Return whether safetensors can hold tensors of a dtype."""
+    try:
+        safetensors.torch.save({"": torch.empty(0, dtype=dtype)})
+    except (KeyError, RuntimeError):
+        return False
+    return True
+
+
+def _check_plain(tensor: Tensor, place: str) -> None:
+    if tensor.layout is not torch.strided or not _is_known(tensor.dtype):
+        raise TypeError(
+            f"{place} is a tensor of {tensor.dtype} and layout {tensor.layout}, which no "
+            "checkpoint can hold; where it is a buffer that can be made again, register it with "
+            "persistent=False"
+        )
 
 
 def _decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:

@@ -41,12 +41,16 @@ class StepLosses:
         return sum(map(len, self._packed)) + len(self._single)
 
     def take_mean(self) -> float:
-        """Return the mean and forget all losses; NaN where there is none. Waits for the device."""
+        """Return the mean and forget all losses; NaN where there is none. Waits for the device.
+
+        It is taken in float32 where losses are less precise.
+        """
         weighed, num_batches = self._weighed(), self._num_batches
         self._packed, self._single, self._num_batches = [], [], 0
         if not len(weighed):
             return math.nan
-        return float(weighed.mean()) * (len(weighed) / num_batches)
+        exact = torch.promote_types(weighed.dtype, torch.float32)
+        return float(weighed.mean(dtype=exact)) * (len(weighed) / num_batches)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the losses, copied; no host–device synchronisation."""

@@ -1,5 +1,6 @@
 """The training loop, growth included."""
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,7 +21,12 @@ from esper.training.ema import EMA, check_average
 from esper.training.governor import Governor, GovernorConfig
 from esper.training.growth import Growth
 from esper.training.held_out import Evaluate
-from esper.training.optimizer_state import load_optimizer_state, optimizer_state
+from esper.training.host_weights import check_host_weights
+from esper.training.optimizer_state import (
+    check_optimizer_state,
+    load_optimizer_state,
+    optimizer_state,
+)
 from esper.training.precision import MatmulPrecision, Precision, set_matmul_precision
 from esper.training.run_cost import RunCost
 from esper.training.safeguard import Safeguard, TrainingDivergedError, suspects, went_back
@@ -111,7 +117,11 @@ class Trainer:
         keeper: Keeps the run, as `Checkpoints` does; None keeps nothing.
         ema: Averages the weights after each step, and is kept with them.
         forward: Is called instead of the model: `DistributedDataParallel(model)`, made after
-            attaching, where several processes train it; see docs/distributed.md.
+            attaching, compiled or not, where several processes train it; docs/distributed.md.
+
+    Raises:
+        ValueError: `growth` is not bound any more, or several processes run and nothing in
+            `forward` makes one model of theirs.
 
     Effects: sets the process's matmul precision, and how often `growth` checks isolation.
     """
@@ -152,8 +162,6 @@ class Trainer:
         self.control: RunControl | None = None
         """Carries out what somebody asks between two steps; None: nobody can."""
         self.ema = ema
-        if isinstance(forward, nn.parallel.DistributedDataParallel):
-            growth.slots.replicate(forward.process_group)
         self._optimizer = binding.optimizer
         self.training_step = TrainingStep(
             growth,
@@ -204,6 +212,8 @@ class Trainer:
             RunStoppedError: As `run`.
             TrainingDivergedError: The same.
         """
+        if self.growth.awaits_decision:  # whoever was to decide has been interrupted
+            self.growth.conclude([])
         try:
             while self.epoch < self.config.epochs:
                 self.growth.meter.start()
@@ -220,16 +230,24 @@ class Trainer:
 
         Raises:
             ValueError: The optimizer trains a parameter that is not the model's.
-            RuntimeError: A seed's forward has raised, and `tick` has not pruned it yet.
+            RuntimeError: Of several processes, a seed has raised in this one; call `prune_failed`
+                in all of them first.
+
+        Effects: as `prune_failed`, in a single process.
         """
-        model = self.model.state_dict()
+        if self.growth.slots.replication is None:
+            self.prune_failed()
+        model, scheduler = self.model.state_dict(), None
+        if self._scheduler is not None:
+            kept = copy.deepcopy(self._scheduler.state_dict())
+            scheduler = {"class": type(self._scheduler).__name__, "state": kept}
         return {
             "model": {name: _copy(value) for name, value in model.items()},
             "growth": self.growth.state_dict(),
             "ema": None if self.ema is None else self.ema.state_dict(),
             "governor": self.governor.state_dict(),
             "optimizer": optimizer_state(self._optimizer, self.model),
-            "scheduler": None if self._scheduler is None else self._scheduler.state_dict(),
+            "scheduler": scheduler,
             "scaler": self.training_step.scaler.state_dict(),
             "data": self.data.state_dict(),
             "control": None if self.control is None else self.control.state_dict(),
@@ -254,14 +272,7 @@ class Trainer:
 
         Effects: random streams are put where they were when the next epoch begins.
         """
-        if (state["ema"] is None) != (self.ema is None):
-            had = "no average" if state["ema"] is None else "an average"
-            raise ValueError(f"the run had {had} of its weights; make the trainer as it was then")
-        if (state["scheduler"] is None) != (self._scheduler is None):
-            had = "no" if state["scheduler"] is None else "a"
-            raise ValueError(
-                f"the run had {had} learning-rate scheduler; make the trainer as it was then"
-            )
+        self._check_made_as(state)
         self.growth.load_state_dict(state["growth"])
         here = self.model.state_dict()
         self.model.load_state_dict(
@@ -271,7 +282,7 @@ class Trainer:
             self.ema.load_state_dict(state["ema"])
         load_optimizer_state(self._optimizer, self.model, state["optimizer"])
         if self._scheduler is not None:
-            self._scheduler.load_state_dict(state["scheduler"])
+            self._scheduler.load_state_dict(copy.deepcopy(state["scheduler"]["state"]))
         self.training_step.scaler.load_state_dict(state["scaler"])
         self.governor.load_state_dict(state["governor"])
         self.data.load_state_dict(state["data"])
@@ -282,11 +293,39 @@ class Trainer:
         self._losses.load_state_dict(state["losses"], device=device)
         self._undecided.load_state_dict(state["undecided"], device=device)
         self._metrics = dict(state["metrics"])
-        self._optimizer.zero_grad(set_to_none=True)
+        self.training_step.drop_gradients()
         self._in_path = self._seeds_in_path()
+
+    def _check_made_as(self, state: Mapping[str, Any]) -> None:
+        """Raise ValueError unless a state of another trainer fits this one, slots left out."""
+        again = "make the trainer as it was then"
+        if (state["ema"] is None) != (self.ema is None):
+            had = "no average" if state["ema"] is None else "an average"
+            raise ValueError(f"the run had {had} of its weights; {again}")
+        if (state["scheduler"] is None) != (self._scheduler is None):
+            had = "no" if state["scheduler"] is None else "a"
+            raise ValueError(f"the run had {had} learning-rate scheduler; {again}")
+        kind = type(self._scheduler).__name__
+        if self._scheduler is not None and kind != state["scheduler"]["class"]:
+            had = state["scheduler"]["class"]
+            raise ValueError(f"the run's learning-rate scheduler was a {had}, no {kind}; {again}")
+        if not state["scaler"] and self.training_step.scaler.enabled:
+            raise ValueError(f"the run had another precision than float16; {again}")
+        check_optimizer_state(self._optimizer, state["optimizer"])
+        check_host_weights(self.model, state["model"])
+
+    def prune_failed(self) -> None:
+        """Prune seeds that raised since the last step, which no state between steps can hold.
+
+        Of several processes all must call it.
+        """
+        self.growth.prune_failed()
+        self.settle()
 
     def _train_epoch(self) -> Iterator[EpochReport | DecisionDue]:
         interval = self.config.decision_interval_steps
+        if self.data.begins_epoch:
+            self._forget_interrupted()
         self._keep_snapshot()
         for group in self._accumulation_groups():
             self.model.train()
@@ -312,8 +351,9 @@ class Trainer:
         self.growth.meter.stop()
         cost = self.growth.meter.cost
         measured = {"train_loss": train_loss}
-        if cost.total.flops is not None:
-            measured["flops"] = float(cost.total.flops)
+        spent = self.growth.spent(cost)
+        if spent.flops is not None:
+            measured["flops"] = float(spent.flops)
         self.growth.measure(measured)
         if self.keeper is not None:
             self.keeper.after_epoch(self)
@@ -338,6 +378,12 @@ class Trainer:
             self._safeguard.note_good_step()
         if self.config.scheduler_interval == "step":
             self._step_scheduler()
+
+    def _forget_interrupted(self) -> None:
+        """Forget the losses of an epoch that was interrupted, and is trained anew."""
+        self._losses = StepLosses()
+        if self.config.decision_interval_steps is None:
+            self._undecided = StepLosses()
 
     def _check_progress(self) -> None:
         """Raise TrainingDivergedError if no step of the epoch was made, the last of them bad."""

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from esper.compilation.captured_step import CapturedStep
@@ -14,6 +15,7 @@ from esper.slots.counterfactual import call_model
 from esper.slots.modes import beside_the_step, device_of, sole_device
 from esper.slots.nested import to_device
 from esper.slots.slot import SeedSlot
+from esper.slots.slot_set import SlotSet
 from esper.training.governor import Governor
 from esper.training.growth import Growth
 from esper.training.loss_scaler import LossScaler
@@ -35,6 +37,9 @@ class TrainingStep:
         precision: Autocast dtype; float16 also scales gradients.
         max_gradient_norm: Clips host and seeds each on their own; None does not clip.
         cuda_graphs: Whether forward and backward are replayed as CUDA graphs.
+
+    Raises:
+        ValueError: Several processes run, and nothing in `forward` makes one model of theirs.
     """
 
     def __init__(
@@ -50,6 +55,8 @@ class TrainingStep:
     ) -> None:
         model, binding = growth.slots.model, growth.slots.binding
         assert binding is not None
+        if forward is not model:
+            _replicate(growth.slots, forward)
         self.loss = loss
         self.forward = forward
         device = device_of(model)
@@ -80,6 +87,7 @@ class TrainingStep:
             Their mean loss, 0-dim; None if the step was skipped, which is published.
         """
         with self._growth.meter.step(batches):
+            self._forget_unfinished()
             total: Tensor | None = None
             for number, batch in enumerate(batches, start=1):
                 inputs, targets = to_device(batch, self._input_device)
@@ -105,10 +113,21 @@ class TrainingStep:
             else:
                 self.scaler.drop()
             self._governor.count(skipped)
-            self._optimizer.zero_grad(set_to_none=True)
+            self.drop_gradients()
         if skipped is not None:
             self._growth.publish([skipped])
         return None if skipped is not None else total
+
+    def drop_gradients(self) -> None:
+        """Let no parameter have a gradient, those of the host besides that nothing trains."""
+        self._optimizer.zero_grad(set_to_none=True)
+        for parameter in self._slots.host_parameters():
+            parameter.grad = None
+
+    def _forget_unfinished(self) -> None:
+        """Drop what a step has left that was interrupted, as by Ctrl-C in a notebook."""
+        self.scaler.drop()
+        self.drop_gradients()
 
     def blame(self, suspects: Sequence[SeedSlot], batches: Sequence[Batch]) -> SeedBlamed | None:
         """Return what tells that a step is bad with a slot's seed and not without, if it is so.
@@ -194,3 +213,21 @@ class TrainingStep:
     def _scaled(self, loss: Callable[[], Tensor]) -> Tensor:
         """Return the loss as the step's backward will see it."""
         return self.scaler.scale(loss())
+
+
+def _replicate(slots: SlotSet, forward: nn.Module) -> None:
+    """Let slots stay one model with the processes that a wrapper is of, wherever it is wrapped.
+
+    Raises:
+        ValueError: Several processes run, and no wrapper tells which of them train the model.
+    """
+    wrapper = nn.parallel.DistributedDataParallel
+    found = next((part for part in forward.modules() if isinstance(part, wrapper)), None)
+    if found is not None:
+        slots.replicate(found.process_group)
+    elif slots.replication is None and dist.is_initialized() and dist.get_world_size() > 1:
+        raise ValueError(
+            f"{dist.get_world_size()} processes run, and no DistributedDataParallel is in the "
+            f"{type(forward).__name__} that is the forward: each would grow seeds of its own; pass "
+            "forward=DistributedDataParallel(model), or call slots.replicate() first"
+        )

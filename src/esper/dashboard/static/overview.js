@@ -72,7 +72,7 @@ export class Overview {
         ]),
         named("Stopped before their end", stopped, (row) => [
           statusOf(row),
-          element("code", { class: "quiet" }, row.resume),
+          row.resume === "" ? null : element("code", { class: "quiet" }, row.resume),
         ]),
       ),
     ]);

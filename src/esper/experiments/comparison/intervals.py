@@ -159,8 +159,12 @@ def crossing(
 
 
 def loss_at(curve: Curve, cost: float) -> float:
-    """Return the loss at a cost, linear in its logarithm between two points and beyond the last."""
-    return _at([(math.log(spent), loss) for spent, loss in curve], math.log(cost))
+    """Return the loss at a cost: linear in its logarithm between two points, beyond them the end's.
+
+    A line is not drawn on: through points that cost nearly the same it says nothing beyond them.
+    """
+    within = min(max(cost, curve[0][0]), curve[-1][0])
+    return _at([(math.log(spent), loss) for spent, loss in curve], math.log(within))
 
 
 def _at(points: Curve, place: float) -> float:

@@ -145,7 +145,8 @@ def _flops_chart(chosen: Sequence[ArmSummary]) -> Chart:
                 }
             )
     costs = [cost for summary in chosen for cost, _ in [*summary.curve, (summary.flops, 0.0)]]
-    layout = _frame(chosen, {"title": {"text": "operations of one run"}, **log_axis(costs)})
+    x = {"title": {"text": "operations of one run"}, "exponentformat": "SI", **log_axis(costs)}
+    layout = _frame(chosen, x)
     return Chart(
         key="flops",
         title="Loss against compute",

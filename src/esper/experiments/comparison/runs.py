@@ -259,7 +259,7 @@ def result_of(
 ) -> RunResult:
     """Return what came out of a run that has come to its end, or has diverged before."""
     spent = run.spent(cost) if request.grows else cost.training
-    policy = run.growth.policy
+    policy, selection = run.growth.policy, run.setup.selection or run.setup.validation
     assert spent.flops is not None
     assert cost.training.flops is not None
     return RunResult(
@@ -269,8 +269,8 @@ def result_of(
         flops=spent.flops,
         seconds=spent.seconds,
         training_flops=cost.training.flops,
-        validation=_judged((run.setup.selection or run.setup.validation)(), diverged=diverged),
-        test=_judged(run.setup.test(), diverged=diverged),
+        validation=_told(run.judged(selection), diverged=diverged),
+        test=_told(run.judged(run.setup.test), diverged=diverged),
         committed=record.topology(run.growth.slots),
         num_germinated=record.num_germinated,
         num_pruned=record.num_pruned,
@@ -278,7 +278,7 @@ def result_of(
     )
 
 
-def _judged(metrics: Mapping[str, float], *, diverged: bool) -> dict[str, float]:
+def _told(metrics: Mapping[str, float], *, diverged: bool) -> dict[str, float]:
     """Return metrics with an infinite loss where the run has diverged, or none can be told.
 
     Other metrics are NaN where it has diverged: they are of a network that nobody would keep.

@@ -4,6 +4,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import TypeVar
 
 from esper.experiments.comparison.config import MIN_SEEDS_FOR_A_CLAIM
 from esper.experiments.comparison.curves import REACH, Runs, curve_of, losses_at
@@ -17,6 +18,8 @@ from esper.experiments.comparison.intervals import (
 from esper.experiments.comparison.plan import GROWN, HOST, RANDOM_TIMES, STATIC, Comparison
 from esper.experiments.comparison.runs import DEPTH_POLICIES, RunResult
 from esper.experiments.comparison.search import at_edge
+
+Arm = TypeVar("Arm")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,8 +88,10 @@ class EqualFlops:
     Attributes:
         same_steps: Paired test loss of the grown network minus that of a size which takes as many
             operations in as many steps, interpolated between the next smaller and the next larger
-            one; None where these do not enclose it, or are the host and the grown size with none in
-            between, too far apart for a line.
+            one, or of `cheaper`; None where these do not enclose it, or are the host and the grown
+            size with none in between, too far apart for a line.
+        cheaper: The arm of a size that takes fewer operations in as many steps and has a lower mean
+            loss than the interpolated one; None where that is lowest, or there is none.
         rival: The arm with the lowest mean loss at those operations, in however many steps; None
             where no size has runs that enclose them on every seed.
         any_steps: Paired test loss of the grown network minus the rival's.
@@ -96,6 +101,7 @@ class EqualFlops:
     same_steps: Interval | None
     rival: str | None
     any_steps: Interval | None
+    cheaper: str | None = None
     nothing_between: bool = False
 
 
@@ -197,19 +203,42 @@ def at_equal_flops(comparison: Comparison) -> EqualFlops:
         losses = losses_at({s: comparison.runs(rival).get(s, ()) for s in grown}, grown)
         if losses is not None:
             candidates[rival] = losses
-    best = min(candidates, key=lambda rival: statistics.fmean(candidates[rival]), default=None)
+    best = _lowest(candidates)
     sizes = {
         seed: [full[seed] for full in map(comparison.at_equal_steps, static) if seed in full]
         for seed in grown
     }
     enough = all(len(sizes[seed]) > 2 or not run.committed for seed, run in grown.items())
     between = losses_at(sizes, grown) if enough else None
+    cheaper = None
+    if between is not None:
+        in_as_many = _cheaper_sizes(comparison, grown)
+        cheaper = _lowest({**in_as_many, None: between})
+        between = between if cheaper is None else in_as_many[cheaper]
     return EqualFlops(
         same_steps=None if between is None else _difference(grown, between),
+        cheaper=cheaper,
         rival=best,
         any_steps=None if best is None else _difference(grown, candidates[best]),
         nothing_between=all(len(run.committed) <= 1 for run in grown.values()),
     )
+
+
+def _cheaper_sizes(
+    comparison: Comparison, grown: Mapping[int, RunResult]
+) -> dict[str, list[float]]:
+    """Return losses in as many steps, seed by seed, of sizes with no more operations on any."""
+    found = {}
+    for arm in filter(comparison.never_grows, comparison.arms):
+        full = comparison.at_equal_steps(arm)
+        if all(seed in full and full[seed].flops <= run.flops for seed, run in grown.items()):
+            found[arm] = [full[seed].test["loss"] for seed in grown]
+    return found
+
+
+def _lowest(losses: Mapping[Arm, Sequence[float]]) -> Arm | None:
+    """Return the arm with the lowest mean loss; None if there is none."""
+    return min(losses, key=lambda arm: statistics.fmean(losses[arm]), default=None)
 
 
 def _difference(grown: Mapping[int, RunResult], losses: Sequence[float]) -> Interval:
@@ -223,11 +252,11 @@ def judge(comparison: Comparison) -> Verdict:
 
     It does if the grown network is better than the host, reaches the static network's loss with
     fewer operations, and is better than networks that never grew at the operations that it took:
-    than a size in between in as many steps, if there is one, and than a smaller one in more. If it
-    is not known to be better than the latter, and is than the former, it pays where data, not
-    compute, is short. "Better" is told by the
-    whole 95 % interval, and nothing is claimed for growth while a network that never grew does best
-    at the last learning rate tried on a side.
+    in as many steps than a size in between, if there is one, and than any cheaper one, and than a
+    smaller one in more. If it is not known to be better than the last, and is than the former, it
+    pays where data, not compute, is short. "Better" is told by the whole 95 % interval, and nothing
+    is claimed for growth while a network that never grew does best at the last learning rate tried
+    on a side.
     """
     summaries = {summary.arm: summary for summary in summarise(comparison)}
     grown = summaries.get(GROWN)
@@ -239,15 +268,16 @@ def judge(comparison: Comparison) -> Verdict:
         if num_seeds < MIN_SEEDS_FOR_A_CLAIM
         else None
     )
+    diverged = _diverged(comparison)
+    if diverged:
+        return _undecided(*diverged)
     if STATIC not in summaries:
         alone = f"nothing was committed on any of {num_seeds} seeds; the host stayed alone"
         if too_few is not None:
             return _undecided(too_few, alone)
         return Verdict(outcome=Outcome.DOES_NOT_PAY, reasons=[alone])
-    diverged = _diverged(comparison)
     to_static, equal = grown.flops_to_static, at_equal_flops(comparison)
-    if diverged or to_static is None:
-        return _undecided(*diverged)
+    assert to_static is not None
     host = comparison.at_equal_steps(HOST)
     to_host = _difference(
         comparison.at_equal_steps(GROWN), [run.test["loss"] for run in host.values()]
@@ -365,8 +395,7 @@ def _tell_equal(comparison: Comparison, equal: EqualFlops) -> list[str]:
     told = []
     if equal.same_steps is not None:
         told.append(
-            f"its loss is {_tell_difference(equal.same_steps)} that of a size from the start with "
-            "the same FLOPs and steps, interpolated between the next smaller and the next larger"
+            f"its loss is {_tell_difference(equal.same_steps)} that of {_tell_size(equal.cheaper)}"
         )
     elif equal.nothing_between:
         told.append("a single seed was grown, so that there is no size in between")
@@ -393,6 +422,15 @@ def _tell_equal(comparison: Comparison, equal: EqualFlops) -> list[str]:
         f"in however many steps ({equal.rival})"
     )
     return told
+
+
+def _tell_size(cheaper: str | None) -> str:
+    if cheaper is not None:
+        return f"{cheaper}, which takes no more FLOPs in as many steps"
+    return (
+        "a size from the start with the same FLOPs and steps, interpolated between the next "
+        "smaller and the next larger"
+    )
 
 
 def _tell_difference(difference: Interval) -> str:

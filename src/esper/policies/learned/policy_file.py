@@ -25,6 +25,8 @@ FORMAT_VERSION = 2
 _KEY = "esper_policy"
 """Names the document among the file's metadata."""
 _HEADER_LENGTH_BYTES = 8
+_DTYPE = torch.float32
+"""Of weights in a file."""
 _NAMED = 5
 """How many names an error tells."""
 
@@ -73,7 +75,7 @@ def save_policy(
 
     Args:
         path: Ends in `.safetensors`; missing folders are created.
-        network: Its weights are written as they are now.
+        network: Its weights are written as they are now, in single precision.
         observation: What it was trained to look at.
         trained_on: For people, in plain values.
 
@@ -88,7 +90,7 @@ def save_policy(
     if not is_policy_file(path.name):
         raise ValueError(f"a policy is kept as NAME{POLICY_FILE_SUFFIX}, and this is {path}")
     weights = {
-        name: weight.detach().cpu().contiguous().clone()
+        name: weight.detach().to("cpu", _DTYPE, copy=True).contiguous()
         for name, weight in network.state_dict().items()
     }
     _check_finite(weights, "the network to save")
@@ -190,9 +192,8 @@ def _check_names(noun: str, stored: Any, known: Sequence[str], path: Path) -> No
 def _network(weights: dict[str, Tensor], document: PolicyDocument, path: Path) -> GrowthNetwork:
     try:
         with torch.device("meta"):  # a file may describe any width; nothing is allocated for it
-            expected = GrowthNetwork(
-                document.blueprints, document.choices, document.network
-            ).state_dict()
+            described = GrowthNetwork(document.blueprints, document.choices, document.network)
+        expected = described.to(_DTYPE).state_dict()  # whatever torch's default is
     except (ValueError, RuntimeError) as error:
         raise PolicyFileError(f"{path} describes no network: {error}") from error
     beyond, lacking = weights.keys() - expected.keys(), expected.keys() - weights.keys()

@@ -4,6 +4,7 @@ import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from types import MappingProxyType
 
 from esper.tasks.task import TaskDataError
@@ -73,6 +74,14 @@ def parse_address(task: str) -> Address:
             f"task {task!r}: a folder has no configurations, config= is for the hub; leave it out"
         )
     return Address(scheme=match["scheme"], name=match["name"], **settings)  # type: ignore[arg-type]
+
+
+def address_of_anywhere(task: str) -> str:
+    """Return a task's name, or a folder of data by its absolute path: the same from any folder."""
+    match = _ADDRESS.fullmatch(task)
+    if match is None or match["scheme"] != "folder" or not match["name"]:
+        return task
+    return f"folder:{Path(match['name']).expanduser().absolute()}{match['settings']}"
 
 
 def _known_key(key: str) -> str:

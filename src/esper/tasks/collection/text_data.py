@@ -1,6 +1,6 @@
 """Text of a data set as bytes."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -28,8 +28,9 @@ def load_text(address: Address, column: TextColumn) -> tuple[Splits, tuple[str, 
         TaskDataError: A split is shorter than one window.
     """
     splits = open_source(address).splits
-    if len(splits) == 1 and len(splits["train"]) < _MIN_ROWS:
-        data, notes = _cut_within_rows(splits, address, column)
+    missing = [split for split in SPLITS if split not in splits]
+    if missing and len(splits["train"]) < _MIN_ROWS:
+        data, notes = _cut_within_rows(splits, missing, address, column)
     else:
         parts, notes = make_parts(splits, mixed=False)
         if address.samples is not None and address.samples < len(parts["train"].indices):
@@ -70,24 +71,24 @@ def _read(part: Part, column: str) -> tuple[bytes, str]:
 
 
 def _cut_within_rows(
-    splits: Mapping[str, Any], address: Address, column: TextColumn
+    splits: Mapping[str, Any], missing: Sequence[str], address: Address, column: TextColumn
 ) -> tuple[dict[str, bytes], list[str]]:
-    """Take a tenth of the bytes from the end for test, and a tenth before it for validation."""
+    """Take what is missing from the end of the text to train on, a tenth of its bytes each."""
     if address.samples is not None:
         raise TaskDataError(
             f"samples= chooses among rows, and this data set has {len(splits['train'])}"
         )
-    rows = splits["train"]
-    text, cut = _read(Part(rows, range(len(rows))), column.text)
-    held_out = round(HELD_OUT_FRACTION * len(text))
-    ends = (len(text) - 2 * held_out, len(text) - held_out)
-    data = {
-        "train": text[: ends[0]],
-        "validation": text[ends[0] : ends[1]],
-        "test": text[ends[1] :],
-    }
-    notes = [
-        f"validation and test: the last {held_out:,} bytes each of the text, as it has "
-        f"{len(rows)} rows or files only"
-    ]
-    return data, notes + ([f"train: {cut}"] if cut else [])
+    data, notes = {}, []
+    for split, rows in splits.items():
+        data[split], cut = _read(Part(rows, range(len(rows))), column.text)
+        notes += [f"{split}: {cut}"] if cut else []
+    held_out = round(HELD_OUT_FRACTION * len(data["train"]))
+    for split in reversed(missing):
+        end = len(data["train"]) - held_out
+        data["train"], data[split] = data["train"][:end], data["train"][end:]
+    each = " each" if len(missing) > 1 else ""
+    taken = (
+        f"{' and '.join(missing)}: the last {held_out:,} bytes{each} of the text to train on, as "
+        f"it has {len(splits['train'])} rows or files only"
+    )
+    return data, [taken, *notes]

@@ -1,0 +1,42 @@
+"""The weights of a host, apart from what grows in it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from esper.slots.slot import SeedSlot
+
+
+def check_host_weights(model: nn.Module, weights: Mapping[str, Any]) -> None:
+    """Raise unless weights are of a host like this one, whatever has grown here or there.
+
+    Args:
+        model: With its slots.
+        weights: By their names in the model's state dict, those of slots among them.
+
+    Raises:
+        ValueError: A name or a shape is another one.
+    """
+    slots = tuple(f"{n}." for n, module in model.named_modules() if isinstance(module, SeedSlot))
+    here, then = (
+        {name: getattr(value, "shape", None) for name, value in every.items()}
+        for every in (model.state_dict(), weights)
+    )
+    for name in sorted(here.keys() | then.keys()):
+        if name.startswith(slots):
+            continue
+        if name not in here or name not in then:
+            which = "lacks" if name in then else "has"
+            raise ValueError(
+                f"the host is not that of the run: it {which} {name!r}; build it as it was then"
+            )
+        if here[name] != then[name]:
+            raise ValueError(
+                f"the host is not that of the run: {name!r} has shape {_told(here[name])}, and "
+                f"had {_told(then[name])}; build it as it was then"
+            )
+
+
+def _told(shape: Any) -> Any:
+    return None if shape is None else tuple(shape)

@@ -1,0 +1,88 @@
+"""Ctrl-C in a notebook, wherever it falls, and then `fit()` again."""
+
+from typing import Any
+
+import pytest
+import torch
+
+import esper
+from growth_problem import Problem, make_problem
+
+
+class Once:
+    """Presses Ctrl-C the first time that it is armed."""
+
+    armed = True
+
+    def __call__(self, *_: Any) -> None:
+        if self.armed:
+            self.armed = False
+            raise KeyboardInterrupt
+
+
+class Pausing(esper.SchedulePolicy):
+    """Is interrupted at its first decision."""
+
+    def __init__(self) -> None:
+        super().__init__({})
+        self.press = Once()
+
+    def decide(self, state: Any) -> Any:
+        self.press()
+        return super().decide(state)
+
+
+def interrupted(trainer: esper.Trainer) -> esper.Trainer:
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit()
+    return trainer
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+@pytest.mark.parametrize("max_gradient_norm", [None, 1.0])
+def test_the_first_step_afterwards_takes_its_own_gradient_alone(
+    max_gradient_norm: float | None, precision: str
+) -> None:
+    def made(problem: Problem) -> esper.Trainer:
+        settings: dict[str, Any] = {"max_gradient_norm": max_gradient_norm, "precision": precision}
+        trainer = problem.trainer(esper.SchedulePolicy({}), 1, **settings)
+        scaler = trainer.training_step.scaler
+        if scaler.enabled:  # at the first scale gradients are not finite, and no step is made
+            scaler.load_state_dict({**scaler.state_dict(), "scale": 4.0})
+        return trainer
+
+    whole, problem = make_problem(), make_problem()
+    made(whole).fit()
+    trainer = made(problem)
+    press = problem.optimizer.register_step_pre_hook(Once())
+    interrupted(trainer)
+    press.remove()
+    trainer.fit()
+    weights = zip(problem.model.parameters(), whole.model.parameters(), strict=True)
+    assert all(torch.equal(one, other) for one, other in weights)
+
+
+def test_an_epoch_that_is_trained_anew_has_its_own_losses() -> None:
+    problem = make_problem()
+    for group in problem.optimizer.param_groups:
+        group["lr"] = 0.0
+    problem.batches = [(x, y * number) for number, (x, y) in enumerate(problem.batches)]
+    press = Once()
+    press.armed = False
+
+    def arm(*_: Any) -> None:
+        press.armed = trainer.growth.step == 4 and trainer.epoch == 0
+
+    trainer = problem.trainer(esper.SchedulePolicy({}), 2)
+    problem.optimizer.register_step_post_hook(arm)
+    problem.optimizer.register_step_pre_hook(press)
+    first, second = interrupted(trainer).fit()
+    assert first.train_loss == second.train_loss
+    assert trainer.growth.train_losses == [first.train_loss] * 2
+
+
+def test_what_was_looked_at_and_not_decided_ends_without_an_action(problem: Problem) -> None:
+    trainer = interrupted(problem.trainer(Pausing(), 3))
+    assert (trainer.growth.epoch, trainer.growth.awaits_decision) == (1, True)
+    assert [report.epoch for report in trainer.fit()] == [1, 2, 3]
+    assert trainer.growth.epoch == 4
