@@ -68,6 +68,7 @@ class TrainingStep:
         self._max_gradient_norm = max_gradient_norm
         self._input_device = sole_device(model)
         self._autocast = functools.partial(autocast, device, precision)
+        self._under_way = False
         self._captured: CapturedStep | None = None
         if cuda_graphs:
             self._captured = CapturedStep(
@@ -87,7 +88,10 @@ class TrainingStep:
             Their mean loss, 0-dim; None if the step was skipped, which is published.
         """
         with self._growth.meter.step(batches):
-            self._forget_unfinished()
+            if self._under_way:  # the last one was interrupted, as by Ctrl-C in a notebook
+                self.scaler.drop()
+                self.drop_gradients()
+            self._under_way = True
             total: Tensor | None = None
             for number, batch in enumerate(batches, start=1):
                 inputs, targets = to_device(batch, self._input_device)
@@ -114,6 +118,7 @@ class TrainingStep:
                 self.scaler.drop()
             self._governor.count(skipped)
             self.drop_gradients()
+            self._under_way = False
         if skipped is not None:
             self._growth.publish([skipped])
         return None if skipped is not None else total
@@ -123,11 +128,6 @@ class TrainingStep:
         self._optimizer.zero_grad(set_to_none=True)
         for parameter in self._slots.host_parameters():
             parameter.grad = None
-
-    def _forget_unfinished(self) -> None:
-        """Drop what a step has left that was interrupted, as by Ctrl-C in a notebook."""
-        self.scaler.drop()
-        self.drop_gradients()
 
     def blame(self, suspects: Sequence[SeedSlot], batches: Sequence[Batch]) -> SeedBlamed | None:
         """Return what tells that a step is bad with a slot's seed and not without, if it is so.
