@@ -176,7 +176,7 @@ def test_a_dry_run_of_a_training_that_goes_on_learns_nothing() -> None:
         (("digits", "--set", "training.batchsize=3"), "did you mean 'training.batch_size'"),
         (("digits", "--set", "demonstrations.pases=3"), "did you mean 'demonstrations.passes'"),
         (("digits", "--imitate", "nonesuch"), "no policy 'nonesuch'"),
-        (("digits", "--imitate", "no.safetensors"), "there is no policy file no.safetensors"),
+        (("digits", "--imitate", "no.safetensors"), "there is no policy file "),
         (("digits", "--quiet", "--json"), "exclude each other"),
         (("digits", "--config", "missing.toml"), "cannot be read"),
         (("digits", "--set", "training.gamma=0.5"), "set both alike"),

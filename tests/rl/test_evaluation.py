@@ -357,7 +357,7 @@ def test_a_run_is_an_ordinary_one_to_the_bit(
     for _ in run.reports:
         pass
     assert run.param_count() == played.param_count
-    assert run.setup.test() == played.test
+    assert run.judged(run.setup.test) == played.test
     assert run.spent(run.growth.meter.cost).flops == played.flops
     assert run.growth.step == played.steps == 120
     assert len(recorder.of(SeedGerminated)) == played.num_germinated > 0, "something has grown"
