@@ -146,6 +146,16 @@ def test_a_state_whose_manifest_is_damaged_is_passed_over_and_written_anew(
     assert training(tmp_path).resume() == 2 * ROLLOUT
 
 
+def test_what_people_put_beside_the_states_is_none_of_them(tmp_path: Path) -> None:
+    copies = [tmp_path / name for name in ("rollout-00000001 (copy)", "rollout-good")]
+    for copy in copies:
+        copy.mkdir(parents=True)
+    reports = list(training(tmp_path).rollouts())
+    assert len(reports) > 2
+    assert all(copy.is_dir() for copy in copies)
+    assert LearnerStates(tmp_path).newest().info.num_rollouts == len(reports)
+
+
 def test_nothing_to_go_on_from_is_told(tmp_path: Path) -> None:
     with pytest.raises(LearnerStateError, match="there is none"):
         training(tmp_path).resume()

@@ -1,6 +1,7 @@
 """What a policy's training goes on from, in a folder: whole or not at all, and no pickles."""
 
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ INFO_FILE = "learner.json"
 FORMAT_VERSION = 1
 
 _STATE = "state"
-_PREFIX = "rollout-"
+_NAME = re.compile(r"rollout-\d{8}")
 
 
 class LearnerStateError(ValueError):
@@ -73,7 +74,7 @@ class LearnerStates:
         Raises:
             OSError: The folder cannot be written; what was there stays.
         """
-        target = self.folder / f"{_PREFIX}{learner.num_rollouts:08d}"
+        target = self.folder / f"rollout-{learner.num_rollouts:08d}"
         info = LearnerInfo(
             format_version=FORMAT_VERSION,
             num_rollouts=learner.num_rollouts,
@@ -108,7 +109,8 @@ class LearnerStates:
 
     def names(self) -> list[str]:
         """Return the states that are there, whole or not, oldest first."""
-        return sorted(path.name for path in self.folder.glob(f"{_PREFIX}*") if path.is_dir())
+        every = (path for path in self.folder.glob("*") if path.is_dir())
+        return sorted(path.name for path in every if _NAME.fullmatch(path.name))
 
 
 def _read(folder: Path) -> tuple[LearnerInfo, Mapping[str, Any]]:
