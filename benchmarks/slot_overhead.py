@@ -34,11 +34,10 @@ against one without, many calls of each in turn.
 
 import argparse
 import copy
-import itertools
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from rich.console import Console
@@ -47,6 +46,7 @@ from torch import Tensor, nn
 
 import esper
 from esper.compilation import CapturedStep, CompiledHost
+from esper.experiments.timing import ratio_over_blocks, timed_in_turn
 from esper.lifecycle.events import CompileFailed
 from speed_hosts import (
     HOSTS,
@@ -256,19 +256,10 @@ def compile_blocks(host: SpeedHost, model: nn.Module, *, seed_apart: bool) -> No
 
 
 def compare(sides: Sequence[Side], steps: int) -> list[list[float]]:
-    """Return each side's seconds per step, measured in turn, in every order equally often."""
-    orders = itertools.cycle(itertools.permutations(range(len(sides))))
-    for _ in range(WARM_UP_STEPS):
-        for side in sides:
-            side.step()
+    """Return each side's seconds per step, measured in turn."""
+    timed_in_turn([side.step for side in sides], WARM_UP_STEPS)
     assert not any(side.compiled is not None and side.compiled.due() for side in sides)
-    times: list[list[float]] = [[] for _ in sides]
-    for order in itertools.islice(orders, steps):
-        for which in order:
-            started = time.perf_counter()
-            sides[which].step()
-            times[which].append(time.perf_counter() - started)
-    return times
+    return timed_in_turn([side.step for side in sides], steps)
 
 
 def measure(
@@ -291,18 +282,18 @@ def measure(
 
 def ratio_cells(ours: list[float], theirs: list[float]) -> list[str]:
     """Return the other side's milliseconds, and the ratio over blocks: median and middle half."""
-    starts = range(0, len(ours) - BLOCK_STEPS + 1, BLOCK_STEPS)
-    ratios = [
-        statistics.median(ours[start : start + BLOCK_STEPS])
-        / statistics.median(theirs[start : start + BLOCK_STEPS])
-        for start in starts
-    ]
-    low, middle, high = statistics.quantiles(ratios, n=4)
+    ratio = ratio_over_blocks(blocks_of(ours), blocks_of(theirs))
     return [
         f"{1e3 * statistics.median(theirs):.2f}",
-        f"{middle:.3f}",
-        f"{low:.3f} – {high:.3f}",
+        f"{ratio.median:.3f}",
+        f"{ratio.low:.3f} – {ratio.high:.3f}",
     ]
+
+
+def blocks_of(times: list[float]) -> list[list[float]]:
+    """Return times of neighbouring steps together."""
+    starts = range(0, len(times), BLOCK_STEPS)
+    return [times[start : start + BLOCK_STEPS] for start in starts]
 
 
 def stage_table(
@@ -328,15 +319,13 @@ def dormant_call() -> str:
     host = nn.Sequential(nn.Identity())
     esper.attach(host, "0", example=features)
     modules = (host[0], nn.Identity())
-    seconds: tuple[list[float], list[float]] = ([], [])
-    orders = itertools.cycle(itertools.permutations(range(2)))
-    for order in itertools.islice(orders, ROUNDS):
-        for which in order:
-            module = modules[which]
-            started = time.perf_counter()
-            for _ in range(CALLS):
-                module(features)
-            seconds[which].append((time.perf_counter() - started) / CALLS)
+
+    def called(module: nn.Module) -> None:
+        for _ in range(CALLS):
+            module(features)
+
+    seconds = timed_in_turn([partial(called, module) for module in modules], ROUNDS)
+    seconds = [[of_round / CALLS for of_round in times] for times in seconds]
     more = [1e6 * (slot - plain) for slot, plain in zip(*seconds, strict=True)]
     low, middle, high = statistics.quantiles(more, n=4)
     slot, plain = (1e6 * statistics.median(times) for times in seconds)

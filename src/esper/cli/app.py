@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from esper import __version__
+from esper.cli.bench import bench
 from esper.cli.blueprints import blueprints
 from esper.cli.compare import compare
 from esper.cli.compile import compile_
@@ -61,6 +62,7 @@ app.command()(send)
 app.command()(serve)
 app.command()(status)
 app.command()(dashboard)
+app.command()(bench)
 app.command()(blueprints)
 app.command("compile")(compile_)
 app.command()(doctor)
