@@ -27,13 +27,9 @@ from esper.rl.evaluation import (
     EvaluationFolder,
     evaluate,
 )
-from esper.rl.policy_run import (
-    POLICY_FILE,
-    load_policy_run_config,
-    new_policy_run,
-    policy_run_config,
-    resumed_policy_run,
-)
+from esper.rl.policy_run import POLICY_FILE
+from esper.rl.policy_run_config import load_policy_run_config, policy_run_config
+from esper.rl.stored_policy_run import new_policy_run, resumed_policy_run
 from esper.telemetry.run_reader import RunReader
 from objective_tables import machine
 

@@ -27,7 +27,7 @@ from esper.cli.policy_views import (
 from esper.experiments.config import load_run_config
 from esper.experiments.run import build_setup
 from esper.experiments.stored_run import stored_run
-from esper.rl import demonstrations, policy_run
+from esper.rl import demonstrations, policy_run_config, stored_policy_run
 from esper.rl.evaluation import EvaluatedRun, Evaluation, EvaluationConfig, EvaluationFolder
 from esper.rl.workers import InProcessWorkers
 from esper.telemetry import WEIGHTS_FILE, RunReader
@@ -51,7 +51,7 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Environments play here, one after another, and so do those who are imitated."""
-    monkeypatch.setattr(policy_run, "ProcessWorkers", InProcessWorkers)
+    monkeypatch.setattr(stored_policy_run, "ProcessWorkers", InProcessWorkers)
     monkeypatch.setattr(demonstrations, "worker_pool", lambda _: ThreadPoolExecutor(1))
 
 
@@ -100,7 +100,7 @@ def test_training_prints_lines_and_goes_on_in_its_folder(monkeypatch: pytest.Mon
     assert "\x1b" not in told
     first = Path("a folder/policy.safetensors").read_bytes()
 
-    monkeypatch.setattr(policy_run, "ProcessWorkers", InProcessWorkers)
+    monkeypatch.setattr(stored_policy_run, "ProcessWorkers", InProcessWorkers)
     more = esper("policy", "train", "--out", "a folder", "--steps", "12").splitlines()
     assert more[:2] == [
         "learning from runs of digits, 2 epochs each: 12 decisions; processes: 1",
@@ -151,7 +151,7 @@ def test_a_dry_run_prints_settings_and_leaves_nothing() -> None:
 @pytest.mark.usefixtures("in_process")
 def test_help_names_every_section_of_settings() -> None:
     told = esper("policy", "train", "--help")
-    for name in policy_run.SECTIONS:
+    for name in policy_run_config.SECTIONS:
         assert f" {name}.KEY" in told or f"--{name} " in told, name
 
 
@@ -198,14 +198,27 @@ def _raise() -> Any:
     raise OSError("the simulator is gone")
 
 
-def test_a_training_whose_environments_fail_ends_with_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(policy_run, "ProcessWorkers", _Failing)
+def test_a_training_whose_environments_fail_ends_with_why_until_it_goes_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(stored_policy_run, "ProcessWorkers", _Failing)
     result = CliRunner().invoke(app, ["policy", "train", "digits", *TINY, "--out", "run"])
     assert result.exit_code == 1
     assert "worker 0 failed 4 times in a row" in result.output
     assert "OSError: the simulator is gone" in result.output
     assert result.output.endswith(" policy train --out run\n")
     assert RunReader(Path("run")).status == "failed"
+    why = "WorkersFailedError: worker 0 failed 4 times in a row"
+    seen = [CliRunner().invoke(app, [command, "run"]).output for command in ("inspect", "report")]
+    assert f"the training ended: {why}" in seen[0]
+    page = Path("run/report.html").read_text(encoding="utf-8")
+    assert f"<p>{why}" in page[page.index("Why it ended") :]
+    monkeypatch.setattr(stored_policy_run, "ProcessWorkers", InProcessWorkers)
+    result = CliRunner().invoke(app, ["policy", "train", "--out", "run", "--steps", "4"])
+    assert result.exit_code == 0, result.output
+    assert why not in CliRunner().invoke(app, ["inspect", "run"]).output
+    CliRunner().invoke(app, ["report", "run"])
+    assert "Why it ended" not in Path("run/report.html").read_text(encoding="utf-8")
 
 
 def test_an_interrupted_training_says_how_to_go_on() -> None:

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from esper.cli.app import app
 from esper.experiments.config import load_run_config
 from esper.lifecycle.events import EventRecord
-from esper.rl.policy_run import PolicyRunConfig, policy_run_config
+from esper.rl.policy_run_config import PolicyRunConfig, policy_run_config
 from esper.telemetry import RunReader, RunStore
 from esper.telemetry.run_kind import POLICY_TRAINING
 from told_training import no_episode, report, write_training

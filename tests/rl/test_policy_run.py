@@ -15,20 +15,16 @@ from esper.experiments.config import load_run_config
 from esper.experiments.settings import SettingsError
 from esper.lifecycle.events import EnvironmentRestarted
 from esper.policies.learned import LearnedPolicy, load_policy
-from esper.rl import demonstrations, policy_run
+from esper.rl import demonstrations, policy_run, stored_policy_run
 from esper.rl.demonstrations import NotImitableError
 from esper.rl.learner_state import LearnerStateError
-from esper.rl.policy_run import (
-    POLICY_FILE,
-    STATES_FOLDER,
-    MakeGrowthEnv,
-    PolicyRun,
+from esper.rl.policy_run import POLICY_FILE, MakeGrowthEnv, PolicyRun
+from esper.rl.policy_run_config import (
     PolicyRunConfig,
     load_policy_run_config,
-    new_policy_run,
     policy_run_config,
-    resumed_policy_run,
 )
+from esper.rl.stored_policy_run import STATES_FOLDER, new_policy_run, resumed_policy_run
 from esper.rl.task_runs import TaskRuns
 from esper.rl.training_report import TrainingReport
 from esper.rl.workers import InProcessWorkers
@@ -59,7 +55,7 @@ def tiny(*more: str, rollouts: int = 2) -> PolicyRunConfig:
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Environments play here, one after another, and so do those who are imitated."""
-    monkeypatch.setattr(policy_run, "ProcessWorkers", InProcessWorkers)
+    monkeypatch.setattr(stored_policy_run, "ProcessWorkers", InProcessWorkers)
     monkeypatch.setattr(demonstrations, "worker_pool", lambda _: ThreadPoolExecutor(1))
 
 
@@ -227,7 +223,7 @@ def test_what_could_not_begin_leaves_no_folder(
     def without_ray(*_: Any, **__: Any) -> None:
         raise ModuleNotFoundError("no Ray here")
 
-    monkeypatch.setattr(policy_run, "RayWorkers", without_ray)
+    monkeypatch.setattr(stored_policy_run, "RayWorkers", without_ray)
     with (
         pytest.raises((SettingsError, ModuleNotFoundError), match=told),
         new_policy_run(tiny(*setting.split()), tmp_path / "run"),

@@ -108,13 +108,13 @@ def train(
     of_its_own: dict[str, object] = {"workers": workers, "epochs": epochs, "seed": seed}
     of_its_own |= {"imitate": imitate, "ray": ray, "config": config, "set": set_}
     with policy_errors():
-        from esper.rl import policy_run  # noqa: PLC0415 – an optional extra
+        from esper.rl import policy_run_config, stored_policy_run  # noqa: PLC0415 – an extra
 
         console = plain_console()
         if task is None:
             folder = _begun_folder(out, of_its_own)
-            settings = policy_run.policy_run_config(folder, total_steps=steps)
-            opened = policy_run.resumed_policy_run(folder, total_steps=steps)
+            settings = policy_run_config.policy_run_config(folder, total_steps=steps)
+            opened = stored_policy_run.resumed_policy_run(folder, total_steps=steps)
         else:
             asked = _training_asked(
                 {"total_steps": steps, "num_workers": workers, "random_seed": seed},
@@ -122,9 +122,9 @@ def train(
                 ray=ray,
                 imitate=imitate,
             )
-            settings = policy_run.load_policy_run_config(task, config, set_ or [], asked)
+            settings = policy_run_config.load_policy_run_config(task, config, set_ or [], asked)
             folder = new_folder(out, settings.run.task, kind="policy-")
-            opened = policy_run.new_policy_run(settings, folder)
+            opened = stored_policy_run.new_policy_run(settings, folder)
         if dry_run:
             print_settings(console, settings)
             return
@@ -316,7 +316,7 @@ def _evaluation_settings(
         SettingsError: One is wrong, or of a training only, or there is no such policy.
     """
     from esper.rl.evaluation import EvaluationConfig  # noqa: PLC0415 – an optional extra
-    from esper.rl.policy_run import SECTIONS, load_policy_run_config  # noqa: PLC0415
+    from esper.rl.policy_run_config import SECTIONS, load_policy_run_config  # noqa: PLC0415
 
     _refuse_training_settings(given, {*SECTIONS} - {"rewards"})
     gamma = [one for one in given if one.startswith("rewards.gamma=")]

@@ -27,7 +27,7 @@ from esper.report.chart import json_values
 
 if TYPE_CHECKING:
     from esper.rl.evaluation import EvaluatedRun, Evaluation, EvaluationConfig
-    from esper.rl.policy_run import PolicyRunConfig
+    from esper.rl.policy_run_config import PolicyRunConfig
     from esper.rl.training_report import TrainingReport
 
 _WINDOW_ROLLOUTS = 5

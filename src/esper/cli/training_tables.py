@@ -35,16 +35,19 @@ _SECOND = frozenset({f"{FINAL}committed", f"{FINAL}param_count", "episodes"})
 
 
 def print_training_story(console: Console, reader: RunReader, story: TrainingStory) -> None:
-    """Print how a training stands, about ten rows of its course, and its restarts."""
+    """Print how a training stands, why it failed, its course in some ten rows, and restarts."""
     config, environment = reader.config(), reader.environment()
-    task = (str(config.get("task")), "bold")
-    console.print(Text.assemble(task, f" · {TRAINING_WORDS} · {reader.standing}"))
+    task, standing = (str(config.get("task")), "bold"), reader.standing
+    console.print(Text.assemble(task, f" · {TRAINING_WORDS} · {standing}"))
     torch = environment.get("packages", {}).get("torch")
     facts = [*training_facts(config), f"torch {torch} on {environment.get('device')}"]
     console.print(Text(", ".join(facts)))
     console.print(Text(_standing(story)))
     if story.first_and_last(RETURN) is not None:
         console.print(Text(f"return {course_words(story, RETURN, signed=True)}"))
+    if standing == "failed" and story.last_failure is not None:
+        failure = Text(f"the training ended: {story.last_failure}", style="red")
+        console.print(failure, soft_wrap=True)
     if story.rollouts:
         console.print()
         _print_course(console, story)

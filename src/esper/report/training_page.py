@@ -44,7 +44,7 @@ def training_report(reader: RunReader) -> str:
         subheading=_subheading(reader, config, environment),
         lead=figures(training_figures(story)),
         charts=training_charts(story),
-        sections=list(_sections(story, config, environment)),
+        sections=list(_sections(story, config, environment, failed=standing == "failed")),
     )
 
 
@@ -99,8 +99,14 @@ def _subheading(
 
 
 def _sections(
-    story: TrainingStory, config: Mapping[str, Any], environment: Mapping[str, Any]
+    story: TrainingStory,
+    config: Mapping[str, Any],
+    environment: Mapping[str, Any],
+    *,
+    failed: bool,
 ) -> Iterable[Section]:
+    if failed and story.last_failure is not None:
+        yield Section(title="Why it ended", body=f"<p>{escape(story.last_failure)}</p>")
     yield Section(title="At first and by now", body=_courses(story))
     yield Section(title="Environments that were restarted", body=_restarts(story))
     yield Section(

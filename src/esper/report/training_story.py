@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
 
-from esper.lifecycle.events import EnvironmentRestarted, EventRecord
+from esper.lifecycle.events import EnvironmentRestarted, EventRecord, RunFailed
 from esper.telemetry.run_kind import training_settings
 from esper.telemetry.run_reader import MetricRow, RunReader
 
@@ -43,16 +43,21 @@ class TrainingStory:
     Attributes:
         settings: Of the training, from config.json.
         restarts: Of environments, with why.
+        last_failure: The error that it ended by, of which its folder's status tells whether it has
+            gone on since; None if there was none.
     """
 
     settings: Mapping[str, Any] = field(default_factory=dict)
     restarts: list[tuple[EventRecord, EnvironmentRestarted]] = field(default_factory=list)
+    last_failure: str | None = None
     _rollouts: dict[int, Rollout] = field(default_factory=dict)
 
     def take(self, record: EventRecord) -> None:
         """Go on with one event."""
         if isinstance(record.event, EnvironmentRestarted):
             self.restarts.append((record, record.event))
+        elif isinstance(record.event, RunFailed):
+            self.last_failure = record.event.error
 
     def take_values(self, rows: Iterable[MetricRow]) -> None:
         """Go on with values, oldest first."""
