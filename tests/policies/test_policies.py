@@ -176,6 +176,16 @@ def test_slots_and_blueprints_are_tried_evenly_cheapest_first_and_never_the_free
     assert tried == round_of_four * 2
 
 
+def test_linear_maps_are_tried_after_all_others_unless_blueprints_are_chosen():
+    linear = (BlueprintChoice(name="lora", param_count=16, linear=True), *CHOICES[1:])
+    both = state(slot("a", choices=linear), slot("b", choices=linear))
+    others = [("a", "norm"), ("a", "conv_light"), ("b", "norm"), ("b", "conv_light")]
+    tried = grown(HeuristicPolicy(), *[both] * 12)
+    assert tried == [*others, ("a", "lora"), ("b", "lora"), *others, ("a", "lora"), ("b", "lora")]
+    chosen = HeuristicConfig(blueprints=("lora", "conv_light"))
+    assert grown(HeuristicPolicy(chosen), both) == [("a", "lora")]
+
+
 def test_what_was_refused_too_often_in_a_slot_is_left_alone_until_something_is_committed():
     policy = HeuristicPolicy(HeuristicConfig(blueprints=("norm",), max_refusals=2))
     growing = slot("a", SeedStage.TRAINING)

@@ -471,3 +471,22 @@ def test_only_seeds_that_say_so_mix_tokens_and_none_looks_ahead(name: str):
         open_seed.load_state_dict(seed.state_dict())
         difference = open_seed.increment(changed) - open_seed.increment(features)
         assert torch.count_nonzero(difference[:, :3]) > 0
+
+
+def test_what_says_that_it_is_a_linear_map_is_one_or_nearly():
+    linear = {row for row in BLUEPRINTS if blueprints.get(*row).linear}
+    low_rank = {(Family.TRANSFORMER, "lora"), (Family.TRANSFORMER, "lora_large")}
+    assert linear == low_rank | {(family, name) for family in Family for name in ("noop", "norm")}
+    for family, name in linear:
+        if name == "noop":
+            continue
+        features = torch.randn(shape_of(family, 256, 8))
+        increment = grown(family, name).increment(features).detach()
+        rows = [
+            (value.movedim(1, -1) if family is Family.CNN else value).reshape(-1, 8)
+            for value in (features, increment)
+        ]
+        inputs = torch.cat([rows[0], torch.ones(len(rows[0]), 1)], dim=1)
+        fitted = inputs @ torch.linalg.lstsq(inputs, rows[1]).solution
+        unexplained = (rows[1] - fitted).square().sum() / rows[1].var(dim=0).sum() / len(inputs)
+        assert unexplained < (1e-6 if (family, name) in low_rank else 0.1), (family, name)

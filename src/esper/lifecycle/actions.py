@@ -112,6 +112,8 @@ class BlueprintChoice(Record):
 
     name: str
     param_count: Annotated[int, Field(ge=0)]
+    linear: bool = False
+    """Whether it computes a linear map of the features, or nearly."""
 
 
 class SlotState(Record):

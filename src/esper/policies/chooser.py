@@ -34,7 +34,7 @@ class Chooser(Protocol):
 
         Args:
             candidates: What may be germinated now: slots in their order, and in each the blueprints
-                in theirs.
+                in theirs; linear maps after all others where the blueprints were not chosen.
             growing: What was germinated and has not ended.
         """
 

@@ -9,6 +9,7 @@ from pydantic import Field, FiniteFloat
 
 from esper.lifecycle.actions import (
     Action,
+    BlueprintChoice,
     Germinate,
     GrowthState,
     Operation,
@@ -31,8 +32,8 @@ class HeuristicConfig(Record):
     """Settings of the heuristic."""
 
     blueprints: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
-    """Candidates in the order they are tried; None takes all that fit, cheapest first, but those
-    without parameters."""
+    """Candidates in the order they are tried; None takes all that fit and have parameters, cheapest
+    first, and linear maps last, which the default gates refuse behind a module that is trained."""
     warmup_epochs: Count = 5
     """Epochs before the first germination."""
     plateau_epochs: Annotated[int, Field(ge=1)] = 3
@@ -187,13 +188,16 @@ class HeuristicPolicy:
 
     def _ranked(self, state: GrowthState) -> Sequence[Candidate]:
         """Return the slots and blueprints that may be tried, the first choice first."""
-        candidates = [
-            self._candidate(slot, blueprint)
+        pairs = [
+            (slot, choice)
             for slot in state.slots
             if Operation.GERMINATE in legal_operations(slot)
-            for blueprint in self._candidates(slot)
-            if not self._given_up(slot.path, blueprint)
+            for choice in self._choices(slot)
+            if not self._given_up(slot.path, choice.name)
         ]
+        if self.config.blueprints is None:
+            pairs.sort(key=lambda pair: pair[1].linear)
+        candidates = [self._candidate(slot, choice.name) for slot, choice in pairs]
         growing = [
             self._candidate(slot, self._living[slot.path])
             for slot in state.slots
@@ -213,11 +217,10 @@ class HeuristicPolicy:
         limit = self.config.max_refusals
         return limit is not None and self._refused[path, blueprint] >= limit
 
-    def _candidates(self, slot: SlotState) -> list[str]:
-        fitting = [choice.name for choice in slot.choices if choice.param_count > 0]
-        if self.config.blueprints is None:
-            return fitting
-        return [name for name in self.config.blueprints if name in fitting]
+    def _choices(self, slot: SlotState) -> list[BlueprintChoice]:
+        fitting = {choice.name: choice for choice in slot.choices if choice.param_count > 0}
+        wanted = self.config.blueprints or fitting
+        return [fitting[name] for name in wanted if name in fitting]
 
     def _note_ends(self, state: GrowthState) -> None:
         """Count what became of the seeds that do not live any more, and tell the chooser."""

@@ -130,13 +130,13 @@ def _conv(inputs: int, outputs: int, kernel_size: int, *, groups: int = 1) -> nn
     return nn.Conv2d(inputs, outputs, kernel_size, padding=kernel_size // 2, groups=groups)
 
 
-@blueprints.register("noop", family=Family.CNN)
+@blueprints.register("noop", family=Family.CNN, linear=True)
 def _noop(dim: int) -> Seed:  # noqa: ARG001 - every factory takes the width
     """Nothing: a control that a gate must refuse."""
     return NoopSeed()
 
 
-@blueprints.register("norm", family=Family.CNN)
+@blueprints.register("norm", family=Family.CNN, linear=True)
 def _norm(dim: int) -> Seed:
     """GroupNorm with learned scale and shift."""
     return NormSeed(dim)

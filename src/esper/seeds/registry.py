@@ -49,6 +49,9 @@ class Blueprint:
     family: Family
     factory: Callable[..., Seed]
     """Takes the width `dim` and keyword options."""
+    linear: bool = False
+    """Whether it computes a linear map of the features, or nearly: behind a module that is trained
+    itself the default gates refuse it."""
 
     @property
     def summary(self) -> str:
@@ -91,8 +94,15 @@ class BlueprintRegistry:
         """Changes with every registration, so that derived action spaces can refresh."""
         return self._version
 
-    def register(self, name: str, *, family: Family | str) -> Callable[[FactoryT], FactoryT]:
+    def register(
+        self, name: str, *, family: Family | str, linear: bool = False
+    ) -> Callable[[FactoryT], FactoryT]:
         """Return a decorator that registers a factory `(dim, **options) -> Seed`.
+
+        Args:
+            name: Of the blueprint, in its family.
+            family: How the features that it fits are laid out.
+            linear: Whether seeds of it compute a linear map of the features, or nearly.
 
         Raises:
             BlueprintError: The family is unknown, the pair is taken, the factory's first
@@ -112,6 +122,7 @@ class BlueprintRegistry:
                 name=name,
                 family=known_family,
                 factory=factory,
+                linear=linear,
             )
             self._changed()
             return factory

@@ -150,25 +150,25 @@ def _at_least_one(value: int, option: str, blueprint: str) -> int:
     return value
 
 
-@blueprints.register("noop", family=Family.TRANSFORMER)
+@blueprints.register("noop", family=Family.TRANSFORMER, linear=True)
 def _noop(dim: int) -> Seed:  # noqa: ARG001 - every factory takes the width
     """Nothing: a control that a gate must refuse."""
     return NoopSeed()
 
 
-@blueprints.register("norm", family=Family.TRANSFORMER)
+@blueprints.register("norm", family=Family.TRANSFORMER, linear=True)
 def _norm(dim: int) -> Seed:
     """LayerNorm with learned scale and shift."""
     return NormSeed(dim)
 
 
-@blueprints.register("lora", family=Family.TRANSFORMER)
+@blueprints.register("lora", family=Family.TRANSFORMER, linear=True)
 def _lora(dim: int, *, rank: int = 8) -> Seed:
     """Low-rank linear map."""
     return LoRASeed(dim, _at_least_one(rank, "rank", "lora"))
 
 
-@blueprints.register("lora_large", family=Family.TRANSFORMER)
+@blueprints.register("lora_large", family=Family.TRANSFORMER, linear=True)
 def _lora_large(dim: int, *, rank: int = 32) -> Seed:
     """Low-rank linear map of a higher rank."""
     return LoRASeed(dim, _at_least_one(rank, "rank", "lora_large"))

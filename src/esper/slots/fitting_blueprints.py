@@ -23,7 +23,9 @@ class FittingBlueprints:
         """Return the blueprints that fit a slot when built without options, cheapest first."""
         call = slot.example_call.described()
         fitting = [
-            BlueprintChoice(name=name, param_count=count)
+            BlueprintChoice(
+                name=name, param_count=count, linear=blueprints.get(slot.family, name).linear
+            )
             for name in blueprints.names(slot.family)
             if (count := self._param_count_if_fits(slot, name, call)) is not None
         ]
