@@ -117,7 +117,7 @@ def test_later_ones_win_the_file_first_and_options_last(tmp_path: Path) -> None:
         ("rewards.compute_rent=1", "operations, which are not counted; add count_flops=true"),
         ("training.batch_size=7", "leaves a batch of one step"),
         ("network.width=5", "width 5 is no multiple of 4 attention heads"),
-        ("training.device=gpu", "training.device: String should match pattern"),
+        ("training.device=gpu", "training.device: a device is cpu, cuda or cuda:N, got 'gpu'"),
     ],
 )
 def test_what_cannot_be_is_refused_with_the_nearest_that_can(setting: str, told: str) -> None:

@@ -120,9 +120,9 @@ class AlphaController:
         state = self.state
         if state.mode is not AlphaMode.HOLD:
             raise ValueError(
-                f"alpha can be retargeted only from HOLD; it is going {state.mode.name} from "
-                f"{state.start:g} to {state.target:g}, {state.steps_done} of {state.steps} steps "
-                "done; wait for it, or call hold() first"
+                f"alpha is on its way {state.mode.name.lower()} from {state.start:g} to "
+                f"{state.target:g}, {state.steps_done} of {state.steps} steps done, and takes no "
+                "other target meanwhile; wait until it has arrived, or prune the seed"
             )
         if not (math.isfinite(target) and 0.0 <= target <= 1.0):
             raise ValueError(f"alpha target must lie in [0, 1], got {target}")

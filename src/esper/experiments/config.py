@@ -1,5 +1,6 @@
 """Everything that a run can be told, from a file, from `key=value` settings, from options."""
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -25,8 +26,17 @@ from esper.tasks.task import Task
 from esper.telemetry.tracking import TrackingConfig
 from esper.training.trainer import TrainerConfig
 
-DEVICE_PATTERN = r"^(cpu|cuda(:(0|[1-9]\d?))?)$"
 _ROUNDING = 1e-9
+
+
+def _device_name(name: str) -> str:
+    if re.fullmatch(r"cpu|cuda(:(0|[1-9]\d?))?", name) is None:
+        raise ValueError(f"a device is cpu, cuda or cuda:N, got {name!r}")
+    return name
+
+
+Device = Annotated[str, AfterValidator(_device_name)]
+"""Name of a kind of device that a run can train on, or of one of several."""
 
 RandomSeed = Annotated[int, Field(ge=-(2**63), lt=2**64)]
 """What torch's generators take."""
@@ -111,7 +121,7 @@ class RunConfig(Record):
     """Share of the run in which wsd falls."""
     warmup_fraction: Annotated[FiniteFloat, Field(ge=0.0, lt=1.0)] = 0.0
     """Share of the run in which the learning rate first rises."""
-    device: Annotated[str, Field(pattern=DEVICE_PATTERN)] = "cpu"
+    device: Device = "cpu"
     """Where the run trains: cpu, cuda, or cuda:N."""
     threads: Annotated[int, Field(ge=1)] | None = None
     """CPU threads of torch in this process; None leaves torch's choice."""

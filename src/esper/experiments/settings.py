@@ -1,6 +1,7 @@
 """Settings from files, `key=value` words and options, merged and explained."""
 
 import difflib
+import json
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -91,6 +92,8 @@ def explain(error: ValidationError, record: type[Record]) -> str:
         elif issue["type"] == "value_error":  # says itself what came
             message = str(issue["ctx"]["error"])
             lines.append(f"{path}: {message}" if path else message)
+        elif issue["type"] == "tuple_type" and isinstance(issue["input"], str):
+            lines.append(f"{path} is a list; write {path}={json.dumps([issue['input']])}")
         else:
             lines.append(f"{path}: {issue['msg']} (got {issue['input']!r})")
     return "; ".join(lines)

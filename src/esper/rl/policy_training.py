@@ -10,7 +10,7 @@ from pydantic import Field, FiniteFloat, model_validator
 from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
 from stable_baselines3.common.logger import Logger
 
-from esper.experiments.config import DEVICE_PATTERN
+from esper.experiments.config import Device
 from esper.lifecycle.record import Record
 from esper.rl.distributed_ppo import DistributedPPO
 from esper.rl.fragment_worker import CollectionSettings, MakeEnv, check_spaces
@@ -22,7 +22,6 @@ from esper.telemetry.sink import Sink
 AtLeastOne = Annotated[int, Field(ge=1)]
 Share = Annotated[FiniteFloat, Field(ge=0.0, le=1.0)]
 Positive = Annotated[FiniteFloat, Field(gt=0.0)]
-Device = Annotated[str, Field(pattern=DEVICE_PATTERN)]
 NotNegative = Annotated[FiniteFloat, Field(ge=0.0)]
 
 MAY_CHANGE = ("total_steps", "keep_every_rollouts", "device")
