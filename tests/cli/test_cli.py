@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import safetensors.torch
 
+from esper import from_pretrained
 from esper.experiments.config import RunConfig
 from esper.experiments.settings import known_keys
 from esper.lifecycle.events import RunFinished, TwinFinished
-from esper.telemetry import WEIGHTS_FILE, RunReader
+from esper.tasks.named import named_task
+from esper.telemetry import GROWN_FOLDER, RunFolderError, RunReader
 
 SHORT = ("--epochs", "7", "--seed", "1")
 
@@ -108,9 +109,21 @@ def test_run_folder_holds_config_environment_events_and_weights(grown: tuple[Pat
     assert types[-1] == "run_finished"
     names = {row.name for row in reader.metrics()}
     assert names == {"loss", "accuracy", "train_loss", "step_seconds", "flops"}
-    weights = safetensors.torch.load_file(grown[0] / WEIGHTS_FILE)
-    assert "stage1.0.weight" in weights
-    assert any("esper_slot" in name for name in weights)
+
+
+def test_the_network_of_a_run_comes_back_as_it_was_tested(grown: tuple[Path, str]) -> None:
+    folder, _ = grown
+    (finished,) = (
+        record.event
+        for record in RunReader(folder).events()
+        if isinstance(record.event, RunFinished)
+    )
+    setup = named_task("digits").build(0)
+    with pytest.raises(RunFolderError, match=r"is the folder of a run; its network is in .*grown"):
+        from_pretrained(setup.model, folder, example=setup.example)
+    from_pretrained(setup.model, folder / GROWN_FOLDER, example=setup.example)
+    assert setup.test() == finished.metrics
+    assert sum(p.numel() for p in setup.model.parameters()) == finished.param_count
 
 
 def test_inspect_tells_every_gate_decision_with_measured_values(grown: tuple[Path, str]) -> None:
@@ -358,7 +371,7 @@ def test_interrupted_run_says_so_and_keeps_its_epochs(
     reader = RunReader(tmp_path / "a run")
     assert reader.status == status
     assert max(row.epoch for row in reader.metrics()) >= 2
-    assert (tmp_path / "a run" / WEIGHTS_FILE).exists() is (status == "finished")
+    assert (tmp_path / "a run" / GROWN_FOLDER).exists() is (status == "finished")
 
 
 def test_blueprints_lists_every_blueprint_with_cost_and_options(tmp_path: Path) -> None:

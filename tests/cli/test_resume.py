@@ -79,7 +79,9 @@ def test_a_killed_run_goes_on_to_the_same_weights_events_and_metrics(folder: Pat
     assert "the same host without growth" in done.stdout
     assert "host alone" in done.stdout
     assert "epoch 14/14" in done.stdout
-    weights = [(folder / run / "weights.safetensors").read_bytes() for run in ("whole", "killed")]
+    weights = [
+        (folder / run / "grown/model.safetensors").read_bytes() for run in ("whole", "killed")
+    ]
     assert weights[0] == weights[1]
     assert story(folder / "whole") == story(folder / "killed")
     assert "finished" in run_esper("inspect", "killed", cwd=folder).stdout

@@ -86,7 +86,7 @@ def test_a_tracked_run_is_bitwise_the_untracked_one_and_all_tools_have_it(tmp_pa
         with urllib.request.urlopen(scraped.place, timeout=10) as answer:  # noqa: S310 – our own
             served = answer.read().decode()
         run.finish()
-    weights = [(folder / "weights.safetensors").read_bytes() for folder in (plain, tracked)]
+    weights = [(folder / "grown/model.safetensors").read_bytes() for folder in (plain, tracked)]
     assert weights[0] == weights[1]
     reader = RunReader(tracked)
     assert any(isinstance(record.event, SeedGerminated) for record in reader.events())
@@ -191,7 +191,7 @@ def test_a_run_folder_that_takes_nothing_does_not_take_the_run_with_it(
         assert "loss" in run.finish()
     (failed,) = recorder.of(SinkFailed)
     assert failed.error.startswith(error)
-    assert (tmp_path / "run" / "weights.safetensors").is_file()
+    assert (tmp_path / "run" / "grown" / "model.safetensors").is_file()
 
 
 def occupied() -> Iterator[str]:

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import safetensors.torch
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -27,6 +26,7 @@ from esper.telemetry.tracker import Tracker
 from esper.training.checkpoints import FoundCheckpoint
 from esper.training.growth import Growth
 from esper.training.policy import Policy
+from esper.training.pretrained import save_pretrained
 from esper.training.random_states import seed_random_streams
 from esper.training.run_cost import Cost, RunCost
 from esper.training.trainer import EpochReport, Trainer
@@ -46,8 +46,8 @@ class GrowingRun:
     """The checkpoint that it goes on from."""
     trackers: list[Tracker] = field(default_factory=list)
     """What follows it besides its folder."""
-    weights_file: Path | None = None
-    """Where `finish` keeps the weights; None keeps none."""
+    grown_folder: Path | None = None
+    """Where `finish` keeps the grown network; None keeps none."""
     finished: bool = False
     """Whether `finish` was called; what comes after it is no part of the run."""
     connection: BusConnection | None = None
@@ -82,13 +82,15 @@ class GrowingRun:
         return self.growth.spent(cost)
 
     def finish(self) -> dict[str, float]:
-        """Evaluate on the test split, keep the weights in the run folder, publish the end.
+        """Evaluate on the test split, keep the network that was, and publish the end.
 
-        The weights are of all that is there, seeds that still live too; the metrics as `judged`.
+        Both are of the host with what was committed, as `judged` has it; `esper.from_pretrained`
+        brings the network back.
         """
-        metrics = dict(self.judged(self.setup.test))
-        if self.weights_file is not None:
-            safetensors.torch.save_model(self.setup.model, str(self.weights_file))
+        with self.growth.slots.as_committed():
+            metrics = dict(self.setup.test())
+            if self.grown_folder is not None:
+                save_pretrained(self.growth.slots, self.grown_folder, overwrite=True)
         self.growth.publish([RunFinished(metrics=metrics, param_count=self.param_count())])
         self.finished = True
         return metrics

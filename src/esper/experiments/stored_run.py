@@ -20,7 +20,7 @@ from esper.lifecycle.events import RunFailed
 from esper.tasks.task import TaskSetup
 from esper.telemetry.environment import describe_environment
 from esper.telemetry.heartbeat import Heartbeat
-from esper.telemetry.run_folder import RUN_FILES, WEIGHTS_FILE, RunFolderError, RunStatus
+from esper.telemetry.run_folder import GROWN_FOLDER, RUN_FILES, RunFolderError, RunStatus
 from esper.telemetry.run_reader import RunReader
 from esper.telemetry.run_store import ReopenedRunStore, RunStore, check_own, check_unfinished
 from esper.telemetry.sink import Sink
@@ -138,7 +138,7 @@ def _in_folder(
 ) -> Iterator[None]:
     """Let a run write into its folder, and close it with a status however the run ends."""
     run.growth.sinks.extend([store, *run.trackers, *sinks])
-    run.weights_file = store.folder / WEIGHTS_FILE
+    run.grown_folder = store.folder / GROWN_FOLDER
     run.run_id = store.run_id
     status: RunStatus = "failed"
     try:

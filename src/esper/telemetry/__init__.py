@@ -4,7 +4,7 @@ from esper.telemetry.command_log import CommandLog
 from esper.telemetry.environment import describe_environment
 from esper.telemetry.mlflow_sink import MlflowSink
 from esper.telemetry.prometheus_sink import PrometheusSink
-from esper.telemetry.run_folder import DATABASE_FILE, WEIGHTS_FILE, RunFolderError
+from esper.telemetry.run_folder import DATABASE_FILE, GROWN_FOLDER, RunFolderError
 from esper.telemetry.run_reader import MetricRow, RunReader
 from esper.telemetry.run_store import RunStore
 from esper.telemetry.sink import Sink
@@ -16,7 +16,7 @@ from esper.telemetry.wandb_sink import WandbSink
 
 __all__ = [
     "DATABASE_FILE",
-    "WEIGHTS_FILE",
+    "GROWN_FOLDER",
     "CommandLog",
     "MetricRow",
     "MlflowSink",

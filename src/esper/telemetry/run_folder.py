@@ -12,7 +12,7 @@ from pydantic_core import to_json
 CONFIG_FILE = "config.json"
 ENVIRONMENT_FILE = "environment.json"
 DATABASE_FILE = "run.sqlite"
-WEIGHTS_FILE = "weights.safetensors"
+GROWN_FOLDER = "grown"
 CHECKPOINTS_FOLDER = "checkpoints"
 LOCK_FILE = ".lock"
 STORE_VERSION = 1

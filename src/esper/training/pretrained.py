@@ -20,6 +20,7 @@ from esper.slots.placement import remove_slots
 from esper.slots.slot import SeedSlot
 from esper.slots.slot_set import SlotSet
 from esper.slots.slot_snapshot import LifeSnapshot, SlotSnapshot
+from esper.telemetry.run_folder import DATABASE_FILE, GROWN_FOLDER, RunFolderError
 from esper.training.carried_state import KEY
 from esper.training.sealed_folder import DamagedFolderError, check_sealed, sealed_folder
 
@@ -105,12 +106,14 @@ def from_pretrained(model: nn.Module, folder: str | Path, *, example: Any) -> Sl
 
     Raises:
         FileNotFoundError: There is no such folder.
+        RunFolderError: It is the folder of a run, whose network is in a folder inside of it.
         DamagedFolderError: A byte in it has changed since it was written.
         ValueError: The format is one this version cannot read, or the host is another one: a path,
             a width, a weight's name, shape or dtype differs. The model is as it was.
         BlueprintError: A blueprint is not registered here; import or install its package.
     """
     folder = Path(folder)
+    _refuse_run_folder(folder)
     check_sealed(folder)
     config = _read_config(folder / CONFIG_FILE)
     slots = attach(
@@ -129,6 +132,15 @@ def from_pretrained(model: nn.Module, folder: str | Path, *, example: Any) -> Sl
     # Not strict: a tied weight has one name in the file.
     model.load_state_dict(safetensors.torch.load_file(folder / WEIGHTS_FILE), strict=False)
     return slots
+
+
+def _refuse_run_folder(folder: Path) -> None:
+    if (folder / DATABASE_FILE).exists():
+        grown = folder / GROWN_FOLDER
+        where = f"its network is in {grown}"
+        if not grown.exists():
+            where = f"its network will be in {grown} when it has finished"
+        raise RunFolderError(f"{folder} is the folder of a run; {where}")
 
 
 def _weights_to_save(slots: SlotSet) -> dict[str, Tensor]:
