@@ -44,6 +44,19 @@ class Counting(Tokens):
         return super().forward(tokens)
 
 
+class Swapping(Tokens):
+    """Swaps two buffers in each forward, and adds the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("one", torch.zeros(()))
+        self.register_buffer("other", torch.ones(()))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        self.one, self.other = self.other, self.one
+        return super().forward(tokens) + self.one
+
+
 HOSTS: dict[str, tuple[Callable[[], nn.Module], str, tuple[int, ...], str]] = {
     "cnn": (Host, "first", (3, 8, 8), "conv_light"),
     "tokens": (Tokens, "block", (6, 3), "mlp"),
@@ -136,6 +149,21 @@ class Loop:
         return {**self.host.state_dict(), "losses": torch.stack(self.losses)}
 
 
+class LearnedLoss(Loop):
+    """Its loss has a parameter of its own."""
+
+    def __init__(self, *, captured: bool) -> None:
+        super().__init__(captured=captured)
+        self.scale = nn.Parameter(torch.ones((), device="cuda"))
+        self.optimizer.add_param_group({"params": [self.scale]})
+
+    def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        return mse_loss(self.scale * self.host(inputs), targets)
+
+    def state(self) -> dict[str, Tensor]:
+        return {**super().state(), "scale": self.scale}
+
+
 def assert_same(one: Loop, other: Loop) -> None:
     torch.cuda.synchronize()
     expected = other.state()
@@ -208,7 +236,7 @@ class TestOnAGPU:
         assert captured.graphs == 2
         assert_same(captured, eager)
 
-    def test_a_gradient_that_is_not_finite_is_zeroed_in_a_replay_too(self) -> None:
+    def test_a_gradient_that_is_not_finite_is_zeroed_and_counted_in_a_replay_too(self) -> None:
         loop = Loop(captured=True)
         loop.slot.germinate("mlp")
         loop.slot.advance(force=True)
@@ -217,9 +245,11 @@ class TestOnAGPU:
         with torch.no_grad():
             next(iter(loop.slot.living.parameters())).fill_(float("nan"))
         loop.passes(4)
-        assert int(loop.slot.nonfinite_steps) > 0
         gradients = [p.grad for p in loop.host.parameters() if p.grad is not None]
         assert all(bool(torch.isfinite(gradient).all()) for gradient in gradients)
+        loop.optimizer.step()
+        loop.slots.tick()
+        assert int(loop.slot.nonfinite_steps) == 1
 
     def test_a_host_that_reads_a_value_runs_eagerly_and_training_goes_on(self) -> None:
         eager = Loop(host=Counting, captured=False)
@@ -280,10 +310,66 @@ class TestOnAGPU:
         assert isinstance(failure, CompileFailed)
         assert "a tensor in the batch requires a gradient" in failure.error
 
+    def test_a_batch_of_which_the_loss_wants_a_gradient_stays_in_eager_steps_too(self) -> None:
+        loop = Loop(captured=True)
+        loop.loss = lambda inputs, _: loop.host(inputs.requires_grad_()).mean()
+        loop.captured = CapturedStep(loop.slots, loop.loss)
+        loop.steps()
+        (failure,) = loop.events
+        assert "a tensor in the batch requires a gradient" in failure.error
+
     def test_a_batch_elsewhere_is_refused(self) -> None:
         loop = Loop(captured=True)
         with pytest.raises(ValueError, match=r"on cpu, and the model on cuda:0; move the batch"):
             loop.captured(torch.zeros(4, 6, 3), torch.zeros(4, 2))
+
+    def test_parameters_of_the_loss_learn_as_those_of_the_model(self) -> None:
+        eager, captured = LearnedLoss(captured=False), LearnedLoss(captured=True)
+        for loop in (eager, captured):
+            loop.steps(WARM_UP_STEPS + 4)
+            loop.steps(batches=2)
+        assert captured.graphs == 1
+        assert_same(captured, eager)
+
+    @pytest.mark.parametrize("change", ["moved", "frozen"])
+    def test_a_parameter_of_the_loss_that_moves_or_is_frozen_ends_its_replays(
+        self, change: str
+    ) -> None:
+        eager, captured = LearnedLoss(captured=False), LearnedLoss(captured=True)
+        for loop in (eager, captured):
+            loop.steps()
+            if change == "moved":
+                loop.scale.data = loop.scale.data.clone()
+            else:
+                loop.scale.requires_grad_(False)
+            loop.steps()
+        (failure,) = (event for event in captured.events if isinstance(event, CompileFailed))
+        assert "a parameter that is not the model's" in failure.error
+        assert_same(captured, eager)
+
+    @pytest.mark.parametrize("part", ["module", "parameter"])
+    def test_what_is_put_in_anothers_place_learns(self, part: str) -> None:
+        eager, captured = Loop(captured=False), Loop(captured=True)
+        for loop in (eager, captured):
+            loop.steps()
+            if part == "module":
+                torch.manual_seed(2)
+                loop.host.head = nn.Linear(16, 2, device="cuda")
+            else:
+                loop.host.head.weight = nn.Parameter(loop.host.head.weight.detach())
+            loop.optimizer.param_groups[0]["params"].append(loop.host.head.weight)
+            loop.steps()
+        assert captured.graphs == 2
+        assert_same(captured, eager)
+
+    def test_a_host_that_assigns_a_buffer_runs_eagerly_and_that_is_told(self) -> None:
+        eager = Loop(host=Swapping, captured=False)
+        captured = Loop(host=Swapping, captured=True)
+        for loop in (eager, captured):
+            loop.steps(2 * WARM_UP_STEPS + 5)
+        assert [type(event) for event in captured.events] == [CompileFailed] * 2
+        assert "the step has assigned another tensor" in captured.events[0].error
+        assert_same(captured, eager)
 
     @pytest.mark.parametrize("precision", ["float32", "float16"])
     def test_the_trainer_trains_the_same(self, precision: str) -> None:
@@ -319,6 +405,18 @@ def other_parameter(host: Host) -> None:
     host.head.bias = nn.Parameter(torch.zeros(2))
 
 
+def other_module(host: Host) -> None:
+    host.head = nn.Linear(WIDTH, 2)
+
+
+def parameter_in_the_same_memory(host: Host) -> None:
+    host.head.bias = nn.Parameter(host.head.bias.detach())
+
+
+def first_buffer(host: Host) -> None:
+    host.first.register_buffer("late", torch.zeros(1))
+
+
 def moved(host: Host) -> None:
     host.head.weight.data = host.head.weight.clone()
 
@@ -327,29 +425,54 @@ def frozen(host: Host) -> None:
     host.stem.requires_grad_(False)
 
 
-@pytest.mark.parametrize("change", [other_buffer, other_parameter, moved, frozen])
-def test_what_lies_elsewhere_or_learns_otherwise_is_another_placement(
+@pytest.mark.parametrize(
+    "change",
+    [
+        other_buffer,
+        other_parameter,
+        other_module,
+        parameter_in_the_same_memory,
+        first_buffer,
+        moved,
+        frozen,
+    ],
+)
+def test_what_lies_elsewhere_is_another_or_learns_otherwise_is_another_placement(
     change: Callable[[Host], None],
 ) -> None:
     host = Host()
-    placements, kept = Placements(host), host.first.norm.running_mean
-    first = placements.number("structure")
+    placements, kept = Placements(host, max_placements=2), host.first.norm.running_mean
+    first = placements.number()
     change(host)
-    assert placements.number("structure") != first
+    changed = placements.number()
+    assert changed != first
+    assert placements.number() == changed
     if change is other_buffer:
         host.first.norm.running_mean = kept
-        assert placements.number("structure") == first
+        assert placements.number() == first
+
+
+def test_a_host_that_assigns_a_buffer_in_each_step_never_returns_to_a_placement() -> None:
+    host = Host()
+    placements = Placements(host, max_placements=2)
+    kept, numbers = host.first.norm.running_mean, {placements.number()}
+    for _ in range(20):
+        other_buffer(host)
+        numbers.add(placements.number())
+    host.first.norm.running_mean = kept  # which is forgotten
+    numbers.add(placements.number())
+    assert len(numbers) == 22
 
 
 def test_a_life_of_steps_leaves_everything_where_it_is() -> None:
     run = Run(compiled=False, isolation="shadowing")
-    placements = Placements(run.host)
+    placements = Placements(run.host, max_placements=2)
     for _stage in run.live("first", "conv_light"):
         run.step()  # gives the optimizer, and gradients, their places
-        before = placements.number(run.slots.structure())
+        before = placements.number()
         for _ in range(3):
             run.step()
-            assert placements.number(run.slots.structure()) == before
+            assert placements.number() == before
 
 
 def test_a_model_that_is_not_on_a_gpu_is_refused_before_anything_trains() -> None:

@@ -21,6 +21,7 @@ from esper.lifecycle.events import BreakerChanged, CompileFailed, SeedCompiled
 from esper.seeds import Seed, blueprints, zero_initialise_
 from esper.slots.call_arguments import CallArguments
 from esper.slots.slot_forward import SlotForward
+from esper.training.flop_formulas import flop_counter
 from growth_problem import make_problem
 
 pytestmark = [
@@ -490,6 +491,49 @@ def test_a_hook_inside_of_a_module_of_the_host_runs_and_no_equal_module_has_it(
     assert [event.place for event in run.events] == ([place] if fails else [])
 
 
+def test_a_hook_of_a_module_that_was_put_in_anothers_place_runs() -> None:
+    run, plain = Run(compiled=True), Run(compiled=False)
+    for each in (run, plain):
+        each.step()
+        each.host.first.norm = nn.BatchNorm2d(WIDTH)
+        add_hook("forward", each.host.first.norm)
+    for _ in range(2):
+        assert run.step() == pytest.approx(plain.step(), rel=1e-4)
+    assert [event.place for event in run.events] == ["first"]
+
+
+def norms_tripled(module: nn.Module, _inputs: object, output: Tensor) -> Tensor | None:
+    return 3.0 * output if isinstance(module, nn.BatchNorm2d) else None
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_hook_of_every_module_runs_inside_of_a_module_of_the_host(late: bool) -> None:
+    run, plain = Run(compiled=True), Run(compiled=False)
+    if late:
+        assert run.step() == pytest.approx(plain.step(), rel=1e-4)
+    hook = nn.modules.module.register_module_forward_hook(norms_tripled)
+    try:
+        for _ in range(2):
+            assert run.step() == pytest.approx(plain.step(), rel=1e-4)
+    finally:
+        hook.remove()
+    assert [event.place for event in run.events] == (["first", "second"] if late else [])
+
+
+@pytest.mark.parametrize("counted", [0, 1])
+def test_a_step_whose_operations_are_counted_leaves_the_host_compiled(counted: int) -> None:
+    run = Run(compiled=True)
+    for number in range(3):
+        if number == counted:
+            # It follows modules by hooks of every module.
+            with torch.compiler.set_stance("force_eager"), flop_counter():
+                run.step()
+        else:
+            run.step()
+    assert run.events == []
+    assert graphs() == 1
+
+
 def test_a_hook_that_is_gone_again_leaves_the_module_compiled() -> None:
     run = Run(compiled=True)
     run.step()
@@ -518,6 +562,24 @@ def test_equal_seeds_of_which_one_has_hooks_are_compiled_each() -> None:
     calls.clear()
     run.step()
     assert calls == ["second"]
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"mode": "max-speed"}, "Unrecognized mode=max-speed"),
+        ({"backend": "inducktor"}, "Invalid backend: 'inducktor'"),
+        ({"options": {"no_such": True}}, "Unexpected optimization option no_such"),
+        ({"mode": "default", "options": {"max_autotune": True}}, "Either mode or options"),
+    ],
+)
+def test_options_that_torch_refuses_are_refused_before_a_step(
+    options: dict[str, Any], error: str
+) -> None:
+    run = Run(compiled=False)
+    with pytest.raises(RuntimeError, match=error):
+        CompiledHost(run.slots, **options)
+    assert not any("forward" in vars(part) for part in run.host.modules())
 
 
 @pytest.mark.parametrize("kind", [nn.ModuleList, nn.ModuleDict])
@@ -559,6 +621,17 @@ def test_a_host_that_was_compiled_and_not_released_is_compiled_again(
     slots = esper.attach(host, ["first", "second"], example=BATCHES[0])
     compiled = CompiledHost(slots, backend="eager")
     assert [region.path for region in compiled.regions] == ["first", "second"]
+
+
+def test_releasing_what_another_one_took_over_from_leaves_that_compiling() -> None:
+    run = Run(compiled=True)
+    released = run.compiled
+    run.compiled = CompiledHost(run.slots, backend="aot_eager")
+    run.slots["first"].germinate("norm")
+    run.prepare()
+    released.release()
+    run.step()
+    assert [type(event) for event in run.events] == [SeedCompiled]
 
 
 def test_a_copy_of_a_compiled_module_is_compiled_in_another_host_too() -> None:

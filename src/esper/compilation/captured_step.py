@@ -3,13 +3,13 @@
 import contextlib
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from esper.compilation.comparable import comparable
 from esper.compilation.compile_job import told
@@ -30,21 +30,34 @@ _BATCH_LEARNS = (
     "a tensor in the batch requires a gradient, which a replayed step, made on a copy of it, would "
     "not give it; detach it, or leave cuda_graphs out where its gradient is needed"
 )
+_ASSIGNS = (
+    "the step has assigned another tensor to a parameter's or buffer's name, which a replayed step "
+    "would not: write into the one that is there, as by copy_, or leave cuda_graphs out"
+)
+_BESIDES_CHANGED = (
+    "a parameter that is not the model's, as the loss may have, lies elsewhere than when the step "
+    "was captured, or does not learn any more: write into it in place, or make another CapturedStep"
+)
+_ACCUMULATES = "torch::autograd::AccumulateGrad"
+"""The node of a backward that adds to a tensor's `.grad`."""
 
 
 class CapturedStep:
     """Makes the forward and backward of batches, and replays them as CUDA graphs.
 
     A graph launches all kernels of a forward, or of a backward, at once, and no Python of the host
-    runs. It is right while nothing but values changes: the slots' structure and stages, where
-    parameters and buffers lie, the shapes of the batch. Such a window is run eagerly for three
-    steps, captured in the fourth, and replayed from then on, also when it returns later. A seed
-    that germinates or enters another stage, or a last smaller batch, begins a new window. Alpha is
-    read from its buffer inside of the graph, so that a ramp replays one graph.
+    runs. It is right while nothing but values changes: the slots' structure and stages, which
+    parameters and buffers there are and where they lie, the shapes of the batch. Such a window is
+    run eagerly for three steps, captured in the fourth, and replayed from then on, also when it
+    returns later. A seed that germinates or enters another stage, or a last smaller batch, begins a
+    new window. Alpha is read from its buffer inside of the graph, so that a ramp replays one graph.
 
     What runs in a step besides stays as it is: the optimizer, clipping, gradient norms, checks of
     isolation, shadow passes. A seed that draws random numbers behind the host is run eagerly in
     TRAINING, from its own stream; so is whatever cannot be captured.
+
+    Parameters of the loss's own get their gradients too. That one of them was replaced, or learns
+    only from now on, is not seen.
 
     The host must not change what it does from step to step by Python alone, as by a counter of its
     own: a graph replays what it did when it was captured.
@@ -97,7 +110,7 @@ class CapturedStep:
         self._stream = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
         self._windows: OrderedDict[Hashable, _Window] = OrderedDict()
-        self._placements = Placements(slots.model)
+        self._placements = Placements(slots.model, max_placements=MAX_GRAPHS)
         self._events: list[Event] = []
 
     def __call__(self, *batch: Any, between: Callable[[Tensor], None] | None = None) -> Tensor:
@@ -116,6 +129,9 @@ class CapturedStep:
         """
         self._check_devices(batch)
         window = self._window(batch)
+        if window is not None and window.graph is not None and window.graph.besides_changed():
+            window.graph = None
+            self._refuse(window, _BESIDES_CHANGED)
         if window is None or window.refused:
             return self._passes(batch, between)
         if window.graph is None and window.steps >= WARM_UP_STEPS:
@@ -156,8 +172,8 @@ class CapturedStep:
         except TypeError:
             return None
         key = (
-            structure := slots.structure(),
-            self._placements.number(structure),
+            slots.structure(),
+            self._placements.number(),
             # A frozen seed's gradients are dropped in the backward, and an isolated one's mended.
             *((slot.path, slot.stage, slot.fading) for slot in slots.living_slots),
             slots.model.training,
@@ -197,41 +213,59 @@ class CapturedStep:
 
     def _capture(self, window: "_Window", batch: Sequence[Any]) -> None:
         """Capture the passes, of which nothing runs; waits for the device."""
-        if any(tensor.requires_grad for tensor in tensors_in(batch)):
+        if _any_learns(batch):
             self._refuse(window, _BATCH_LEARNS)
             return
         started = time.perf_counter()
         structure, now = self._slots.structure(), torch.cuda.current_stream(self._device)
-        parameters = [p for p in self._slots.model.parameters() if p.requires_grad]
-        kept = [parameter.grad for parameter in parameters]
+        placement, names = self._placements.number(), self._placements.names()
         inputs = map_tensors(torch.clone, tuple(batch))
-        forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        for parameter in parameters:
-            parameter.grad = None
         try:
-            with self._capturing(forward):
-                loss = self._loss(*inputs)
-                scaled = self._scaled(loss)
-            if not self._slots.have_backward(loss):  # eager steps are as fast: there is nothing
-                window.refused = True
-                return
-            with self._capturing(backward):
-                scaled.backward()
-            gradients = [(p, p.grad) for p in parameters if p.grad is not None]
+            graph = self._graph(inputs)
         except Exception as error:  # noqa: BLE001 – whatever cannot be captured runs eagerly
             self._refuse(window, told(error))
             self._clear_away(now)
             return
-        finally:
-            for parameter, gradient in zip(parameters, kept, strict=True):
-                parameter.grad = gradient
         if self._slots.structure() != structure:  # a seed's forward has raised in the capture
             return
-        places = tuple(tensors_in(inputs))
-        window.graph = _Graph(forward, backward, places, loss.detach(), gradients)
+        if self._placements.number() != placement:
+            self._placements.give_back(names)  # what a capture computes has no values
+            self._refuse(window, _ASSIGNS)
+            return
+        if _any_learns(inputs):  # since the loss has seen it
+            self._refuse(window, _BATCH_LEARNS)
+            return
+        if graph is None:  # eager steps are as fast
+            window.refused = True
+            return
+        window.graph = graph
         taken = 1e3 * (time.perf_counter() - started)
         kept_graphs = sum(other.graph is not None for other in self._windows.values())
         self._events.append(StepCaptured(graphs=kept_graphs, milliseconds=taken))
+
+    def _graph(self, inputs: Sequence[Any]) -> "_Graph | None":
+        """Capture forward and backward of a batch; None if there is no backward."""
+        forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        with self._capturing(forward):
+            loss = self._loss(*inputs)
+            scaled = self._scaled(loss)
+        if not self._slots.have_backward(loss):
+            return None
+        own = [p for p in self._slots.model.parameters() if p.requires_grad]
+        learning = dict.fromkeys((*own, *_learning(scaled)))
+        kept = [parameter.grad for parameter in learning]
+        for parameter in learning:
+            parameter.grad = None
+        try:
+            with self._capturing(backward):
+                scaled.backward()
+            gradients = [(p, p.grad) for p in learning if p.grad is not None]
+        finally:
+            for parameter, gradient in zip(learning, kept, strict=True):
+                parameter.grad = gradient
+        besides = [(p, p.data_ptr()) for p in learning.keys() - own]
+        places = tuple(tensors_in(inputs))
+        return _Graph(forward, backward, places, loss.detach(), gradients, besides)
 
     def _refuse(self, window: "_Window", reason: str) -> None:
         """Let the steps of a window run eagerly from now on, and tell why."""
@@ -275,7 +309,13 @@ class _Graph:
     backward: torch.cuda.CUDAGraph
     inputs: tuple[Tensor, ...]
     loss: Tensor
-    gradients: list[tuple[nn.Parameter, Tensor]]
+    gradients: list[tuple[Tensor, Tensor]]
+    besides: list[tuple[Tensor, int]]
+    """What learns and is not the model's, and where it lies."""
+
+    def besides_changed(self) -> bool:
+        """Return whether something besides the model lies elsewhere, or does not learn any more."""
+        return any(t.data_ptr() != place or not t.requires_grad for t, place in self.besides)
 
     def replay(self, batch: Iterable[Tensor], between: Callable[[Tensor], None] | None) -> Tensor:
         """Make the step on other values."""
@@ -293,3 +333,21 @@ class _Graph:
         for parameter, gradient in self.gradients:
             parameter.grad = gradient
         return loss
+
+
+def _any_learns(batch: Sequence[Any]) -> bool:
+    return any(tensor.requires_grad for tensor in tensors_in(batch))
+
+
+def _learning(output: Tensor) -> Iterator[Tensor]:
+    """Yield the tensors to whose `.grad` an output's backward adds."""
+    nodes: list[Any] = [output.grad_fn]
+    seen = set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node.name() == _ACCUMULATES:
+            yield node.variable
+        nodes += [following for following, _ in node.next_functions]

@@ -4,6 +4,8 @@ import time
 from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
+import torch
+
 from esper.compilation.compile_job import CompileJob, told
 from esper.compilation.compile_service import CompileService
 from esper.compilation.compiled_functions import CompiledFunctions
@@ -52,6 +54,7 @@ class CompiledHost:
 
     Raises:
         ValueError: The host is sharded.
+        Exception: What torch.compile raises for options that it does not take.
 
     Example:
         >>> import torch, esper
@@ -76,6 +79,7 @@ class CompiledHost:
                 "with DDP instead"
             )
         settings = {**options, "fullgraph": True}
+        torch.compile(run_module, **settings)  # refuses here what it would in the first step
         self._service = service
         self._options = seed_options(**options)
         self._functions = CompiledFunctions(run_slot, options=self._options)

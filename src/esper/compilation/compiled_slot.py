@@ -91,9 +91,9 @@ class CompiledSlot:
 
     def release(self) -> None:
         """Give the slot its own forward back."""
-        self.slot.watched = False
-        if self.slot.__dict__.get("forward") is self:
+        if self.slot.__dict__.get("forward") is self:  # else another one has taken over
             del self.slot.forward
+            self.slot.watched = False
 
     def __call__(self, features: Tensor, call: CallArguments = NO_ARGUMENTS) -> Tensor:
         slot = self.slot

@@ -1,49 +1,82 @@
 """Where a model's tensors lie, which a captured graph reads and writes."""
 
-from collections.abc import Hashable
+from collections import OrderedDict
+from itertools import chain, count
+from operator import attrgetter, is_
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from esper.compilation.parts import Parts
+
+_LEARNS = attrgetter("requires_grad")
+
 
 class Placements:
-    """Tells whether a model's parameters and buffers lie where they did, and learn if they did.
+    """Tells whether a model has the parameters and buffers that it had, and where they were.
+
+    Whether they learn counts, too. The tensors of the placements that are known are kept alive: so
+    one that comes to lie where another has been is not taken for it.
 
     Args:
-        model: Modules in it come and go with what `number` calls its structure.
+        model: Whose they are.
+        max_placements: How many are known; the one that was met the longest ago is forgotten.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, max_placements: int) -> None:
         self._model = model
-        self._structure: Hashable = None
-        self._held: list[dict[str, nn.Parameter | None] | dict[str, Tensor | None]] = []
+        self._max_placements = max_placements
+        self._tensors: list[Tensor | None] = []
+        self._strided: list[Tensor] = []
         self._placed: list[int] = []
-        self._numbers: dict[tuple[int, ...], int] = {}
-        self._number = 0
+        self._numbers: OrderedDict[tuple[int, ...], tuple[int, list[Tensor | None]]] = OrderedDict()
+        self._next = count()
+        self._number = next(self._next)
+        self._collect()
 
-    def number(self, structure: Hashable) -> int:
-        """Return what is equal for equal places; it does not wait for the device.
-
-        Args:
-            structure: Another one where the model has other modules.
-        """
-        if structure != self._structure:
-            self._structure = structure
-            self._held = [
-                held
-                for part in self._model.modules()
-                for held in (part._parameters, part._buffers)  # noqa: SLF001 – no public place
-                if held
-            ]
-        # Looked up each time: what stands under a name may have been replaced by assignment.
-        tensors = [
-            tensor
-            for held in self._held
-            for tensor in held.values()
-            if tensor is not None and tensor.layout is torch.strided
-        ]
-        placed = [*map(Tensor.data_ptr, tensors), *[tensor.requires_grad for tensor in tensors]]
-        if placed != self._placed:
+    def number(self) -> int:
+        """Return what is equal for equal placements; it does not wait for the device."""
+        if self._parts.changed() or any(self._without):
+            self._collect()
+        tensors = [*chain.from_iterable(map(dict.values, self._with))]
+        # By identity: another tensor may have the same memory, and to compare values is to wait.
+        others = len(tensors) != len(self._tensors) or not all(map(is_, tensors, self._tensors))
+        if others:
+            self._tensors = tensors
+            self._strided = [t for t in tensors if t is not None and t.layout is torch.strided]
+        placed = [*map(Tensor.data_ptr, self._strided), *map(_LEARNS, self._strided)]
+        if others or placed != self._placed:
             self._placed = placed
-            self._number = self._numbers.setdefault(tuple(placed), len(self._numbers))
+            self._number = self._numbered()
         return self._number
+
+    def names(self) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+        """Return what `give_back` takes: which tensor has which name now."""
+        return [(place, dict(place)) for place in (*self._with, *self._without)]
+
+    def give_back(self, names: list[tuple[dict[str, Any], dict[str, Any]]]) -> None:
+        """Assign to names the tensors that they had."""
+        for place, tensors in names:
+            place.clear()
+            place.update(tensors)
+
+    def _collect(self) -> None:
+        self._parts = Parts(self._model.modules())
+        places: list[dict[str, Any]] = [
+            place
+            for part in self._parts.modules
+            for place in (part._parameters, part._buffers)  # noqa: SLF001 – no public place
+        ]
+        self._with = [place for place in places if place]
+        self._without = [place for place in places if not place]
+
+    def _numbered(self) -> int:
+        key = (*map(id, self._tensors), *self._placed)
+        if key not in self._numbers:
+            self._numbers[key] = next(self._next), self._tensors
+        self._numbers.move_to_end(key)
+        if len(self._numbers) > self._max_placements:
+            self._numbers.popitem(last=False)
+        number, _ = self._numbers[key]
+        return number

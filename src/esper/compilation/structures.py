@@ -7,13 +7,18 @@ from functools import cache
 from pathlib import Path
 
 from torch import nn
+from torch.nn.modules import module as torch_modules
+from torch.utils.module_tracker import ModuleTracker
 
+from esper.compilation.parts import Parts
 from esper.slots.placement import slot_behind
 from esper.slots.slot import SeedSlot
 
 _CONSTANTS = (bool, int, float, str, type(None))
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 """Where torch keeps a module's hooks, which it has no public list of."""
+_GLOBAL_HOOKS = [getattr(torch_modules, f"_global{kind}") for kind in _HOOKS]
+"""The same for hooks of every module."""
 
 
 def structure_of_slot(slot: SeedSlot) -> Hashable:
@@ -62,26 +67,36 @@ class InnerHooks:
     """The hooks of modules inside of a module, which its graphs contain.
 
     The compiler does not look whether a module has more of them than the one that it has compiled
-    before. The module's own run outside of its forward.
+    before. The module's own run outside of its forward. Those that torch runs for every module
+    count, but for what `FlopCounterMode` follows modules by: nothing runs compiled meanwhile.
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self._places = [
-            getattr(part, kind)
-            for _, part in _parts_of(module)
-            if part is not module
-            for kind in _HOOKS
-        ]
+        self._module = module
+        self._collect()
 
     def now(self) -> Hashable:
         """Return what is equal, in this process, for modules with the same hooks."""
+        if self._parts.changed():
+            self._collect()
         if not any(self._places):
             return ()
         return tuple(
             (number, _Same(hook))
             for number, hooks in enumerate(self._places)
             for hook in hooks.values()
+            if not isinstance(getattr(hook, "__self__", None), ModuleTracker)
         )
+
+    def _collect(self) -> None:
+        self._parts = Parts(part for _, part in _parts_of(self._module))
+        inside = [
+            getattr(part, kind)
+            for part in self._parts.modules
+            if part is not self._module
+            for kind in _HOOKS
+        ]
+        self._places = [*_GLOBAL_HOOKS, *inside]
 
 
 class _Same:
