@@ -359,6 +359,13 @@ def test_a_password_given_twice_is_a_mistake() -> None:
         RedisBus("redis://:one@localhost", password=SECRET)
 
 
+def test_a_password_that_is_no_text_is_a_mistake_and_never_shown() -> None:
+    with pytest.raises(ValueError, match="password of the bus is no text in UTF-8") as caught:
+        open_bus("redis://localhost", password="hunter\udce92")  # noqa: S106 – of nobody
+    assert "hunter" not in str(caught.value)
+    assert caught.value.__suppress_context__
+
+
 @pytest.mark.parametrize(
     "url",
     [
@@ -371,6 +378,10 @@ def test_a_password_given_twice_is_a_mistake() -> None:
         "redis://:hunter2@localhost?retries=3",
         "redis://:hunter2@localhost#fragment",
         "redis://:hunter2@",
+        "redis://:hunter2@a..b:1/0",
+        f"rediss://:hunter2@{64 * 'x'}",
+        "redis://:hunter2@a%2E%2Eb",
+        "redis://:hunter2@localhost?username=\udcff",
         "unix://",
     ],
 )

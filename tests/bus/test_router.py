@@ -1,6 +1,7 @@
 """What runs tell is stored once in folders that all tools read, and nothing else is."""
 
 import logging
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -37,6 +38,7 @@ from esper.bus.messages import (
 )
 from esper.bus.mirror import Mirror, NoMirrorError, Taken, Told, _making, missed_in
 from esper.bus.mirrors import Mirrors, check_name
+from esper.bus.producers import note_producers
 from esper.bus.redis_streams import RedisBus
 from esper.bus.router import Router, RouterFacts
 from esper.bus.telemetry_link import TelemetryLink
@@ -75,6 +77,9 @@ class Telling:
 
     def sealed(self, stream: Stream, *messages: Message) -> list[bytes]:
         return [self._sealers[stream.name].seal(body_of(message))[1] for message in messages]
+
+    def note_in(self, folder: Path) -> None:
+        note_producers(folder, [sealer.producer for sealer in self._sealers.values()])
 
     def told(self, stream: Stream, *messages: Message) -> list[Told]:
         sealed = self.sealed(stream, *messages)
@@ -609,21 +614,83 @@ def test_a_run_of_this_machine_is_left_alone_and_that_is_said_once(
     ]
 
 
+def made_run(folder: Path) -> str:
+    """Make a run that nobody trains now, and return its id."""
+    store = RunStore(folder, config={}, environment={})
+    store.close()
+    return store.run_id
+
+
+@pytest.mark.parametrize("name", ["run", ".hidden", "a\tb", 250 * "x"], ids=range(4))
 def test_a_run_that_is_trained_into_the_folder_of_mirrors_has_none_beside_it(
+    name: str, tmp_path: Path
+) -> None:
+    """Nor once it has ended, or is to be resumed, when the router hears of it."""
+    bus, runs = InProcessBus(), tmp_path / "runs"
+    run = made_run(runs / name)
+    with ExitStack() as links, routing(bus, runs) as router:
+        for attempt in (1, 2):
+            link = TelemetryLink(bus, KEYRING, run, folder=runs / name, link=LinkState())
+            links.callback(link.close)
+            link.publish(record(attempt))
+            link.publish(record(attempt, SKIPPED))
+            wait_for(lambda attempt=attempt: sum_of(router) >= 2 * attempt)
+            assert router.facts() == RouterFacts(passed_over=2 * attempt)
+        bus.publish(TELEMETRY, Telling("run-01234567").sealed(TELEMETRY, *events(1)))
+        wait_for(lambda: router.facts().stored == 1)
+        (runs / name).rename(tmp_path / "away")
+        link.publish(record(3))
+        wait_for(lambda: router.facts().stored == 2)
+    assert steps_in(runs / run) == [3]
+
+
+def sum_of(router: Router) -> int:
+    return router.facts().stored + router.facts().passed_over
+
+
+def test_a_run_that_cannot_note_by_whom_it_tells_is_known_while_it_is_being_written(
     tmp_path: Path,
 ) -> None:
     bus, store = InProcessBus(), RunStore(tmp_path / "run", config={}, environment={})
-    here, far = Telling(store.run_id), Telling("run-01234567")
-    store.close()
-    with routing(bus, tmp_path) as router:
-        for telling in (here, far, here):
-            bus.publish(TELEMETRY, telling.sealed(TELEMETRY, *events(1)))
-        wait_for(lambda: sum(router.facts().model_dump().values()) == 4)
-        assert router.facts() == RouterFacts(stored=1, passed_over=2, runs=1)
-        (tmp_path / "run").rename(tmp_path / "away")
-        bus.publish(TELEMETRY, here.sealed(TELEMETRY, *events(2)))
-        wait_for(lambda: router.facts().stored == 2)
+    (tmp_path / "run" / "spool").touch()
+    with closing(store), routing(bus, tmp_path) as router:
+        link = TelemetryLink(bus, KEYRING, store.run_id, folder=store.folder, link=LinkState())
+        link.publish(record(1))
+        bus.publish(TELEMETRY, Telling("run-01234567").sealed(TELEMETRY, *events(1)))
+        wait_for(lambda: sum_of(router) == 2)
+        assert router.facts() == RouterFacts(stored=1, passed_over=1, runs=1)
+        link.close()
+
+
+def test_a_run_elsewhere_of_which_a_copy_is_here_has_a_mirror(tmp_path: Path) -> None:
+    telling = Telling(made_run(tmp_path / "elsewhere" / "run"))
+    telling.note_in(tmp_path / "elsewhere" / "run")
+    shutil.copytree(tmp_path / "elsewhere" / "run", tmp_path / "runs" / "run")
+    with closing(Mirrors(tmp_path / "runs")) as mirrors:
+        assert mirrors.take(telling.run, telling.told(TELEMETRY, *events(1))) is not None
+    assert steps_in(tmp_path / "runs" / telling.run) == [1]
+
+
+def test_a_run_that_was_trained_here_has_a_mirror_once_a_copy_of_it_goes_on_elsewhere(
+    tmp_path: Path,
+) -> None:
+    here = Telling(made_run(tmp_path / "run"))
+    here.note_in(tmp_path / "run")
+    elsewhere = Telling(here.run)
+    with closing(Mirrors(tmp_path)) as mirrors:
+        assert mirrors.take(here.run, here.told(TELEMETRY, *events(1))) is None
+        assert mirrors.take(here.run, elsewhere.told(TELEMETRY, *events(2))) is not None
     assert steps_in(tmp_path / here.run) == [2]
+
+
+def test_a_mirror_that_somebody_renames_is_not_taken_for_the_run_itself(tmp_path: Path) -> None:
+    """Not even while another router has it open."""
+    telling = Telling("run-01234567")
+    with closing(Mirrors(tmp_path)) as first, closing(Mirrors(tmp_path)) as second:
+        first.take(telling.run, telling.told(TELEMETRY, *events(1)))
+        (tmp_path / telling.run).rename(tmp_path / "run")
+        assert second.take(telling.run, telling.told(TELEMETRY, *events(2))) is not None
+    assert steps_in(tmp_path / telling.run) == [2]
 
 
 ODD_RUNS = [

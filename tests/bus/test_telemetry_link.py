@@ -188,7 +188,7 @@ def test_what_is_told_while_the_bus_is_away_comes_in_order_when_it_is_back(
 
 
 def spooled(folder: Path) -> list[Path]:
-    return [path for path in folder.rglob("*") if path.is_file()]
+    return [*folder.rglob("*.spool")]
 
 
 def test_a_batch_that_arrived_in_part_comes_again_with_the_same_ids(

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from esper.bus.bus import HEALTH
-from esper.bus.envelope import Sealer
+from esper.bus.envelope import MAX_MESSAGE_BYTES, Sealer
 from esper.bus.messages import HealthMessage, body_of
 from esper.bus.redis_streams import RedisBus
 from esper.signing import Keyring
@@ -116,9 +116,10 @@ def test_a_message_that_comes_late_does_not_replace_a_newer_one(server: RedisSer
     assert one.age_seconds < 50.0
 
 
+@pytest.mark.parametrize("later", [0.0, 7200.0])
 @pytest.mark.parametrize("restarted", [False, True])
 def test_a_clock_that_was_ahead_and_was_set_right_hides_no_later_state(
-    restarted: bool, server: RedisServer
+    restarted: bool, later: float, server: RedisServer
 ) -> None:
     ahead = Sealer(RING, "serve:there", clock=lambda: time.time() + seconds)
     bus = RedisBus(server.url)
@@ -127,8 +128,8 @@ def test_a_clock_that_was_ahead_and_was_set_right_hides_no_later_state(
         sealer = Sealer(RING, "serve:there") if restarted and not seconds else ahead
         bus.publish(HEALTH, [sealer.seal(body_of(message))[1]])
     bus.close()
-    (one,) = health(server).services
-    assert one.needs_a_person
+    (one,) = health(server, ahead_seconds=later).services
+    assert one.state == "given up"
     assert one.age_seconds >= 0.0
 
 
@@ -151,6 +152,18 @@ def test_a_server_that_is_away_or_hangs_holds_up_nobody_and_hears_the_newest_sta
     wait_for(lambda: telling.condition == "told")
     telling.close()
     assert not [thread for thread in threading.enumerate() if thread.name == "esper-health"]
+
+
+def test_what_no_message_can_tell_is_said_and_what_comes_later_is_told(server: RedisServer) -> None:
+    telling = teller(server)
+    large = service("a").model_copy(update={"reason": 2 * MAX_MESSAGE_BYTES * "x"})
+    telling.tell([large])
+    wait_for(lambda: telling.condition != "told")
+    assert "is larger than" in telling.condition
+    telling.tell([service("a", ServiceState.BACKING_OFF)])
+    wait_for(lambda: states(server) == {"a": "backing off"})
+    wait_for(lambda: telling.condition == "told")
+    telling.close()
 
 
 def test_what_was_being_told_when_the_server_went_is_not_told_after_what_is_newer(

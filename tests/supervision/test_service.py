@@ -1,6 +1,7 @@
-"""What a supervisor makes of the end of a job."""
+"""When a supervisor takes a program to be ready, and what it makes of the end of a job."""
 
 import errno
+import socket
 from pathlib import Path
 
 import anyio
@@ -10,14 +11,25 @@ from esper.supervision import service as service_module
 from esper.supervision.changes import Changes
 from esper.supervision.child import Ending
 from esper.supervision.config import RestartConfig
-from esper.supervision.program import Program, Run
+from esper.supervision.program import Place, Program, Run
 from esper.supervision.service import Service
 from esper.supervision.status import ServiceStatus
 from esper.telemetry import RunStore
 
 
-def job_service(folder: Path, *, resume_stopped: bool = True) -> Service:
+def service_of(program: Program) -> Service:
     return Service(
+        program,
+        folder=program.folder,
+        restart=RestartConfig(),
+        drain_seconds=1.0,
+        blocker=lambda: None,
+        changes=Changes(lambda _: None),
+    )
+
+
+def job_service(folder: Path, *, resume_stopped: bool = True) -> Service:
+    return service_of(
         Program(
             name="job",
             kind="job",
@@ -25,12 +37,7 @@ def job_service(folder: Path, *, resume_stopped: bool = True) -> Service:
             folder=folder,
             ready_seconds=1.0,
             run=Run(folder=folder / "run", resume=("resume",), resume_stopped=resume_stopped),
-        ),
-        folder=folder,
-        restart=RestartConfig(),
-        drain_seconds=1.0,
-        blocker=lambda: None,
-        changes=Changes(lambda _: None),
+        )
     )
 
 
@@ -64,6 +71,25 @@ def test_what_could_not_be_written_into_the_status_is_no_heartbeat(
     status = anyio.run(note)
     assert "what it sent is no heartbeat: " in (status.reason or "")
     assert ServiceStatus.model_validate_json(status.model_dump_json()) == status
+
+
+def test_a_service_is_looked_for_by_a_name_that_anyio_takes_for_none(tmp_path: Path) -> None:
+    """Else that would end the supervisor; whoever else looks a name up leaves a joiner out."""
+
+    async def answered(port: int) -> None:
+        program = Program(
+            name="service",
+            kind="service",
+            command=("serve",),
+            folder=tmp_path,
+            ready_seconds=1.0,
+            ready_place=Place(host="local\u200chost", port=port),
+        )
+        with anyio.fail_after(10.0):
+            await service_of(program)._until_answered()
+
+    with socket.create_server(("localhost", 0)) as server:
+        anyio.run(answered, server.getsockname()[1])
 
 
 @pytest.mark.parametrize("resume_stopped", [False, True])

@@ -22,14 +22,18 @@ from esper.supervision.status import (
     write_status,
 )
 
+NOW_SECONDS = 1000.0
 
-def service(state: ServiceState, *, age: float | None = None) -> ServiceStatus:
+
+def service(
+    state: ServiceState, *, age: float | None = None, since_seconds: float = 1.0
+) -> ServiceStatus:
     beat = None if age is None else BeatStatus(age_seconds=age, state="running")
     return ServiceStatus(
         name="a",
         kind="job",
         state=state,
-        since_seconds=1.0,
+        since_seconds=since_seconds,
         beat=beat,
         silent_seconds=30.0,
         log="log",
@@ -51,7 +55,16 @@ def service(state: ServiceState, *, age: float | None = None) -> ServiceStatus:
 def test_what_is_given_up_or_silent_needs_a_person(
     state: ServiceState, age: float | None, needs: bool
 ) -> None:
-    assert needs_a_person(service(state, age=age)) is needs
+    assert needs_a_person(service(state, age=age), now_seconds=NOW_SECONDS) is needs
+
+
+@pytest.mark.parametrize(("ready", "needs"), [(29.0, False), (31.0, True)])
+def test_what_gave_its_last_sign_of_life_while_it_started_is_silent_from_when_it_was_ready(
+    ready: float, needs: bool
+) -> None:
+    """As its supervisor counts: it may beat while it loads, and be busy when it is ready."""
+    loaded = service(ServiceState.READY, age=300.0, since_seconds=NOW_SECONDS - ready)
+    assert needs_a_person(loaded, now_seconds=NOW_SECONDS) is needs
 
 
 def status(*services: ServiceStatus) -> ServeStatus:

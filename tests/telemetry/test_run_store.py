@@ -7,6 +7,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import get_args
 
@@ -41,6 +42,7 @@ SKIPPED = EventRecord(
 
 WRITER = """
 import sys, time
+from contextlib import suppress
 from pathlib import Path
 from esper.lifecycle.events import EventRecord, RunFinished
 from esper.telemetry import RunStore
@@ -54,6 +56,7 @@ time.sleep(600)
 """
 LOCKING = """
 import os, sys, time
+from contextlib import suppress
 from pathlib import Path
 from esper.telemetry.run_folder import WriterLock, is_written
 folder = Path(sys.argv[1])
@@ -219,6 +222,22 @@ def test_killed_run_loses_nothing_that_it_was_given(tmp_path: Path) -> None:
     assert [record.epoch for record in reader.events()] == [1, 2, 3]
     assert [row.value for row in reader.metrics() if row.name == "loss"] == [1.0, 0.5, 1.0 / 3.0]
     assert (reader.status, reader.is_written, reader.standing) == ("running", False, "killed")
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(None, "finished"), (KeyboardInterrupt, "interrupted"), (ValueError, "failed")],
+)
+def test_a_store_that_is_left_says_how_the_run_has_ended(
+    error: type[BaseException] | None, status: str, tmp_path: Path
+) -> None:
+    with suppress(KeyboardInterrupt, ValueError), open_store(tmp_path) as store:
+        store.publish(PRUNED)
+        assert RunReader(tmp_path).standing == "running"
+        if error is not None:
+            raise error
+    reader = RunReader(tmp_path)
+    assert (reader.standing, reader.is_written) == (status, False)
 
 
 def test_a_closed_run_is_one_file_and_reading_it_makes_no_other(tmp_path: Path) -> None:

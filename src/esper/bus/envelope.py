@@ -106,7 +106,8 @@ class Sealer:
         self._keyring = keyring
         self._run = _escaped(run)
         self._clock = clock
-        self._producer = secrets.token_hex(8)
+        self.producer = secrets.token_hex(8)
+        """Its own name; no other one has it."""
         self._sealed = 0
 
     def seal(self, body: bytes, *, messages: int = 1) -> tuple[str, bytes]:
@@ -121,7 +122,7 @@ class Sealer:
         """
         first, self._sealed = self._sealed + 1, self._sealed + messages
         last = f"-{self._sealed}" if messages > 1 else ""
-        id_ = f"{self._producer}-{first}{last}"
+        id_ = f"{self.producer}-{first}{last}"
         head = id_.encode(), self._run, b"%d" % int(self._clock())
         signature = self._keyring.signature(_signed(*head, body)).encode()
         message = b"%s %s %s %s %s\n%s" % (_VERSION, *head, signature, body)

@@ -12,8 +12,10 @@ from pathlib import Path
 from esper.bus.envelope import MessageRefusedError, Refusal
 from esper.bus.messages import RunMessage
 from esper.bus.mirror import Mirror, NoMirrorError, Taken, Told
-from esper.telemetry.run_folder import RunFolderError
+from esper.bus.producers import producers_of
+from esper.telemetry.run_folder import RunFolderError, is_written
 from esper.telemetry.run_reader import RunReader
+from esper.telemetry.run_store import name_in_id
 
 _MAX_NAME_BYTES = 255
 
@@ -23,9 +25,11 @@ _LOG = logging.getLogger(__name__)
 class Mirrors:
     """Opens mirrors as they are needed, and closes those that were not needed for longest.
 
-    A run that is trained on this machine into the same folder needs no mirror beside it: it is
-    passed over as long as its own folder is there, and so is one whose mirror would have the name
-    of something else. For one thread.
+    A run that is trained into the same folder needs no mirror beside it: what it tells is passed
+    over as long as its own folder is there, and so is one whose mirror would have the name of
+    something else. A run's own folder is where its producers are noted, or one of its id that is
+    being written: a copy is none, and neither is one of which a copy goes on elsewhere. For one
+    thread.
 
     Args:
         folder: That mirrors are in; is made if there is something to store.
@@ -70,8 +74,9 @@ class Mirrors:
 
     def _found(self, run: str, told: Sequence[Told]) -> "Mirror | _PassedOver":
         found = self._open.get(run)
-        if found is not None and not found.is_in_place:
-            self._drop(run)  # somebody has removed the folder
+        from_elsewhere = isinstance(found, _PassedOver) and not found.concerns(told)
+        if found is not None and (from_elsewhere or not found.is_in_place):
+            self._drop(run)  # or somebody has removed the folder
         if run not in self._open:
             while len(self._open) >= self._max_open:
                 self._drop(next(iter(self._open)))
@@ -82,9 +87,9 @@ class Mirrors:
     def _opened(self, run: str, told: Sequence[Told]) -> "Mirror | _PassedOver":
         first = next((one.message for one in told if isinstance(one.message, RunMessage)), None)
         folder = self._folder / run
-        if not folder.exists() and (own := self._own_folder(run)) is not None:
-            _LOG.info("run %s is trained here, in %s, and has no mirror", run, own)
-            return _PassedOver(own, _inode(own))
+        if not folder.exists() and (own := self._own(run, told)) is not None:
+            _LOG.info("run %s is trained here, in %s, and has no mirror", run, own.folder)
+            return own
         try:
             return Mirror(folder, first)
         except NoMirrorError as error:
@@ -92,16 +97,20 @@ class Mirrors:
             _LOG.warning("what run %s tells is not stored: %s", run, error)
             return passed_over
 
-    def _own_folder(self, run: str) -> Path | None:
-        """Return the folder here that a run itself writes; None if there is none."""
-        name = run.rpartition("-")[0]  # ids are made so
-        folder = self._folder / name
-        if not name or folder.is_symlink():
-            return None
-        try:
-            return folder if RunReader(folder).run_id == run else None
-        except (RunFolderError, OSError):
-            return None
+    def _own(self, run: str, told: Sequence[Told]) -> "_PassedOver | None":
+        """Return the folder here that a run is trained into which tells this; None of another."""
+        producers = frozenset(one.envelope.producer for one in told)
+        name = run.rpartition("-")[0]
+        for folder in self._folder.iterdir() if self._folder.is_dir() else ():
+            if name_in_id(folder.name) != name or folder.is_symlink():
+                continue
+            try:
+                noted = producers_of(folder)
+                if (producers and producers <= noted) or _is_written_by(run, folder):
+                    return _PassedOver(folder, _inode(folder), noted | producers)
+            except (RunFolderError, OSError):
+                continue
+        return None
 
     def _drop(self, run: str) -> None:
         found = self._open.pop(run)
@@ -111,10 +120,21 @@ class Mirrors:
 
 @dataclass(frozen=True)
 class _PassedOver:
-    """A folder that is no mirror, or a link, or the run's own, as it was found."""
+    """A folder that is no mirror, or a link, or the run's own, as it was found.
+
+    Attributes:
+        producers: By whom the run tells whose own it is; None if it is nobody's.
+    """
 
     folder: Path
     inode: tuple[int, int]
+    producers: frozenset[str] | None = None
+
+    def concerns(self, told: Sequence[Told]) -> bool:
+        """Whether messages are passed over because of it."""
+        if self.producers is None:
+            return True
+        return all(one.envelope.producer in self.producers for one in told)
 
     @property
     def is_in_place(self) -> bool:
@@ -123,6 +143,19 @@ class _PassedOver:
             return _inode(self.folder) == self.inode
         except OSError:
             return False
+
+
+def _is_written_by(run: str, folder: Path) -> bool:
+    """Return whether a run is being trained into a folder.
+
+    Raises:
+        RunFolderError: It cannot be read.
+        OSError: As above.
+    """
+    if not is_written(folder):
+        return False
+    reader = RunReader(folder)
+    return reader.run_id == run and not reader.is_mirror
 
 
 def _inode(path: Path) -> tuple[int, int]:

@@ -47,7 +47,8 @@ _NEVER = (AuthenticationError, AuthorizationError)
 _PARTS = {"host", "port", "db", "username", "password", "path", "connection_class"}
 _UNREADABLE = (
     "the address of the bus cannot be read; it is redis://HOST:PORT/NUMBER, rediss:// for TLS, or "
-    "unix:///PATH, and in a password : / ? # @ are percent-encoded"
+    "unix:///PATH, all in UTF-8; each part of HOST between dots has 1 to 63 characters, and in a "
+    "password : / ? # @ are percent-encoded"
 )
 
 
@@ -81,11 +82,12 @@ class RedisLink:
         timeout_seconds: As there.
 
     Raises:
-        ValueError: The address cannot be read, or there are two passwords.
+        ValueError: The address or the password cannot be read, or there are two passwords.
     """
 
     def __init__(self, url: str, *, password: str | None, timeout_seconds: float) -> None:
         parts = _parts(url)
+        _check_password(password or "")
         if password is not None and "password" in parts:
             raise ValueError("the password of the bus is given twice, in its address and besides")
         self.timeout_seconds = timeout_seconds
@@ -179,7 +181,9 @@ class RedisLink:
 def _parts(url: str) -> dict[str, Any]:
     """Return what connects to an address; no error has it in its text, it may hold a password."""
     try:
+        url.encode()
         parts: dict[str, Any] = parse_url(url)
+        parts.get("host", "").encode("idna")  # as it is looked up, where redis lets the error pass
         split = urlsplit(url)
     except ValueError:
         raise ValueError(_UNREADABLE) from None
@@ -192,6 +196,16 @@ def _parts(url: str) -> dict[str, Any]:
     if not readable or split.fragment or unknown:
         raise ValueError(_UNREADABLE)
     return parts
+
+
+def _check_password(password: str) -> None:
+    try:
+        password.encode()
+    except UnicodeEncodeError:
+        raise ValueError(
+            "the password of the bus is no text in UTF-8; give it in that encoding, or the server "
+            "another one"
+        ) from None  # which holds it
 
 
 def _shown(parts: dict[str, Any]) -> str:

@@ -46,7 +46,7 @@ class RedisBus:
 
     Raises:
         ModuleNotFoundError: redis is not installed.
-        ValueError: The address cannot be read, or there are two passwords.
+        ValueError: The address or the password cannot be read, or there are two passwords.
 
     Effects: connects with the first call, not before; as many connections as threads call at once.
     """

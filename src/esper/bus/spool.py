@@ -11,6 +11,8 @@ from pathlib import Path
 
 from esper.bus.envelope import messages_in
 
+SPOOL_FOLDER = "spool"
+"""In a run's folder."""
 MAX_SPOOL_BYTES = 64 << 20
 
 _HEAD = struct.Struct("<II")

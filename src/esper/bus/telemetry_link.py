@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,12 @@ from esper.bus.bus import EMERGENCY, TELEMETRY, Bus
 from esper.bus.envelope import MAX_BODY_BYTES, Sealer
 from esper.bus.link_state import LinkState
 from esper.bus.messages import RunMessage, StatusMessage, body_of
-from esper.bus.spool import MAX_SPOOL_BYTES, Spool
+from esper.bus.producers import note_producers
+from esper.bus.spool import MAX_SPOOL_BYTES, SPOOL_FOLDER, Spool
 from esper.bus.telemetry_lane import BATCH_MESSAGES, TelemetryLane
 from esper.lifecycle.events import EventRecord, Priority
 from esper.signing import Keyring
 from esper.telemetry.run_folder import RunStatus
-
-SPOOL_FOLDER = "spool"
-"""In a run's folder."""
 
 _MAX_QUEUED = 10_000
 _PAUSE_SECONDS = 0.2
@@ -32,10 +31,11 @@ class TelemetryLink:
 
     CRITICAL and WARNING events go to `EMERGENCY`, all else to `TELEMETRY`; each way has a queue and
     a spool of its own, and the first one goes first. What takes an event only appends it to a
-    queue. While the bus is away, messages are kept in the run's folder, bounded, or in the queue if
+    queue. By whom it tells is noted in the run's folder, for a router whose mirrors are beside
+    that. While the bus is away, messages are kept in the run's folder, bounded, or in the queue if
     the disk does not take them; they are sent when it is there again, or those in the folder by the
-    next attempt of the run if this one ends before. A message may
-    arrive twice, with one id; what was lost for good shows in the sequence of the ids.
+    next attempt of the run if this one ends before. A message may arrive twice, with one id; what
+    was lost for good shows in the sequence of the ids.
 
     Args:
         bus: May be away.
@@ -65,14 +65,17 @@ class TelemetryLink:
     ) -> None:
         self._bus = bus
         self._link = link
+        sealers = {stream: Sealer(keyring, run, clock=clock) for stream in (EMERGENCY, TELEMETRY)}
+        with suppress(OSError):  # that its folder is being written tells a router, too
+            note_producers(folder, [sealer.producer for sealer in sealers.values()])
         self._emergency, self._telemetry = (
             TelemetryLane(
                 stream,
-                Sealer(keyring, run, clock=clock),
+                sealer,
                 Spool(folder / SPOOL_FOLDER / stream.name, max_bytes=max_spool_bytes),
                 max_queued=max_queued,
             )
-            for stream in (EMERGENCY, TELEMETRY)
+            for stream, sealer in sealers.items()
         )
         self._backoff = Backoff()
         self._try_again = 0.0

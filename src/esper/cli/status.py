@@ -106,7 +106,8 @@ def _from_folder(console: Console, folder: Path, *, as_json: bool) -> int:
         _print_lines(console, found)
     if not served:
         return _NOBODY
-    return _UNWELL if silent or any(map(needs_a_person, found.services)) else 0
+    unwell = any(needs_a_person(one, now_seconds=found.time_seconds) for one in found.services)
+    return _UNWELL if silent or unwell else 0
 
 
 def _print_head(

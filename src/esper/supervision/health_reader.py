@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 from pydantic import JsonValue
 
-from esper.bus.bus import HEALTH, Bus
+from esper.bus.bus import HEALTH, Bus, Delivery, entry_order
 from esper.bus.envelope import Envelope, MessageRefusedError, open_envelope
 from esper.bus.messages import HealthMessage, message_in
 from esper.signing import Keyring
@@ -79,7 +80,7 @@ def read_health(bus: Bus, keyring: Keyring, *, now_seconds: float) -> HealthOnBu
         BusUnavailableError: The server is away.
         BusRefusedError: It does not let this user in.
     """
-    newest: dict[tuple[str, str], tuple[Envelope, Health]] = {}
+    newest: dict[tuple[str, str], tuple[_Moment, Health]] = {}
     refused = 0
     for delivery in bus.latest(HEALTH, limit=HEALTH.max_length or 1):
         try:
@@ -100,18 +101,42 @@ def read_health(bus: Bus, keyring: Keyring, *, now_seconds: float) -> HealthOnBu
             age_seconds=now_seconds - envelope.time_seconds,
             details=message.details,
         )
+        moment = _Moment.of(delivery, envelope)
         known = newest.get((health.source, health.service))
-        if known is None or _replaces(envelope, known[0], now_seconds):
-            newest[health.source, health.service] = envelope, health
+        if known is None or moment.replaces(known[0]):
+            newest[health.source, health.service] = moment, health
     return HealthOnBus(services=[newest[key][1] for key in sorted(newest)], refused=refused)
 
 
-def _replaces(envelope: Envelope, known: Envelope, now_seconds: float) -> bool:
-    """Return whether a message is newer than one that has come before it.
+@dataclass(frozen=True, kw_only=True)
+class _Moment:
+    """When something was told.
 
-    One supervisor counts its messages, whatever its clock says meanwhile. Of two, as after a
-    restart, the clock tells, unless it was ahead then.
+    Attributes:
+        producer: Of the message.
+        number: Counts that one's messages.
+        seconds: When it was sealed, and no later than the server took it: a clock may be ahead.
     """
-    if envelope.producer == known.producer:
-        return envelope.numbers.start >= known.numbers.start
-    return known.time_seconds > now_seconds or envelope.time_seconds >= known.time_seconds
+
+    producer: str
+    number: int
+    seconds: int
+
+    @classmethod
+    def of(cls, delivery: Delivery, envelope: Envelope) -> Self:
+        taken_milliseconds, _ = entry_order(delivery.entry)
+        return cls(
+            producer=envelope.producer,
+            number=envelope.numbers.start,
+            seconds=min(envelope.time_seconds, taken_milliseconds // 1000),
+        )
+
+    def replaces(self, known: Self) -> bool:
+        """Return whether it is later than one that the server took before it.
+
+        One supervisor counts its messages, whatever its clock says meanwhile. Of two, as after a
+        restart, the time tells.
+        """
+        if self.producer == known.producer:
+            return self.number >= known.number
+        return self.seconds >= known.seconds

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Self
 
 from esper.bus.backoff import Backoff
-from esper.bus.bus import HEALTH, Bus, BusRefusedError, BusUnavailableError
+from esper.bus.bus import HEALTH, Bus
 from esper.bus.envelope import MAX_RUN_CHARACTERS, Sealer
 from esper.bus.messages import HealthMessage, body_of
 from esper.experiments.bus_connection import open_run_bus
@@ -96,8 +96,8 @@ class HealthTeller:
                 return
             try:
                 self._bus.publish(HEALTH, [self._message(service) for service in services])
-            except (BusRefusedError, BusUnavailableError) as error:
-                self._problem = str(error)
+            except Exception as error:  # noqa: BLE001 – whatever it is, the next state is told
+                self._problem = str(error) or type(error).__name__
                 with self._condition:
                     if self._newest is None:
                         self._newest = services

@@ -260,9 +260,10 @@ class Service:
     async def _until_answered(self) -> None:
         place = self.program.ready_place
         assert place is not None
+        host = place.host.encode("idna").decode()  # as it was checked: anyio takes fewer names
         while True:
             try:
-                stream = await anyio.connect_tcp(place.host, place.port)
+                stream = await anyio.connect_tcp(host, place.port)
             except OSError:
                 await anyio.sleep(_LOOK_SECONDS)
             else:

@@ -130,11 +130,17 @@ def read_status(folder: Path) -> ServeStatus:
         raise StatusError(f"{file} cannot be read: {error}") from error
 
 
-def needs_a_person(service: ServiceStatus) -> bool:
-    """Return whether a program is given up or silent."""
+def needs_a_person(service: ServiceStatus, *, now_seconds: float) -> bool:
+    """Return whether a program is given up or silent.
+
+    Args:
+        service: How it stands.
+        now_seconds: When it stood so, since the Unix epoch.
+    """
     if service.state == ServiceState.GIVEN_UP:
         return True
     if service.state != ServiceState.READY or service.beat is None:
         return False
     limit = service.silent_seconds
-    return limit is not None and service.beat.age_seconds > limit
+    silent = min(service.beat.age_seconds, now_seconds - service.since_seconds)
+    return limit is not None and silent > limit

@@ -5,7 +5,7 @@ import sqlite3
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from esper.lifecycle.events import EventRecord
 from esper.telemetry.command_log import BUSY_SECONDS, CommandLog
@@ -57,6 +57,9 @@ CREATE INDEX metrics_by_name ON metrics (name, id);
 
 class RunStore:
     """Writes a run folder; a sink for events and metrics. Readable while the run goes on.
+
+    As a context manager it notes how the run has ended: finished, interrupted by Ctrl-C, or failed.
+    One that is closed without a status counts as killed.
 
     The database is in WAL mode, and each event is committed as it is taken: a process that is
     killed loses none. A machine that loses its power may lose the last ones, as nothing waits for
@@ -171,6 +174,18 @@ class RunStore:
         """Say how the run stands."""
         self._set("status", status)
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        ended: RunStatus = "finished"
+        if kind is not None:
+            ended = "interrupted" if issubclass(kind, KeyboardInterrupt) else "failed"
+        try:
+            self.set_status(ended)
+        finally:
+            self.close()
+
     def close(self) -> None:
         """Let go of the database, as one plain file unless somebody reads it right now."""
         try:
@@ -206,11 +221,14 @@ class RunStore:
         self._database.execute("INSERT OR REPLACE INTO run VALUES (?, ?)", (key, value))
 
 
-def _new_id(name: str) -> str:
-    """Return an id for the run of a folder's name."""
+def name_in_id(name: str) -> str:
+    """Return what stands before the last dash in the id of a run of a folder's name."""
     taken = "".join(sign if sign.isprintable() and sign != "\\" else "_" for sign in name)
-    cut = taken.lstrip(".").encode()[:_ID_NAME_BYTES].decode(errors="ignore")
-    return f"{cut or 'run'}-{secrets.token_hex(_ID_BYTES)}"
+    return taken.lstrip(".").encode()[:_ID_NAME_BYTES].decode(errors="ignore") or "run"
+
+
+def _new_id(name: str) -> str:
+    return f"{name_in_id(name)}-{secrets.token_hex(_ID_BYTES)}"
 
 
 def _check_no_run(folder: Path) -> None:
