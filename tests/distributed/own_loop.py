@@ -69,9 +69,7 @@ def fussy(dim: int) -> Seed:
 class SlowAlarm(replication._Alarm):
     """Is on its way for a while, as from a GPU."""
 
-    def __init__(self, told: Tensor) -> None:
-        super().__init__(told)
-        self.under_way = True
+    under_way = True
 
 
 class Script:
@@ -122,7 +120,7 @@ def plant(scenario: str, step: int, rank: int, model: Host, inputs: Tensor) -> N
         model.leaves_second_out = step == 0
     elif scenario == "left out in one":
         model.leaves_second_out = rank == 1 and step in (0, PLANTED_STEP)
-    elif scenario != "raises while measured":
+    elif scenario not in ("raises while measured", "raises, then by hand"):
         Fussy.raises = scenario.startswith("raises") and planted and rank == 1
 
 
@@ -155,6 +153,12 @@ def train(scenario: str, rank: int) -> tuple[Told, dict[str, Tensor]]:
             Fussy.raises = rank == 1 and scenario == "raises while measured"
             growth.after_epoch(held_out)
             Fussy.raises = False
+        if step == PLANTED_STEP and scenario == "raises, then by hand":
+            Fussy.raises = rank == 1
+            with torch.no_grad():
+                model(inputs)
+            Fussy.raises = False
+            slots["second"].advance(force=True)
     growth.after_epoch(held_out)  # compares what has grown
     return told, {name: value.detach() for name, value in model.named_parameters()}
 

@@ -175,8 +175,8 @@ def make(rank: int, size: int, samples: int, watch: Watch, scenario: str) -> esp
 
 
 def wrapped(model: nn.Module, scenario: str) -> nn.Module:
-    if scenario == "unwrapped":
-        return nn.Sequential(model)
+    if scenario in ("forgotten", "unwrapped"):
+        return model if scenario == "forgotten" else nn.Sequential(model)
     forward = DistributedDataParallel(model)
     return torch.compile(forward, backend="eager") if "as one graph" in scenario else forward
 

@@ -23,6 +23,7 @@ FAILED_AFTER_STEP = {
     "raises frozen": 4,
     "raises, told late": 5,
     "raises, then decision": 4,
+    "raises, then by hand": 5,
     "raises while measured": 4,
 }
 """By scenario of a loop of one's own, when a seed failed in all processes."""
@@ -110,10 +111,15 @@ def test_all_processes_go_back_where_the_losses_of_one_are_bad(tmp_path: Path) -
     assert all(torch.equal(found[0][key], found[1][key]) for key in weights)
 
 
-def test_a_forward_that_would_train_each_process_for_itself_is_refused(tmp_path: Path) -> None:
-    done = torchrun(REPLICA, str(tmp_path), "unwrapped")
+@pytest.mark.parametrize(
+    ("scenario", "forward"), [("unwrapped", "Sequential"), ("forgotten", "Host")]
+)
+def test_a_forward_that_would_train_each_process_for_itself_is_refused(
+    scenario: str, forward: str, tmp_path: Path
+) -> None:
+    done = torchrun(REPLICA, str(tmp_path), scenario)
     assert done.returncode != 0
-    assert "2 processes run, and no DistributedDataParallel is in the Sequential" in done.stderr
+    assert f"2 processes run, and no DistributedDataParallel is in the {forward}" in done.stderr
 
 
 @pytest.mark.parametrize(

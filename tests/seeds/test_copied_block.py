@@ -1,9 +1,11 @@
 """A copy of a host's block as a seed: exact identity at birth, the block itself at gain 1."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from esper.seeds import Family, blueprints
@@ -85,20 +87,19 @@ class Normalised(nn.Module):
 @pytest.mark.parametrize("by_name", [False, True])
 @pytest.mark.parametrize("norm", [nn.GroupNorm, Norm])
 def test_a_group_norm_in_a_copy_gets_no_input_that_ends_the_process(
-    norm: type[nn.GroupNorm], *, by_name: bool
+    norm: type[nn.GroupNorm], *, by_name: bool, monkeypatch: pytest.MonkeyPatch
 ):
     """The backward of torch's own does, for channels-last features that need no gradient."""
     block = nn.Sequential(Normalised(norm(2, 4), by_name=by_name), nn.Conv2d(4, 4, 1))
     seed = blueprints.create(Family.CNN, "block", 4, source=block, depth=2)
     layouts = []
+    normalise = F.group_norm
 
-    def note(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-        (features,) = (*args, *kwargs.values())
+    def watched(features: Tensor, *args: Any) -> Tensor:
         layouts.append(features.is_contiguous() or features.requires_grad)
+        return normalise(features, *args)
 
-    for module in seed.modules():
-        if isinstance(module, norm):
-            module.register_forward_pre_hook(note, with_kwargs=True)
+    monkeypatch.setattr(F, "group_norm", watched)
     features = torch.randn(2, 4, 3, 3).to(memory_format=torch.channels_last)
     increment = seed.increment(features)
     assert layouts == [True, True]

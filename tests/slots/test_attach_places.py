@@ -315,3 +315,16 @@ def test_expanded_buffers_are_left_as_they_were(bits_of: Any) -> None:
     assert mask.stride() == (1, 0)
     assert bits_of(mask) == before
     assert float(model.calls) == 0.0
+
+
+@pytest.mark.parametrize("norm", [nn.Identity, nn.LazyBatchNorm1d])
+def test_lazy_modules_of_torch_become_what_they_are(norm: type[nn.Module], bits_of: Any) -> None:
+    model = nn.Sequential(nn.LazyLinear(8), norm(), nn.Linear(8, 1))
+    esper.attach(model, "0", example=torch.randn(3, 4))
+    assert type(model[0]) is nn.Linear
+    fresh = nn.BatchNorm1d(8) if norm is nn.LazyBatchNorm1d else nn.Identity()
+    assert type(model[1]) is type(fresh)
+    kept = dict(model[1].named_buffers())
+    assert {name: bits_of(buffer) for name, buffer in kept.items()} == {
+        name: bits_of(buffer) for name, buffer in fresh.named_buffers()
+    }

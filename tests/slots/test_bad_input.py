@@ -115,6 +115,19 @@ def lists() -> nn.Module:
     return Lists()
 
 
+class Makes(nn.Module):
+    """Makes what it lacks in its first forward."""
+
+    def __init__(self, make: Callable[[nn.Module], Any]) -> None:
+        super().__init__()
+        self.body, self.make, self.head = nn.Linear(6, 3), make, None
+        self.register_parameter("scale", None)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        self.make(self)
+        return self.body(inputs)
+
+
 def chain() -> nn.Module:
     return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
 
@@ -231,6 +244,18 @@ ATTACH: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], type[Exception]
         {"targets": "first"},
         ValueError,
         r"'first' stands at several places \(first, second\).*name a module that is used once",
+    ),
+    "child made in the forward": (
+        lambda: nn.Sequential(Makes(lambda m: setattr(m, "head", nn.Linear(3, 3)))),
+        {"targets": "0.body"},
+        ValueError,
+        r"^module '0' \(Makes\) made 'head' in its forward, .*run the model once before esper\.att",
+    ),
+    "parameter made in train mode": (
+        lambda: Makes(lambda m: m.training and setattr(m, "scale", nn.Parameter(torch.ones(3)))),
+        {"targets": "body"},
+        ValueError,
+        r"^the model \(Makes\) made 'scale' in its forward, ",
     ),
     "two targets that are one": (
         lambda: nn.Sequential(nn.Sequential(nn.Linear(6, 8), nn.Tanh()), nn.Linear(8, 3)),
@@ -531,7 +556,7 @@ GROWTH: dict[str, tuple[Callable[[Slotted], Any], type[Exception], str]] = {
     "retarget in the middle of a ramp": (
         lambda s: s[B].set_alpha_target(1.0, 5),
         ValueError,
-        "retargeted only from HOLD; it is going UP from 0 to 0.5, 0 of 10 steps done",
+        "alpha is on its way up from 0 to 0.5, 0 of 10 steps done, and takes no other target",
     ),
     "unknown curve": (
         lambda s: s[B].set_alpha_target(1.0, 5, curve="bezier"),

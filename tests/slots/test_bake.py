@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
@@ -358,14 +359,72 @@ def test_a_pruned_linear_layer_is_not_folded(grown: Any):
     assert isinstance(esper.bake(model, fold=True)[0], GrownModule)
 
 
-def test_a_baked_copy_of_a_block_with_group_norms_has_no_hook(grow: Any):
-    norm = nn.GroupNorm(2, 8)
-    model, maps = nn.Sequential(nn.Conv2d(3, 8, 1), norm), torch.randn(2, 3, 4, 4)
-    slots = esper.attach(model, "1", example=maps)
-    grow(slots["1"], "block", SeedStage.FOSSILIZED, source="own")
+class Keeping(nn.Module):
+    """Keeps what it has computed, in a container."""
+
+    def __init__(self, inner: nn.Module, kept: Any) -> None:
+        super().__init__()
+        self.inner, self.kept = inner, kept
+
+    def forward(self, features: Tensor) -> Tensor:
+        features = self.inner(features)
+        self.kept["losses" if isinstance(self.kept, dict) else slice(None)] = [features.mean()]
+        return features
+
+
+@pytest.mark.parametrize("kept", [[], {}], ids=["list", "dict"])
+def test_losses_that_a_host_has_collected_are_no_bar_to_baking(grown: Any, kept: Any):
+    model, _ = grown(Keeping(nn.Linear(8, 8), kept), {"inner": ["lora"]})
+    expected = model(INPUTS)
     plain = esper.bake(model)
-    assert not any(module._forward_pre_hooks for module in plain.modules())
-    assert torch.equal(plain(maps), model(maps))
+    (loss,) = plain.kept["losses"] if isinstance(kept, dict) else plain.kept
+    assert torch.equal(loss, expected.mean())
+    assert loss.grad_fn is None
+    assert torch.equal(plain(INPUTS), expected)
+
+
+class Norm(nn.GroupNorm):
+    """A GroupNorm of a library's own."""
+
+
+class PreNorm(nn.Module):
+    """A residual block that begins with its norm."""
+
+    def __init__(self, norm: nn.GroupNorm) -> None:
+        super().__init__()
+        self.norm, self.convolution = norm, nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        return maps + self.convolution(torch.relu(self.norm(maps)))
+
+
+@pytest.mark.parametrize(("norm", "hooks"), [(nn.GroupNorm, 0), (Norm, 1)])
+def test_a_baked_copy_of_a_block_with_group_norms_is_as_safe_as_the_grown_one_was(
+    norm: type[nn.GroupNorm], hooks: int, grow: Any, monkeypatch: pytest.MonkeyPatch
+):
+    """torch's own would end the process here, on what a frozen stem gives in channels-last."""
+    stem = nn.Conv2d(3, 8, 1).requires_grad_(requires_grad=False)
+    model = nn.Sequential(stem, nn.Conv2d(8, 8, 1), PreNorm(norm(2, 8)))
+    model.to(memory_format=torch.channels_last)
+    maps = torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)
+    slots = esper.attach(model, "0", example=maps)
+    grow(slots["0"], "block", SeedStage.FOSSILIZED, source="2")
+    grown, plain = model(maps), esper.bake(model)
+    assert sum(len(module._forward_pre_hooks) for module in plain.modules()) == hooks
+    assert torch.equal(torch.export.export(plain, (maps,)).module()(maps), grown)
+    safe, normalise = [], F.group_norm
+
+    def watched(features: Tensor, *args: Any) -> Tensor:
+        safe.append(features.is_contiguous() or features.requires_grad)
+        return normalise(features, *args)
+
+    monkeypatch.setattr(F, "group_norm", watched)
+    for baked in (plain, copy.deepcopy(plain), pickle.loads(pickle.dumps(plain))):  # noqa: S301
+        output = baked(maps)
+        assert safe.pop(0)
+        assert safe.pop(0)
+        assert torch.equal(output, grown)
+        output.sum().backward()
 
 
 def test_a_copy_grows_behind_a_grown_module_that_is_called_by_keyword(grown: Any):

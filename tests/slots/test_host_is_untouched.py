@@ -149,9 +149,10 @@ CHANGES: dict[str, Callable[[Any, Tensor], Any]] = {
     "parameter moved beside autograd": lambda m, _: m.codes.data.mul_(-1.0),
     "parameter's data replaced": lambda m, _: setattr(m.codes, "data", m.weight.data[0]),
     "parameter replaced": lambda m, x: setattr(m, "codes", nn.Parameter(x[0])),
+    "parameter tied": lambda m, _: setattr(m, "tied", m.weight),
     "attribute": lambda m, _: setattr(m, "calls", m.calls + 1),
     "attribute added": lambda m, x: setattr(m, "seen", x),
-    "child added": lambda m, _: m.add_module("late", nn.Linear(4, 4)),
+    "child added": lambda m, _: m.add_module("late", nn.BatchNorm1d(4, affine=False)),
 }
 
 

@@ -2,12 +2,14 @@
 
 import math
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributions import Normal
 
 import esper
 from esper import SeedStage, SlotConfig, SlotSet
@@ -229,16 +231,19 @@ class Normed(nn.Sequential):
         super().__init__(OrderedDict(layer=layer, norm=norm))
 
 
-class Told(nn.Module):
-    """Returns the mean over the batch besides."""
+class Returning(nn.Module):
+    """Returns something made of its features."""
 
-    def __init__(self) -> None:
+    def __init__(self, made: Callable[[Tensor], Any]) -> None:
         super().__init__()
-        self.layer = nn.Linear(6, 6)
+        self.layer, self.made = nn.Linear(6, 6), made
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        features = self.layer(x)
-        return features, features.mean()
+    def forward(self, x: Tensor) -> Any:
+        return self.made(self.layer(x))
+
+
+def likelihood(output: Normal) -> Tensor:
+    return output.log_prob(torch.linspace(-1.0, 1.0, 30).reshape(5, 6)).sum(1)
 
 
 def contrastive(outputs: Tensor, _: Any) -> Tensor:
@@ -253,7 +258,19 @@ def contrastive(outputs: Tensor, _: Any) -> Tensor:
         (Graph, lambda out, _: out[:, 0], torch.tensor([[0, 4, 2, 2], [1, 2, 3, 0]])),
         (Masked, lambda out, _: out[:, 0], torch.randn(5, 5)),
         (Normed, lambda out, _: out[:, 0], None),
-        (Told, lambda out, _: out[0][:, 0] - out[1], None),
+        (lambda: Returning(lambda h: (h, h.mean())), lambda out, _: out[0][:, 0] - out[1], None),
+        (
+            lambda: Returning(lambda h: (h, {"mean": h.mean().item()})),
+            lambda out, _: out[0][:, 0] - out[1]["mean"],
+            None,
+        ),
+        (lambda: Returning(lambda h: Normal(h, 1.0)), lambda out, _: likelihood(out), None),
+        (
+            lambda: Returning(lambda h: (h, "of", Normal(h, 1.0))),
+            lambda out, _: out[0][:, 0] + likelihood(out[2]),
+            None,
+        ),
+        (lambda: Returning(Tensor.to_sparse), lambda out, _: out.to_dense()[:, 0], None),
         (Normed, contrastive, None),
         (lambda: nn.Sequential(OrderedDict(layer=nn.Linear(6, 6))), contrastive, None),
     ],
@@ -262,7 +279,11 @@ def contrastive(outputs: Tensor, _: Any) -> Tensor:
         "mask",
         "statistics of the batch",
         "a mean over the batch",
-        "both",
+        "a number of the batch",
+        "a distribution",
+        "a distribution besides",
+        "sparse",
+        "statistics and loss",
         "contrastive loss",
     ],
 )
@@ -282,6 +303,52 @@ def test_no_variant_meets_another_where_samples_of_a_batch_meet(
         with torch.no_grad(), slots["layer"].force_alpha(variant["layer"]):
             alone = loss(model(*inputs) if shared is not None else model(x), None)
         torch.testing.assert_close(row, alone, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("room", [6, 5])
+def test_only_what_a_seed_raises_without_copies_of_the_batch_counts(
+    host: Any, room: int, grow: Any, randomise: Any
+) -> None:
+    """As where memory is full: both seeds have no room for copies, weighed or not."""
+    model, slots = attach(host)
+    for path in host.targets:
+        grow(slots[path], host.blueprint, SeedStage.BLENDING)
+        randomise(slots[path].living)
+        slots[path].set_alpha_target(0.5, 0)
+    weighed, other = (slots[path] for path in host.targets)
+    model.eval()
+    inputs, labels = host.inputs(1, batch=6), host.labels(1, batch=6)
+    variants = [{weighed.path: alpha} for alpha in (0.0, 0.5, 1.0)]
+    expected = fused_losses(model, slots, inputs, labels, per_sample, variants)
+
+    def fill(_: nn.Module, args: Any) -> None:
+        if len(args[0]) > room:
+            raise MemoryError(f"no room for {len(args[0])}")
+
+    kind = other.kind
+    for slot in slots.values():
+        slot.living.register_forward_pre_hook(fill)
+    found = fused_losses(model, {weighed.path: weighed}, inputs, labels, per_sample, variants)
+    if room == 6:
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+        assert other.kind == kind
+        assert not slots.tick()
+    else:
+        failed = [event.error for event in slots.tick() if event.type == "seed_failed"]
+        assert failed == ["MemoryError: no room for 6"] * 2
+
+
+def test_what_a_seed_has_raised_before_it_is_weighed_is_not_forgotten(
+    hosts: Any, grow: Any
+) -> None:
+    host = hosts["mlp"]
+    model, slots = attach(host)
+    slot = slots[host.targets[0]]
+    grow(slot, host.blueprint, SeedStage.BLENDING)
+    slot.note_failure("RuntimeError: in the last step")
+    variants = [{slot.path: alpha} for alpha in (0.0, 1.0)]
+    fused_losses(model.eval(), slots, host.inputs(), host.labels(), per_sample, variants)
+    assert slot.failed
 
 
 def test_fused_losses_refuse_what_they_cannot_measure(host: Any, grow: Any) -> None:

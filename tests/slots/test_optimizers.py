@@ -345,6 +345,31 @@ def test_what_is_clipped_as_the_hosts_follows_a_new_head() -> None:
     assert model[1].weight.grad.norm() <= 1.0
 
 
+def test_what_another_optimizer_trains_is_clipped_with_the_host_and_is_no_part_of_its_health(
+    grow: Any,
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+    slots = esper.attach(model, "0", example=torch.randn(2, 4))
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim == 2]
+    biases = [parameter for parameter in model.parameters() if parameter.ndim == 1]
+    extra = nn.Parameter(torch.ones(3))
+    optim.SGD([*matrices, extra], lr=0.1)
+    bound = optim.SGD(biases, lr=0.1)
+    slots.bind(bound)
+    grow(slots["0"], "mlp", SeedStage.TRAINING)
+    (1e3 * model(torch.randn(8, 4)).square().mean() + 1e3 * extra.sum()).backward()
+    every = [*matrices, *biases, extra]
+    whole, own = (nn.utils.get_total_norm([p.grad for p in some]) for some in (every, biases))
+    torch.testing.assert_close(slots.clip_grad_norm_(1.0, others=[extra]), whole)
+    clipped = nn.utils.get_total_norm([parameter.grad for parameter in every])
+    torch.testing.assert_close(clipped, torch.ones(()))
+    bound.step()
+    reading = slots.read_gradient_health(slots["0"])
+    assert reading is not None
+    assert reading.host_norm == pytest.approx(float(own))
+
+
 def test_binding_refuses_a_second_and_a_foreign_optimizer(hosts: Any) -> None:
     run = Run(hosts["mlp"], OPTIMIZERS["SGD"])
     with pytest.raises(ValueError, match="none of the host's parameters"):

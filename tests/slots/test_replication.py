@@ -166,20 +166,47 @@ def test_the_device_is_asked_who_has_a_gradient_only_where_one_is_lacking(
 
 
 @pytest.mark.usefixtures("process_group")
-def test_what_a_seed_has_raised_is_forgotten_with_it(grow: Any) -> None:
+@pytest.mark.parametrize("how", ["prune", "commit"])
+def test_what_a_seed_has_raised_is_forgotten_with_its_life(how: str, grow: Any) -> None:
     slots, optimizer = bound()
     slots.replicate()
     slot = slots["0"]
-    grow(slot, "mlp", SeedStage.BLENDING)
+    grow(slot, "mlp", SeedStage.PROBATIONARY)
     slot.note_failure("RuntimeError: of the first one")
     slots.average_gradients()
-    slot.prune()
-    while slot.stage is not SeedStage.DORMANT:
+    getattr(slot, how)()
+    while slot.stage not in (SeedStage.DORMANT, SeedStage.FOSSILIZED):
         slot.advance(force=True)
+    slots.tick()
+    slots.state_dict()  # refuses one with a failure
     grow(slot, "mlp", SeedStage.BLENDING)
     assert not [event for event in slots.tick() if event.type == "seed_failed"]
     step(slots, optimizer)
     assert slot.living is not None
+
+
+@pytest.mark.usefixtures("process_group")
+def test_by_hand_a_seed_is_pruned_for_what_all_processes_know_and_for_nothing_else(
+    grow: Any,
+) -> None:
+    slots, optimizer = bound()
+    slots.replicate()
+    slot = slots["0"]
+    grow(slot, "mlp", SeedStage.BLENDING)
+    slot.note_failure("RuntimeError: here")
+    slot.advance(force=True)
+    assert slot.stage is SeedStage.SHADOWING
+    slots.replication.share_failures(slots)
+    slot.advance(force=True)
+    assert slot.stage is SeedStage.PRUNED
+    while slot.stage is not SeedStage.DORMANT:
+        slot.advance(force=True)
+    grow(slot, "mlp", SeedStage.PROBATIONARY)
+    slot.note_failure("RuntimeError: of the next one, here")
+    slot.commit()
+    assert slot.stage is SeedStage.FOSSILIZED
+    step(slots, optimizer)
+    slots.state_dict()
 
 
 @pytest.mark.usefixtures("process_group")

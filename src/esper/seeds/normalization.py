@@ -30,30 +30,24 @@ class GroupNorm(nn.GroupNorm):
     input is in channels-last layout and needs no gradient; such an input is made contiguous.
     """
 
-    def forward(self, features: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 – as torch's, which may be called by name
         """Return the normalised features, same shape."""
-        return super().forward(_safe_to_normalise(features))
+        return super().forward(_safe_to_normalise(input))
 
 
 def make_group_norms_safe(module: nn.Module) -> None:
     """Let every GroupNorm in a module that somebody else wrote be as safe as the one here.
 
-    Effects: a forward pre-hook on each, until `leave_group_norms_alone`.
+    Effects: torch's own become what is here, in place; those with a forward of their own, as a
+    subclass, get a forward pre-hook.
     """
     for norm in module.modules():
-        if isinstance(norm, nn.GroupNorm) and not isinstance(norm, GroupNorm):
-            hooks = norm._forward_pre_hooks.values()  # noqa: SLF001 – torch has no public list
-            if _before_group_norm not in hooks:
-                norm.register_forward_pre_hook(_before_group_norm, with_kwargs=True)
-
-
-def leave_group_norms_alone(module: nn.Module) -> None:
-    """Take back what `make_group_norms_safe` did to a module, or to one that it is a copy of."""
-    for norm in module.modules():
-        hooks = norm._forward_pre_hooks  # noqa: SLF001 – a copy has no handle to remove
-        for key in [key for key, hook in hooks.items() if hook is _before_group_norm]:
-            del hooks[key]
-            norm._forward_pre_hooks_with_kwargs.pop(key)  # noqa: SLF001
+        if not isinstance(norm, nn.GroupNorm) or isinstance(norm, GroupNorm):
+            continue
+        if type(norm) is nn.GroupNorm and "forward" not in vars(norm):
+            norm.__class__ = GroupNorm
+        elif _before_group_norm not in norm._forward_pre_hooks.values():  # noqa: SLF001 – torch has no public list
+            norm.register_forward_pre_hook(_before_group_norm, with_kwargs=True)
 
 
 def _before_group_norm(

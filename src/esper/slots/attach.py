@@ -56,9 +56,10 @@ def attach(
         The slots by target path.
 
     Raises:
-        ValueError: A target matches nothing, the model already has slots or cannot run on the
-            example, a target was not run or ran several times, or its features have a layout that
-            slots do not take, as one whose first dimension is not the batch.
+        ValueError: A target matches nothing, the model already has slots, cannot run on the example
+            or makes parameters when it does, a target was not run or ran several times, or its
+            features have a layout that slots do not take, as one whose first dimension is not the
+            batch.
         TypeError: A target's output is no floating-point tensor, or the target has no forward.
         RuntimeError: The model is compiled, wrapped or scripted.
         In each case the model is as it was.

@@ -1,14 +1,14 @@
-"""A grown model as a plain module: no slot, no hook, the same output to the bit."""
+"""A grown model as a plain module: no slot, no hook of a slot, the same output to the bit."""
 
 import copy
-import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from esper.lifecycle.alpha import BlendOperator
-from esper.seeds.normalization import leave_group_norms_alone
 from esper.slots.attach import find_slots, refuse_wrapped
 from esper.slots.branch import SeedBranch
 from esper.slots.forwards import give_forwards_back
@@ -20,8 +20,10 @@ def bake(model: nn.Module, *, fold: bool = False) -> nn.Module:
     """Return a copy of a grown model that is an ordinary module again.
 
     A module with committed seeds behind it becomes a `GrownModule`; every other one is as it was,
-    under the same state-dict keys. Seeds that are not in the forward path are left out. The model
-    itself is not changed and can go on growing.
+    under the same state-dict keys. Seeds that are not in the forward path are left out. Of hooks
+    there are the user's, and one on each GroupNorm of a library's own in a seed, a subclass of
+    torch's, whose backward could end the process on a CPU without it. The model itself is not
+    changed and can go on growing.
 
     Args:
         model: Grown, before `torch.compile`, DDP or FSDP.
@@ -60,8 +62,6 @@ def bake(model: nn.Module, *, fold: bool = False) -> nn.Module:
     }
     remove_slots(plain)
     give_forwards_back(plain)
-    for branch in itertools.chain.from_iterable(grown.values()):
-        leave_group_norms_alone(branch)
     shared = _shared_parameters(plain)
     for path, branches in grown.items():
         parent_path, _, name = path.rpartition(".")
@@ -84,10 +84,23 @@ def bake(model: nn.Module, *, fold: bool = False) -> nn.Module:
 
 
 def _copied(model: nn.Module) -> nn.Module:
-    """Return a deep copy, in which what hooks have computed, as pruned weights, is in no graph."""
-    attributes = [value for module in model.modules() for value in vars(module).values()]
-    computed = [v for v in attributes if isinstance(v, Tensor) and not v.is_leaf]
-    return copy.deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in computed})
+    """Return a deep copy, in which what hooks and forwards have computed and kept is in no graph.
+
+    Pruned weights are, and losses that a host collects in a list: torch refuses to copy those.
+    """
+    with _CopiesComputed():
+        return copy.deepcopy(model)
+
+
+class _CopiesComputed(TorchFunctionMode):
+    """Lets a tensor that is in a graph be copied, out of it, wherever a deep copy comes upon it."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func is Tensor.__deepcopy__ and not args[0].is_leaf:
+            return args[0].detach().clone()
+        return func(*args, **(kwargs or {}))
 
 
 def _committed_branches(model: nn.Module) -> dict[str, list[SeedBranch]]:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from types import NoneType
 from typing import Any
 
 import torch
@@ -11,8 +12,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from esper.lifecycle.stages import SeedStage
 from esper.seeds.registry import Family
+from esper.slots.attach import find_slots
 from esper.slots.linear_imitation import ImitationFit, LinearImitation
-from esper.slots.nested import map_tensors, tensors_in
+from esper.slots.nested import leaves_in, map_tensors, tensors_in
 from esper.slots.slot import SeedSlot
 
 
@@ -47,8 +49,9 @@ def fused_losses(
     equals separate runs up to the rounding of larger batches; each variant's loss is computed by
     itself. The runs are separate where copies of the batch would meet: inputs, outputs or features
     have not one row per sample, as edges of a graph or in a host that folds tokens or windows into
-    the batch, or a norm takes its statistics from the batch in eval mode too. A model whose samples
-    meet in another way, as by attention over the batch, cannot be told.
+    the batch, outputs hold anything else than tensors, as a distribution, or a norm takes its
+    statistics from the batch in eval mode too. So they are where the forward raises, or a seed in
+    it. A model whose samples meet in another way, as by attention over the batch, cannot be told.
 
     Args:
         model: In eval mode.
@@ -102,20 +105,36 @@ def _outputs_together(
     model: nn.Module, inputs: Any, weighed: _Weighed, batch: int, count: int
 ) -> list[Any] | None:
     """Return each variant's outputs from one forward; None where that cannot be had."""
+    intact = [slot for slot in find_slots(model) if not slot.failed]
     with ExitStack() as stack:
         for slot, chosen in weighed:
             stack.enter_context(_weigh_each(slot, chosen, copies=batch))
         try:
             outputs = call_model(model, _repeat(inputs, batch, count))
         except Exception:  # noqa: BLE001 – alone it may run, with a mask for so many rows, or tells itself
-            return None
-    if any(t.ndim == 0 or t.shape[0] != count * batch for t in tensors_in(outputs)):
+            outputs = None
+    # A seed may have room for the batch, and none for so many: what it raises alone counts.
+    raised = [slot for slot in intact if slot.withhold_failure() is not None]
+    if raised or not _hold_rows(outputs, count * batch):
         return None
 
     def of_variant(number: int) -> Any:
         return map_tensors(lambda t: t[number * batch : (number + 1) * batch], outputs)
 
     return [of_variant(number) for number in range(count)]
+
+
+def _hold_rows(outputs: Any, rows: int) -> bool:
+    """Whether outputs are tensors of so many rows each, and nothing that could be of all rows."""
+    leaves = [leaf for leaf in leaves_in(outputs) if not isinstance(leaf, (str, NoneType))]
+    return bool(leaves) and all(
+        isinstance(leaf, Tensor)
+        and leaf.layout is torch.strided
+        and not leaf.is_nested
+        and leaf.ndim > 0
+        and leaf.shape[0] == rows
+        for leaf in leaves
+    )
 
 
 def _outputs_alone(model: nn.Module, inputs: Any, weighed: _Weighed, number: int) -> Any:

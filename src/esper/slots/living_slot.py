@@ -206,8 +206,8 @@ class LivingSlot(SlotForward):
             RuntimeError: The slot is in train mode.
             ValueError: There is no seed that has begun to train.
 
-        A forward inside raises FoldedBatchError if the features have not one row per sample, as
-        where the host folds tokens or windows into the batch, and alphas are.
+        A forward inside raises ValueError if the features have not one row per sample, as where the
+        host folds tokens or windows into the batch, and alphas are.
         """
         if self.training:
             raise RuntimeError(

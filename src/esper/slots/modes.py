@@ -54,7 +54,8 @@ def _in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
 def unchanged_buffers(model: nn.Module, *, besides: nn.Module | None = None) -> Iterator[None]:
     """Give every buffer back its tensor and its values afterwards, also those that eval changes.
 
-    A name that had no tensor has none again, and names that have come are gone.
+    A name that had no tensor has none again, and names that have come are gone. Lazy buffers have
+    no values to be given back.
 
     Args:
         model: Whose buffers, those of all modules in it.
@@ -68,7 +69,7 @@ def unchanged_buffers(model: nn.Module, *, besides: nn.Module | None = None) -> 
         (buffer, _without_repeats(buffer).clone())
         for _, buffers in tensors
         for buffer in buffers.values()
-        if buffer is not None
+        if buffer is not None and not is_lazy(buffer)
     ]
     try:
         yield
@@ -85,25 +86,56 @@ def unchanged_buffers(model: nn.Module, *, besides: nn.Module | None = None) -> 
             own.update(buffers)
 
 
+class MadeParametersError(ValueError):
+    """A forward gave a module parameters that learn, which it had not before."""
+
+
 @contextmanager
 def unchanged_attributes(model: nn.Module) -> Iterator[None]:
     """Let every module have the attributes, parameters and children afterwards that it had.
 
     Not what is inside them: a list that has grown stays as long as it is. A lazy module that has
     become another one is that.
+
+    Raises:
+        MadeParametersError: A module has parameters that learn where it had none; they are gone.
     """
     kept = [
-        (module, type(module), [(own, dict(own)) for own in _attributes_of(module)])
-        for module in model.modules()
+        (path, module, type(module), [(own, dict(own)) for own in _attributes_of(module)])
+        for path, module in model.named_modules()
     ]
+    known = set(model.parameters())
     try:
         yield
+        for path, module, kind, (_, (_, parameters), (_, children)) in kept:
+            if type(module) is kind:
+                _refuse_made(path, module, {**parameters, **children}, known)
     finally:
-        for module, kind, attributes in kept:
+        for _, module, kind, attributes in kept:
             if type(module) is kind:
                 for own, had in attributes:
                     own.clear()
                     own.update(had)
+
+
+def _refuse_made(
+    path: str, module: nn.Module, had: Mapping[str, Any], known: set[nn.Parameter]
+) -> None:
+    """Raise if a module has new parameters that learn under a name where it had nothing."""
+    names = dict.fromkeys(
+        place.partition(".")[0]
+        for place, parameter in module.named_parameters()
+        if parameter.requires_grad and parameter not in known
+    )
+    made = [name for name in names if had.get(name) is None]
+    if made:
+        where = f"module {path!r}" if path else "the model"
+        raise MadeParametersError(
+            f"{where} ({type(module).__name__}) made {', '.join(map(repr, made))} in its forward, "
+            "with parameters that learn. They would be made anew in the first step of training, "
+            "in no optimizer that was built before; run the model once before esper.attach, so "
+            "that it has them"
+        )
 
 
 def _attributes_of(module: nn.Module) -> list[dict[str, Any]]:

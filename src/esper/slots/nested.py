@@ -72,23 +72,30 @@ def to_device(value: Any, device: torch.device | None) -> Any:
 
 def tensors_in(value: Any) -> list[Tensor]:
     """Return every tensor in the value's tuples, lists, mappings and dataclasses."""
-    found: list[Tensor] = []
-    _collect_tensors(value, found)
+    return [leaf for leaf in leaves_in(value) if isinstance(leaf, Tensor)]
+
+
+def leaves_in(value: Any) -> list[Any]:
+    """Return all there is in the value's tuples, lists, mappings and dataclasses."""
+    found: list[Any] = []
+    _collect_leaves(value, found)
     return found
 
 
-def _collect_tensors(value: Any, found: list[Tensor]) -> None:
+def _collect_leaves(value: Any, found: list[Any]) -> None:
     if isinstance(value, Tensor):
         found.append(value)
     elif isinstance(value, (tuple, list)):  # asked first: of a mapping it takes longer
         for item in value:
-            _collect_tensors(item, found)
+            _collect_leaves(item, found)
     elif isinstance(value, Mapping):
         for item in value.values():
-            _collect_tensors(item, found)
+            _collect_leaves(item, found)
     elif is_record(value):
         for item in vars(value).values():
-            _collect_tensors(item, found)
+            _collect_leaves(item, found)
+    else:
+        found.append(value)
 
 
 def replace_first(output: Any, features: Tensor) -> Any:

@@ -14,6 +14,7 @@ from esper.slots.channels_first import ChannelsFirst
 from esper.slots.germination import FeatureLayout
 from esper.slots.grown_module import first_parameter
 from esper.slots.modes import (
+    MadeParametersError,
     device_of,
     evaluation_mode,
     forked_random_state,
@@ -108,7 +109,8 @@ def run_on_example(model: nn.Module, example: Any, *, training: bool = False) ->
         Its output.
 
     Raises:
-        ValueError: The forward raised; model and example shapes are named.
+        ValueError: The forward raised; model and example shapes are named. Or it made parameters
+            that learn.
     """
     device = device_of(model)
     args, kwargs = to_device(example_arguments(model, example), device)
@@ -121,7 +123,7 @@ def run_on_example(model: nn.Module, example: Any, *, training: bool = False) ->
             torch.no_grad(),
         ):
             return model(*args, **kwargs)
-    except _NoFeaturesError:
+    except (_NoFeaturesError, MadeParametersError):
         raise
     except Exception as error:
         shapes = ", ".join(
@@ -225,9 +227,14 @@ def overwritten_in_training(
         model: The host; it runs.
         locations: Its modules by path.
         example: As `attach` takes it.
+
+    Raises:
+        MadeParametersError: It makes parameters there.
     """
     try:
         seen = observe_features(model, locations, example, training=True)
+    except MadeParametersError:
+        raise
     except Exception:  # noqa: BLE001 – whatever the host wants in train mode; see above
         return set(locations)
     return {path for path, calls in seen.items() if any(call.overwritten for call in calls)}

@@ -58,6 +58,8 @@ class Replication:
         """By whose wish this step's gradients are averaged; None where they are not yet."""
         self._raised: dict[str, str] = {}
         """What living seeds have raised here that not all processes know of, by slot."""
+        self._known: set[str] = set()
+        """Slots with a failure that all processes know of."""
         self._alarms: list[_Alarm] = []
         """Of the last steps; not looked at yet."""
 
@@ -148,14 +150,20 @@ class Replication:
         for rank, data in enumerate(self.gather(torch.frombuffer(mine, dtype=torch.uint8))):
             for path, error in json.loads(bytes(data.tolist())).items():
                 slots[path].note_failure(f"{error} (in process {rank})")
+                self._known.add(path)
+
+    def all_know_failure(self, path: str) -> bool:
+        """Return whether what a slot's seed has raised is known in all processes."""
+        return path in self._known
 
     def forget_failure(self, path: str) -> None:
-        """Forget what a seed has raised that is gone from its slot."""
+        """Forget what a seed has raised that lives in its slot no more."""
         self._raised.pop(path, None)
+        self._known.discard(path)
 
     def start_anew(self) -> None:
         """Forget the step that was under way, in every process."""
-        self._averaged_by, self._raised, self._alarms = None, {}, []
+        self._averaged_by, self._raised, self._known, self._alarms = None, {}, set(), []
 
     def _withhold_failures(self, slots: Mapping[str, SeedSlot]) -> None:
         """Keep slots from acting on what their seeds have raised before all processes know."""
@@ -163,6 +171,7 @@ class Replication:
             error = slot.withhold_failure()
             if error is not None:
                 self._raised.setdefault(path, error)
+                self._known.discard(path)
 
     def from_first(self, value: Any) -> Any:
         """Return the first process's value, of anything that JSON can hold, in every process.
@@ -265,12 +274,17 @@ class _Alarm:
     """
 
     def __init__(self, told: Tensor) -> None:
-        self.under_way = told.is_cuda
-        """Whether reading it at once would wait."""
-        self._told = told.to("cpu", non_blocking=self.under_way, copy=True)
         self._arrives: torch.cuda.Event | None = None
         if told.is_cuda:
+            self._told = told.to("cpu", non_blocking=True)
             self._arrives = torch.cuda.current_stream(told.device).record_event()
+        else:
+            self._told = told.to("cpu", copy=True)
+
+    @property
+    def under_way(self) -> bool:
+        """Whether reading it at once would wait."""
+        return self._arrives is not None
 
     def rings(self) -> bool:
         """Return whether it is so; waits until what was asked has arrived."""

@@ -1,5 +1,7 @@
 """The slot: what a host's forward meets, and where one seed after another lives."""
 
+from __future__ import annotations  # so that help() says Event, and not all its classes
+
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -139,7 +141,7 @@ class SeedSlot(KeptSlot):
         *,
         blend_operator: BlendOperator | str | None = None,
         **options: Any,
-    ) -> "SeedSlot":
+    ) -> SeedSlot:
         """Return a copy of the slot with a seed as `germinate` would build it now.
 
         The copy runs, but cannot grow. The slot itself is as it was, breakers included.
@@ -195,8 +197,9 @@ class SeedSlot(KeptSlot):
         """Take the next stage through its gate.
 
         A refusal changes nothing and is told by the returned GateEvaluated event. A seed whose
-        forward has raised is pruned instead. After a prune, each call takes one step of the way
-        back to DORMANT.
+        forward has raised is pruned instead; of several processes, as soon as all of them know it,
+        which they do after the next step. After a prune, each call takes one step of the way back
+        to DORMANT.
 
         Args:
             force: Skip the gate's verdict, not its bookkeeping. A forced entry into SHADOWING sets
@@ -222,10 +225,10 @@ class SeedSlot(KeptSlot):
             )
         if life.stage in RECOVERY_PATH:
             return self._recover(force=force)
-        if self._failure is not None:
+        owner, blueprint = self._attached(), life.blueprint
+        if self._failure is not None and owner.all_know_failure(self.path):
             return self._remove_failed(self._failure)
         stage = next_stage(life.stage, subject=life.subject)
-        owner, blueprint = self._attached(), life.blueprint
         assert blueprint is not None
         life.measurements.parameters_finite = parameters_finite(self._living_branch())
         gate = life.judge(stage, force=force, breaker_closed=owner.breaker(blueprint).allows)
@@ -339,6 +342,7 @@ class SeedSlot(KeptSlot):
         branch = self._living_branch()
         self._attached().seed_committed(self.path, branch)
         self._drop_guard()
+        self._failure = None  # one that this process alone knows of
         record = CommittedSeed(
             blueprint=branch.blueprint,
             options=branch.options,

@@ -39,10 +39,6 @@ class ForwardKind(NamedTuple):
     """Equal kinds of graphs have equal ones: a commit changes no graph."""
 
 
-class FoldedBatchError(ValueError):
-    """Features that have not one row per sample met alphas that are one per sample."""
-
-
 class SlotForward(nn.Module):
     """Applies a slot's branches to features; which, and how, is set by the slot's life.
 
@@ -157,7 +153,7 @@ class SlotForward(nn.Module):
     ) -> Tensor:
         """Return the features with the living seed at the forced alpha; at 0 it does not run."""
         if forced.numel() != 1 and forced.numel() != features.shape[0]:
-            raise FoldedBatchError(
+            raise ValueError(
                 f"features of shape {tuple(features.shape)} have not one row for each of "
                 f"{forced.numel()} samples; force one alpha for all of them"
             )
@@ -262,6 +258,11 @@ class SlotForward(nn.Module):
         self._forward_changes()
         self.mode = ForwardMode.PASS_THROUGH
         self.num_inlined = self.num_committed
+
+    @property
+    def failed(self) -> bool:
+        """Whether the living seed has raised something that is not acted on yet."""
+        return self._failure is not None
 
     def take_failure(self) -> str | None:
         """Return what the living seed has raised, and forget it, so that `tick` does not prune."""

@@ -45,6 +45,9 @@ class SlotOwner(Protocol):
     def seed_committed(self, path: str, branch: SeedBranch) -> None:
         """Take note that a seed passed to the host."""
 
+    def all_know_failure(self, path: str) -> bool:
+        """Return whether all processes that train the model know what a seed has raised."""
+
     def forward_changes(self) -> None:
         """Take note that what a slot's forward does changes for good."""
 

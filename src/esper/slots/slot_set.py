@@ -1,5 +1,7 @@
 """All slots of one model, and what they share: ownership, the optimizer, caches."""
 
+from __future__ import annotations  # so that help() says Event, and not all its classes
+
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -18,7 +20,7 @@ from esper.slots.branch import SeedBranch
 from esper.slots.breaker import CircuitBreaker
 from esper.slots.caches import CacheStatistics
 from esper.slots.fitting_blueprints import FittingBlueprints
-from esper.slots.gradient_health import GradientHealth, GradientReading
+from esper.slots.gradient_health import GradientHealth, GradientReading, gradient_norm
 from esper.slots.host_copy import copy_of_host_module
 from esper.slots.modes import device_of
 from esper.slots.optimizer_binding import OptimizerBinding, skips_step
@@ -245,15 +247,22 @@ class SlotSet(Mapping[str, SeedSlot]):
         )
         return [*events, swept]
 
-    def clip_grad_norm_(self, max_norm: float, *, others: Sequence[nn.Parameter] = ()) -> Tensor:
+    def clip_grad_norm_(
+        self,
+        max_norm: float,
+        *,
+        others: Sequence[nn.Parameter] = (),
+        only_bound: bool = False,
+    ) -> Tensor:
         """Clip gradients to `max_norm` per owner: the host alone, and each living seed alone.
 
-        With one norm over everything a seed's gradients would change the host's step. What the
-        bound optimizer does not hold is left out.
+        With one norm over everything a seed's gradients would change the host's step.
 
         Args:
             max_norm: Above 0.
             others: Parameters outside of the model that count as the host's, as a loss may have.
+            only_bound: No other optimizer than the bound one trains any of them: leave out what it
+                does not hold, whose gradients nobody may drop.
 
         Returns:
             The host's norm before clipping, 0-dim, on its device.
@@ -264,11 +273,14 @@ class SlotSet(Mapping[str, SeedSlot]):
         if not max_norm > 0.0:
             raise ValueError(f"max_norm must be above 0, got {max_norm}")
         self._average_gradients("clipping")
-        host = self._in_training([*self.host_parameters(), *others])
+        every = [*self.host_parameters(), *others]
+        bound = self._in_training(every)
+        host = bound if only_bound else every
+        own = {} if len(bound) == len(host) else {HOST: gradient_norm(bound)}
         norms = {HOST: whole(clip_grad_norm_(host, max_norm))}
         for owner, seed in self._living_seeds().items():
             norms[owner] = whole(clip_grad_norm_(list(seed.parameters()), max_norm))
-        self.gradient_health.note_before_clipping(norms)
+        self.gradient_health.note_before_clipping({**norms, **own})
         return norms[HOST]
 
     @property
@@ -523,8 +535,14 @@ class SlotSet(Mapping[str, SeedSlot]):
         """Move a committed seed's parameters to the host's group."""
         self._note_seeds_changed()
         self.gradient_health.forget(_owner_name(path))
+        if self.replication is not None:
+            self.replication.forget_failure(path)
         if self.binding is not None:
             self.binding.commit(path, branch)
+
+    def all_know_failure(self, path: str) -> bool:
+        """Return whether all processes that train the model know what a seed has raised."""
+        return self.replication is None or self.replication.all_know_failure(path)
 
     def forward_changes(self) -> None:
         """Take note that a step's operations will be others."""
