@@ -1,5 +1,7 @@
 """A policy that does what it was told, when it was told."""
 
+from __future__ import annotations  # so that help() says Event, and not all its classes
+
 from collections.abc import Mapping, Sequence
 
 from esper.lifecycle.actions import Action, Germinate, GrowthState
@@ -7,9 +9,11 @@ from esper.policies.tending import tend
 
 
 class SchedulePolicy:
-    """Carries out given actions at given epochs; without any, nothing ever grows.
+    """Carries out given actions at given epochs, and tends what grows meanwhile.
 
-    For code. The policy called "schedule" on the command line is `DepthSchedulePolicy`.
+    For code. The policy called "schedule" on the command line is `DepthSchedulePolicy`. Without
+    actions it begins nothing, and still takes a seed that somebody else has germinated through its
+    stages; to decide everything by hand give `Growth` no policy.
 
     Args:
         actions: By epoch, counted from 1.

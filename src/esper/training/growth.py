@@ -1,5 +1,7 @@
 """The growth engine: what a training loop calls after a step and after an epoch."""
 
+from __future__ import annotations  # so that help() says Event, and not all its classes
+
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,13 +20,7 @@ from esper.lifecycle.actions import (
     action_from_dump,
     check_action,
 )
-from esper.lifecycle.events import (
-    ActionApplied,
-    ActionRefused,
-    Event,
-    EventRecord,
-    SeedFailed,
-)
+from esper.lifecycle.events import ActionApplied, ActionRefused, Event, EventRecord, SeedFailed
 from esper.slots.isolation_monitor import IsolationMonitor
 from esper.slots.modes import device_of, forked_random_state
 from esper.slots.slot import SeedSlot
@@ -34,7 +30,13 @@ from esper.telemetry.sink import Sink
 from esper.telemetry.sink_guard import SinkGuard
 from esper.training.action_runner import ActionRunner
 from esper.training.held_out import Evaluate, metrics_of
-from esper.training.policy import ForesightedPolicy, FrugalPolicy, Policy, StatefulPolicy
+from esper.training.policy import (
+    ForesightedPolicy,
+    FrugalPolicy,
+    Policy,
+    StatefulPolicy,
+    checked_policy,
+)
 from esper.training.probing import probe_seeds
 from esper.training.run_cost import Cost, CostMeter, RunCost
 from esper.training.seed_readings import SeedReadings
@@ -46,6 +48,10 @@ _STATE_FIELDS = (
 )
 
 
+_STEPS_WITHOUT_THE_OPTIMIZER = 50
+"""More than float16's loss scaler skips in a row until it has found its scale."""
+
+
 class Growth:
     """Grows a model while any loop trains it.
 
@@ -55,7 +61,8 @@ class Growth:
     Args:
         slots: From `esper.attach`.
         optimizer: Trains the host; gets one parameter group per slot.
-        policy: Decides; see `esper.HeuristicPolicy`.
+        policy: Decides, as `esper.HeuristicPolicy()`; without one nothing happens by itself, and
+            slots do what they are told by their methods.
         scheduler: A learning-rate scheduler made before; one made afterwards needs nothing.
         max_epochs: How many decisions will come, for policies that plan by it.
         sinks: Receive every event and metric. One that raises is told once and stops nothing; see
@@ -66,6 +73,7 @@ class Growth:
             structure then runs slower, and so do decisions.
 
     Raises:
+        TypeError: `slots` or `policy` is something else.
         ValueError: The optimizer holds none of the host's parameters, or a scheduler exists that
             was not passed.
     """
@@ -75,7 +83,7 @@ class Growth:
         slots: SlotSet,
         optimizer: Optimizer,
         *,
-        policy: Policy,
+        policy: Policy | None = None,
         scheduler: Any | None = None,
         max_epochs: int | None = None,
         sinks: Sequence[Sink] = (),
@@ -83,8 +91,12 @@ class Growth:
         clock: Callable[[], float] = time.time,
         count_flops: bool = False,
     ) -> None:
+        if not isinstance(slots, SlotSet):
+            raise TypeError(
+                f"Growth takes the slots that esper.attach returned, got {type(slots).__name__}"
+            )
         self.slots = slots
-        self.policy = policy
+        self.policy = checked_policy(policy)
         self.max_epochs = max_epochs
         self.sink_guard = SinkGuard(sinks, stamp=self._stamped)
         self.compiled = compiled
@@ -100,6 +112,10 @@ class Growth:
         self.awaits_decision = False
         """Whether a look was taken that is not concluded yet."""
         self._clock = clock
+        self._steps_told = 0
+        """Here; a run that goes on has made others before."""
+        self._has_stepped = False
+        """Whether the optimizer has made any of them."""
         self._caused: list[Event] | None = None
         """What the action that is being carried out has caused so far; None where none is."""
         self._step_times = StepTimes()
@@ -147,10 +163,14 @@ class Growth:
             RuntimeError: A seed learns in shadow, and `shadow_pass` was not called for this step.
         """
         self.step += 1
+        self._steps_told += 1
         self._step_times.step()
         binding = self.slots.binding
-        if binding is not None and not binding.has_stepped:
-            self.meter.optimizer_has_skipped()
+        if binding is not None:
+            if binding.has_stepped:
+                self._has_stepped = True
+            else:
+                self.meter.optimizer_has_skipped()
         events = self.slots.tick()
         if events:
             self.publish(events)
@@ -172,6 +192,8 @@ class Growth:
 
         Raises:
             TypeError: `evaluate` returned no loss.
+            RuntimeError: The optimizer has stepped without an `after_step` after it, or another one
+                than this is stepped.
 
         Effects: waits for the device. Structure may change: the next backward must be a new step.
         """
@@ -194,7 +216,8 @@ class Growth:
 
         Raises:
             TypeError: `evaluate` returned no loss.
-            RuntimeError: The last look was not concluded.
+            RuntimeError: The last look was not concluded, or steps were not told of.
+            Whatever is raised, the look counts for none.
 
         Effects: waits for the device.
         """
@@ -203,10 +226,16 @@ class Growth:
                 "growth has looked already and nothing was decided; call growth.conclude(actions) "
                 "once after each growth.look(…), with [] to wait"
             )
+        self._check_steps()
+        before = self.epoch, list(self.losses), list(self.train_losses)
         if train_loss is not None:
             self.train_losses.append(train_loss)
-        with self.meter.decision():
-            metrics = self._look(evaluate)
+        try:
+            with self.meter.decision():
+                metrics = self._look(evaluate)
+        except BaseException:  # Ctrl-C too: whoever goes on looks again
+            self.epoch, self.losses, self.train_losses = before
+            raise
         self.awaits_decision = True
         return metrics
 
@@ -241,6 +270,24 @@ class Growth:
                 self.compiled.foresee(self.policy.upcoming(self.state()))
             self._compile_seeds()
             self.sink_guard.flush()
+
+    def _check_steps(self) -> None:
+        """Raise if steps were not told of: alpha would stand still, and seeds never be judged."""
+        binding = self.slots.binding
+        if binding is None:
+            return
+        optimizer = type(binding.optimizer).__name__
+        if binding.has_stepped:
+            raise RuntimeError(
+                f"the {optimizer} has stepped, and growth.after_step() was not called after it; "
+                "call it after each optimizer.step()"
+            )
+        if not self._has_stepped and self._steps_told >= _STEPS_WITHOUT_THE_OPTIMIZER:
+            raise RuntimeError(
+                f"growth.after_step() was called {self._steps_told} times, and the {optimizer} "
+                "that Growth was given has made no step: seeds would never train; train with that "
+                "one, or give Growth the one that trains"
+            )
 
     def _look(self, evaluate: Evaluate) -> dict[str, float]:
         self._step_times.pause()

@@ -90,6 +90,7 @@ class HeldOut:
         """Return the mean over samples of the loss and of every metric. Waits for the device.
 
         Raises:
+            TypeError: A batch is no pair of inputs and targets.
             ValueError: There are no batches, or the loss or a metric is not one value per sample.
         """
         columns: dict[str, list[Tensor]] = {name: [] for name in self.metrics}
@@ -125,6 +126,12 @@ class HeldOut:
     def _batches_on_device(self) -> Iterator[tuple[Any, Any]]:
         device = sole_device(self.model)
         for batch in self.batches:
+            if not (isinstance(batch, (tuple, list)) and len(batch) == 2):
+                raise TypeError(
+                    "held-out batches are pairs of inputs and targets, got a "
+                    f"{type(batch).__name__}"
+                    + (f" of {len(batch)}" if isinstance(batch, (tuple, list)) else "")
+                )
             inputs, targets = to_device(batch, device)
             yield inputs, targets
 

@@ -1,7 +1,7 @@
 """What decides when and where to grow."""
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 from esper.lifecycle.actions import Action, Germinate, GrowthState
 
@@ -19,6 +19,41 @@ class Policy(Protocol):
 
     def decide(self, state: GrowthState) -> Sequence[Action]:
         """Return what to do now; an empty sequence waits."""
+
+
+class DecidedByHand:
+    """A policy that decides nothing: whoever holds the slots does, by their methods.
+
+    Every seed is weighed, so that any gate may be asked.
+    """
+
+    name = "by hand"
+    reads_losses = False
+
+    def weighs(self, state: GrowthState) -> Sequence[str]:
+        """Return every slot."""
+        return [slot.path for slot in state.slots]
+
+    def decide(self, state: GrowthState) -> Sequence[Action]:
+        """Return no action."""
+        return ()
+
+
+def checked_policy(policy: object) -> Policy:
+    """Return what was passed as a policy; None is one that decides nothing.
+
+    Raises:
+        TypeError: It can decide nothing, as a name or a class.
+    """
+    if policy is None:
+        return DecidedByHand()
+    if isinstance(policy, type) or not callable(getattr(policy, "decide", None)):
+        got = f"the class {policy.__name__}" if isinstance(policy, type) else repr(policy)
+        raise TypeError(
+            f"policy must be an object with decide(state), as esper.HeuristicPolicy() is, got "
+            f"{got}; of a name esper.policies.named_policy makes one"
+        )
+    return cast("Policy", policy)
 
 
 @runtime_checkable

@@ -64,6 +64,9 @@ def save_pretrained(slots: SlotSet, folder: str | Path, *, overwrite: bool = Fal
         pydantic_core.PydanticSerializationError: An option of a committed seed has no JSON form.
         In each case nothing is written.
     """
+    if not isinstance(slots, SlotSet):
+        got = type(slots).__name__
+        raise TypeError(f"save_pretrained takes the slots that esper.attach returned, got {got}")
     if slots.sharded:
         raise ValueError(
             "the model is sharded over several processes; keep the run with esper.training."

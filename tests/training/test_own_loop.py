@@ -1,0 +1,104 @@
+"""A training loop of one's own: growing by hand, and what a loop gets wrong."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.functional import mse_loss
+
+import esper
+from esper.lifecycle.events import GateEvaluated, SeedGerminated, StageChanged
+from growth_problem import Problem, make_problem
+
+
+@pytest.fixture
+def problem() -> Problem:
+    return make_problem()
+
+
+def step(problem: Problem, optimizer: torch.optim.Optimizer | None = None) -> None:
+    features, targets = problem.batches[0]
+    mse_loss(problem.model(features), targets).backward()
+    (optimizer or problem.optimizer).step()
+    problem.model.zero_grad()
+
+
+def test_without_a_policy_only_what_is_told_happens_and_gates_may_be_asked(
+    problem: Problem,
+) -> None:
+    growth = esper.Growth(problem.slots, problem.optimizer, sinks=[problem.recorder])
+    slot = problem.slots["embed"]
+    slot.germinate("mlp")
+    slot.advance(force=True)
+    for _ in range(3):
+        for _ in range(50):
+            step(problem)
+            growth.after_step()
+        growth.after_epoch(problem.held_out)
+    assert slot.stage is esper.SeedStage.TRAINING
+    assert problem.recorder.of(SeedGerminated, StageChanged, GateEvaluated) == []
+    (judged, *_) = slot.advance()  # by what growth has measured
+    assert isinstance(judged, GateEvaluated)
+    assert "missing" not in str(judged.result)
+    assert slot.stage is esper.SeedStage.BLENDING, str(judged.result)
+
+
+@pytest.mark.parametrize(
+    ("policy", "got"),
+    [
+        ("heuristic", "got 'heuristic'"),
+        (esper.HeuristicPolicy, "got the class HeuristicPolicy"),
+        (lambda state: (), "got <function"),
+    ],
+)
+def test_what_cannot_decide_is_no_policy_and_leaves_the_optimizer_alone(
+    problem: Problem, policy: Any, got: str
+) -> None:
+    with pytest.raises(TypeError, match=rf"object with decide\(state\).*{got}"):
+        esper.Growth(problem.slots, problem.optimizer, policy=policy)
+    assert len(problem.optimizer.param_groups) == 1
+    with pytest.raises(TypeError, match=r"takes the slots .* got LinearHost"):
+        esper.Growth(problem.model, problem.optimizer)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"takes the slots .* got LinearHost"):
+        esper.save_pretrained(problem.model, "nowhere")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("batch", [torch.zeros(2, 4), (torch.zeros(2, 4),), {"x": 1, "y": 2}])
+def test_a_held_out_batch_that_is_no_pair_is_named(problem: Problem, batch: Any) -> None:
+    held_out = esper.HeldOut(problem.model, [batch], loss=problem.held_out.loss)
+    with pytest.raises(
+        TypeError, match=f"pairs of inputs and targets, got a {type(batch).__name__}"
+    ):
+        held_out()
+
+
+def test_a_step_that_growth_was_not_told_of_is_an_error_at_the_decision(problem: Problem) -> None:
+    growth = esper.Growth(problem.slots, problem.optimizer)
+    growth.after_epoch(problem.held_out)  # before the first step
+    step(problem)
+    growth.after_step()
+    growth.after_epoch(problem.held_out)
+    growth.after_step()  # in front of the step, where it is the one before that it tells of
+    step(problem)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"Adam has stepped, and growth.after_step\(\) was"):
+            growth.after_epoch(problem.held_out)
+    assert growth.epoch == 2
+    growth.after_step()
+    growth.after_epoch(problem.held_out)
+
+
+def test_another_optimizer_than_growth_was_given_is_an_error(problem: Problem) -> None:
+    other = torch.optim.SGD(problem.model.parameters(), lr=0.1)
+    growth = esper.Growth(problem.slots, problem.optimizer)
+    for _ in range(49):
+        step(problem, other)
+        growth.after_step()
+    growth.after_epoch(problem.held_out)  # a loss scaler may skip as many
+    step(problem, other)
+    growth.after_step()
+    with pytest.raises(RuntimeError, match=r"called 50 times, and the Adam .* has made no step"):
+        growth.after_epoch(problem.held_out)
+    step(problem)
+    growth.after_step()
+    growth.after_epoch(problem.held_out)
