@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from typer.testing import CliRunner, Result
 from esper.cli.app import app
 from esper.cli.options import new_folder
 from esper.experiments.config import RunConfig, load_run_config
+from esper.experiments.run import GrowingRun
 from esper.tasks.collection.source import open_source
 from esper.tasks.digits.data import load_splits
 from esper.telemetry import RunReader
@@ -161,6 +163,8 @@ def test_argument_and_option_name_the_same_task() -> None:
         ),
         (("hff:x",), "there are hf:NAME and folder:PATH"),
         (("folder:nowhere",), "here/nowhere' does not exist"),
+        (("folder:~nosuch/data",), "there is no home folder ~nosuch"),
+        (("hf:~nosuch/data",), "there is no home folder ~nosuch"),
         (("digits", "--set", "task=text"), "task: 'digits' is named, and the settings are for"),
         (("hf:me/mine",), "data set 'me/mine' cannot be loaded: ConnectionError: Couldn't reach"),
     ],
@@ -181,6 +185,21 @@ def test_targets_that_the_host_lacks_are_named_and_leave_no_folder(
     output = grow(f"python:{file.stem}:TASK", *SHORT, fails=True).output
     assert "has no module 'stage9'; did you mean " in output
     assert not Path("runs").exists()
+
+
+def test_sigterm_while_what_was_trained_is_judged_leaves_no_run_that_seems_to_go_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def judge(_: GrowingRun) -> None:
+        assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(GrowingRun, "finish", judge)
+    for command in (("grow", "digits", *SHORT, "--out", "run"), ("resume", "run")):
+        result = CliRunner().invoke(app, command)
+        assert result.exit_code == 128 + signal.SIGTERM, result.output
+        assert "begin anew with" in result.output
+        assert RunReader(Path("run")).status == "interrupted"
 
 
 def test_where_a_run_is_is_told_as_it_is() -> None:

@@ -6,7 +6,7 @@ import json
 import math
 import pickle
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -166,104 +166,6 @@ def test_after_a_way_back_those_of_the_way_that_was_left_go(
     assert keeper.names() == [f"step-{step:010d}" for step in [34] * keep_best + [46, 48]]
 
 
-@pytest.mark.parametrize("had", [False, True])
-@pytest.mark.parametrize(
-    ("part", "told"),
-    [("scheduler", "(a|no) learning-rate scheduler"), ("ema", "(an|no) average of its weights")],
-)
-def test_what_only_the_run_or_only_the_trainer_has_is_refused_and_nothing_is_loaded(
-    part: str, told: str, had: bool
-) -> None:
-    def made(*, whole: bool) -> esper.Trainer:
-        problem = make_problem()
-        scheduler = None
-        if whole and part == "scheduler":
-            scheduler = torch.optim.lr_scheduler.StepLR(problem.optimizer, 2)
-        trainer = problem.trainer(Ever(), epochs=1, scheduler=scheduler)
-        if whole and part == "ema":
-            trainer.ema = esper.EMA(problem.slots, decay=0.9)
-        return trainer
-
-    trainer, other = made(whole=had), made(whole=not had)
-    trainer.fit()
-    before = [parameter.clone() for parameter in other.model.parameters()]
-    with pytest.raises(ValueError, match=f"the run had {told}; make the trainer") as refused:
-        other.load_state_dict(trainer.state_dict())
-    assert ("had no " in str(refused.value)) is not had
-    assert (other.epoch, other.growth.step) == (0, 0)
-    assert all(map(torch.equal, before, other.model.parameters()))
-
-
-def another_head(problem: Problem) -> esper.Trainer:
-    problem.model.head = torch.nn.Linear(16, 2)
-    return problem.trainer(Ever(), epochs=1)
-
-
-def another_layer(problem: Problem) -> esper.Trainer:
-    problem.model.added = torch.nn.Linear(2, 2)
-    return problem.trainer(Ever(), epochs=1)
-
-
-def another_optimizer(problem: Problem) -> esper.Trainer:
-    problem.optimizer = torch.optim.SGD(problem.model.parameters(), lr=1e-2)
-    return problem.trainer(Ever(), epochs=1)
-
-
-def more_groups(problem: Problem) -> esper.Trainer:
-    parts = problem.model.children()
-    problem.optimizer = torch.optim.Adam([{"params": list(part.parameters())} for part in parts])
-    return problem.trainer(Ever(), epochs=1)
-
-
-def another_scheduler(problem: Problem) -> esper.Trainer:
-    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(problem.optimizer)
-    return problem.trainer(Ever(), epochs=1, scheduler=scheduler)
-
-
-def scaled(problem: Problem) -> esper.Trainer:
-    return problem.trainer(Ever(), epochs=1, precision="float16")
-
-
-@pytest.mark.parametrize(
-    ("make", "told"),
-    [
-        (another_head, r"'head.bias' has shape \(2,\), and had \(1,\)"),
-        (another_layer, "it has 'added.bias'"),
-        (another_optimizer, "the state is of a Adam, and this is a SGD"),
-        (more_groups, "had 2 parameter groups, and has 3"),
-        (another_scheduler, "was a StepLR, no ReduceLROnPlateau"),
-        (scaled, "another precision than float16"),
-    ],
-)
-def test_a_trainer_that_is_made_otherwise_is_refused_and_nothing_is_loaded(
-    make: Callable[[Problem], esper.Trainer], told: str
-) -> None:
-    whole, problem = make_problem(), make_problem(seed=1)
-    scheduler = None
-    if make is another_scheduler:
-        scheduler = torch.optim.lr_scheduler.StepLR(whole.optimizer, 2)
-    trainer = whole.trainer(Ever(), epochs=1, scheduler=scheduler)
-    trainer.fit()
-    other = make(problem)
-    before = {name: value.clone() for name, value in other.model.state_dict().items()}
-    with pytest.raises(ValueError, match=told):
-        other.load_state_dict(trainer.state_dict())
-    assert (other.epoch, other.growth.step) == (0, 0)
-    assert all(torch.equal(v, before[k]) for k, v in other.model.state_dict().items())
-
-
-def test_a_state_holds_a_schedulers_as_it_was_then() -> None:
-    problem = make_problem()
-    scheduler = torch.optim.lr_scheduler.MultiStepLR(problem.optimizer, [2])
-    trainer = problem.trainer(Ever(), epochs=1, scheduler=scheduler)
-    state = trainer.state_dict()
-    scheduler.milestones[5] += 1
-    assert state["scheduler"]["state"]["milestones"] == {2: 1}
-    trainer.load_state_dict(state)
-    scheduler.milestones[5] += 1
-    assert state["scheduler"]["state"]["milestones"] == {2: 1}
-
-
 def test_a_run_goes_on_to_the_milestones_of_its_scheduler(tmp_path: Path) -> None:
     def made(problem: Problem) -> esper.Trainer:
         lower, optimizer = torch.optim.lr_scheduler, problem.optimizer
@@ -390,8 +292,9 @@ def test_what_people_keep_beside_checkpoints_stays_and_is_none(tmp_path: Path) -
     (tmp_path / "step-0000000048" / "notes.txt").write_text("mine")
     (tmp_path / "step-0000000080").mkdir()
     (tmp_path / "step-0000000080" / "notes.txt").write_text("mine")
-    whole = tmp_path / "step-0000000064"
-    before = {path for path in tmp_path.rglob("*") if whole not in (path, path.parent)}
+    sealed = {path for n in (48, 64) for path in (tmp_path / f"step-{n:010d}").glob("*.*")}
+    before = set(tmp_path.rglob("*")) - sealed - {tmp_path / "step-0000000064"}
+    before.add(tmp_path / "step-0000000048" / "notes.txt")
     trainer, problem, checkpoints = fresh(tmp_path)
     trainer.keeper = checkpoints
     assert checkpoints.resume(trainer).step == 64
@@ -400,7 +303,33 @@ def test_what_people_keep_beside_checkpoints_stays_and_is_none(tmp_path: Path) -
     (failed,) = problem.recorder.of(CheckpointFailed)
     assert failed.name == "step-0000000080"
     assert "was not saved by esper, and is not replaced" in failed.error
+    assert checkpoints.names() == [f"step-{step:010d}" for step in (32, 64, 96)]
     assert checkpoints.newest().name == "step-0000000096"
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_one_of_a_way_that_was_left_goes_though_people_have_written_into_it(
+    linked: bool, tmp_path: Path
+) -> None:
+    trainer = make_problem().trainer(Ever(), epochs=2)
+    trainer.keeper = keeper = Checkpoints(tmp_path / "run", keep_last=1, keep_best=False)
+    reports = trainer.run()
+    next(reports)
+    state = trainer.state_dict()
+    next(reports)
+    left = keeper.folder / "step-0000000032"
+    (left / "notes.txt").write_text("diverges here")
+    kept = {left / "notes.txt"}
+    if linked:
+        left.rename(tmp_path / "elsewhere")
+        left.symlink_to(tmp_path / "elsewhere")
+        kept = set((tmp_path / "elsewhere").iterdir())
+    trainer.load_state_dict(state)
+    keeper.save(trainer)
+    assert keeper.names() == ["step-0000000016"]
+    assert keeper.newest().name == "step-0000000016"
+    assert all(file.exists() for file in kept)
+    assert left.exists() is not linked
 
 
 def test_a_file_system_without_links_keeps_checkpoints_all_the_same(
@@ -419,15 +348,22 @@ def test_a_file_system_without_links_keeps_checkpoints_all_the_same(
 def test_one_that_cannot_be_removed_is_told_and_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(self: Checkpoints, name: str) -> None:
-        raise OSError(errno.EACCES, "Permission denied", str(self.folder / name))
+    unlink, refused = Path.unlink, iter([True])
 
-    monkeypatch.setattr(Checkpoints, "_remove", refuse)
-    _, problem = trained(tmp_path, epochs=2, keep_last=1, keep_best=False)
+    def refuse_once(file: Path, **options: bool) -> None:
+        if file.name == "state.json" and next(refused, False):
+            raise OSError(errno.EACCES, "Permission denied", str(file))
+        unlink(file, **options)
+
+    monkeypatch.setattr(Path, "unlink", refuse_once)
+    trainer, problem = trained(tmp_path, epochs=2, keep_last=1, keep_best=False)
     (failed,) = problem.recorder.of(CheckpointFailed)
     assert failed.name == "step-0000000016"
     assert "cannot be removed" in failed.error
     assert [event.name for event in problem.recorder.of(CheckpointSaved)][-1] == "step-0000000032"
+    assert isinstance(trainer.keeper, Checkpoints)
+    trainer.keeper.save(trainer)
+    assert [path.name for path in tmp_path.glob("*step-*")] == ["step-0000000032"]
 
 
 def test_what_a_killed_process_left_is_cleared_away(tmp_path: Path) -> None:
@@ -458,6 +394,36 @@ def test_training_goes_on_where_the_disk_refuses(
     assert "No space left" in event.error
     assert trainer.keeper.names() == before
     assert not list(tmp_path.glob(".step-*"))
+
+
+def test_training_goes_on_where_the_folder_is_gone(tmp_path: Path) -> None:
+    problem = make_problem()
+    trainer = problem.trainer(Ever(), epochs=2)
+    trainer.keeper = Checkpoints(tmp_path / "run" / "checkpoints")
+    shutil.rmtree(tmp_path / "run")
+    trainer.fit()
+    assert trainer.keeper.names() == ["step-0000000016", "step-0000000032"]
+    assert not problem.recorder.of(CheckpointFailed)
+
+
+@pytest.mark.parametrize("listing", range(2))
+def test_training_goes_on_where_the_disk_lists_nothing(
+    listing: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer, problem = trained(tmp_path, epochs=1)
+    trainer.keeper = keeper = Checkpoints(tmp_path)
+    iterdir, numbers = Path.iterdir, itertools.count()
+
+    def stale(folder: Path) -> Iterator[Path]:
+        if folder == tmp_path and next(numbers) == listing:
+            raise OSError(errno.ESTALE, "Stale file handle", str(folder))
+        return iterdir(folder)
+
+    monkeypatch.setattr(Path, "iterdir", stale)
+    assert (keeper.save(trainer) is None) is (listing == 0)
+    (event,) = problem.recorder.of(CheckpointFailed)
+    assert "Stale file handle" in event.error
+    assert keeper.newest().name == "step-0000000016"
 
 
 def test_an_epoch_tells_the_same_with_a_keeper_and_without(tmp_path: Path) -> None:

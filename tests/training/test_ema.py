@@ -182,6 +182,20 @@ def test_weights_that_are_assigned_begin_their_averages_anew() -> None:
         assert average.data_ptr() != run.model.get_parameter(name).data_ptr()
 
 
+def test_an_average_follows_another_head_and_takes_its_own_state_back_at_any_time() -> None:
+    run = Run()
+    run.step(2)
+    run.model[4] = nn.Linear(8, 2)
+    before = run.model[4].bias.detach().clone()
+    run.ema.update()
+    with torch.no_grad():
+        run.model[4].bias.add_(1.0)
+    run.ema.update()
+    torch.testing.assert_close(run.ema.averages()["4.bias"], before + 1.0 - DECAY)
+    run.model[4] = nn.Linear(8, 2)
+    run.ema.load_state_dict(run.ema.state_dict())
+
+
 @pytest.mark.parametrize("decay", [0.0, 1.0, -0.5, 2.0])
 def test_a_decay_out_of_range_is_refused(decay: float) -> None:
     with pytest.raises(ValueError, match="decay must lie between 0 and 1"):

@@ -416,6 +416,24 @@ def test_seed_that_raises_between_epochs_is_gone_before_the_run_is_kept(
     assert "division by zero" in failed.error
 
 
+def test_seed_that_raises_before_the_first_step_is_gone_in_one_process_of_several(
+    problem: Problem, process_group: None
+) -> None:
+    problem.slots.replicate()
+    trainer = problem.trainer(Script({}), epochs=1)
+    slot = problem.slots["embed"]
+    slot.germinate("mlp")
+    slot.advance(force=True)
+    assert slot.living is not None
+    broken = slot.living.register_forward_pre_hook(lambda *_: 1 / 0)
+    problem.model(problem.batches[0][0])
+    broken.remove()
+    trainer.fit()
+    assert slot.living is None
+    (failed,) = problem.recorder.of(SeedFailed)
+    assert "division by zero" in failed.error
+
+
 @pytest.mark.parametrize("epochs_of_data", [0, 1])
 def test_data_that_can_be_iterated_only_once_is_refused(
     epochs_of_data: int, problem: Problem

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import esper
+from esper.lifecycle.actions import Germinate
 from growth_problem import Problem, make_problem
 
 
@@ -86,3 +87,29 @@ def test_what_was_looked_at_and_not_decided_ends_without_an_action(problem: Prob
     assert (trainer.growth.epoch, trainer.growth.awaits_decision) == (1, True)
     assert [report.epoch for report in trainer.fit()] == [1, 2, 3]
     assert trainer.growth.epoch == 4
+
+
+class Watching(esper.SchedulePolicy):
+    """Germinates first, and keeps what it saw."""
+
+    def __init__(self) -> None:
+        super().__init__({1: [Germinate(slot="embed", blueprint="mlp")]})
+        self.seen: list[tuple[int, int, int]] = []
+
+    def decide(self, state: Any) -> Any:
+        self.seen.append((state.epoch, len(state.losses), len(state.train_losses)))
+        return super().decide(state)
+
+
+@pytest.mark.parametrize("evaluation", [1, 5], ids=["while evaluated", "while a seed is weighed"])
+def test_a_look_that_is_interrupted_is_none(evaluation: int, problem: Problem) -> None:
+    def evaluate() -> Any:
+        nonlocal evaluation
+        evaluation -= 1
+        if evaluation == 0:
+            raise KeyboardInterrupt
+        return problem.held_out()
+
+    policy = Watching()
+    interrupted(problem.trainer(policy, 4, evaluate=evaluate)).fit()
+    assert policy.seen == [(epoch, epoch, epoch) for epoch in (1, 2, 3, 4)]

@@ -133,6 +133,15 @@ def test_evaluating_a_transformer_layer_costs_what_its_forward_in_training_does(
     assert nested == sum(alone)
 
 
+def test_padding_costs_a_transformer_layer_nothing_with_as_many_tokens_as_features() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    x, padding = torch.randn(3, 8, 8), torch.zeros(3, 8, dtype=torch.bool)
+    trained = operations(lambda: layer(x, src_key_padding_mask=padding))
+    layer.eval()
+    with torch.inference_mode():
+        assert operations(lambda: layer(x, src_key_padding_mask=padding)) == trained
+
+
 def ticking(seconds: list[float]) -> Callable[[], float]:
     times: Iterator[float] = iter(seconds)
     return lambda: next(times)

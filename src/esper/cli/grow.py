@@ -194,9 +194,9 @@ def _train_grown(
                 view.note(note, about="data")
             note_trackers(run, view)
             cost = train(run, view)
-        networks = {"grown": (run.param_count(), run.finish())}
-        if beside is not None and fork is not None:
-            with ended_at_once_by_sigterm():  # the run itself has come to its end, and is kept
+        with ended_at_once_by_sigterm():  # there is no step to wait for any more
+            networks = {"grown": (run.param_count(), run.finish())}
+            if beside is not None and fork is not None:
                 try:
                     twin = prepare_twin(settings, run, cost, fork)
                 except ValueError as error:

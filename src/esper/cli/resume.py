@@ -20,7 +20,7 @@ from esper.cli.kept_settings import kept_settings
 from esper.cli.options import AsJson, Report, bad_parameter, refuse_both
 from esper.cli.printing import plain_console
 from esper.cli.report import leave_report
-from esper.cli.stopping import stops_told
+from esper.cli.stopping import ended_at_once_by_sigterm, stops_told
 from esper.cli.views import RunView
 from esper.experiments.run import GrowingRun
 from esper.experiments.settings import SettingsError
@@ -67,7 +67,8 @@ def resume(
             with view:
                 _note_start(growing, run, view)
                 train(growing, view)
-            networks: dict[str, Network] = {"grown": (growing.param_count(), growing.finish())}
+            with ended_at_once_by_sigterm():
+                networks: dict[str, Network] = {"grown": (growing.param_count(), growing.finish())}
         if control:
             beside = views_beside(console, settings.task, silent=quiet or as_json)
             networks = {"host alone": train_control(settings, beside), **networks}

@@ -21,8 +21,8 @@ EXIT_TERMINATED = 128 + signal.SIGTERM
 EXIT_DIVERGED = 1
 
 
-class TerminatedError(BaseException):
-    """SIGTERM has come where no step is waited for; as KeyboardInterrupt is for Ctrl-C."""
+class TerminatedError(KeyboardInterrupt):
+    """SIGTERM has come where no step is waited for, and does what Ctrl-C does."""
 
 
 @contextmanager
@@ -63,7 +63,7 @@ def stops_told(folder: Path, *, quiet: bool, as_json: bool) -> Iterator[None]:
     except TrainingDivergedError as error:
         _tell_diverged(error, folder, quiet=quiet, as_json=as_json)
         raise typer.Exit(EXIT_DIVERGED) from error
-    except (KeyboardInterrupt, TerminatedError) as error:
+    except KeyboardInterrupt as error:
         tell_interrupted(_way_on(folder))
         terminated = isinstance(error, TerminatedError)
         raise typer.Exit(EXIT_TERMINATED if terminated else EXIT_INTERRUPTED) from None

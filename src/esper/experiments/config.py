@@ -264,8 +264,8 @@ def load_run_config(
             with the nearest one that exists. The task does not exist, its data cannot be found, it
             needs an extra that is not installed, or the settings are those of another task.
     """
-    task = address_of_anywhere(task)  # as it is kept: data is opened once
     try:
+        task = address_of_anywhere(task)  # as it is kept: data is opened once
         merged = task_defaults(named_task(task))
     except (ValueError, ModuleNotFoundError) as error:
         raise SettingsError(str(error)) from error

@@ -26,10 +26,12 @@ from esper.slots.nested import map_tensors
 from esper.slots.replication import Replication
 from esper.slots.sharded import whole
 from esper.training.sealed_folder import (
+    MANIFEST_FILE,
     DamagedFolderError,
     check_sealed,
-    holds_only,
+    foreign_names,
     remove_damaged,
+    remove_sealed,
     sealed_folder,
 )
 from esper.training.state_tree import (
@@ -205,8 +207,9 @@ class Checkpoints:
             epoch=trainer.epoch,
             loss=losses[0] if losses else None,
         )
-        self._clear_unfinished()
         try:
+            self.folder.mkdir(parents=True, exist_ok=True)  # somebody may have removed it
+            self._clear_unfinished()
             remove_damaged(target, _FILES)
             with sealed_folder(target, overwrite=True) as writing:
                 (writing / INFO_FILE).write_text(
@@ -274,9 +277,12 @@ class Checkpoints:
         return found
 
     def names(self) -> list[str]:
-        """Return the checkpoints that are there, whole or not, oldest first."""
-        every = (path for path in self.folder.iterdir() if path.is_dir())
-        return sorted(path.name for path in every if _NAME.fullmatch(path.name))
+        """Return the checkpoints that are there, whole or not, oldest first.
+
+        A folder without a manifest that holds files of others is none.
+        """
+        every = (path for path in self.folder.iterdir() if _NAME.fullmatch(path.name))
+        return sorted(path.name for path in every if _was_sealed(path))
 
     def _clear_unfinished(self) -> None:
         if not self._cleared:
@@ -294,8 +300,11 @@ class Checkpoints:
 
     def _remove_old(self, newest: str) -> list[CheckpointFailed]:
         """Remove those that need not be kept; return what tells of those that cannot be."""
-        names = self.names()
         self._of_this_run.add(newest)
+        try:
+            names = self.names()
+        except OSError as error:
+            return [CheckpointFailed(name=newest, error=f"older ones cannot be removed: {error}")]
         passed = [name for name in names if name <= newest]
         kept = set(passed[-self.keep_last :])
         if self.keep_best:
@@ -306,22 +315,23 @@ class Checkpoints:
         failed = []
         for name in old:
             try:
-                self._remove(name)
+                remove_sealed(self.folder / name, _FILES)
             except OSError as error:
                 failed.append(CheckpointFailed(name=name, error=f"it cannot be removed: {error}"))
         return failed
-
-    def _remove(self, name: str) -> None:
-        folder, aside = self.folder / name, self.folder / f".{name}-old"
-        if holds_only(folder, _FILES):
-            folder.rename(aside)  # gone at once, not file by file
-            shutil.rmtree(aside)
 
     def _loss(self, name: str) -> float | None:
         try:
             return _read_info(self.folder / name).loss
         except (CheckpointError, DamagedFolderError):
             return None
+
+
+def _was_sealed(folder: Path) -> bool:
+    """Whether a folder is a checkpoint, or what is left of one."""
+    if not folder.is_dir():
+        return False
+    return (folder / MANIFEST_FILE).exists() or not foreign_names(folder, _FILES)
 
 
 def _places_in_data(trainer: Trainer) -> list[Any]:

@@ -98,11 +98,13 @@ class EMA:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the averages, by name; tensors are copies."""
+        """Return the averages, by name, of a seed once it has joined; tensors are copies."""
+        weights = dict(self.slots.model.named_parameters())
+        living = self._names_of_living(weights)
         averages = {
-            name: self._averages[name].clone()
-            for name, weight in self.slots.model.named_parameters()
-            if self._weights.get(name) is weight
+            name: average.clone()
+            for name, average in self.averages().items()
+            if name not in living or self._weights.get(name) is weights[name]
         }
         return {"decay": self.decay, "averages": averages}
 
@@ -152,8 +154,9 @@ class EMA:
 
     def _follow(self) -> None:
         """Bring the averages in step with the parameters that the model has now."""
-        first = next(self.slots.model.parameters())
-        structure = (self.slots.structure(), id(first), first.device, first.dtype)
+        parameters = list(self.slots.model.parameters())
+        first, identities = parameters[0], tuple(map(id, parameters))
+        structure = (self.slots.structure(), identities, first.device, first.dtype)
         if structure == self._structure:
             return
         weights = dict(self.slots.model.named_parameters())

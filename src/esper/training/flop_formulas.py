@@ -13,6 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 _Shape = Sequence[int]
 
+_ENCODER_LAYER_MASK = 15
+"""Place of the mask among what follows the number of heads in `_transformer_encoder_layer_fwd`."""
+
 
 def flop_counter() -> FlopCounterMode:
     """Return torch's counter, which knows of these kernels too."""
@@ -70,7 +73,8 @@ def _raw(formula: Callable[..., int]) -> Callable[..., int]:
 @_raw
 def _encoder_layer_flops(features: Tensor, dim: int, _num_heads: int, *rest: Any, **_: Any) -> int:
     """Return the operations of `nn.TransformerEncoderLayer`'s fast path."""
-    return _tokens_flops(features, dim, [r for r in rest if isinstance(r, Tensor)])
+    before_mask = rest[:_ENCODER_LAYER_MASK]
+    return _tokens_flops(features, dim, [r for r in before_mask if isinstance(r, Tensor)])
 
 
 @_raw
@@ -87,14 +91,13 @@ def _tokens_flops(features: Tensor, dim: int, weights: Sequence[Tensor]) -> int:
     Args:
         features: May be nested.
         dim: Their D.
-        weights: Matrices of which one side is D; others are masks.
+        weights: Matrices of which one side is D, and vectors.
     """
     if features.is_nested:
         lengths = [int(rows) for rows, _ in features._nested_tensor_size().tolist()]  # noqa: SLF001 – no public one
     else:
         lengths = [features.shape[1]] * features.shape[0]
-    matrices = [w for w in weights if w.ndim == 2 and dim in w.shape]
-    products = sum(lengths) * sum(weight.numel() for weight in matrices)
+    products = sum(lengths) * sum(weight.numel() for weight in weights if weight.ndim == 2)
     scores = sum(length * length for length in lengths) * 2 * dim
     return 2 * (products + scores)
 

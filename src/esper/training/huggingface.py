@@ -117,7 +117,7 @@ class GrowthCallback(TrainerCallback):
         """Clip gradients per owner, if asked to."""
         if self.max_gradient_norm is not None:
             _unscale(kwargs["optimizer"])
-            self.growth.slots.clip_grad_norm_(self.max_gradient_norm)
+            self.growth.slots.clip_grad_norm_(self.max_gradient_norm, only_bound=True)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

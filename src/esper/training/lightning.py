@@ -151,7 +151,7 @@ class GrowthCallback(pl.Callback):
     ) -> None:
         """Clip gradients per owner, if asked to."""
         if self.max_gradient_norm is not None:
-            self.slots.clip_grad_norm_(self.max_gradient_norm, others=self._others)
+            self.slots.clip_grad_norm_(self.max_gradient_norm, others=self._others, only_bound=True)
 
     def on_train_batch_end(
         self,

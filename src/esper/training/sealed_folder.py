@@ -78,13 +78,29 @@ def remove_damaged(folder: Path, files: Collection[str]) -> None:
     except FileNotFoundError:
         return
     except DamagedFolderError:
-        if holds_only(folder, files):
+        if not foreign_names(folder, files):
             shutil.rmtree(folder)
 
 
-def holds_only(folder: Path, files: Collection[str]) -> bool:
-    """Return whether nothing is in a folder but files of these names, and a manifest."""
-    return {path.name for path in folder.iterdir()} <= {*files, MANIFEST_FILE}
+def remove_sealed(folder: Path, files: Collection[str]) -> None:
+    """Remove what was sealed, the manifest first, and the folder if nothing else is in it.
+
+    Args:
+        folder: Of a link to one the link alone goes.
+        files: The names of what was sealed.
+    """
+    if folder.is_symlink():
+        folder.unlink()
+        return
+    for name in (MANIFEST_FILE, *files):
+        (folder / name).unlink(missing_ok=True)
+    if not any(folder.iterdir()):
+        folder.rmdir()
+
+
+def foreign_names(folder: Path, sealed: Collection[str]) -> list[str]:
+    """Return the names of what is in a folder besides what was sealed, and the manifest."""
+    return sorted({path.name for path in folder.iterdir()} - {*sealed, MANIFEST_FILE})
 
 
 def _read_manifest(file: Path) -> dict[str, str]:
@@ -152,8 +168,7 @@ def _refuse_to_replace(folder: Path, *, overwrite: bool) -> None:
             f"{folder} has no {MANIFEST_FILE}: it was not saved by esper, and is not replaced; "
             "choose another folder"
         )
-    sealed = {MANIFEST_FILE, *_read_manifest(folder / MANIFEST_FILE)}
-    foreign = sorted(path.name for path in folder.iterdir() if path.name not in sealed)
+    foreign = foreign_names(folder, _read_manifest(folder / MANIFEST_FILE))
     if foreign:
         raise FileExistsError(
             f"{folder} holds {', '.join(foreign[:5])} besides what was saved, and is not replaced; "

@@ -216,6 +216,8 @@ class Trainer:
             self.growth.conclude([])
         try:
             while self.epoch < self.config.epochs:
+                if self.growth.slots.replication is not None:  # the caller may have evaluated
+                    self.prune_failed()
                 self.growth.meter.start()
                 self._obey()
                 with suppress(_WentBack):
@@ -273,6 +275,10 @@ class Trainer:
         Effects: random streams are put where they were when the next epoch begins.
         """
         self._check_made_as(state)
+        self._become(state)
+
+    def _become(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state of this trainer, or of one that was made as it is."""
         self.growth.load_state_dict(state["growth"])
         here = self.model.state_dict()
         self.model.load_state_dict(
@@ -453,7 +459,7 @@ class Trainer:
             onward = {"data": self.data.state_dict(), "epoch": self.epoch}
             none = StepLosses().state_dict()
             state = {**state, **onward, "losses": none, "undecided": none}
-        self.load_state_dict(state)
+        self._become(state)
         raise _WentBack
 
     def _decide(self) -> Iterator[DecisionDue]:

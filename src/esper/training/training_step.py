@@ -55,8 +55,7 @@ class TrainingStep:
     ) -> None:
         model, binding = growth.slots.model, growth.slots.binding
         assert binding is not None
-        if forward is not model:
-            _replicate(growth.slots, forward)
+        _replicate(growth.slots, forward)
         self.loss = loss
         self.forward = forward
         device = device_of(model)
@@ -109,7 +108,7 @@ class TrainingStep:
             norm = None
             if self._max_gradient_norm is not None:
                 self.scaler.unscale(self._optimizer)
-                norm = self._slots.clip_grad_norm_(self._max_gradient_norm)
+                norm = self._slots.clip_grad_norm_(self._max_gradient_norm, only_bound=True)
             # With a scaler a gradient that is not finite is its affair: it skips, and is lowered.
             skipped = self._refusal(None if self.scaler.enabled else norm)
             if skipped is None:

@@ -77,11 +77,31 @@ def parse_address(task: str) -> Address:
 
 
 def address_of_anywhere(task: str) -> str:
-    """Return a task's name, or a folder of data by its absolute path: the same from any folder."""
+    """Return a task's name, or a folder of data by its absolute path: the same from any folder.
+
+    Raises:
+        TaskDataError: As `expanded`.
+    """
     match = _ADDRESS.fullmatch(task)
     if match is None or match["scheme"] != "folder" or not match["name"]:
         return task
-    return f"folder:{Path(match['name']).expanduser().absolute()}{match['settings']}"
+    return f"folder:{expanded(match['name']).absolute()}{match['settings']}"
+
+
+def expanded(path: str) -> Path:
+    """Return a path with ~ written out.
+
+    Raises:
+        TaskDataError: Nobody has the name after the ~.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        user = Path(path).parts[0]
+        raise TaskDataError(
+            f"{path!r} cannot be found: there is no home folder {user}; write the path out, or "
+            "./~… for a folder of that name"
+        ) from error
 
 
 def _known_key(key: str) -> str:

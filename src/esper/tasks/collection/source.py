@@ -8,7 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from esper.tasks.collection.address import Address
+from esper.tasks.collection.address import Address, expanded
 from esper.tasks.task import TaskDataError
 
 _SPLIT_WORDS: Mapping[str, str] = {
@@ -58,12 +58,12 @@ def open_source(address: Address) -> Source:
             f"{address.scheme}: tasks need the datasets library: pip install 'esper-lite[data]'"
         ) from error
     if address.scheme == "folder":
-        return _open_folder(datasets, Path(address.name).expanduser())
+        return _open_folder(datasets, expanded(address.name))
     return _open_hub(datasets, address)
 
 
 def _open_hub(datasets: Any, address: Address) -> Source:
-    local = Path(address.name).expanduser()
+    local = expanded(address.name)
     name = str(local) if local.is_dir() else address.name
     try:
         loaded = datasets.load_dataset(name, address.config)
