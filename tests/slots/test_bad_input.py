@@ -150,6 +150,12 @@ ATTACH: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], type[Exception]
         ValueError,
         r"Sequential has no module 'layer\.\*'; its modules: 0, 1, 2",
     ),
+    "target that is no path": (
+        chain,
+        {"targets": [0]},
+        TypeError,
+        "named_modules.* has them, got int 0",
+    ),
     "no target": (chain, {"targets": []}, ValueError, "at least one target path"),
     "the model itself": (chain, {"targets": ""}, ValueError, "has no module ''"),
     "example of another shape": (
@@ -325,6 +331,14 @@ def test_a_refused_attach_names_the_mistake_and_leaves_the_model(
     with pytest.raises(error, match=message):
         esper.attach(model, **{"targets": "0", "example": X, **arguments})
     assert fingerprint(model) == before
+
+
+@pytest.mark.parametrize("verb", ["attach", "detach", "bake"])
+def test_slots_where_a_model_is_wanted_are_named(verb: str) -> None:
+    slots = esper.attach(chain(), "0", example=X)
+    arguments = {"targets": "0", "example": X} if verb == "attach" else {}
+    with pytest.raises(TypeError, match=rf"esper\.{verb} takes the model, .* got SlotSet"):
+        getattr(esper, verb)(slots, **arguments)
 
 
 @pytest.mark.parametrize("targets", ["0", "1", ["0", "2"]])

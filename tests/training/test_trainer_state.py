@@ -68,6 +68,13 @@ def another_scheduler(problem: Problem) -> esper.Trainer:
     return problem.trainer(esper.SchedulePolicy({}), epochs=1, scheduler=scheduler)
 
 
+def another_place(problem: Problem) -> esper.Trainer:
+    model = problem.model
+    esper.detach(model)
+    problem.slots = esper.attach(model, ["embed", "head"], example=problem.batches[0][0][:2])
+    return problem.trainer(esper.SchedulePolicy({}), epochs=1)
+
+
 def scaled(problem: Problem) -> esper.Trainer:
     return problem.trainer(esper.SchedulePolicy({}), epochs=1, precision="float16")
 
@@ -81,6 +88,7 @@ def scaled(problem: Problem) -> esper.Trainer:
         (more_groups, "had 2 parameter groups, and has 3"),
         (another_scheduler, "was a StepLR, no ReduceLROnPlateau"),
         (scaled, "another precision than float16"),
+        (another_place, "the slots were embed, and are embed, head; attach to the same targets"),
     ],
 )
 def test_a_trainer_that_is_made_otherwise_is_refused_and_nothing_is_loaded(

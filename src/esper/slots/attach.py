@@ -60,7 +60,7 @@ def attach(
             or makes parameters when it does, a target was not run or ran several times, or its
             features have a layout that slots do not take, as one whose first dimension is not the
             batch.
-        TypeError: A target's output is no floating-point tensor, or the target has no forward.
+        TypeError: A target is no path, its output no floating-point tensor, or it has no forward.
         RuntimeError: The model is compiled, wrapped or scripted.
         In each case the model is as it was.
 
@@ -74,6 +74,12 @@ def attach(
     refuse_wrapped(model, "attach")
     _refuse_attached(model)
     patterns = [targets] if isinstance(targets, str) else list(targets)
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise TypeError(
+                "targets are paths of modules, as model.named_modules() has them, got "
+                f"{type(pattern).__name__} {pattern!r}"
+            )
     paths = _resolve(model, patterns)
     locations = {path: _location(model, path) for path in paths}
     _refuse_shared(model, locations)
@@ -120,7 +126,13 @@ def find_slots(model: nn.Module) -> list[SeedSlot]:
 
 
 def refuse_wrapped(model: nn.Module, verb: str) -> None:
-    """Raise RuntimeError if a compiled, wrapped or scripted model cannot be acted on."""
+    """Raise RuntimeError if a compiled, wrapped or scripted model cannot be acted on.
+
+    Raises:
+        TypeError: It is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"esper.{verb} takes the model, an nn.Module, got {type(model).__name__}")
     wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
     for name, module in model.named_modules():
         where = f"module {name!r} of the model" if name else "the model"

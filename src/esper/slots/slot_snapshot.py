@@ -1,5 +1,6 @@
 """What of a slot is not in the model's state dict: enough to build its seeds again and go on."""
 
+from collections.abc import Iterator
 from typing import Any, Self
 
 from esper.blending.schedule import AlphaState
@@ -63,10 +64,9 @@ class SlotSnapshot(Record):
             ValueError: Its family, width or settings are others.
         """
         for name, value in {"family": family, "dim": dim, "config": config}.items():
-            wanted = getattr(self, name)
-            if value != wanted:
+            for differs, had, has in _differences(name, getattr(self, name), value):
                 raise ValueError(
-                    f"slot {path!r} had {name} {wanted!r}, and has {value!r}; build the host and "
+                    f"slot {path!r} had {differs} {had!r}, and has {has!r}; build the host and "
                     "attach as it was done then"
                 )
 
@@ -75,3 +75,12 @@ class SlotSnapshot(Record):
         """How each of its branches was built, in their order: committed, then living."""
         committed = [SeedRecipe.of(seed) for seed in self.committed]
         return committed if self.living is None else [*committed, self.living]
+
+
+def _differences(name: str, then: Any, now: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Yield what differs between two values, of records each field that does: name, then, now."""
+    if isinstance(then, Record):
+        for field in type(then).model_fields:
+            yield from _differences(f"{name}.{field}", getattr(then, field), getattr(now, field))
+    elif then != now:
+        yield name, then, now

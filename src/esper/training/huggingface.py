@@ -33,7 +33,7 @@ class GrowthCallback(TrainerCallback):
         ema: Averages the weights after each step.
 
     Raises:
-        TypeError: The average pairs weights by position.
+        TypeError: The average pairs weights by position, or `growth` is something else.
 
     Example: examples/huggingface_trainer.py
     """
@@ -47,6 +47,11 @@ class GrowthCallback(TrainerCallback):
         max_gradient_norm: float | None = None,
         ema: EMA | None = None,
     ) -> None:
+        if not isinstance(growth, Growth):
+            raise TypeError(
+                "GrowthCallback takes esper.Growth(slots, trainer.create_optimizer(), policy=…), "
+                f"got {type(growth).__name__}"
+            )
         self.growth = growth
         self.max_gradient_norm = max_gradient_norm
         model = growth.slots.model

@@ -15,6 +15,7 @@ from esper.lifecycle.record import Record
 from esper.slots.isolation_monitor import DEFAULT_INTERVAL_STEPS
 from esper.slots.modes import device_of
 from esper.slots.sharded import sharded_like
+from esper.slots.state_fields import check_slot_states
 from esper.training.control import RunControl
 from esper.training.data_position import DataPosition
 from esper.training.ema import EMA, check_average
@@ -305,6 +306,7 @@ class Trainer:
     def _check_made_as(self, state: Mapping[str, Any]) -> None:
         """Raise ValueError unless a state of another trainer fits this one, slots left out."""
         again = "make the trainer as it was then"
+        check_slot_states(state["growth"]["slots"]["slots"], list(self.growth.slots))
         if (state["ema"] is None) != (self.ema is None):
             had = "no average" if state["ema"] is None else "an average"
             raise ValueError(f"the run had {had} of its weights; {again}")
