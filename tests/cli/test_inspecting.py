@@ -50,6 +50,17 @@ def test_what_a_run_says_is_shown_as_it_is(tmp_path: Path, columns: int) -> None
         assert f"{word} {MARKUP}" in told
 
 
+def test_what_a_run_in_somebodys_own_loop_did_not_tell_is_left_out(tmp_path: Path) -> None:
+    store = RunStore(tmp_path / "run", config={"task": "my lm"}, environment={})
+    write_life(store, slot="layers.0", epoch=2, until="committed")
+    store.close()
+    shown = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["inspect", str(tmp_path / "run")])
+    assert shown.exit_code == 0, shown.output
+    head, life, _ = shown.output.split("\n\n")
+    assert head == "my lm · killed"
+    assert life.splitlines()[-1].split() == ["epoch", "4", "committed"]
+
+
 def _at(store: RunStore, step: int, event: Event) -> None:
     store.publish(EventRecord(time_seconds=0.0, epoch=0, step=step, event=event))
 

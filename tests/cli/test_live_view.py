@@ -7,8 +7,10 @@ import pytest
 from rich.console import Console
 
 from esper.cli.live_view import LiveView
+from esper.cli.views import Glance, slot_words
 from esper.experiments import load_run_config
 from esper.experiments.run import prepare
+from esper.lifecycle.stages import SeedStage
 
 
 class Watcher:
@@ -28,6 +30,18 @@ class Watcher:
 
     def after_epoch(self, trainer: object) -> None:
         pass
+
+
+def test_what_a_slot_holds_is_told_in_words() -> None:
+    glance = Glance(
+        path="stage1",
+        stage=SeedStage.FOSSILIZED,
+        blueprint="norm",
+        alpha=1.0,
+        contribution_fraction=0.1,
+        committed=1,
+    )
+    assert slot_words(glance) == "[stage1 FOSSILIZED, 1 committed]"
 
 
 @pytest.mark.parametrize("width", [100, 60])

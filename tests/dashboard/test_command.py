@@ -31,6 +31,21 @@ def test_missing_extra_is_named(package: str, tmp_path: Path) -> None:
     assert f"needs {package}" in said
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_folder_that_does_not_exist_yet_is_served_and_said_so(there: bool, tmp_path: Path) -> None:
+    folder = tmp_path / "runs"
+    if there:
+        folder.mkdir()
+    script = RUN.format(before="", arguments=[str(folder), "--port", "0"])
+    command = [sys.executable, "-u", "-c", script]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as serving:
+        assert serving.stdout is not None
+        said = serving.stdout.readline()
+        serving.terminate()
+    assert said.startswith(f"runs in {folder}")
+    assert ("there is no such folder yet" in said) == (not there)
+
+
 def test_wrong_folder_host_token_and_bus_are_named(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("short")

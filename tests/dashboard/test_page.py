@@ -365,6 +365,19 @@ def test_a_command_that_resumes_is_named_only_for_runs_of_this_machine(
         expect(page.locator("main code")).to_have_text(f"esper resume {tmp_path}/near")
 
 
+def test_run_that_stopped_with_a_living_seed_has_it_and_no_size_that_nobody_told(
+    page: Page, tmp_path: Path
+) -> None:
+    store = RunStore(tmp_path / "run", config={"task": "my lm"}, environment={})
+    write_life(store, slot="layers.0", epoch=1)
+    store.close()
+    with serving(tmp_path) as server:
+        page.goto(f"{server.address.url}?run=run")
+        expect(page.locator(".row .growing")).to_have_attribute("title", "1 seed still growing")
+        expect(page.locator(".figures")).to_contain_text("the host's are not known")
+        expect(page.locator(".figures")).to_contain_text("0 pruned, 1 growing")
+
+
 def test_names_are_shown_as_text_and_never_run(page: Page, tmp_path: Path) -> None:
     evil = "<img src=x onerror=alert(1)>"
     store = RunStore(tmp_path / evil, config={**CONFIG, "task": evil}, environment={})

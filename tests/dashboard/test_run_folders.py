@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from esper.dashboard.run_folders import Refusal, RunFolders
+from esper.experiments.comparison import holds_comparison
 from served_runs import write_run
 
 
@@ -24,6 +25,29 @@ def test_folder_of_one_run_holds_that_run(tmp_path: Path) -> None:
     write_run(tmp_path / "one")
     found = RunFolders(tmp_path / "one").find()
     assert found.folders == {"one": tmp_path / "one"}
+
+
+@pytest.mark.parametrize(
+    ("file", "reason"),
+    [
+        ("compare.json", "a comparison; see esper inspect, or its report.html"),
+        ("evaluation.json", "an evaluation of policies; see esper inspect"),
+    ],
+)
+def test_folder_that_esper_made_and_that_holds_no_run_says_where_to_look_at_it(
+    file: str, reason: str, tmp_path: Path
+) -> None:
+    for folder in (tmp_path / "one", tmp_path / "search" / "two"):
+        (folder / "runs").mkdir(parents=True)
+        (folder / file).write_text("{}")
+        assert holds_comparison(folder) == (file == "compare.json")
+    found = RunFolders(tmp_path).find()
+    assert found.folders == {}
+    assert found.refused == (
+        Refusal(id="one", reason=reason),
+        Refusal(id="search/two", reason=reason),
+    )
+    assert RunFolders(tmp_path / "one").find().refused == (Refusal(id="one", reason=reason),)
 
 
 def test_folder_that_does_not_exist_yet_holds_none(tmp_path: Path) -> None:

@@ -160,6 +160,19 @@ def test_run_says_how_it_is_resumed_wherever_it_is(tmp_path: Path) -> None:
         assert shlex.split(row["resume"]) == ["esper", "resume", str(real / "it's one")]
 
 
+def test_run_in_somebodys_own_loop_has_no_command_that_resumes_it_and_no_size(
+    tmp_path: Path,
+) -> None:
+    store = RunStore(tmp_path / "run", config={"task": "my lm"}, environment={})
+    write_life(store, slot="layers.0", epoch=1)
+    store.close()
+    (row,) = client(tmp_path).get("/api/runs").json()["rows"]
+    assert (row["status"], row["resume"]) == ("killed", "")
+    state = story(tmp_path, "run")
+    assert (state["figures"]["host_params"], state["figures"]["params"]) == (None, None)
+    assert [slot["path"] for slot in state["slots"]] == ["layers.0"]
+
+
 def test_decisions_are_not_taken_for_epochs(tmp_path: Path) -> None:
     write_run(tmp_path / "run", trainer={"epochs": 3, "decision_interval_steps": 10})
     (row,) = client(tmp_path).get("/api/runs").json()["rows"]

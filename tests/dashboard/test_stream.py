@@ -100,6 +100,21 @@ def test_channel_that_fails_breaks_no_page(tmp_path: Path) -> None:
         assert message["state"]["figures"]["committed"] == 1
 
 
+def test_folder_that_is_asked_for_and_not_shown_says_why(tmp_path: Path) -> None:
+    (tmp_path / "compared").mkdir()
+    (tmp_path / "compared" / "compare.json").write_text("{}")
+    with serving(tmp_path) as server:
+        for run, problem in (
+            (
+                "compared",
+                "This is not shown here: a comparison; see esper inspect, or its report.html.",
+            ),
+            ("nothing", "There is no such run, or no longer."),
+        ):
+            with streaming(server.address.url, run=run) as stream:
+                assert stream.next("story")["problem"] == problem
+
+
 def test_story_that_could_not_be_read_once_is_told_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -65,6 +65,14 @@ def test_list_follows_a_training_that_was_told_of_more(training: RunStore, tmp_p
     assert (row.epoch, row.epochs, row.mean_return) == (560, 4000, pytest.approx(1.45))
 
 
+def test_a_training_whose_last_rollout_went_on_beyond_what_was_asked_is_whole(
+    training: RunStore, tmp_path: Path
+) -> None:
+    tell(training, report(7, total_steps=500))
+    (row,) = get(tmp_path, "/api/runs")["rows"]
+    assert (row["epoch"], row["epochs"]) == (560, 560)
+
+
 def test_story_of_a_training_goes_on_with_it(training: RunStore, tmp_path: Path) -> None:
     tail = Watcher(tmp_path).tail("policy")
     tail.advance()

@@ -13,6 +13,7 @@ import pytest
 from pydantic import ValidationError
 from rich.console import Console
 
+from browser import launched
 from esper.cli.compare_views import LiveCompareView, print_comparison, summary_record
 from esper.experiments import load_run_config
 from esper.experiments.comparison import (
@@ -720,6 +721,18 @@ def test_an_arm_that_diverged_is_left_out_of_the_pictures() -> None:
         assert "grown" in drawn
         assert "random times" not in drawn
     assert "random times" in comparison_report(comparison, name="it")  # the table tells
+
+
+@pytest.mark.browser
+def test_the_table_of_arms_is_seen_whole_on_a_desk(tmp_path: Path) -> None:
+    page_file = tmp_path / "report.html"
+    page_file.write_text(comparison_report(played(World(), config()), name="it"), encoding="utf-8")
+    with launched() as browser:
+        page = browser.new_page(viewport={"width": 1400, "height": 900})
+        page.goto(page_file.as_uri())
+        table = page.locator(".table").first
+        assert "±" in table.locator("td small").first.inner_text()
+        assert table.evaluate("node => node.scrollWidth <= node.clientWidth")
 
 
 def test_without_a_finished_arm_there_is_nothing_to_draw() -> None:

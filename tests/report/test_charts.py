@@ -61,13 +61,33 @@ def test_lanes_cover_each_life_without_gap_or_overlap(
     bars = sorted(
         (start, start + length)
         for trace in charts["lanes"].figure["data"]
-        if trace["type"] == "bar"
+        if trace["type"] == "bar" and trace["name"] != "in the host"
         for start, length in zip(trace["base"], trace["x"], strict=True)
     )
     for (_, before), (after, _) in itertools.pairwise(bars):
         assert before <= after
     lived = sum((seed.end_step or story.last_step) - seed.step for seed in story.seeds)
     assert sum(end - start for start, end in bars) == lived
+
+
+def test_a_lane_goes_on_palely_from_a_commit_to_the_end_of_the_run(
+    charts: dict[str, Chart], story: RunStory
+) -> None:
+    drawn = charts["lanes"].figure["data"]
+    held = traces(charts["lanes"])["in the host"]
+    (start,), (length,) = held["base"], held["x"]
+    assert (start, start + length) == (story.seeds[0].end_step, story.last_step)
+    assert held["opacity"] < 1.0
+    assert drawn[0] is held, "what grows there later is drawn over it"
+
+
+def test_a_run_that_did_not_say_how_it_began_is_drawn_but_for_its_size(
+    run_reader: RunReader,
+) -> None:
+    records = [r for r in run_reader.events() if not isinstance(r.event, RunStarted)]
+    charts = run_charts(tell(records), run_reader.metrics())
+    assert [chart.key for chart in charts] == ["loss", "lanes", "contribution", "gradient"]
+    assert all(chart.figure["data"] for chart in charts)
 
 
 def test_alpha_is_drawn_inside_its_lane(charts: dict[str, Chart]) -> None:
@@ -215,16 +235,20 @@ def test_ramps_are_drawn_as_they_went(curve: AlphaCurve) -> None:
 
 
 def test_axis_has_ticks_that_can_be_told_apart() -> None:
-    assert log_axis([0.6, 2.0])["ticktext"][:9] == [f"0.{step}" for step in range(1, 10)]
-    assert log_axis([0.01, 2.0])["ticktext"][:4] == ["0.01", "0.02", "0.05", "0.1"]
-    assert log_axis([1e-6, 1.0])["ticktext"][:2] == ["1e-06", "1e-05"]
-    assert log_axis([0.0, 1.0]) == log_axis([]) == log_axis([math.inf]) == {}
+    within_a_decade = log_axis("loss", [0.6, 2.0])
+    assert within_a_decade["ticktext"][:5] == ["0.1", "0.2", "0.3", "0.5", "0.7"]
+    assert within_a_decade["title"] == {"text": "loss (log)"}
+    assert log_axis("loss", [0.03, 2.0])["ticktext"][:4] == ["0.01", "0.02", "0.05", "0.1"]
+    assert log_axis("loss", [0.01, 2.0])["ticktext"][:4] == ["0.01", "0.03", "0.1", "0.3"]
+    assert log_axis("loss", [1e-6, 1.0])["ticktext"][:2] == ["1e-06", "1e-05"]
+    for values in ([0.0, 1.0], [], [math.inf]):
+        assert log_axis("loss", values) == {"title": {"text": "loss"}}
 
 
 @pytest.mark.parametrize("lowest", [0.021, 1.01, 1.1, 2.25, 9.1e9])
 def test_every_axis_has_numbers_among_its_values(lowest: float) -> None:
-    assert log_axis([lowest, 1.3 * lowest]) == {}, "linear, with ticks that suit it"
-    ticks = log_axis([lowest, 3.0 * lowest])["tickvals"]
+    assert "type" not in log_axis("loss", [lowest, 1.3 * lowest]), "linear, with ticks that suit it"
+    ticks = log_axis("loss", [lowest, 3.0 * lowest])["tickvals"]
     assert len([tick for tick in ticks if lowest <= tick <= 3.0 * lowest]) > 1
 
 

@@ -1,12 +1,15 @@
 """The report of a run, as a file, in a real browser, and on paper."""
 
+import io
 import json
 import math
 import re
+from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from playwright.sync_api import Browser
 
 from browser import complaints, keep_screenshot, launched
@@ -20,9 +23,11 @@ from esper.lifecycle.events import (
     StepSkipped,
     TwinFinished,
 )
+from esper.lifecycle.words import CHECKS, needed
 from esper.report import RunStory, run_report
 from esper.report.run_page import duration
 from esper.telemetry import RunReader, RunStore
+from served_runs import publish, write_life
 
 WIDE, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
 
@@ -71,12 +76,53 @@ def test_every_check_of_every_gate_is_in_it(report: Path, story: RunStory) -> No
     assert words.count("passes") + words.count("fails") == len(checks)
     for check in checks:
         assert check.name.replace("_", " ") in words
-        assert f"{check.comparison} {check.threshold:.4g}" in words
+        assert needed(check) in words
         if check.measured is not None:
             assert f"{check.measured:.4g}" in words
     for seed in story.seeds:
         assert f"{seed.blueprint} in {seed.slot}, epoch {seed.epoch}" in told
-        assert seed.reason in words
+        assert seed.reason in told
+
+
+def test_a_check_says_what_it_measures_to_who_points_at_it(report: Path) -> None:
+    content = report.read_text(encoding="utf-8")
+    for name in ("gradient_ratio", "over_linear_fraction"):
+        meaning = escape(CHECKS[name])
+        assert f'<abbr title="{meaning}">{name.replace("_", " ")}</abbr>' in content
+    assert f'refused: <abbr title="{escape(CHECKS["gradient_ratio"])}">' in content, "also as why"
+
+
+def test_refusals_are_counted_in_words(report: Path, story: RunStory) -> None:
+    told = " ".join(Text(report.read_text(encoding="utf-8")).words)
+    counts = [sum(not visit.event.result.passed for visit in seed.gates) for seed in story.seeds]
+    for count in counts:
+        assert {0: "never refused", 1: "refused once"}.get(count, f"refused {count} times") in told
+    assert {0, 1} & set(counts)
+    assert "1 times" not in told
+
+
+@pytest.mark.parametrize(
+    ("started", "finished", "told"),
+    [
+        (True, True, "parameters 1,000 from 700, +43 %; +300 still growing, not tested"),
+        (True, False, "parameters 1,000 from 700, +43 %"),
+        (False, True, "parameters 1,000 +300 still growing, not tested"),
+        (False, False, None),
+    ],
+)
+def test_the_size_is_of_what_was_tested_and_none_is_told_that_is_not_known(
+    started: bool, finished: bool, told: str | None, tmp_path: Path
+) -> None:
+    store = RunStore(tmp_path / "run", config={}, environment={})
+    if started:
+        publish(store, 0, RunStarted(run_id="run", slots=("a",), host_param_count=700))
+    write_life(store, slot="a", epoch=1)
+    if finished:
+        publish(store, 3, RunFinished(metrics={"loss": 0.5}, param_count=1000))
+    store.close()
+    words = " ".join(Text(run_report(RunReader(tmp_path / "run"))).words)
+    figures, _, _ = words.partition("Seeds")
+    assert (told in figures) if told else ("parameters" not in figures)
 
 
 def test_why_a_run_ended_is_in_it_unless_it_went_on(tmp_path: Path) -> None:
@@ -192,6 +238,30 @@ def test_it_is_drawn_in_a_browser_without_a_network(
     keep_screenshot(page, f"report-{size['width']}-{scheme}", tmp_path)
     assert found == []
     context.close()
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_table_has_a_shadow_at_an_edge_behind_which_it_goes_on(
+    browser: Browser, report: Path, scheme: str
+) -> None:
+    page = browser.new_page(viewport=PHONE, color_scheme=scheme)
+    page.goto(report.as_uri())
+    seeds = page.locator(".table").first
+    card = page.locator(".card:has(.table)").first
+
+    def shaded() -> tuple[bool, bool]:
+        """Whether the left and the right edge are of another colour than the card."""
+        shown = Image.open(io.BytesIO(seeds.screenshot())).convert("RGB")
+        colour = card.evaluate("node => getComputedStyle(node).backgroundColor")
+        plain = tuple(map(int, re.findall(r"\d+", colour)))
+        left, right = (shown.getpixel((x, 3)) for x in (1, shown.width - 3))
+        return left != plain, right != plain
+
+    assert shaded() == (False, True)
+    seeds.evaluate("node => node.scrollTo(node.scrollWidth, 0)")
+    assert shaded() == (True, False)
+    page.close()
 
 
 @pytest.mark.browser

@@ -10,7 +10,7 @@ from torch.nn.functional import mse_loss
 
 import esper
 from esper.lifecycle.actions import Germinate, Prune
-from esper.lifecycle.events import EventRecord, RunWentBack
+from esper.lifecycle.events import EventRecord, RunStarted, RunWentBack
 from esper.lifecycle.gates import Gate
 from esper.lifecycle.stages import GROWTH_PATH, SeedStage
 from esper.report import RunStory, tell
@@ -23,7 +23,7 @@ def test_each_seed_has_its_outcome_and_the_reason(story: RunStory) -> None:
     assert [seed.blueprint for seed in story.seeds] == ["mlp", "noop", "lora"]
     assert [seed.outcome for seed in story.seeds] == ["committed", "pruned", "still growing"]
     assert committed.reason == "passed G5"
-    assert refused.reason.startswith("G2 refused: gradient_ratio 0 >= 0.0001")
+    assert refused.reason.startswith("G2 refused: gradient_ratio 0, needs >= 0.0001")
     assert growing.reason.startswith("G2 refused") or growing.reason == "TRAINING"
     assert committed.contribution_fraction is not None
     assert committed.contribution_fraction > 0.3
@@ -63,6 +63,15 @@ def test_story_can_be_told_of_any_prefix_of_the_events(run_folder: Path) -> None
     for length in range(len(records)):
         story = tell(records[:length])
         assert len(story.seeds) <= 3
+
+
+def test_a_run_that_did_not_say_how_it_began_has_the_slots_that_grew(run_folder: Path) -> None:
+    """As one in somebody's own loop, whose folder has what growth tells only."""
+    records = RunReader(run_folder).events()
+    story = tell([record for record in records if not isinstance(record.event, RunStarted)])
+    assert story.slots == ("embed",)
+    assert (story.host_param_count, story.param_counts) == (None, [])
+    assert [seed.outcome for seed in story.seeds] == ["committed", "pruned", "still growing"]
 
 
 def told_of_a_seed(*, bad_after: int | None = None, snapshot_steps: int = 10) -> list[EventRecord]:

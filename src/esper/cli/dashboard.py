@@ -77,7 +77,8 @@ def dashboard(
     allow_many_files()
     address = server.address
     console = plain_console()
-    console.print(f"runs in {folder.absolute()}", soft_wrap=True)
+    yet = "" if folder.exists() else ": there is no such folder yet"
+    console.print(f"runs in {folder.absolute()}{yet}", soft_wrap=True)
     url = address.url_with_token if address.generated else address.url
     console.print(url, style="bold", soft_wrap=True)
     if address.generated:

@@ -22,7 +22,7 @@ from esper.experiments.series_folder import SeriesFolderError
 from esper.lifecycle.events import EventSchemaError
 from esper.lifecycle.stages import GROWTH_PATH
 from esper.report.story import GateVisit, RunStory, SeedStory, StageVisit, tell
-from esper.report.training_story import tell_training
+from esper.report.training_story import setting, tell_training
 from esper.telemetry.run_folder import RunFolderError
 from esper.telemetry.run_kind import EVALUATION_FILE, training_settings
 from esper.telemetry.run_reader import RunReader
@@ -118,27 +118,40 @@ def _inspect_training(console: Console, reader: RunReader, *, as_json: bool) -> 
 
 
 def _print_head(console: Console, reader: RunReader, story: RunStory) -> None:
-    config, environment = reader.config(), reader.environment()
-    packages = environment.get("packages", {})
-    matmul = environment.get("matmul", {})
-    task = (str(config.get("task")), "bold")
-    console.print(Text.assemble(task, f" · {config.get('policy')} · {reader.standing}"))
-    console.print(
-        f"seed {config.get('random_seed')}, {config.get('trainer', {}).get('epochs')} epochs, "
-        f"learning rate {config.get('learning_rate')}; torch {packages.get('torch')} on "
-        f"{environment.get('device')}, {environment.get('torch_threads')} threads, matmul "
-        f"{matmul.get('float32_matmul_precision')}",
-        highlight=False,
+    config, environment, finished = reader.config(), reader.environment(), story.finished
+    task, policy = str(config.get("task", "run")), config.get("policy")
+    names = [str(name) for name in (policy, reader.standing) if name is not None]
+    console.print(Text.assemble((task, "bold"), *(f" · {name}" for name in names)))
+    settings = _known(
+        ("seed {}", config.get("random_seed")),
+        ("{} epochs", setting(config, "trainer", "epochs")),
+        ("learning rate {}", config.get("learning_rate")),
     )
-    params = f"host {story.host_param_count:,} parameters"
-    if story.finished is not None:
-        params += f", grown {story.finished.param_count:,}"
-        values = "  ".join(f"{name} {value:.4f}" for name, value in story.finished.metrics.items())
-        params += f"; test {values}"
-    console.print(params, highlight=False)
+    torch = _known(("torch {}", setting(environment, "packages", "torch")))
+    device = _known(("on {}", environment.get("device")))
+    numerics = _known(
+        ("{} threads", environment.get("torch_threads")),
+        ("matmul {}", setting(environment, "matmul", "float32_matmul_precision")),
+    )
+    made = ", ".join(filter(None, (f"{torch} {device}".strip(), numerics)))
+    sizes = _known(
+        ("host {:,} parameters", story.host_param_count),
+        ("grown {:,}", None if finished is None else finished.param_count),
+    )
+    metrics = {} if finished is None else finished.metrics
+    tested = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+    for line in ((settings, made), (sizes, tested and f"test {tested}")):
+        told = "; ".join(filter(None, line))
+        if told:
+            console.print(told, highlight=False)
     _print_interventions(console, story)
     if story.failure is not None:
         console.print(Text(f"the run ended: {story.failure}", style="red"), soft_wrap=True)
+
+
+def _known(*facts: tuple[str, object]) -> str:
+    """Return facts in words, without those that the run did not tell."""
+    return ", ".join(words.format(fact) for words, fact in facts if fact is not None)
 
 
 def _print_interventions(console: Console, story: RunStory) -> None:
@@ -191,5 +204,7 @@ def _print_life(console: Console, seed: SeedStory) -> None:
             f"{event.loss_without:.4f} without",
             highlight=False,
         )
+    if seed.committed:
+        console.print(f"  epoch {seed.end_epoch:>3}  committed", style="green")
     if seed.pruned_because is not None:
         console.print(f"  epoch {seed.end_epoch:>3}  pruned: {seed.pruned_because}", style="red")

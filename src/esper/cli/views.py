@@ -192,5 +192,5 @@ def metric_words(report: EpochReport) -> str:
 def slot_words(slot: Glance) -> str:
     """Return how a slot stands in a few characters."""
     seed = f" {slot.blueprint} alpha {slot.alpha:.2f}" if slot.stage in LIVING_STAGES else ""
-    grown = f" +{slot.committed}" if slot.committed else ""
+    grown = f", {slot.committed} committed" if slot.committed else ""
     return f"[{slot.path} {slot.stage.name}{seed}{grown}]"

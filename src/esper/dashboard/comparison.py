@@ -211,8 +211,8 @@ def _overlaid(
     for line in lines:
         line["hovertemplate"] = f"%{{y:.4g}} at {x} %{{x:.4s}}<extra>%{{fullData.name}}</extra>"
     values = [value for points in curves for _, value in points]
-    axis = log_axis(values) if y == "loss" else {}
-    layout = layout_of(x={"title": {"text": x}}, y={"title": {"text": y}, **axis}, height=360)
+    axis = log_axis(y, values) if y == "loss" else {"title": {"text": y}}
+    layout = layout_of(x={"title": {"text": x}}, y=axis, height=360)
     ends = [(points[-1][1], run.row.id) for run, points in zip(runs, curves, strict=True) if points]
     told = ", ".join(f"{run_id} {value:.4g}" for value, run_id in sorted(ends))
     return Chart(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from esper.telemetry.run_folder import CONFIG_FILE, DATABASE_FILE, ENVIRONMENT_FILE, LOCK_FILE
+from esper.telemetry.run_kind import EVALUATION_FILE
 
 _READ_FILES = (
     DATABASE_FILE,
@@ -18,6 +19,11 @@ _READ_FILES = (
     LOCK_FILE,
 )
 
+_OTHER_KINDS = (
+    ("compare.json", "a comparison; see esper inspect, or its report.html"),
+    (EVALUATION_FILE, "an evaluation of policies; see esper inspect"),
+)
+"""What tells a folder that esper made and that holds no run, and where to look at it."""
 
 _NO_HANDLES = (errno.EMFILE, errno.ENFILE)
 
@@ -27,7 +33,7 @@ class Refusal:
     """A folder that is not shown.
 
     Attributes:
-        reason: What it is or holds that is never opened.
+        reason: What it is or holds that is never opened, or where to look at it.
     """
 
     id: str
@@ -40,7 +46,8 @@ class FoundRuns:
 
     Attributes:
         folders: Of runs, by id: the path from the folder on, as in "digits-1" or "search/digits-1".
-        refused: What is or holds a link, a device or a pipe, or has a name that cannot be shown.
+        refused: What is or holds a link, a device or a pipe, has a name that cannot be shown, or is
+            no run, such as a comparison.
     """
 
     folders: dict[str, Path]
@@ -74,6 +81,8 @@ class RunFolders:
                 refused.append(Refusal(id=as_text(name), reason=reason))
             elif _holds_run(folder):
                 runs[name] = folder
+            elif (kind := _other_kind(folder)) is not None:
+                refused.append(Refusal(id=name, reason=kind))
         return FoundRuns(folders=runs, refused=tuple(refused))
 
     def still_hold(self, folder: Path) -> bool:
@@ -85,11 +94,11 @@ class RunFolders:
         """Yield folders that may hold a run, by their path from here on."""
         # may be a link itself, even in a circle, of which `Path.resolve` raises; nothing in it may
         root = Path(os.path.realpath(self.root))
-        if _holds_run(root):
+        if _is_one(root):
             yield root.name, root
             return
         for folder in _folders_in(root):
-            if folder.is_symlink() or _holds_run(folder):
+            if folder.is_symlink() or _is_one(folder):
                 yield folder.name, folder
             else:
                 for inner in _folders_in(folder):
@@ -122,6 +131,18 @@ def _is_shown_as_it_is(name: str) -> bool:
 
 def _holds_run(folder: Path) -> bool:
     return _mode(f"{folder}/{DATABASE_FILE}") is not None
+
+
+def _is_one(folder: Path) -> bool:
+    """Whether a folder is itself what is looked for, and nothing in it."""
+    return _holds_run(folder) or _other_kind(folder) is not None
+
+
+def _other_kind(folder: Path) -> str | None:
+    """Return what a folder holds that is no run, and where to look at that."""
+    return next(
+        (kind for name, kind in _OTHER_KINDS if _mode(f"{folder}/{name}") is not None), None
+    )
 
 
 def _leads_elsewhere(folder: Path) -> bool:

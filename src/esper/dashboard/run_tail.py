@@ -71,14 +71,15 @@ class Figures:
     """The figures of a run that a person asks for first.
 
     Attributes:
-        params: Of the network as it stands, living seeds included.
+        host_params: None if the run did not tell them, as one in somebody's own loop.
+        params: Of the network as it stands, living seeds included; None if that is not known.
         metrics: The last of each that was measured.
         test_metrics: Once the run has finished.
         seconds: From the first event to the last.
     """
 
-    host_params: int
-    params: int
+    host_params: int | None
+    params: int | None
     epoch: int
     step: int
     seconds: float | None
@@ -253,10 +254,12 @@ class RunTail:
         ended = [seed.outcome for seed in story.seeds]
         last = self._metrics[-1] if self._metrics else None
         finished, twin = story.finished, story.twin
-        counts = story.param_counts
+        counts = [count for _, count in story.param_counts[-1:]]
+        if finished is not None:
+            counts = [finished.param_count]
         return Figures(
             host_params=story.host_param_count,
-            params=finished.param_count if finished is not None else counts[-1][1],
+            params=counts[0] if counts else None,
             epoch=last.epoch if last is not None else 0,
             step=max(story.last_step, last.step if last is not None else 0),
             seconds=_span(story),

@@ -131,7 +131,12 @@ class _Story:
                     yield await asyncio.to_thread(self._tell, tail)
             message = await asyncio.to_thread(self._tell, tail)
         except UnknownRunError:
-            message = self._trouble("There is no such run, or no longer.")
+            reason = self._watcher.reason_against(self._run)
+            message = self._trouble(
+                "There is no such run, or no longer."
+                if reason is None
+                else f"This is not shown here: {reason}."
+            )
         except CANNOT_READ as error:
             message = self._trouble(f"The run cannot be read: {error}")
         except Exception as error:  # noqa: BLE001 – the list must go on

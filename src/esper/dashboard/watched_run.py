@@ -22,6 +22,7 @@ from esper.telemetry.run_reader import RunReader, standing
 CANNOT_READ = (RunFolderError, EventSchemaError, OSError, sqlite3.Error)
 """What reading a run folder raises that is damaged, half written, or gone."""
 _LOOKS_BETWEEN_TRIES = 5
+_SETTINGS_OF_GROW = frozenset({"task", "policy", "random_seed", "trainer"})
 
 _LOG = logging.getLogger(__name__)
 _Marks = tuple[tuple[int, int, int], ...]
@@ -37,7 +38,8 @@ class RunRow:
             a run that is not over and no mirror; "starting" while its folder is being made,
             "unreadable" if it cannot be read, for which `problem` says why.
         kind: A training is that of a policy; it has no loss and no seeds of its own.
-        resume: The command that resumes the run; "" of a mirror, whose run is resumed where it ran.
+        resume: The command that resumes the run; "" of a mirror, whose run is resumed where it ran,
+            and of a run in somebody's own loop, which only that loop can go on with.
         unit: What `epoch` counts; `epochs` is how many there will be, if that is known.
         loss: Held out, the last; `trend` is all of it in few points.
         mean_return: Of episodes, the last; `trend` is that of a training.
@@ -166,7 +168,7 @@ class WatchedRun:
         progress = progress_of(self._config)
         row = RunRow(
             id=self.row.id,
-            resume="" if glance.is_mirror else f"esper resume {self._named}",
+            resume=f"esper resume {self._named}" if self._can_be_resumed() else "",
             status=standing(glance.status, has_writer=has_writer, is_mirror=glance.is_mirror),
             task=str(self._config.get("task", "")),
             policy=str(self._config.get("policy", "")),
@@ -189,6 +191,10 @@ class WatchedRun:
         )
         return row if self._training is None else self._of_training(row)
 
+    def _can_be_resumed(self) -> bool:
+        """Return whether `esper grow` made the run, here: its settings are that command's."""
+        return not self._is_mirror and self._config.keys() >= _SETTINGS_OF_GROW
+
     def _follow(self, reader: RunReader) -> None:
         """Read on in the values."""
         if self._training is not None:
@@ -204,7 +210,9 @@ class WatchedRun:
 
     def _of_training(self, row: RunRow) -> RunRow:
         """Return the row of a training, whose only events are mishaps: times are not theirs."""
-        begun = whole_number(setting(self._training, "training", "total_steps"))
+        asked = self._total_steps
+        if asked is None:
+            asked = whole_number(setting(self._training, "training", "total_steps"))
         return replace(
             row,
             kind="training",
@@ -212,7 +220,7 @@ class WatchedRun:
             policy=TRAINING_WORDS,
             unit="decision",
             epoch=row.step,
-            epochs=begun if self._total_steps is None else self._total_steps,
+            epochs=None if asked is None else max(asked, row.step),  # the last rollout is whole
             loss=None,
             best_loss=None,
             mean_return=self._last,

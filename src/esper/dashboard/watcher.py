@@ -141,6 +141,11 @@ class Watcher:
             raise UnknownRunError(run_id)
         return found
 
+    def reason_against(self, run_id: str) -> str | None:
+        """Return why a folder is not shown, if it was found and is not."""
+        with self._lock:
+            return next((each.reason for each in self._refused if each.id == run_id), None)
+
     def tail(self, run_id: str) -> RunTail:
         """Return the story of a run, which may have to be read yet; hold it to have it kept.
 

@@ -31,12 +31,12 @@ SEED_COLOURS = ("#3d85c6", "#e8743b", "#2e9d63", "#8e7cc3", "#d9a000", "#c2487f"
 
 INK, QUIET, LINE = "var(--ink)", "var(--quiet)", "var(--line)"
 PANEL_HEIGHT = 300
-_DECADE = 10.0
 _THOUSAND = 1000.0
 _ROUNDED_TO_A_THOUSAND = 999.5
-_DECADES_WITH_STEPS = 4
 _LINEAR_FACTOR = 3.0
 """Between the lowest and the highest value, below which an axis is linear."""
+_STEPS = ((10.0, (1, 2, 3, 5, 7)), (100.0, (1, 2, 5)), (1000.0, (1, 3)))
+"""Ticks in a decade, by the factor between the lowest and the highest value that they are for."""
 _MAX_POINTS = 2000
 """Of one line: more cannot be told apart on a screen."""
 
@@ -109,23 +109,26 @@ def layout_of(
     }
 
 
-def log_axis(values: Iterable[float]) -> dict[str, Any]:
-    """Return a logarithmic axis with ticks at all, at some or at none of the steps in a decade.
+def log_axis(title: str, values: Iterable[float]) -> dict[str, Any]:
+    """Return a logarithmic axis, whose title says so, with as many ticks as have room on a phone.
 
-    An empty one, which is linear, where a value is not above 0, and where values lie so near to
-    each other that a logarithmic one might have no tick among them.
+    A linear one where a value is not above 0, and where values lie so near to each other that a
+    logarithmic one might have no tick among them.
     """
     lowest, highest = math.inf, -math.inf
     for value in values:
         lowest, highest = min(lowest, value), max(highest, value)
     if not 0.0 < lowest <= highest < math.inf or highest < _LINEAR_FACTOR * lowest:
-        return {}
+        return {"title": {"text": title}}
+    steps = next((steps for below, steps in _STEPS if highest < below * lowest), (1,))
     decades = range(math.floor(math.log10(lowest)), math.ceil(math.log10(highest)) + 1)
-    steps: Sequence[int] = (1, 2, 5) if len(decades) <= _DECADES_WITH_STEPS else (1,)
-    if highest < _DECADE * lowest:
-        steps = range(1, 10)
     ticks = [step * 10.0**decade for decade in decades for step in steps]
-    return {"type": "log", "tickvals": ticks, "ticktext": [si(tick) for tick in ticks]}
+    return {
+        "title": {"text": f"{title} (log)"},
+        "type": "log",
+        "tickvals": ticks,
+        "ticktext": [si(tick) for tick in ticks],
+    }
 
 
 def line_of(points: Sequence[tuple[int, float]], name: str, colour: str, *, width: float) -> Trace:

@@ -28,20 +28,23 @@ class Reference:
 
 
 def size_chart(story: RunStory, series: Series, references: Sequence[Reference]) -> Chart | None:
-    """Return held-out loss over parameters, from the host's on; None if nothing grew."""
-    losses = series.get("loss", ())
-    if not losses or not (story.seeds or references):
+    """Return held-out loss over parameters, from the host's on.
+
+    None if nothing grew, or if the host's are not known.
+    """
+    losses, host = series.get("loss", ()), story.host_param_count
+    if host is None or not losses or not (story.seeds or references):
         return None
     counts = story.param_counts
     points = []
     for step, loss in losses:
         held = [count for since, count in counts if since < step]
-        points.append((held[-1] if held else story.host_param_count, loss, step))
+        points.append((held[-1] if held else host, loss, step))
     marks = [(r, r.param_count) for r in references]
     final = None if story.finished is None else float(story.finished.param_count)
     chart = _against("size", "Loss against size", "parameters", points, story, marks, final)
     grown = max(count for _, count in counts)
-    words = f"From {story.host_param_count:,} parameters to at most {grown:,}."
+    words = f"From {host:,} parameters to at most {grown:,}."
     return Chart(key=chart.key, title=chart.title, summary=words, figure=chart.figure)
 
 
@@ -116,7 +119,7 @@ def _against(
     losses = [*(loss for _, loss, _ in points), *(r.loss for r, _ in references)]
     layout = layout_of(
         x={"title": {"text": unit}, "exponentformat": "SI"},
-        y={"title": {"text": "loss"}, **log_axis(losses)},
+        y=log_axis("loss", losses),
     )
     return Chart(key=key, title=title, summary="", figure={"data": data, "layout": layout})
 

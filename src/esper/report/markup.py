@@ -64,6 +64,13 @@ def text(value: Cell) -> str:
     return escape(f"{value:,}" if isinstance(value, int) else value)
 
 
+def two_lines(words: str, mark: str) -> str:
+    """Return words as escaped text that goes on in a second line at a mark, if it is in them."""
+    first, found, rest = words.partition(mark)
+    second = f"<small>{escape(found.lstrip() + rest)}</small>" if found else ""
+    return escape(first) + second
+
+
 def settings_table(settings: Mapping[str, Any], *, caption: str) -> str:
     """Return nested settings as a table of dotted keys and values."""
     rows = [(f"<code>{escape(key)}</code>", escape(value)) for key, value in _dotted(settings)]

@@ -120,6 +120,8 @@ def _draw_bars(axes: Any, trace: Trace) -> None:
         left=trace["base"],
         height=trace["width"],
         color=_colour(trace["marker"]["color"]),
+        alpha=trace.get("opacity", 1.0),
+        linewidth=0,
         label=trace["name"],
     )
 

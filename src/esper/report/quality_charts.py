@@ -29,8 +29,7 @@ def loss_chart(story: RunStory, series: Series) -> Chart | None:
         line_of(held_out, "held out", INK, width=2.2),
     ]
     data = [line for line in lines if line["x"]] + _event_marks(story, held_out or training)
-    axis = log_axis(value for _, value in [*held_out, *training])
-    layout = layout_of(y={"title": {"text": "loss"}, **axis})
+    layout = layout_of(y=log_axis("loss", (value for _, value in [*held_out, *training])))
     return Chart(
         key="loss",
         title="Loss",

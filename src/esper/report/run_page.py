@@ -1,12 +1,13 @@
 """The report of one run: what grew, what it gave, what it cost, and why."""
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from html import escape
 from typing import Any
 
-from esper.lifecycle.words import percent
+from esper.lifecycle.words import CHECKS, measured, needed, percent
 from esper.report.chart import seed_name, si
 from esper.report.charts import quality_names, run_charts
 from esper.report.cost_charts import Reference
@@ -15,6 +16,8 @@ from esper.report.page import Section, page
 from esper.report.story import GateVisit, RunStory, SeedStory, tell
 from esper.telemetry.run_reader import MetricRow, RunReader
 
+_CHECK = re.compile(rf"(?<=[:;] )(?:{'|'.join(CHECKS)})(?= )")
+"""A check where the words of a refusal name one."""
 _OUTCOMES = {"committed": "good", "pruned": "bad", "still growing": "warn"}
 STATUS_KINDS = {
     "finished": "good",
@@ -79,9 +82,7 @@ def _key_figures(story: RunStory, metrics: Sequence[MetricRow]) -> Iterable[tupl
             values = [row.value for row in metrics if row.name == name]
             if values:
                 yield f"held-out {name}", f"{values[-1]:.4f}", "last measured"
-    now = story.param_counts[-1][1]
-    grown = now / story.host_param_count - 1.0 if story.host_param_count else 0.0
-    yield "parameters", f"{now:,}", f"from {story.host_param_count:,}, {100.0 * grown:+.0f} %"
+    yield from _parameters(story)
     pruned = sum(seed.outcome == "pruned" for seed in story.seeds)
     yield "seeds committed", str(len(story.committed)), f"of {len(story.seeds)}, {pruned} pruned"
     flops = [row.value for row in metrics if row.name == "flops"]
@@ -92,6 +93,18 @@ def _key_figures(story: RunStory, metrics: Sequence[MetricRow]) -> Iterable[tupl
     yield "steps", f"{steps:,}", f"{epochs:,} decisions"
     if story.first_seconds is not None and story.last_seconds is not None:
         yield "time", duration(story.last_seconds - story.first_seconds), "wall clock"
+
+
+def _parameters(story: RunStory) -> Iterable[tuple[str, str, str]]:
+    """Yield the size of the network that was tested; of a run that goes on, with living seeds."""
+    host, finished, living = story.host_param_count, story.finished, story.living_param_count
+    if finished is None and host is None:
+        return
+    now = story.param_counts[-1][1] if finished is None else finished.param_count
+    remarks = [f"from {host:,}, {100.0 * (now / host - 1.0):+.0f} %"] if host else []
+    if finished is not None and living:
+        remarks.append(f"+{living:,} still growing, not tested")
+    yield "parameters", f"{now:,}", "; ".join(remarks)
 
 
 def _held_out(metrics: Sequence[MetricRow], name: str) -> str:
@@ -170,12 +183,24 @@ def _seeds(story: RunStory) -> str:
             escape(_span(seed)),
             chip(seed.outcome, _OUTCOMES[seed.outcome]),
             escape(percent(seed.contribution_fraction)) or "–",
-            escape(seed.reason),
+            _explained(seed.reason),
         )
         for seed in story.seeds
     ]
     columns = ("slot", "seed", "parameters", "epochs", "outcome", "saves", "why")
     return table(columns, rows, caption="Every seed and what became of it", numbers=(2, 5))
+
+
+def _explained(words: str) -> str:
+    """Return words as HTML in which each check that they name says what it measures."""
+    return _CHECK.sub(lambda found: _check_name(found[0]), escape(words))
+
+
+def _check_name(name: str, shown: str | None = None) -> str:
+    """Return the name of a gate's check, with what it measures for who points at it."""
+    meaning = CHECKS.get(name)
+    told = escape(shown or name)
+    return told if meaning is None else f'<abbr title="{escape(meaning)}">{told}</abbr>'
 
 
 def _span(seed: SeedStory) -> str:
@@ -191,7 +216,8 @@ def _decisions(story: RunStory) -> str:
 def _life(seed: SeedStory) -> str:
     passed = [visit.event.result.gate for visit in seed.gates if visit.event.result.passed]
     refused = sum(not visit.event.result.passed for visit in seed.gates)
-    words = f"passed {', '.join(passed) or 'none'}; {refused} times refused"
+    times = {0: "never refused", 1: "refused once"}.get(refused, f"refused {refused:,} times")
+    words = f"passed {', '.join(passed) or 'none'}; {times}"
     rows = [row for visit in seed.gates for row in _checks(visit)]
     columns = ("epoch", "gate", "check", "measured", "needed", "verdict")
     caption = f"Gates of {seed_name(seed)}"
@@ -211,9 +237,9 @@ def _checks(visit: GateVisit) -> Iterable[tuple[str, ...]]:
         yield (
             text(visit.epoch) if first else "",
             f"{escape(result.gate)}{forced}" if first else "",
-            escape(check.name.replace("_", " ")),
-            "not measured" if check.measured is None else text(check.measured),
-            escape(f"{check.comparison} {check.threshold:.4g}"),
+            _check_name(check.name, check.name.replace("_", " ")),
+            measured(check),
+            escape(needed(check)),
             chip("passes", "good") if check.passed else chip("fails", "bad"),
         )
 

@@ -16,8 +16,8 @@ def contribution_chart(story: RunStory) -> Chart | None:
     if not weighed:
         return None
     summary = (
-        "Held-out loss that would be lost without the seed, in percent of the loss without it; "
-        "bars are one standard error."
+        "How much lower the held-out loss is with the seed than without it, in percent of the loss "
+        "without it; bars are one standard error."
     )
     last = [(_percent(seed.contribution_fraction), seed_name(seed)) for seed in weighed]
     known = [(share, name) for share, name in last if math.isfinite(share)]
@@ -62,7 +62,7 @@ def gradient_chart(story: RunStory) -> Chart | None:
         f"1,000 it explodes. Here from {min(ratios):.3g} to {max(ratios):.3g}.",
         figure={
             "data": _by_slot(story, read, unit=""),
-            "layout": layout_of(y={"title": {"text": "ratio"}, **log_axis(ratios)}),
+            "layout": layout_of(y=log_axis("ratio", ratios)),
         },
     )
 

@@ -28,7 +28,7 @@ from esper.lifecycle.events import (
 )
 from esper.lifecycle.gates import Gate
 from esper.lifecycle.stages import SeedStage
-from esper.lifecycle.words import in_words, is_refusal
+from esper.lifecycle.words import in_words, is_refusal, refusal
 
 INTERVENTIONS = frozenset(
     {"step_skipped", "seed_blamed", "run_went_back", "seed_failed", "isolation_violated"}
@@ -171,8 +171,7 @@ class SeedStory:
         if self.pruned_because is not None and not is_refusal(self.pruned_because):
             return self.pruned_because
         if last is not None and not last.result.passed:
-            failed = "; ".join(str(check) for check in last.result.failures)
-            return f"{last.result.gate} refused: {failed.replace(' FAILS', '')}"
+            return refusal(last.result)
         return self.pruned_because or (self.stages[-1].stage.name if self.stages else "")
 
 
@@ -181,7 +180,9 @@ class RunStory:
     """A run as a person would tell it."""
 
     slots: tuple[str, ...] = ()
-    host_param_count: int = 0
+    """In the order in which they are drawn; those that the run named come first."""
+    host_param_count: int | None = None
+    """None if the run did not tell it, as one in somebody's own loop."""
     seeds: list[SeedStory] = field(default_factory=list)
     """Without those that the run has gone back behind."""
     stages: dict[str, StageVisit] = field(default_factory=dict)
@@ -203,8 +204,18 @@ class RunStory:
         return [seed for seed in self.seeds if seed.committed]
 
     @property
+    def living_param_count(self) -> int:
+        """Parameters of the seeds that were alive in the end."""
+        return sum(seed.param_count for seed in self.seeds if seed.end_step is None)
+
+    @property
     def param_counts(self) -> list[tuple[int, int]]:
-        """Parameters of the network from a step on, seeds that were alive included."""
+        """Parameters of the network from a step on, seeds that were alive included.
+
+        Empty if the host's are not known.
+        """
+        if self.host_param_count is None:
+            return []
         changes: dict[int, int] = {}
         for seed in self.seeds:
             changes[seed.step] = changes.get(seed.step, 0) + seed.param_count
@@ -244,7 +255,9 @@ class StoryTeller:
                 )
             )
         if isinstance(event, RunStarted):
-            story.slots, story.host_param_count = event.slots, event.host_param_count
+            others = (slot for slot in story.slots if slot not in event.slots)
+            story.slots = (*event.slots, *others)
+            story.host_param_count = event.host_param_count
         elif isinstance(event, RunFinished):
             story.finished = event
         elif isinstance(event, (RunFailed, RunResumed)):
@@ -278,6 +291,8 @@ class StoryTeller:
         )
         # What its slot told before the germination was complete: G0 and the stage.
         _take_over(seed, self._waiting.pop(event.slot, []))
+        if event.slot not in self.story.slots:
+            self.story.slots = (*self.story.slots, event.slot)
         self.story.seeds.append(seed)
         self._living[event.slot] = seed
 

@@ -65,8 +65,10 @@ def save_pretrained(slots: SlotSet, folder: str | Path, *, overwrite: bool = Fal
         In each case nothing is written.
     """
     if not isinstance(slots, SlotSet):
-        got = type(slots).__name__
-        raise TypeError(f"save_pretrained takes the slots that esper.attach returned, got {got}")
+        raise TypeError(
+            "save_pretrained takes the slots that esper.attach returned, got "
+            f"{type(slots).__name__}"
+        )
     if slots.sharded:
         raise ValueError(
             "the model is sharded over several processes; keep the run with esper.training."

@@ -181,20 +181,20 @@ function seedsOf(row) {
   const parts = [
     ["committed", row.committed],
     ["pruned", row.pruned],
-    ["growing", row.growing],
-  ].filter(([kind, number]) => number > 0 && (kind !== "growing" || row.status === "running"));
+    ["growing", row.growing, row.status === "running" ? "growing" : "still growing"],
+  ].filter(([, number]) => number > 0);
   if (parts.length === 0) {
     return element("span", { class: "quiet" }, "no seeds");
   }
   return element(
     "span",
     { class: "seeds" },
-    ...parts.map(([kind, number]) =>
+    ...parts.map(([kind, number, words = kind]) =>
       element(
         "span",
-        { class: `seed ${kind}`, title: `${several(number, "seed")} ${kind}` },
+        { class: `seed ${kind}`, title: `${several(number, "seed")} ${words}` },
         element("span", { "aria-hidden": "true" }, `${number}`),
-        element("span", { class: "unseen" }, `${number} ${kind}`),
+        element("span", { class: "unseen" }, `${number} ${words}`),
       ),
     ),
   );

@@ -203,9 +203,7 @@ export class StoryView {
       [
         "Parameters",
         format.count(figures.params),
-        figures.host_params > 0 && figures.params !== figures.host_params
-          ? `${format.percent(figures.params / figures.host_params - 1)} on the host's`
-          : "as the host began",
+        sizeNote(figures),
       ],
       [
         "Seeds committed",
@@ -394,6 +392,15 @@ export class StoryView {
       ),
     );
   }
+}
+
+function sizeNote({ host_params: host, params }) {
+  if (host === null) {
+    return params === null ? "the host's are not known" : null;
+  }
+  return host > 0 && params !== host
+    ? `${format.percent(params / host - 1)} on the host's`
+    : "as the host began";
 }
 
 function capitalised([name, value, note]) {

@@ -9,7 +9,7 @@ from esper.experiments.comparison.summary import ArmSummary, Outcome, judge, sum
 from esper.experiments.comparison.words import notes, rate, reached, spread
 from esper.report.chart import SEED_COLOURS, Chart, Trace, layout_of, log_axis, si
 from esper.report.cost_charts import Reference
-from esper.report.markup import chip, figures, settings_table, table, text
+from esper.report.markup import chip, figures, settings_table, table, text, two_lines
 from esper.report.page import Section, page
 
 _KINDS = {
@@ -106,11 +106,13 @@ def _arms(comparison: Comparison, summaries: Sequence[ArmSummary]) -> str:
             f"{si(summary.flops)}",
             "" if summary.flops_fraction is None else f"{summary.flops_fraction:.2f}",
             f"{summary.seconds:.1f}",
-            escape(spread(summary.test_loss)),
-            *(escape(spread(summary.metrics[name])) for name in metrics),
-            "" if summary.difference is None else escape(spread(summary.difference, signed=True)),
-            escape(reached(summary.flops_to_static)),
-            escape(reached(summary.seconds_to_static)),
+            two_lines(spread(summary.test_loss), " ±"),
+            *(two_lines(spread(summary.metrics[name]), " ±") for name in metrics),
+            ""
+            if summary.difference is None
+            else two_lines(spread(summary.difference, signed=True), " ±"),
+            two_lines(reached(summary.flops_to_static), " ("),
+            two_lines(reached(summary.seconds_to_static), " ("),
         )
         for summary in summaries
     ]
@@ -145,7 +147,7 @@ def _flops_chart(chosen: Sequence[ArmSummary]) -> Chart:
                 }
             )
     costs = [cost for summary in chosen for cost, _ in [*summary.curve, (summary.flops, 0.0)]]
-    x = {"title": {"text": "operations of one run"}, "exponentformat": "SI", **log_axis(costs)}
+    x = {"exponentformat": "SI", **log_axis("operations of one run", costs)}
     layout = _frame(chosen, x)
     return Chart(
         key="flops",
