@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from esper.cli.app import app
 from esper.experiments.config import RunConfig, load_run_config
 from esper.experiments.run import prepare
 from esper.experiments.settings import SettingsError
-from esper.lifecycle.events import SeedGerminated
+from esper.lifecycle.events import RunFinished, SeedGerminated
 from esper.telemetry import GROWN_FOLDER, RunReader
 
 SCHEDULE = {"policy": "schedule"}
@@ -47,7 +48,10 @@ def test_a_decoder_grown_by_schedule_is_a_run_like_any_other() -> None:
         (1, "blocks.0", {"depth": 2}),
         (1, "blocks.1", {"depth": 2}),
     ]
-    assert (Path("run") / GROWN_FOLDER / "model.safetensors").stat().st_size > 4 * 300_000
+    weights = load_file(Path("run") / GROWN_FOLDER / "model.safetensors")
+    finished = reader.events()[-1].event
+    assert isinstance(finished, RunFinished)
+    assert sum(weight.numel() for weight in weights.values()) == finished.param_count
     assert re.search(r"blocks.1 +block +99,968", esper("inspect", "run"))
     esper("report", "run", "--png", "run.png")
     assert Path("run.png").stat().st_size > 20_000
