@@ -8,7 +8,7 @@ import pytest
 from esper.experiments.timing import ratio_over_blocks, timed_in_turn
 
 
-def test_each_step_comes_in_every_position_equally_often() -> None:
+def test_each_step_comes_in_every_position_and_before_every_other_equally_often() -> None:
     calls: list[int] = []
     steps = [lambda which=which: calls.append(which) for which in range(3)]
     for first_round in range(0, 6, 2):
@@ -18,6 +18,8 @@ def test_each_step_comes_in_every_position_equally_often() -> None:
     assert all(sorted(order) == [0, 1, 2] for order in rounds)
     for position in range(3):
         assert Counter(order[position] for order in rounds) == {0: 2, 1: 2, 2: 2}
+    for first, second in ((0, 1), (0, 2), (1, 2)):
+        assert sum(order.index(first) < order.index(second) for order in rounds) == 3
 
 
 def test_seconds_are_those_of_the_step_itself() -> None:

@@ -19,7 +19,7 @@ class Ratio:
 def timed_in_turn(
     steps: Sequence[Callable[[], object]], rounds: int, *, first_round: int = 0
 ) -> list[list[float]]:
-    """Call each step once a round, in every position equally often.
+    """Call each step once a round, in every position, and before every other, equally often.
 
     Args:
         steps: Each returns when all that it does is done; on a GPU it waits for the device.
