@@ -120,7 +120,7 @@ def begun(folder: Path) -> RunStore:
         "trainer": {"epochs": 1000},
     }
     store = RunStore(folder, config=config, environment={})
-    publish(store, 0, RunStarted(run_id=folder.name, slots=SLOTS, host_param_count=10_000))
+    publish(store, 0, RunStarted(slots=SLOTS, host_param_count=10_000))
     return store
 
 

@@ -91,7 +91,7 @@ def make(arm: str, seed: int, epochs: int) -> Result:
         "trainer": {"epochs": epochs},
         "depth_schedule": dict(GROWN.get(arm, {})),
     }
-    run = prepare(load_run_config("text", None, (), options), run_id=arm)
+    run = prepare(load_run_config("text", None, (), options))
     if arm == STATIC:
         for slot in run.growth.slots.values():
             slot.germinate("block", depth=2)

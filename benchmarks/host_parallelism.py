@@ -93,7 +93,7 @@ def epochs_by_esper(way: Way) -> Iterator[int]:
     for random_seed in itertools.count():
         trainer = {"epochs": RUN_EPOCHS, **decisions}
         options = {**digits_options("none", random_seed), "device": way.device, "trainer": trainer}
-        for _ in prepare(load_run_config("digits", None, (), options), run_id="host").reports:
+        for _ in prepare(load_run_config("digits", None, (), options)).reports:
             yield 1
 
 
@@ -151,7 +151,7 @@ def wait_for(device: str) -> None:
 def structures(policy: str, random_seed: int, epochs: int) -> list[str]:
     """Grow a run, and return for each epoch a digest of the structure that it trains with."""
     options = {**digits_options(policy, random_seed), "trainer": {"epochs": epochs}}
-    run = prepare(load_run_config("digits", None, (), options), run_id=policy)
+    run = prepare(load_run_config("digits", None, (), options))
     found = [structure(run.growth.slots)]
     found += [structure(run.growth.slots) for _ in run.reports]
     return found[:epochs]

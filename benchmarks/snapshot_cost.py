@@ -32,7 +32,7 @@ class Turns:
         governor = {"snapshot_steps": snapshot_steps}
         trainer = {"epochs": 10_000, "governor": governor}
         config = load_run_config(task, None, ["count_flops=false"], {"trainer": trainer})
-        self.trainer = prepare(config, run_id=task).trainer
+        self.trainer = prepare(config).trainer
         self.trainer.keeper = self
         self.seconds: list[float] = []
         self._turns = self._run()

@@ -155,7 +155,7 @@ def run_planted(
     )
     tally = Tally()
     setup = decoder_setup(seed) if decoder else None
-    run = prepare(config, run_id=kind, sinks=[tally], setup=setup)
+    run = prepare(config, sinks=[tally], setup=setup)
     # Where something is missing, random features that are not linear are of real use.
     is_of_use = task == "teacher" and kind == "random_output"
     run.growth.policy = Planter(blueprint, but_in=missing_slot(seed) if is_of_use else None)
@@ -179,15 +179,12 @@ def run_planted(
 def run_teacher(seed: int) -> Row:
     """Grow one student by the task's own settings."""
     tally = Tally()
-    run = prepare(
-        load_run_config("teacher", None, [], {"random_seed": seed}), run_id="teacher", sinks=[tally]
-    )
+    run = prepare(load_run_config("teacher", None, [], {"random_seed": seed}), sinks=[tally])
     before = run.setup.test()["loss"]
     for _ in run.reports:
         pass
     control = prepare(
         load_run_config("teacher", None, [], {"random_seed": seed, "policy": "none"}),
-        run_id="alone",
     )
     for _ in control.reports:
         pass

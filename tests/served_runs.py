@@ -136,7 +136,7 @@ def write_run(folder: Path, *, finished: bool = True, **config: Any) -> None:
     """Write a run of ten epochs with one seed committed and one pruned."""
     store = RunStore(folder, config={**CONFIG, **config}, environment={"device": "cpu"})
     slots = ("stage1", "stage2")
-    publish(store, 0, RunStarted(run_id=folder.name, slots=slots, host_param_count=1000))
+    publish(store, 0, RunStarted(slots=slots, host_param_count=1000))
     for epoch in range(1, 11):
         values = {"loss": 2.0 / epoch, "accuracy": 0.0875 * epoch, "flops": 1e6 * epoch}
         store.measure(epoch, 10 * epoch, values)

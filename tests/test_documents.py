@@ -172,7 +172,7 @@ def test_the_task_of_the_tasks_page_is_found_and_grows(
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.delitem(sys.modules, "ring", raising=False)
     config = load_run_config("python:ring:TASK", None, ["trainer.epochs=9"], {})
-    run = prepare(config, run_id="ring")
+    run = prepare(config)
     *_, last = run.reports
     assert last.epoch == 9
     assert run.finish().keys() == {"loss", "accuracy"}

@@ -73,7 +73,7 @@ def alpha_reached(step: int, alpha: float = 1.0) -> EventRecord:
     return record(step, AlphaTargetReached(slot=SLOT, alpha=alpha))
 
 
-STARTED = record(0, RunStarted(run_id="run", slots=(SLOT,), host_param_count=97), epoch=0)
+STARTED = record(0, RunStarted(slots=(SLOT,), host_param_count=97), epoch=0)
 FINISHED = record(30, RunFinished(metrics={"loss": 0.25}, param_count=120), epoch=3)
 SKIPPED = record(12, StepSkipped(reason="bad loss", value=math.nan))
 PRUNED = record(

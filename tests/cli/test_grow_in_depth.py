@@ -59,7 +59,7 @@ def test_a_decoder_grown_by_schedule_is_a_run_like_any_other() -> None:
 
 def test_every_bundled_task_has_a_schedule_that_its_host_can_carry_out() -> None:
     for task in ("digits", "text"):
-        run = prepare(configured(task=task), run_id="check")
+        run = prepare(configured(task=task))
         assert run.growth.policy.name == "schedule"
 
 
@@ -67,7 +67,7 @@ def test_settings_reach_the_policy() -> None:
     config = configured(
         "depth_schedule.fractions=[0.2, 0.45]", 'depth_schedule.options.source="own"'
     )
-    policy = prepare(config, run_id="check").growth.policy
+    policy = prepare(config).growth.policy
     assert policy.config.fractions == (0.2, 0.45)
     assert policy.config.options == {"source": "own"}
 
@@ -82,7 +82,7 @@ def test_settings_reach_the_policy() -> None:
     ],
 )
 def test_the_policy_knows_how_many_decisions_will_come(setting: str, decisions: int) -> None:
-    assert prepare(configured(setting), run_id="check").growth.max_epochs == decisions
+    assert prepare(configured(setting)).growth.max_epochs == decisions
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ def test_what_a_run_says_is_shown_as_it_is(tmp_path: Path, columns: int) -> None
     config = {**CONFIG, "task": f"task {MARKUP}", "policy": f"policy {MARKUP}", "device": "cpu"}
     store = RunStore(tmp_path / "run", config=config, environment={"device": f"device {MARKUP}"})
     slot = f"slot {MARKUP}"
-    publish(store, 0, RunStarted(run_id="run", slots=(slot,), host_param_count=1000))
+    publish(store, 0, RunStarted(slots=(slot,), host_param_count=1000))
     skip(store, 1, f"skipped {MARKUP}")
     write_life(store, slot=slot, epoch=2)
     publish(
@@ -48,6 +48,14 @@ def test_what_a_run_says_is_shown_as_it_is(tmp_path: Path, columns: int) -> None
     told = " ".join(shown.output.split())
     for word in ("task", "policy", "device", "skipped", "slot", "pruned"):
         assert f"{word} {MARKUP}" in told
+
+
+def test_a_run_on_a_bus_is_told_by_what_it_is_called_there(tmp_path: Path) -> None:
+    config = {**CONFIG, "bus": {"commands": "unix:/tmp/sock"}}
+    store = RunStore(tmp_path / "run", config=config, environment={})
+    store.close()
+    shown = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["inspect", str(tmp_path / "run")])
+    assert f"on a bus as {store.run_id}" in shown.output
 
 
 def test_what_a_run_in_somebodys_own_loop_did_not_tell_is_left_out(tmp_path: Path) -> None:
@@ -75,7 +83,7 @@ def _protected(folder: Path) -> list[str]:
 
 def test_what_a_run_was_protected_from_is_told_in_order_and_repeats_once(tmp_path: Path) -> None:
     store = RunStore(tmp_path / "run", config=CONFIG, environment={})
-    publish(store, 0, RunStarted(run_id="run", slots=("a",), host_param_count=1000))
+    publish(store, 0, RunStarted(slots=("a",), host_param_count=1000))
     for again in (True, False, None):
         for step in (1, 2, 3):
             _at(store, step, StepSkipped(reason="the loss is not finite", value=math.nan))
@@ -91,7 +99,7 @@ def test_what_a_run_was_protected_from_is_told_in_order_and_repeats_once(tmp_pat
 
 def test_of_many_interventions_the_last_are_told_and_how_many_there_were(tmp_path: Path) -> None:
     store = RunStore(tmp_path / "run", config=CONFIG, environment={})
-    publish(store, 0, RunStarted(run_id="run", slots=("a",), host_param_count=1000))
+    publish(store, 0, RunStarted(slots=("a",), host_param_count=1000))
     for step in range(1, 41):
         _at(store, step, StepSkipped(reason=f"the loss is above {step}", value=99.0))
     store.close()
@@ -113,7 +121,7 @@ def test_a_twin_is_compared_whatever_its_loss(
     tmp_path: Path, loss: float, twins: float, told: str
 ) -> None:
     store = RunStore(tmp_path / "run", config={**CONFIG, "task": "digits"}, environment={})
-    publish(store, 0, RunStarted(run_id="run", slots=("a",), host_param_count=1000))
+    publish(store, 0, RunStarted(slots=("a",), host_param_count=1000))
     publish(store, 4, RunFinished(metrics={"loss": loss}, param_count=1000))
     twin = TwinFinished(
         metrics={"loss": twins}, param_count=1000, epochs=4, shared_steps=3, flops_fraction=1.0

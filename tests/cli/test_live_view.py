@@ -48,7 +48,7 @@ def test_what_a_slot_holds_is_told_in_words() -> None:
 def test_it_moves_with_each_step_also_within_an_epoch(width: int) -> None:
     watcher = Watcher(width)
     config = load_run_config("digits", None, ["policy=schedule", "trainer.epochs=3"], {})
-    run = prepare(config, run_id="watched", sinks=[watcher.view])
+    run = prepare(config, sinks=[watcher.view])
     assert "not begun" in str(watcher.view._render().renderables[0])
     run.trainer.keeper = watcher
     watcher.view.follow(run)

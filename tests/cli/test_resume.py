@@ -43,8 +43,6 @@ def story(folder: Path) -> tuple[list[Any], list[Any]]:
     for (text,) in rows:
         record = json.loads(text)
         event = {key: v for key, v in record["event"].items() if key not in WALL_CLOCK}
-        if event["type"] == "run_started":
-            del event["run_id"]
         if event["type"] not in ONLY_THERE:
             events.append((record["epoch"], record["step"], event))
     metrics = database.execute(

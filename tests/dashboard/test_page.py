@@ -381,7 +381,7 @@ def test_run_that_stopped_with_a_living_seed_has_it_and_no_size_that_nobody_told
 def test_names_are_shown_as_text_and_never_run(page: Page, tmp_path: Path) -> None:
     evil = "<img src=x onerror=alert(1)>"
     store = RunStore(tmp_path / evil, config={**CONFIG, "task": evil}, environment={})
-    publish(store, 0, RunStarted(run_id=evil, slots=(evil,), host_param_count=1))
+    publish(store, 0, RunStarted(slots=(evil,), host_param_count=1))
     skip(store, 1, evil)
     write_life(store, slot=evil, epoch=1)
     store.close()
@@ -398,7 +398,7 @@ def test_names_are_shown_in_charts_as_they_are(page: Page, tmp_path: Path) -> No
     names = ["<b>x<", "<a href='x:y'>z<", "a &amp; b"]
     for name in names:
         store = RunStore(tmp_path / name, config=CONFIG, environment={})
-        publish(store, 0, RunStarted(run_id=name, slots=(name,), host_param_count=1))
+        publish(store, 0, RunStarted(slots=(name,), host_param_count=1))
         for epoch in (1, 2, 3):
             store.measure(epoch, 10 * epoch, {"loss": 1.0})
         write_life(store, slot=name, epoch=1)
@@ -476,7 +476,7 @@ def test_page_is_as_wide_as_its_window_in_every_view(
     write_run(tmp_path / "digits-0", finished=False)
     live = RunStore(tmp_path / "live", config=CONFIG, environment={})
     slots = ("stage1", "stage2")
-    publish(live, 0, RunStarted(run_id="live", slots=slots, host_param_count=1000))
+    publish(live, 0, RunStarted(slots=slots, host_param_count=1000))
     for epoch in range(1, 8):
         live.measure(epoch, 10 * epoch, {"loss": 2.0 / epoch, "accuracy": 0.1 * epoch})
     write_life(live, slot="stage2", epoch=2, until="committed")

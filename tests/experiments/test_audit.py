@@ -60,7 +60,7 @@ def state_of(run: GrowingRun) -> dict[str, Tensor]:
 
 
 def twin_of(settings: RunConfig, watch: Watch) -> tuple[GrowingRun, ForkPoint, Twin]:
-    run = prepare(settings, run_id="run", sinks=[watch])
+    run = prepare(settings, sinks=[watch])
     watch.run = run
     fork = ForkPoint(run.growth)
     *_, last = run.reports
@@ -120,6 +120,6 @@ def test_it_is_told_for_how_long_the_learning_rate_is_the_same(
 def test_what_has_no_twin_is_refused() -> None:
     with pytest.raises(ValueError, match="nothing germinated"):
         twin_of(config(policy="none"), Watch())
-    run = prepare(config(count_flops=False), run_id="run")
+    run = prepare(config(count_flops=False))
     with pytest.raises(ValueError, match="count_flops=true"):
         ForkPoint(run.growth)

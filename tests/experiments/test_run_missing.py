@@ -68,7 +68,7 @@ def test_a_seed_that_still_lives_at_the_end_is_no_part_of_what_came_out() -> Non
     request = RunRequest(
         arm="grown", random_seed=0, learning_rate=0.01, epochs=3, policy="heuristic"
     )
-    run = prepare(config(epochs=3).run, run_id="run", sinks=[record := GrowthRecord()])
+    run = prepare(config(epochs=3).run, sinks=[record := GrowthRecord()])
     host = run.param_count()
     *_, last = run.reports
     (slot,) = run.growth.slots.living_slots
@@ -204,7 +204,7 @@ def test_an_evaluation_is_a_cost_of_growing_where_the_policy_decides_by_it(
     """The heuristic looks at the held-out loss, the schedule at the clock."""
     request = RunRequest(arm="arm", random_seed=0, learning_rate=0.1, epochs=9, policy=policy)
     run_config = config(epochs=9).run.model_copy(update={"policy": policy})
-    run = prepare(run_config, run_id=policy)
+    run = prepare(run_config)
     run.setup = replace(run.setup, selection=lambda: {"loss": 7.0})
     cost = RunCost(
         training=Cost(flops=1, seconds=1.0),

@@ -495,7 +495,7 @@ def test_the_policy_has_its_name_and_a_run_gives_it_the_settings_of_the_heuristi
     assert HeuristicPolicy().name == "heuristic"
     settings = ["heuristic.max_living=3", "heuristic.plateau_epochs=4"]
     config = load_run_config("digits", None, settings, {"policy": "ucb1"})
-    policy = prepare(config, run_id="ucb1").growth.policy
+    policy = prepare(config).growth.policy
     assert isinstance(policy, HeuristicPolicy)
     assert isinstance(policy.chooser, UCB1Chooser)
     assert policy.name == "ucb1"

@@ -28,7 +28,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     trainer = problem.trainer(policy, epochs=33)
     trainer.growth.sinks.append(store)
-    started = RunStarted(run_id="run", slots=("embed",), host_param_count=97)
+    started = RunStarted(slots=("embed",), host_param_count=97)
     trainer.growth.publish([started])
     trainer.fit()
     store.close()

@@ -124,7 +124,7 @@ def test_summary_names_who_saves_most_of_those_of_whom_it_is_known(
     fractions: tuple[float, ...], told: str
 ) -> None:
     teller = StoryTeller()
-    teller.take(happened(RunStarted(run_id="r", slots=("a", "b", "c"), host_param_count=1)))
+    teller.take(happened(RunStarted(slots=("a", "b", "c"), host_param_count=1)))
     for slot, fraction in zip("abc", fractions, strict=False):
         teller.take(
             happened(
@@ -202,7 +202,7 @@ def test_run_without_anything_has_no_picture_and_any_prefix_can_be_drawn(
 
 
 def test_diverged_run_can_be_drawn() -> None:
-    started = RunStarted(run_id="r", slots=("a",), host_param_count=1)
+    started = RunStarted(slots=("a",), host_param_count=1)
     story = tell([EventRecord(time_seconds=0.0, epoch=0, step=0, event=started)])
     rows = [
         MetricRow(id=i, epoch=i, step=i, name="loss", value=value)

@@ -115,7 +115,7 @@ def test_the_size_is_of_what_was_tested_and_none_is_told_that_is_not_known(
 ) -> None:
     store = RunStore(tmp_path / "run", config={}, environment={})
     if started:
-        publish(store, 0, RunStarted(run_id="run", slots=("a",), host_param_count=700))
+        publish(store, 0, RunStarted(slots=("a",), host_param_count=700))
     write_life(store, slot="a", epoch=1)
     if finished:
         publish(store, 3, RunFinished(metrics={"loss": 0.5}, param_count=1000))
@@ -128,7 +128,7 @@ def test_the_size_is_of_what_was_tested_and_none_is_told_that_is_not_known(
 def test_why_a_run_ended_is_in_it_unless_it_went_on(tmp_path: Path) -> None:
     store = RunStore(tmp_path / "run", config={}, environment={})
     events = (
-        RunStarted(run_id="run", slots=("a",), host_param_count=10),
+        RunStarted(slots=("a",), host_param_count=10),
         RunFailed(error="ValueError: <no> batch"),
         RunResumed(name="step-00000000"),
     )
@@ -150,7 +150,7 @@ def test_what_the_governor_did_is_in_it_and_names_cannot_break_the_page(tmp_path
     store = RunStore(tmp_path / "run", config={"task": name}, environment={"note": name})
     for step, event in enumerate(
         [
-            RunStarted(run_id="r", slots=(name,), host_param_count=3),
+            RunStarted(slots=(name,), host_param_count=3),
             StepSkipped(reason="loss is not finite", value=float("nan")),
             SeedBlamed(slot=name, blueprint="mlp", loss=9.0, loss_without=0.5),
         ]
@@ -185,7 +185,7 @@ def test_whether_growth_paid_is_told_of_any_losses(
 ) -> None:
     store = RunStore(tmp_path / "run", config={}, environment={})
     for event in [
-        RunStarted(run_id="r", slots=(), host_param_count=3),
+        RunStarted(slots=(), host_param_count=3),
         RunFinished(metrics={"loss": loss}, param_count=3),
         TwinFinished(
             metrics={"loss": twins}, param_count=3, epochs=1, shared_steps=1, flops_fraction=1.0

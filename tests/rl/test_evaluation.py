@@ -353,7 +353,7 @@ def test_a_run_is_an_ordinary_one_to_the_bit(
     recorder = Recorder()
     chosen = {"heuristic": soon, "trainer": {"epochs": 6}}
     ordinary = run_config(policy=policy, random_seed=5, **chosen)
-    run = prepare(ordinary, run_id="ordinary", sinks=[recorder])
+    run = prepare(ordinary, sinks=[recorder])
     for _ in run.reports:
         pass
     assert run.param_count() == played.param_count

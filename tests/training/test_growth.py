@@ -24,6 +24,7 @@ from esper.lifecycle.events import (
     ContributionMeasured,
     GateEvaluated,
     GerminationFailed,
+    RunStarted,
     SeedCommitted,
     SeedFailed,
     SeedGerminated,
@@ -143,6 +144,34 @@ def test_own_loop_and_trainer_give_the_same_events_and_weights_bitwise() -> None
     mine, other = first.model.state_dict(), second.model.state_dict()
     assert mine.keys() == other.keys()
     assert all(torch.equal(mine[name], other[name]) for name in mine)
+
+
+def test_a_run_tells_its_start_once_before_anything_else_and_not_where_it_goes_on() -> None:
+    problem = make_problem()
+    size = sum(parameter.numel() for parameter in problem.model.parameters())
+    trainer = problem.trainer(grow_mlp(), epochs=1)
+    problem.slots["embed"].germinate("mlp")
+    trainer.fit()
+    started = [(r.step, r.event) for r in problem.recorder.records if r.event.type == "run_started"]
+    assert started == [(0, RunStarted(slots=("embed",), host_param_count=size))]
+    assert problem.recorder.records[0].event == started[0][1]
+
+    other = make_problem()
+    going_on = other.trainer(grow_mlp(), epochs=2)
+    going_on.load_state_dict(trainer.state_dict())
+    going_on.fit()
+    assert other.recorder.records
+    assert not other.recorder.of(RunStarted)
+
+
+def test_a_loop_of_ones_own_tells_its_start_with_its_first_step() -> None:
+    problem = make_problem()
+    growth = esper.Growth(problem.slots, problem.optimizer, sinks=[problem.recorder])
+    mse_loss(problem.model(problem.batches[0][0]), problem.batches[0][1]).backward()
+    problem.optimizer.step()
+    growth.after_step()
+    assert [record.event.type for record in problem.recorder.records] == ["run_started"]
+    assert problem.recorder.records[0].step == 0
 
 
 def test_run_is_deterministic_under_a_seed() -> None:

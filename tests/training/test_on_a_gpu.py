@@ -46,7 +46,7 @@ def test_a_network_grows_on_a_gpu_as_on_the_cpu(task: str) -> None:
         options = {"device": device, "trainer": {"epochs": 12 if task == "digits" else 4}}
         config = load_run_config(task, None, [], options)
         events = Events()
-        run = prepare(config, run_id=device, sinks=[events])
+        run = prepare(config, sinks=[events])
         reports = list(run.reports)
         first[device], final[device] = reports[0].train_loss, run.finish()["loss"]
         assert any(isinstance(event, SeedGerminated) for event in events.events)

@@ -69,7 +69,7 @@ def test_the_block_that_a_student_lacks_is_found_and_nothing_else_is_committed()
     seed, tally = 0, Tally()
     settings = ["trainer.epochs=24", "trainer.isolation_check_steps=none"]
     config = load_run_config("teacher", None, settings, {"random_seed": seed})
-    run = prepare(config, run_id="taught", sinks=[tally])
+    run = prepare(config, sinks=[tally])
     for _ in run.reports:
         pass
     assert [(slot, blueprint) for slot, blueprint, _ in tally.committed] == [

@@ -209,7 +209,7 @@ def _train_grown(
 def train_control(settings: RunConfig, beside: Beside) -> Network:
     """Train the same host with the same data and steps, without growth."""
     view = beside("the same host without growth, for comparison")
-    run = prepare(settings.model_copy(update={"policy": NEVER}), run_id="control")
+    run = prepare(settings.model_copy(update={"policy": NEVER}))
     with view:
         train(run, view)
     return run.param_count(), run.finish()

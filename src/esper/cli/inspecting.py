@@ -126,6 +126,7 @@ def _print_head(console: Console, reader: RunReader, story: RunStory) -> None:
         ("seed {}", config.get("random_seed")),
         ("{} epochs", setting(config, "trainer", "epochs")),
         ("learning rate {}", config.get("learning_rate")),
+        ("on a bus as {}", setting(config, "bus", "commands") and reader.run_id),
     )
     torch = _known(("torch {}", setting(environment, "packages", "torch")))
     device = _known(("on {}", environment.get("device")))

@@ -120,7 +120,7 @@ def prepare_twin(config: RunConfig, grown: GrowingRun, cost: RunCost, fork: Fork
         strict=True,
     )
     return Twin(
-        run=prepare(twin, run_id=f"{grown.run_id}-twin"),
+        run=prepare(twin),
         config=twin,
         shared_steps=sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs)),
         grown_flops=spent,

@@ -13,7 +13,7 @@ from esper.experiments.bus_connection import BusConnection
 from esper.experiments.config import CompileConfig, RunConfig
 from esper.experiments.parts import chosen_policy, learning_rate_factor, usable_device
 from esper.experiments.settings import SettingsError
-from esper.lifecycle.events import RunFinished, RunStarted
+from esper.lifecycle.events import RunFinished
 from esper.policies.depth_schedule import DepthSchedulePolicy
 from esper.policies.heuristic import HeuristicPolicy
 from esper.slots.attach import attach
@@ -39,7 +39,6 @@ class GrowingRun:
     setup: TaskSetup
     growth: Growth
     trainer: Trainer
-    run_id: str
     total_steps: int
     """Of the optimizer, if no step is refused."""
     resumed: FoundCheckpoint | None = None
@@ -55,12 +54,8 @@ class GrowingRun:
 
     @property
     def reports(self) -> Iterator[EpochReport]:
-        """Train, an epoch at each step; a run from the start is announced first."""
-        if self.resumed is None:
-            count, slots = self.param_count(), tuple(self.growth.slots)
-            started = RunStarted(run_id=self.run_id, slots=slots, host_param_count=count)
-            self.growth.publish([started])
-        yield from self.trainer.run()
+        """Train, an epoch at each step."""
+        return self.trainer.run()
 
     def param_count(self) -> int:
         """Return the parameters of host and committed seeds."""
@@ -154,7 +149,6 @@ def least_epochs(config: RunConfig, steps: int) -> int:
 def prepare(
     config: RunConfig,
     *,
-    run_id: str,
     sinks: Sequence[Sink] = (),
     setup: TaskSetup | None = None,
     policy: Policy | None = None,
@@ -164,7 +158,6 @@ def prepare(
 
     Args:
         config: Of the run.
-        run_id: Published with its start, before the first step.
         sinks: Receive every event and metric.
         setup: From `build_setup`, used by one run only; None builds it.
         policy: Decides instead of the one that `config` names.
@@ -214,9 +207,7 @@ def prepare(
         config=config.trainer,
         scheduler=scheduler,
     )
-    return GrowingRun(
-        setup=setup, growth=growth, trainer=trainer, run_id=run_id, total_steps=total_steps
-    )
+    return GrowingRun(setup=setup, growth=growth, trainer=trainer, total_steps=total_steps)
 
 
 def _compiled_host(

@@ -310,7 +310,7 @@ class _Trained:
     def __init__(self, bench: Bench, model: nn.Module) -> None:
         self.model = model
         self._bench = bench
-        run = prepare(bench.config, run_id="bench", setup=replace(bench.setup, model=model))
+        run = prepare(bench.config, setup=replace(bench.setup, model=model))
         self._growth, self._step = run.growth, run.trainer.training_step
 
     def step(self) -> None:

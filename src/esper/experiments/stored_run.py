@@ -60,7 +60,7 @@ def stored_run(
         "data_notes": list(setup.notes),
     }
     with compile_service(config.compile) as service:
-        run = prepare(config, run_id=folder.name, setup=setup, service=service)
+        run = prepare(config, setup=setup, service=service)
         run.connection = connection_with_bus(config)
         store, run.trackers = _new_folder(config, folder, environment)
         with _in_folder(run, store, sinks, after_step=-1):
@@ -96,7 +96,7 @@ def resumed_run(folder: Path, sinks: Sequence[Sink] = ()) -> Iterator[GrowingRun
     config = RunConfig.model_validate(reader.config())
     _set_process(config)
     with compile_service(config.compile) as service:
-        run = prepare(config, run_id=folder.name, service=service)
+        run = prepare(config, service=service)
         checkpoints = checkpoints_in(config.checkpoint, folder)
         found = checkpoints.newest() if checkpoints is not None and checkpoints.names() else None
         after_step = -1 if found is None else found.info.step
@@ -139,7 +139,6 @@ def _in_folder(
     """Let a run write into its folder, and close it with a status however the run ends."""
     run.growth.sinks.extend([store, *run.trackers, *sinks])
     run.grown_folder = store.folder / GROWN_FOLDER
-    run.run_id = store.run_id
     status: RunStatus = "failed"
     try:
         _control(run, store, after_step=after_step)

@@ -38,7 +38,6 @@ class RunStarted(_Event):
     """A run began."""
 
     type: Literal["run_started"] = "run_started"
-    run_id: str
     slots: tuple[str, ...]
     host_param_count: int
 

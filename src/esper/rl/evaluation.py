@@ -98,7 +98,7 @@ def play(config: EvaluationConfig, policy: str, random_seed: int, epochs: int) -
         }
     )
     setup, decider = build_setup(run_config), chosen_policy(run_config)
-    run = prepare(run_config, run_id=f"seed-{random_seed}", setup=setup, policy=decider)
+    run = prepare(run_config, setup=setup, policy=decider)
     counted = _Counted()
     run.growth.sinks.append(counted)
     final = setup.selection or setup.validation

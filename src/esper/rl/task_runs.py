@@ -57,7 +57,7 @@ class TaskRuns:
     def _fresh(self, random_seed: int) -> HostRun:
         config = self.config.model_copy(update={"random_seed": random_seed})
         setup = build_setup(config)
-        run = prepare(config, run_id=f"episode-{random_seed}", setup=setup, policy=DecidedOutside())
+        run = prepare(config, setup=setup, policy=DecidedOutside())
         return HostRun(trainer=run.trainer, final=setup.selection or setup.validation)
 
     def _reference(self, random_seed: int) -> Reference | None:
@@ -85,4 +85,4 @@ def check_policy(policy: str, config: RunConfig) -> None:
     except ValidationError as error:
         raise SettingsError(f"{policy}: {explain(error, RunConfig)}") from error
     with random_streams_apart():
-        prepare(run, run_id="check")
+        prepare(run)

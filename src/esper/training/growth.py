@@ -20,7 +20,14 @@ from esper.lifecycle.actions import (
     action_from_dump,
     check_action,
 )
-from esper.lifecycle.events import ActionApplied, ActionRefused, Event, EventRecord, SeedFailed
+from esper.lifecycle.events import (
+    ActionApplied,
+    ActionRefused,
+    Event,
+    EventRecord,
+    RunStarted,
+    SeedFailed,
+)
 from esper.slots.isolation_monitor import IsolationMonitor
 from esper.slots.modes import device_of, forked_random_state
 from esper.slots.slot import SeedSlot
@@ -30,26 +37,18 @@ from esper.telemetry.sink import Sink
 from esper.telemetry.sink_guard import SinkGuard
 from esper.training.action_runner import ActionRunner
 from esper.training.held_out import Evaluate, metrics_of
-from esper.training.policy import (
-    ForesightedPolicy,
-    FrugalPolicy,
-    Policy,
-    StatefulPolicy,
-    checked_policy,
-)
+from esper.training.policy import ForesightedPolicy, FrugalPolicy, Policy, checked_policy
+from esper.training.policy_state import policy_remembering, policy_state
 from esper.training.probing import probe_seeds
 from esper.training.run_cost import Cost, CostMeter, RunCost
 from esper.training.seed_readings import SeedReadings
 from esper.training.step_times import StepTimes
+from esper.training.told_steps import ToldSteps
 
 _STATE_FIELDS = (
     *("slots", "isolation_monitor", "policy", "meter", "epoch", "step"),
     *("losses", "train_losses", "step_seconds_before"),
 )
-
-
-_STEPS_WITHOUT_THE_OPTIMIZER = 50
-"""More than float16's loss scaler skips in a row until it has found its scale."""
 
 
 class Growth:
@@ -112,10 +111,9 @@ class Growth:
         self.awaits_decision = False
         """Whether a look was taken that is not concluded yet."""
         self._clock = clock
-        self._steps_told = 0
-        """Here; a run that goes on has made others before."""
-        self._has_stepped = False
-        """Whether the optimizer has made any of them."""
+        self._announced = False
+        """Whether the sinks were told that the run begins."""
+        self._told_steps = ToldSteps()
         self._caused: list[Event] | None = None
         """What the action that is being carried out has caused so far; None where none is."""
         self._step_times = StepTimes()
@@ -162,14 +160,13 @@ class Growth:
         Raises:
             RuntimeError: A seed learns in shadow, and `shadow_pass` was not called for this step.
         """
+        self.announce()
         self.step += 1
-        self._steps_told += 1
         self._step_times.step()
         binding = self.slots.binding
         if binding is not None:
-            if binding.has_stepped:
-                self._has_stepped = True
-            else:
+            self._told_steps.add(made=binding.has_stepped)
+            if not binding.has_stepped:
                 self.meter.optimizer_has_skipped()
         events = self.slots.tick()
         if events:
@@ -226,7 +223,8 @@ class Growth:
                 "growth has looked already and nothing was decided; call growth.conclude(actions) "
                 "once after each growth.look(…), with [] to wait"
             )
-        self._check_steps()
+        if self.slots.binding is not None:
+            self._told_steps.check(self.slots.binding)
         before = self.epoch, list(self.losses), list(self.train_losses)
         if train_loss is not None:
             self.train_losses.append(train_loss)
@@ -270,24 +268,6 @@ class Growth:
                 self.compiled.foresee(self.policy.upcoming(self.state()))
             self._compile_seeds()
             self.sink_guard.flush()
-
-    def _check_steps(self) -> None:
-        """Raise if steps were not told of: alpha would stand still, and seeds never be judged."""
-        binding = self.slots.binding
-        if binding is None:
-            return
-        optimizer = type(binding.optimizer).__name__
-        if binding.has_stepped:
-            raise RuntimeError(
-                f"the {optimizer} has stepped, and growth.after_step() was not called after it; "
-                "call it after each optimizer.step()"
-            )
-        if not self._has_stepped and self._steps_told >= _STEPS_WITHOUT_THE_OPTIMIZER:
-            raise RuntimeError(
-                f"growth.after_step() was called {self._steps_told} times, and the {optimizer} "
-                "that Growth was given has made no step: seeds would never train; train with that "
-                "one, or give Growth the one that trains"
-            )
 
     def _look(self, evaluate: Evaluate) -> dict[str, float]:
         self._step_times.pause()
@@ -357,6 +337,9 @@ class Growth:
 
     def state(self) -> GrowthState:
         """Return what a policy sees now."""
+        branches = [slot.branches for slot in self.slots.values()]
+        grown = sum(p.numel() for some in branches for p in some.parameters())
+        total = sum(parameter.numel() for parameter in self.slots.model.parameters())
         return GrowthState(
             epoch=self.epoch,
             step=self.step,
@@ -364,15 +347,9 @@ class Growth:
             losses=tuple(self.losses),
             train_losses=tuple(self.train_losses),
             slots=tuple(slot.state() for slot in self.slots.values()),
-            **self._param_counts(),
+            param_count=total,
+            host_param_count=total - grown,
         )
-
-    def _param_counts(self) -> dict[str, int]:
-        """Return the parameters of the network now, and before anything grew."""
-        branches = [slot.branches for slot in self.slots.values()]
-        grown = sum(p.numel() for some in branches for p in some.parameters())
-        total = sum(parameter.numel() for parameter in self.slots.model.parameters())
-        return {"param_count": total, "host_param_count": total - grown}
 
     def apply(self, action: Action) -> Sequence[Event]:
         """Carry out one action if it is legal now, and publish what happened.
@@ -420,14 +397,10 @@ class Growth:
                 "a decision is due, and no state holds what it is made of; call "
                 "growth.conclude(actions) first"
             )
-        policy = self.policy
         return {
             "slots": self.slots.state_dict(),
             "isolation_monitor": self.isolation_monitor.state_dict(),
-            "policy": {
-                "name": policy.name,
-                "state": policy.state_dict() if isinstance(policy, StatefulPolicy) else None,
-            },
+            "policy": policy_state(self.policy),
             "meter": self.meter.state_dict(),
             "epoch": self.epoch,
             "step": self.step,
@@ -445,9 +418,8 @@ class Growth:
             BlueprintError: A blueprint is not registered here; nothing has changed.
         """
         check_fields(state, _STATE_FIELDS, of="growth")
-        check_fields(state["policy"], ("name", "state"), of="the policy")
-        policy = state["policy"]
-        self._load_policy_and_slots(policy["name"], policy["state"], state["slots"])
+        with policy_remembering(self.policy, state["policy"]):
+            self.slots.load_state_dict(state["slots"])
         self.isolation_monitor.load_state_dict(state["isolation_monitor"])
         self.meter.load_state_dict(state["meter"])
         self.epoch, self.step = state["epoch"], state["step"]
@@ -455,43 +427,7 @@ class Growth:
         self.train_losses = list(state["train_losses"])
         self._step_times.load_state_dict(state["step_seconds_before"])
         self.awaits_decision = False
-
-    def _load_policy_and_slots(
-        self, name: str, state: Mapping[str, Any] | None, slots: Mapping[str, Any]
-    ) -> None:
-        """Load both or none: what a policy is given back can be taken from it again.
-
-        Args:
-            name: Of the policy that the state is of.
-            state: The policy's; None if it had none.
-            slots: Their state.
-
-        Raises:
-            ValueError: As `load_state_dict`.
-            BlueprintError: The same.
-        """
-        policy = self.policy
-        if policy.name != name:
-            raise ValueError(
-                f"the policy of the run was {name!r}, and is {policy.name!r} here; go on with the "
-                "policy that the run began with, or begin a new run"
-            )
-        if isinstance(policy, StatefulPolicy) != (state is not None):
-            has, had = ("a", "none") if state is None else ("no", "one")
-            raise ValueError(
-                f"policy {name!r} has {has} state, and that of the run had {had}; go on with the "
-                "policy that the run began with, or begin a new run"
-            )
-        if not isinstance(policy, StatefulPolicy) or state is None:
-            self.slots.load_state_dict(slots)
-            return
-        own = policy.state_dict()
-        try:
-            policy.load_state_dict(state)
-            self.slots.load_state_dict(slots)
-        except Exception:
-            policy.load_state_dict(own)
-            raise
+        self._announced = True
 
     def spent(self, cost: RunCost) -> Cost:
         """Return what a run had to spend: training, and what growth took to decide.
@@ -512,17 +448,31 @@ class Growth:
         """Return what receives every event and metric; may be added to."""
         return self.sink_guard.sinks
 
+    def announce(self) -> None:
+        """Tell the sinks that a run begins, once, and of which size its host is.
+
+        The first step does it, or what is published before; a run that goes on began before.
+        """
+        if self._announced:
+            return
+        self._announced = True
+        size = self.state().host_param_count
+        started = RunStarted(slots=tuple(self.slots), host_param_count=size)
+        self.sink_guard.publish(self._stamped(started))
+
     def publish(self, events: Sequence[Event]) -> None:
         """Send events to the sinks, stamped with time, epoch and step."""
         if self._caused is not None:
             self._caused.extend(events)
         if not self.sinks:
             return
+        self.announce()
         for event in events:
             self.sink_guard.publish(self._stamped(event))
 
     def measure(self, metrics: Mapping[str, float]) -> None:
         """Send metrics to the sinks, with epoch and step."""
+        self.announce()
         self.sink_guard.measure(self.epoch, self.step, metrics)
 
     def _stamped(self, event: Event) -> EventRecord:

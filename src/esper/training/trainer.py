@@ -215,6 +215,7 @@ class Trainer:
         """
         if self.growth.awaits_decision:  # whoever was to decide has been interrupted
             self.growth.conclude([])
+        self.growth.announce()
         try:
             while self.epoch < self.config.epochs:
                 if self.growth.slots.replication is not None:  # the caller may have evaluated

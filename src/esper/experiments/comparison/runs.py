@@ -152,7 +152,7 @@ def check_runs(config: CompareConfig) -> None:
         ModuleNotFoundError: The task needs an extra that is not installed.
     """
     for policy in (config.run.policy, *config.policies):
-        prepare(config.run.model_copy(update={"policy": policy}), run_id="check")
+        prepare(config.run.model_copy(update={"policy": policy}))
 
 
 def execute(request: RunRequest, config: RunConfig) -> RunResult:
@@ -176,7 +176,7 @@ def execute(request: RunRequest, config: RunConfig) -> RunResult:
     policy = None
     if request.at_random_times:
         policy = random_times_policy(request, config, num_decisions(configured, setup))
-    run = prepare(configured, run_id=request.key, sinks=[record], setup=setup, policy=policy)
+    run = prepare(configured, sinks=[record], setup=setup, policy=policy)
     if policy is None:
         for grown in request.topology:
             _grow_at_once(run.growth.slots, grown)

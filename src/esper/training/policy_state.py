@@ -1,0 +1,50 @@
+"""What a policy remembers, kept with a run and given back to it."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from esper.slots.state_fields import check_fields
+from esper.training.policy import Policy, StatefulPolicy
+
+
+def policy_state(policy: Policy) -> dict[str, Any]:
+    """Return a policy's name, and what it remembers; None if it remembers nothing."""
+    remembered = policy.state_dict() if isinstance(policy, StatefulPolicy) else None
+    return {"name": policy.name, "state": remembered}
+
+
+@contextmanager
+def policy_remembering(policy: Policy, state: Mapping[str, Any]) -> Iterator[None]:
+    """Give a policy its state back; if the block raises, the policy is again as it was.
+
+    Args:
+        policy: That a run goes on with.
+        state: As `policy_state` returned it of the policy that the run had.
+
+    Raises:
+        ValueError: That was another policy, or a field is missing; nothing has changed.
+    """
+    check_fields(state, ("name", "state"), of="the policy")
+    name, remembered = state["name"], state["state"]
+    if policy.name != name:
+        raise ValueError(
+            f"the policy of the run was {name!r}, and is {policy.name!r} here; go on with the "
+            "policy that the run began with, or begin a new run"
+        )
+    if isinstance(policy, StatefulPolicy) != (remembered is not None):
+        has, had = ("a", "none") if remembered is None else ("no", "one")
+        raise ValueError(
+            f"policy {name!r} has {has} state, and that of the run had {had}; go on with the "
+            "policy that the run began with, or begin a new run"
+        )
+    if not isinstance(policy, StatefulPolicy) or remembered is None:
+        yield
+        return
+    own = policy.state_dict()
+    try:
+        policy.load_state_dict(remembered)
+        yield
+    except BaseException:
+        policy.load_state_dict(own)
+        raise
