@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -124,6 +125,20 @@ def test_a_fresh_model_becomes_the_grown_one() -> None:
     assert fresh.groups() == run.groups()
     assert fresh.step(5) == run.step(5)
     assert [s.committed for s in fresh.slots.values()] == [s.committed for s in run.slots.values()]
+
+
+def test_weights_that_come_before_their_growth_are_told_to_wait_for_it() -> None:
+    grown, fresh = Run(), Run()
+    grown.grow("0", "mlp", SeedStage.FOSSILIZED)
+    grown.grow("0", "noop", SeedStage.TRAINING)
+    weights = grown.model.state_dict()
+    for strict in (True, False):
+        told = pytest.warns(match="slot '0', with the committed ones: 0 here, 1 in the weights")
+        with told as warned, suppress(RuntimeError):
+            fresh.model.load_state_dict(weights, strict=strict)
+        assert len(warned) == 1
+    fresh.load(grown.state())  # where a warning is an error
+    assert torch.equal(fresh.model(INPUTS), grown.model(INPUTS))
 
 
 def test_modules_that_are_there_already_stay_the_same_objects() -> None:

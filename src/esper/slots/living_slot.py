@@ -1,6 +1,7 @@
 """A slot with a life in it: what it knows of its seed, and a forward that follows the stage."""
 
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -88,6 +89,7 @@ class LivingSlot(SlotForward):
         self._life = self._new_life(0)
         after_loading: Callable[..., Any] = self.register_load_state_dict_post_hook
         after_loading(_guard_what_was_loaded)
+        self.register_load_state_dict_pre_hook(_tell_of_missing_growth)
 
     @property
     def stage(self) -> SeedStage:
@@ -394,3 +396,24 @@ def _guard_what_was_loaded(slot: nn.Module, _: Any) -> None:
     """Load-state-dict post hook: `assign=True` puts other parameters in place of the old ones."""
     assert isinstance(slot, LivingSlot)
     slot.guard_again()
+
+
+def _tell_of_missing_growth(
+    slot: nn.Module, state: Mapping[str, Any], prefix: str, *_: Any
+) -> None:
+    """Load-state-dict pre hook: torch names keys, or nothing at all where it is not strict."""
+    assert isinstance(slot, LivingSlot)
+    given = _numbers_of_seeds(state, f"{prefix}branches.")
+    here = _numbers_of_seeds(slot.state_dict(), "branches.")
+    if given - here:
+        warnings.warn(
+            f"seeds in slot {slot.path!r}, with the committed ones: {len(here)} here, {len(given)} "
+            "in the weights that are loaded, which are lost; before loading them let the slot "
+            "become what it was then, by growth.load_state_dict(…) or slots.load_state_dict(…) "
+            "with what was kept beside the weights; esper.from_pretrained(…) brings both",
+            stacklevel=2,
+        )
+
+
+def _numbers_of_seeds(names: Iterable[str], start: str) -> set[str]:
+    return {name.removeprefix(start).split(".", 1)[0] for name in names if name.startswith(start)}
