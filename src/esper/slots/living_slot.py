@@ -87,9 +87,10 @@ class LivingSlot(SlotForward):
         """Since the last tick."""
         self._shadow_gradient_came = False
         self._life = self._new_life(0)
+        before_loading: Callable[..., Any] = self.register_load_state_dict_pre_hook
+        before_loading(_tell_of_missing_growth)
         after_loading: Callable[..., Any] = self.register_load_state_dict_post_hook
         after_loading(_guard_what_was_loaded)
-        self.register_load_state_dict_pre_hook(_tell_of_missing_growth)
 
     @property
     def stage(self) -> SeedStage:
