@@ -1,8 +1,8 @@
-"""All slots of one model, and what they share: ownership, the optimizer, caches."""
+"""All slots of one model, as a training loop meets them."""
 
 from __future__ import annotations  # so that help() says Event, and not all its classes
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -11,22 +11,17 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
-from esper.lifecycle.actions import BlueprintChoice
 from esper.lifecycle.events import CachesSwept, Event
 from esper.lifecycle.learning import Isolation, SeedObjective
 from esper.lifecycle.stages import SeedStage
 from esper.seeds.block_masks import block_masks
 from esper.slots.branch import SeedBranch
-from esper.slots.breaker import CircuitBreaker
 from esper.slots.caches import CacheStatistics
-from esper.slots.fitting_blueprints import FittingBlueprints
-from esper.slots.gradient_health import GradientHealth, GradientReading, gradient_norm
-from esper.slots.host_copy import copy_of_host_module
+from esper.slots.gradient_health import GradientReading, gradient_norm
 from esper.slots.modes import device_of
 from esper.slots.optimizer_binding import OptimizerBinding, skips_step
-from esper.slots.ownership import HOST, OwnershipLedger
-from esper.slots.placement import stands_in
-from esper.slots.pruned_seeds import PrunedSeeds
+from esper.slots.owned_slots import OwnedSlots, owner_name
+from esper.slots.ownership import HOST
 from esper.slots.replication import AskedBy, Replication, keep_out_of_wrappers
 from esper.slots.shadow_pass import teach_in_shadow
 from esper.slots.sharded import keep_sharded, whole
@@ -37,48 +32,11 @@ from esper.slots.state_fields import check_set_state, check_slot_states
 _LEARNING_STAGES = frozenset({SeedStage.TRAINING, SeedStage.BLENDING, SeedStage.PROBATIONARY})
 
 
-class SlotSet(Mapping[str, SeedSlot]):
+class SlotSet(OwnedSlots):
     """The slots by target path, in module order.
 
     Made by `esper.attach`. Methods that change something return the events that happened.
     """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.ledger = OwnershipLedger(model, self._living_seeds)
-        self.gradient_health = GradientHealth()
-        self.binding: OptimizerBinding | None = None
-        self.replication: Replication | None = None
-        """The processes that train copies of the model; None where there is one."""
-        self._shard: Callable[[nn.Module], Any] | None = None
-        self._slots: dict[str, SeedSlot] = {}
-        self._breakers: dict[str, CircuitBreaker] = {}
-        self._fitting = FittingBlueprints()
-        self._pruned = PrunedSeeds()
-        self._host_parameters: list[nn.Parameter] | None = None
-        self._living_slots: tuple[SeedSlot, ...] | None = None
-        self._structure = 0
-
-    def __getitem__(self, path: str) -> SeedSlot:
-        try:
-            return self._slots[path]
-        except KeyError:
-            known = ", ".join(map(repr, self._slots))
-            raise KeyError(f"no slot at {path!r}; slots: {known}") from None
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._slots)
-
-    def __len__(self) -> int:
-        return len(self._slots)
-
-    def __repr__(self) -> str:
-        slots = ", ".join(f"{path!r}: {slot.stage.name}" for path, slot in self._slots.items())
-        return f"SlotSet({{{slots}}})"
-
-    def add(self, slot: SeedSlot) -> None:
-        """Take in a slot; `attach` does this."""
-        self._slots[slot.path] = slot
 
     # Training
 
@@ -176,11 +134,6 @@ class SlotSet(Mapping[str, SeedSlot]):
         keep_sharded(self.model)
         self.replication = Replication(group, sharded=True)
         self._shard = shard
-
-    @property
-    def sharded(self) -> bool:
-        """Whether each process holds a part of the parameters only."""
-        return self._shard is not None
 
     def average_gradients(self) -> None:
         """Average the gradients of seeds over the processes, after a step's last backward.
@@ -283,14 +236,6 @@ class SlotSet(Mapping[str, SeedSlot]):
         self.gradient_health.note_before_clipping({**norms, **own})
         return norms[HOST]
 
-    @property
-    def living_slots(self) -> tuple[SeedSlot, ...]:
-        """The slots that hold a living seed, in module order."""
-        if self._living_slots is None:
-            slots = self._slots.values()
-            self._living_slots = tuple(slot for slot in slots if slot.living is not None)
-        return self._living_slots
-
     @contextmanager
     def as_committed(self) -> Iterator[None]:
         """Run the model without the seeds that live uncommitted."""
@@ -298,12 +243,6 @@ class SlotSet(Mapping[str, SeedSlot]):
             for slot in self.living_slots:
                 left_out.enter_context(slot.left_out())
             yield
-
-    def host_parameters(self) -> list[nn.Parameter]:
-        """Return the host's parameters in the model's order, committed seeds included."""
-        if self._host_parameters is None:
-            self._host_parameters = self.ledger.host_parameters()
-        return self._host_parameters
 
     def _in_training(self, parameters: Sequence[nn.Parameter]) -> Sequence[nn.Parameter]:
         """Return those that the optimizer holds; all where none is bound."""
@@ -331,20 +270,13 @@ class SlotSet(Mapping[str, SeedSlot]):
         """
         return loss.requires_grad or self.host_learns()
 
-    def structure(self) -> Hashable:
-        """Return what a step's operations depend on, apart from its batch.
-
-        While it stays equal a step runs the same operations on the same shapes.
-        """
-        return self._structure
-
     def read_gradient_health(self, slot: SeedSlot) -> GradientReading | None:
         """Return the slot's gradient norms since the last reading. Waits for the device."""
         branch = slot.living
         if branch is None:
             return None
         return self.gradient_health.read(
-            _owner_name(slot.path),
+            owner_name(slot.path),
             host_params=_num_learning(self._in_training(self.host_parameters())),
             seed_params=_num_learning(branch.parameters()),
         )
@@ -360,7 +292,7 @@ class SlotSet(Mapping[str, SeedSlot]):
         if not self.gradient_health.step_is_due():
             return
         learning = {
-            _owner_name(slot.path): slot.living.parameters()
+            owner_name(slot.path): slot.living.parameters()
             for slot in self.living_slots
             if slot.stage in _LEARNING_STAGES and slot.living is not None
         }
@@ -441,155 +373,7 @@ class SlotSet(Mapping[str, SeedSlot]):
         if self.binding is not None:
             self.binding.regroup(removed)
 
-    # What slots ask for
-
-    def check_in_place(self, path: str) -> None:
-        """Raise RuntimeError if the module that a slot stood behind was replaced by another one."""
-        slot = self._slots[path]
-        if not stands_in(self.model, slot):
-            raise RuntimeError(
-                f"slot {path!r} stands in the model's forward no more: the module that it was "
-                "attached behind was replaced, as convert_sync_batchnorm and quantisation do; "
-                "change the model first, then attach"
-            )
-
-    def breaker(self, blueprint: str) -> CircuitBreaker:
-        """Return the breaker around building one blueprint."""
-        return self._breakers.setdefault(blueprint, CircuitBreaker(f"build {blueprint}"))
-
-    def choices(self, path: str) -> tuple[BlueprintChoice, ...]:
-        """Return the blueprints that fit a slot, cheapest first."""
-        return self._fitting.of(self._slots[path])
-
-    def check_unshared(self, path: str, seed: nn.Module) -> None:
-        """Raise OwnershipError if a new seed shares a parameter."""
-        self.ledger.check_seed(_owner_name(path), seed)
-
-    def copy_of_host_module(self, name: str) -> nn.Module:
-        """Return a copy of a module of the host, without slots and seeds.
-
-        Raises:
-            ValueError: As `esper.slots.host_copy`, or the host is sharded.
-        """
-        if self.sharded:
-            raise ValueError(
-                f"source={name!r}: the host is sharded, and torch cannot copy a sharded module; "
-                "take a blueprint that is built anew"
-            )
-        return copy_of_host_module(self.model, name)
-
-    def shard(self, branch: SeedBranch) -> None:
-        """Shard a seed that is not attached yet as the host is, if it is."""
-        if self._shard is not None:
-            self._shard(branch)
-            keep_sharded(branch)
-
-    def seed_added(self, path: str, branch: SeedBranch, *, state_of: str | None = None) -> None:
-        """Give a new seed to the optimizer.
-
-        Args:
-            path: Of the slot.
-            branch: The seed with its operator.
-            state_of: Of the module whose optimizer state its copies begin with; None leaves the
-                whole seed without.
-
-        Raises:
-            ValueError: There is no optimizer or no state to copy; nothing has changed.
-        """
-        if state_of is not None:
-            self._copy_optimizer_state(state_of, branch)
-        self._note_seeds_changed()
-        for slot in self._slots.values():
-            slot.prepare_seeds()
-        if self.binding is not None:
-            self.binding.add(path, branch)
-
-    def _copy_optimizer_state(self, source: str, branch: SeedBranch) -> None:
-        if self.binding is None:
-            raise ValueError(
-                f"there is no optimizer to copy the state of {source!r} in; call "
-                "slots.bind(optimizer) first, which esper.Growth does"
-            )
-        originals = dict(self.model.get_submodule(source).named_parameters())
-        self.binding.copy_state(
-            [
-                (originals[name], parameter)
-                for copied in branch.seed.copies
-                for name, parameter in copied.named_parameters()
-            ],
-            source=source,
-        )
-
-    def seed_removed(self, path: str, branch: SeedBranch) -> None:
-        """Take a pruned seed from the optimizer and remember what must be gone."""
-        self._note_seeds_changed()
-        self._pruned.add(path, branch.parameters())
-        self.gradient_health.forget(_owner_name(path))
-        self._renew_block_masks()
-        if self.replication is not None:
-            self.replication.forget_failure(path)
-        if self.binding is not None:
-            self.binding.remove(path, branch)
-
-    def seed_committed(self, path: str, branch: SeedBranch) -> None:
-        """Move a committed seed's parameters to the host's group."""
-        self._note_seeds_changed()
-        self.gradient_health.forget(_owner_name(path))
-        if self.replication is not None:
-            self.replication.forget_failure(path)
-        if self.binding is not None:
-            self.binding.commit(path, branch)
-
-    def all_know_failure(self, path: str) -> bool:
-        """Return whether all processes that train the model know what a seed has raised."""
-        return self.replication is None or self.replication.all_know_failure(path)
-
-    def forward_changes(self) -> None:
-        """Take note that a step's operations will be others."""
-        self._structure += 1
-
-    def leftovers(self, path: str) -> tuple[str, ...]:
-        """Return where anything of the slot's last pruned seed is still found."""
-        slot = self._slots[path]
-        alive = self._pruned.alive(path)
-        in_model = {id(parameter) for parameter in self.model.parameters()}
-        found = []
-        if slot.living is not None:
-            found.append("a living seed")
-        if any(id(parameter) in in_model for parameter in alive):
-            found.append("parameters in the model")
-        if self.binding is not None and any(map(self.binding.holds, alive)):
-            found.append("parameters or state in the optimizer")
-        if self.gradient_health.holds(_owner_name(path)):
-            found.append("gradient norms")
-        if slot.guarded:
-            found.append("gradient hooks")
-        if not found:
-            self._pruned.forget(path)
-        return tuple(found)
-
-    def _note_seeds_changed(self) -> None:
-        self._host_parameters = self._living_slots = None
-        self._structure += 1
-
-    def _renew_block_masks(self) -> None:
-        """Drop every block mask; what the slots' own lengths need is there for compiled graphs."""
-        block_masks.clear()
-        for slot in self._slots.values():
-            slot.prepare_seeds()
-
-    def _living_seeds(self) -> dict[str, nn.Module]:
-        return {
-            _owner_name(slot.path): slot.living
-            for slot in self._slots.values()
-            if slot.living is not None
-        }
-
 
 def _num_learning(parameters: Iterable[nn.Parameter]) -> int:
     """Return how many numbers can have a gradient."""
     return sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
-
-
-def _owner_name(path: str) -> str:
-    return f"seed of slot {path!r}"
