@@ -52,9 +52,18 @@ class Script:
     """Germinates live and behind the host, prunes one, commits the other; by the first's word."""
 
     name = "script"
+    reads_losses = False
 
     def __init__(self, rank: int) -> None:
         self.rank = rank
+
+    def weighs(self, state: GrowthState) -> list[str]:
+        assert self.rank == 0, "the first process decides for all what is weighed"
+        return [slot.path for slot in state.slots]
+
+    def upcoming(self, state: GrowthState) -> list[Germinate]:
+        assert self.rank == 0, "the first process foresees for all"
+        return [Germinate(slot="second", blueprint="lora")] if state.epoch == 1 else []
 
     def decide(self, state: GrowthState) -> list[Action]:
         assert self.rank == 0, "the first process decides for all"

@@ -1,5 +1,6 @@
 """A run in a folder: whoever goes on with it takes nothing from it."""
 
+import json
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,16 @@ from esper.experiments.run import GrowingRun, build_setup, prepare
 from esper.experiments.stored_run import resumed_run, stored_run
 from esper.telemetry import RunFolderError, RunReader
 from esper.telemetry.run_store import ReopenedRunStore
+from esper.training import CheckpointError
 
 
-def stop_at_once(folder: Path) -> None:
-    config = load_run_config("digits", None, [], {"trainer": {"epochs": 2}})
+def stop(folder: Path, *, after_epoch: int = 1) -> None:
+    settings = {"trainer": {"epochs": after_epoch + 1}, "checkpoint": {"min_seconds": 0.0}}
+    config = load_run_config("digits", None, [], settings)
     with stored_run(config, folder, build_setup(config)) as run:
-        next(run.reports)
+        reports = run.reports
+        for _ in range(after_epoch):
+            next(reports)
         raise KeyboardInterrupt
 
 
@@ -25,7 +30,7 @@ def test_a_run_that_finishes_while_another_is_about_to_resume_it_is_left_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(KeyboardInterrupt):
-        stop_at_once(tmp_path)
+        stop(tmp_path)
     events = RunReader(tmp_path).events()
     assert events
 
@@ -41,6 +46,18 @@ def test_a_run_that_finishes_while_another_is_about_to_resume_it_is_left_alone(
         pass
     assert RunReader(tmp_path).events() == events
     assert RunReader(tmp_path).status == "finished"
+
+
+def test_a_run_that_cannot_go_on_does_not_tell_that_it_begins(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        stop(tmp_path, after_epoch=2)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**settings, "policy": "none"}))
+    with pytest.raises(CheckpointError, match="policy"), resumed_run(tmp_path):
+        pass
+    told = [record.event.type for record in RunReader(tmp_path).events()]
+    assert told.count("run_started") == 1
+    assert told[-1] == "run_failed"
 
 
 def test_a_mirror_is_refused_before_its_settings_are_looked_at(tmp_path: Path) -> None:

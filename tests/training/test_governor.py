@@ -187,8 +187,12 @@ def test_a_run_whose_weights_are_spoilt_goes_back_and_is_what_it_would_have_been
     assert run.trainer.growth.step == untouched.trainer.growth.step == 6 * STEPS
 
 
-def test_a_run_that_goes_on_has_at_once_what_to_go_back_to() -> None:
+@pytest.mark.parametrize("has_trained", [False, True])
+def test_a_run_that_goes_on_has_at_once_what_to_go_back_to(has_trained: bool) -> None:
     run, untouched = Run(), Run()
+    if has_trained:  # to steps that are none of the run that goes on
+        run.fit()
+        run.made = 0
     at_33: list[Any] = []
 
     def stop(trainer: esper.Trainer) -> None:

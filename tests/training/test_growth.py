@@ -1,9 +1,10 @@
 """The growth engine and the trainer, on a problem where capacity is missing by construction."""
 
+import copy
 import itertools
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,10 @@ class Script:
 
     def decide(self, state: GrowthState) -> Sequence[Action]:
         return self._actions.get(state.epoch, [])
+
+
+def num_params(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def grow_mlp(epoch: int = 3) -> esper.SchedulePolicy:
@@ -146,22 +151,35 @@ def test_own_loop_and_trainer_give_the_same_events_and_weights_bitwise() -> None
     assert all(torch.equal(mine[name], other[name]) for name in mine)
 
 
-def test_a_run_tells_its_start_once_before_anything_else_and_not_where_it_goes_on() -> None:
-    problem = make_problem()
-    size = sum(parameter.numel() for parameter in problem.model.parameters())
-    trainer = problem.trainer(grow_mlp(), epochs=1)
-    problem.slots["embed"].germinate("mlp")
-    trainer.fit()
-    started = [(r.step, r.event) for r in problem.recorder.records if r.event.type == "run_started"]
-    assert started == [(0, RunStarted(slots=("embed",), host_param_count=size))]
-    assert problem.recorder.records[0].event == started[0][1]
+def test_every_sink_is_told_once_that_the_run_begins_and_before_anything_else() -> None:
+    problem, late = make_problem(), Recorder()
+    size = num_params(problem.model)
+    growth = problem.trainer(grow_mlp(), epochs=1).growth
+    growth.publish(problem.slots["embed"].germinate("mlp"))
+    problem.slots["embed"].advance(force=True)
+    growth.after_step()
+    growth.sinks.append(late)
+    growth.after_step()
+    growth.after_epoch(problem.held_out)
+    begun = RunStarted(slots=("embed",), host_param_count=size)
+    for recorder, step in ((problem.recorder, 0), (late, 1)):
+        assert recorder.of(RunStarted) == [begun]
+        assert (recorder.records[0].event, recorder.records[0].step) == (begun, step)
+        assert recorder.records[0].epoch == 0
 
-    other = make_problem()
-    going_on = other.trainer(grow_mlp(), epochs=2)
-    going_on.load_state_dict(trainer.state_dict())
-    going_on.fit()
-    assert other.recorder.records
-    assert not other.recorder.of(RunStarted)
+
+def test_a_network_that_has_grown_before_is_told_with_what_it_has_committed() -> None:
+    grown, fresh = make_problem(), make_problem()
+    growth = grown.trainer(esper.SchedulePolicy({}), epochs=1).growth
+    grown.slots["embed"].germinate("mlp")
+    while grown.slots["embed"].stage is not SeedStage.FOSSILIZED:
+        grown.slots["embed"].advance(force=True)
+    going_on = fresh.trainer(esper.SchedulePolicy({}), epochs=1).growth
+    going_on.load_state_dict(growth.state_dict())
+    going_on.publish(fresh.slots["embed"].germinate("mlp"))
+    assert num_params(fresh.model) > num_params(grown.model) > num_params(make_problem().model)
+    (begun,) = fresh.recorder.of(RunStarted)
+    assert begun.host_param_count == num_params(grown.model)
 
 
 def test_a_loop_of_ones_own_tells_its_start_with_its_first_step() -> None:
@@ -709,19 +727,61 @@ def test_what_a_decision_is_due_for_is_no_state_to_go_on_from(problem: Problem) 
     trainer.state_dict()
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
+def test_a_decision_that_fails_is_over_and_the_loop_can_go_on(error: type[BaseException]) -> None:
+    class Failing(Script):
+        def decide(self, state: GrowthState) -> Sequence[Action]:
+            if state.epoch == 1:
+                raise error
+            return super().decide(state)
+
+    problem = make_problem()
+    policy = Failing({2: [Germinate(slot="embed", blueprint="mlp")]})
+    growth = problem.trainer(policy, epochs=2).growth
+    with pytest.raises(error):
+        growth.after_epoch(problem.held_out)
+    growth.state_dict()
+    growth.after_epoch(problem.held_out)
+    assert problem.slots["embed"].living is not None
+
+
+STATE = make_problem().trainer(esper.SchedulePolicy({}), 1).growth.state_dict()
+
+
 @pytest.mark.parametrize(
-    "field", sorted(make_problem().trainer(esper.SchedulePolicy({}), 1).growth.state_dict())
+    ("part", "field", "of"),
+    [
+        *((None, field, "growth") for field in sorted(STATE)),
+        ("isolation_monitor", "records", "the isolation monitor"),
+        ("meter", "training", "the meter"),
+        ("slots", "breakers", "the slots"),
+    ],
 )
-def test_a_state_that_lacks_a_field_is_refused_and_nothing_changes(field: str) -> None:
-    policy = esper.SchedulePolicy({})
-    grown, fresh = (make_problem().trainer(policy, epochs=1).growth for _ in range(2))
+def test_a_state_that_lacks_a_field_is_refused_and_nothing_changes(
+    part: str | None, field: str, of: str
+) -> None:
+    class Counting(Script):
+        """Gives out what it changes afterwards, as many do."""
+
+        def __init__(self) -> None:
+            super().__init__({})
+            self.counted = {"decisions": 0}
+
+        def state_dict(self) -> dict[str, int]:
+            return self.counted
+
+        def load_state_dict(self, state: Mapping[str, int]) -> None:
+            self.counted.update(state)
+
+    grown, fresh = (make_problem().trainer(Counting(), epochs=1).growth for _ in range(2))
     grown.apply(Germinate(slot="embed", blueprint="mlp"))
-    state, before = grown.state_dict(), fresh.state_dict()
-    del state[field]
-    with pytest.raises(ValueError, match=f"the state of growth lacks {field}"):
+    grown.policy.counted["decisions"] = 3
+    state, before = grown.state_dict(), copy.deepcopy(fresh.state_dict())
+    del (state if part is None else state[part])[field]
+    with pytest.raises(ValueError, match=f"the state of {of} lacks {field}"):
         fresh.load_state_dict(state)
     assert fresh.slots["embed"].stage is esper.SeedStage.DORMANT
-    assert fresh.state_dict()["slots"] == before["slots"]
+    assert fresh.state_dict() == before
 
 
 class Forgetful(Script):

@@ -138,6 +138,8 @@ def _in_folder(
 ) -> Iterator[None]:
     """Let a run write into its folder, and close it with a status however the run ends."""
     run.growth.sinks.extend([store, *run.trackers, *sinks])
+    if after_step >= 0:
+        run.growth.sink_guard.go_on()
     run.grown_folder = store.folder / GROWN_FOLDER
     status: RunStatus = "failed"
     try:
@@ -171,6 +173,8 @@ def _control(run: GrowingRun, store: RunStore, *, after_step: int) -> None:
         control.paused = False  # nobody could end it
         return
     connection.open(RunReader(store.folder), run.growth, control, after_step=after_step)
+    if after_step >= 0:
+        run.growth.sink_guard.go_on()
 
 
 def _close(run: GrowingRun, store: RunStore, status: RunStatus) -> None:

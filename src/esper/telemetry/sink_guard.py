@@ -22,21 +22,44 @@ class SinkGuard:
     Args:
         sinks: To be guarded.
         stamp: Makes a record of an event that happens now.
+        beginning: Returns what each sink is told before anything else.
     """
 
-    def __init__(self, sinks: Iterable[Sink], *, stamp: Callable[[Event], EventRecord]) -> None:
+    def __init__(
+        self,
+        sinks: Iterable[Sink],
+        *,
+        stamp: Callable[[Event], EventRecord],
+        beginning: Callable[[], Event],
+    ) -> None:
         self.sinks = list(sinks)
         self._stamp = stamp
+        self._beginning = beginning
+        self._begun: list[Sink] = []
+        """Those that know of the beginning, by identity."""
         self._lost_calls: list[tuple[Sink, int]] = []
         """By identity: a sink need not be hashable."""
 
+    def begin(self) -> None:
+        """Tell the beginning to each sink that does not know of it."""
+        for sink in tuple(self.sinks):
+            if not any(sink is known for known in self._begun):
+                self._begun.append(sink)
+                self.attempt(sink, lambda sink: sink.publish(self._stamp(self._beginning())))
+
+    def go_on(self) -> None:
+        """Take it that all sinks know of the beginning, as those of a run that goes on."""
+        self._begun = list(self.sinks)
+
     def publish(self, record: EventRecord) -> None:
         """Pass on one event."""
+        self.begin()
         for sink in tuple(self.sinks):
             self.attempt(sink, lambda sink: sink.publish(record))
 
     def measure(self, epoch: int, step: int, metrics: Mapping[str, float]) -> None:
         """Pass on named values."""
+        self.begin()
         for sink in tuple(self.sinks):
             self.attempt(sink, lambda sink: sink.measure(epoch, step, metrics))
 

@@ -4,11 +4,11 @@ from __future__ import annotations  # so that help() says Event, and not all its
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from esper.compilation.compiled_host import CompiledHost
@@ -17,7 +17,6 @@ from esper.lifecycle.actions import (
     GrowthState,
     IllegalAction,
     Wait,
-    action_from_dump,
     check_action,
 )
 from esper.lifecycle.events import (
@@ -36,6 +35,7 @@ from esper.slots.state_fields import check_fields
 from esper.telemetry.sink import Sink
 from esper.telemetry.sink_guard import SinkGuard
 from esper.training.action_runner import ActionRunner
+from esper.training.asked_policy import decided, upcoming, weighed
 from esper.training.held_out import Evaluate, metrics_of
 from esper.training.policy import ForesightedPolicy, FrugalPolicy, Policy, checked_policy
 from esper.training.policy_state import policy_remembering, policy_state
@@ -97,7 +97,7 @@ class Growth:
         self.slots = slots
         self.policy = checked_policy(policy)
         self.max_epochs = max_epochs
-        self.sink_guard = SinkGuard(sinks, stamp=self._stamped)
+        self.sink_guard = SinkGuard(sinks, stamp=self._stamped, beginning=self._started)
         self.compiled = compiled
         self.isolation_monitor = IsolationMonitor(slots)
         self.meter = CostMeter(slots, count_flops=count_flops)
@@ -111,8 +111,6 @@ class Growth:
         self.awaits_decision = False
         """Whether a look was taken that is not concluded yet."""
         self._clock = clock
-        self._announced = False
-        """Whether the sinks were told that the run begins."""
         self._told_steps = ToldSteps()
         self._caused: list[Event] | None = None
         """What the action that is being carried out has caused so far; None where none is."""
@@ -160,7 +158,7 @@ class Growth:
         Raises:
             RuntimeError: A seed learns in shadow, and `shadow_pass` was not called for this step.
         """
-        self.announce()
+        self.sink_guard.begin()
         self.step += 1
         self._step_times.step()
         binding = self.slots.binding
@@ -195,7 +193,13 @@ class Growth:
         Effects: waits for the device. Structure may change: the next backward must be a new step.
         """
         metrics = self.look(evaluate, train_loss=train_loss)
-        self.conclude()
+        try:
+            self.conclude()
+        except BaseException:  # Ctrl-C too: whoever goes on trains on, and decides the next time
+            if self.awaits_decision:
+                self.awaits_decision = False
+                self.publish(self.slots.end_epoch())
+            raise
         return metrics
 
     def look(self, evaluate: Evaluate, *, train_loss: float | None = None) -> dict[str, float]:
@@ -225,6 +229,7 @@ class Growth:
             )
         if self.slots.binding is not None:
             self._told_steps.check(self.slots.binding)
+        self.sink_guard.begin()
         before = self.epoch, list(self.losses), list(self.train_losses)
         if train_loss is not None:
             self.train_losses.append(train_loss)
@@ -259,13 +264,15 @@ class Growth:
             if replication is not None:  # before a stage is left
                 replication.share_failures(self.slots)
             self._readings.share()
-            for action in self._decided() if actions is None else actions:
+            if actions is None:
+                actions = decided(self.policy, self.state(), replication)
+            for action in actions:
                 self.apply(action)
             self._prune_failed()
             self.awaits_decision = False
             self.publish(self.slots.end_epoch())
             if self.compiled is not None and isinstance(self.policy, ForesightedPolicy):
-                self.compiled.foresee(self.policy.upcoming(self.state()))
+                self.compiled.foresee(upcoming(self.policy, self.state(), replication))
             self._compile_seeds()
             self.sink_guard.flush()
 
@@ -318,28 +325,17 @@ class Growth:
             }
         return {"epoch": self.epoch, "step": self.step, "slots": slots}
 
-    def _decided(self) -> Sequence[Action]:
-        """Return what the policy decides; of several processes the first one's does, for all."""
-        replication = self.slots.replication
-        if replication is None:
-            return self.policy.decide(self.state())
-        decided: list[Any] = []
-        if replication.rank == 0:
-            actions = self.policy.decide(self.state())
-            decided = [action.model_dump(mode="json") for action in actions]
-        return [action_from_dump(action) for action in replication.from_first(decided)]
-
     def _weighed(self) -> Mapping[str, SeedSlot]:
         """Return the slots whose seeds the policy wants to be weighed now."""
         if not isinstance(self.policy, FrugalPolicy):
             return self.slots
-        return {path: self.slots[path] for path in self.policy.weighs(self.state())}
+        paths = weighed(self.policy, self.state(), self.slots.replication)
+        return {path: self.slots[path] for path in paths}
 
     def state(self) -> GrowthState:
         """Return what a policy sees now."""
-        branches = [slot.branches for slot in self.slots.values()]
-        grown = sum(p.numel() for some in branches for p in some.parameters())
-        total = sum(parameter.numel() for parameter in self.slots.model.parameters())
+        branches = [slot.branches.parameters() for slot in self.slots.values()]
+        total, grown = _num_params(self.slots.model.parameters()), sum(map(_num_params, branches))
         return GrowthState(
             epoch=self.epoch,
             step=self.step,
@@ -417,17 +413,19 @@ class Growth:
                 changed.
             BlueprintError: A blueprint is not registered here; nothing has changed.
         """
+        monitor = self.isolation_monitor
         check_fields(state, _STATE_FIELDS, of="growth")
+        check_fields(state["isolation_monitor"], monitor.state_dict(), of="the isolation monitor")
+        self.meter.check_state(state["meter"])
         with policy_remembering(self.policy, state["policy"]):
             self.slots.load_state_dict(state["slots"])
-        self.isolation_monitor.load_state_dict(state["isolation_monitor"])
+        monitor.load_state_dict(state["isolation_monitor"])
         self.meter.load_state_dict(state["meter"])
         self.epoch, self.step = state["epoch"], state["step"]
         self.losses = list(state["losses"])
         self.train_losses = list(state["train_losses"])
         self._step_times.load_state_dict(state["step_seconds_before"])
         self.awaits_decision = False
-        self._announced = True
 
     def spent(self, cost: RunCost) -> Cost:
         """Return what a run had to spend: training, and what growth took to decide.
@@ -448,37 +446,29 @@ class Growth:
         """Return what receives every event and metric; may be added to."""
         return self.sink_guard.sinks
 
-    def announce(self) -> None:
-        """Tell the sinks that a run begins, once, and of which size its host is.
-
-        The first step does it, or what is published before; a run that goes on began before.
-        """
-        if self._announced:
-            return
-        self._announced = True
-        size = self.state().host_param_count
-        started = RunStarted(slots=tuple(self.slots), host_param_count=size)
-        self.sink_guard.publish(self._stamped(started))
-
     def publish(self, events: Sequence[Event]) -> None:
         """Send events to the sinks, stamped with time, epoch and step."""
         if self._caused is not None:
             self._caused.extend(events)
         if not self.sinks:
             return
-        self.announce()
         for event in events:
             self.sink_guard.publish(self._stamped(event))
 
     def measure(self, metrics: Mapping[str, float]) -> None:
         """Send metrics to the sinks, with epoch and step."""
-        self.announce()
         self.sink_guard.measure(self.epoch, self.step, metrics)
 
     def _stamped(self, event: Event) -> EventRecord:
         return EventRecord(
             time_seconds=self._clock(), epoch=self.epoch, step=self.step, event=event
         )
+
+    def _started(self) -> Event:
+        """Return that the run begins, with what is committed by now as a part of the host."""
+        living = [slot.living.parameters() for slot in self.slots.living_slots if slot.living]
+        size = _num_params(self.slots.model.parameters()) - sum(map(_num_params, living))
+        return RunStarted(slots=tuple(self.slots), host_param_count=size)
 
     def prune_failed(self) -> None:
         """Prune, in all processes, seeds that raised after the last step: no state holds them."""
@@ -494,3 +484,7 @@ class Growth:
                 assert blueprint is not None
                 failed = SeedFailed(slot=slot.path, blueprint=blueprint, error=error)
                 self.publish([failed, *slot.prune(reason=f"its forward raised {error}")])
+
+
+def _num_params(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(parameter.numel() for parameter in parameters)

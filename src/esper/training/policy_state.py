@@ -1,5 +1,6 @@
 """What a policy remembers, kept with a run and given back to it."""
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -41,9 +42,9 @@ def policy_remembering(policy: Policy, state: Mapping[str, Any]) -> Iterator[Non
     if not isinstance(policy, StatefulPolicy) or remembered is None:
         yield
         return
-    own = policy.state_dict()
+    own = copy.deepcopy(policy.state_dict())
     try:
-        policy.load_state_dict(remembered)
+        policy.load_state_dict(copy.deepcopy(remembered))
         yield
     except BaseException:
         policy.load_state_dict(own)

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from esper.slots.nested import tensors_in
 from esper.slots.slot_set import SlotSet
+from esper.slots.state_fields import check_fields
 from esper.training.flop_formulas import flop_counter
 
 _NOT_COUNTED = nullcontext()
@@ -114,6 +115,12 @@ class CostMeter:
         """Return what has been spent so far."""
         self._take_time()
         return {purpose: asdict(spent) for purpose, spent in self._spent.items()}
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Raise ValueError unless a state is whole."""
+        check_fields(state, self._spent, of="the meter")
+        for purpose in self._spent:
+            check_fields(state[purpose], ("flops", "seconds"), of=f"the cost of {purpose}")
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on counting from there."""

@@ -215,7 +215,7 @@ class Trainer:
         """
         if self.growth.awaits_decision:  # whoever was to decide has been interrupted
             self.growth.conclude([])
-        self.growth.announce()
+        self.growth.sink_guard.begin()
         try:
             while self.epoch < self.config.epochs:
                 if self.growth.slots.replication is not None:  # the caller may have evaluated
@@ -277,6 +277,7 @@ class Trainer:
         Effects: random streams are put where they were when the next epoch begins.
         """
         self._check_made_as(state)
+        self._safeguard = Safeguard(self.config.governor)  # what it holds led to another state
         self._become(state)
 
     def _become(self, state: Mapping[str, Any]) -> None:
