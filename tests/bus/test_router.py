@@ -45,7 +45,7 @@ from esper.bus.telemetry_link import TelemetryLink
 from esper.cli.app import app
 from esper.dashboard.bus_channel import BusCommandChannel
 from esper.dashboard.commands import Command, CommandRefusedError
-from esper.lifecycle.events import EventRecord
+from esper.lifecycle.events import EventRecord, RunWentBack
 from esper.telemetry import RunFolderError, RunReader, RunStore
 from esper.telemetry.run_folder import WriterLock, is_written
 from processes import TESTS
@@ -262,11 +262,12 @@ def test_a_run_that_goes_on_forgets_what_came_later_once_and_in_each_stream_by_i
     first, second = Telling(), Telling()
     values = [MetricsMessage(epoch=1, step=step, metrics={"loss": 1.0}) for step in (10, 20)]
     ended = StatusMessage(status="interrupted")
-    mirror.take(first.told(TELEMETRY, began(task="digits"), *events(5, 15), *values))
+    back = EventMessage(record=record(18, RunWentBack(from_step=18, to_step=9, same_batches=True)))
+    mirror.take(first.told(TELEMETRY, began(task="digits"), *events(5, 15), back, *values))
     mirror.take(first.told(EMERGENCY, began(task="digits"), *events(6, 16, critical=True)))
     again = second.told(EMERGENCY, began(10, task="other"), *events(11, critical=True))
     mirror.take(again)
-    assert sorted(steps_in(tmp_path / "run")) == [5, 6, 11, 15]
+    assert sorted(steps_in(tmp_path / "run")) == [5, 6, 11, 15, 18]
     mirror.take(first.told(TELEMETRY, *events(17), ended))
     assert RunReader(tmp_path / "run").status == "interrupted"
     attempt = RunReader(tmp_path / "run").attempt

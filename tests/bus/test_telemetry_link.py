@@ -32,7 +32,7 @@ from esper.bus.sequences import SequenceTracker
 from esper.bus.spool import Spool
 from esper.bus.telemetry_lane import TelemetryLane
 from esper.bus.telemetry_link import TelemetryLink
-from esper.lifecycle.events import BusLost, BusRegained, StepSkipped
+from esper.lifecycle.events import BusLost, BusRegained, RunWentBack, StepSkipped
 
 Open = Callable[..., TelemetryLink]
 
@@ -84,6 +84,8 @@ def test_emergencies_and_the_rest_go_their_own_ways_in_order(
     metrics["loss"] = 2.0
     link.publish(record(2, SKIPPED))
     link.publish(record(3))
+    back = record(4, RunWentBack(from_step=4, to_step=2, same_batches=True))
+    link.publish(back)  # an emergency, and behind all that it revokes
     link.flush()
     link.end("finished")
     assert link.close() == 0
@@ -97,6 +99,7 @@ def test_emergencies_and_the_rest_go_their_own_ways_in_order(
         EventMessage(record=record(1)),
         MetricsMessage(epoch=1, step=2, metrics={"loss": 1.0}),
         EventMessage(record=record(3)),
+        EventMessage(record=back),
         StatusMessage(status="finished"),
     ]
     for stream in (EMERGENCY, TELEMETRY):

@@ -65,12 +65,12 @@ def test_list_follows_a_training_that_was_told_of_more(training: RunStore, tmp_p
     assert (row.epoch, row.epochs, row.mean_return) == (560, 4000, pytest.approx(1.45))
 
 
-def test_a_training_whose_last_rollout_went_on_beyond_what_was_asked_is_whole(
+def test_a_training_is_told_to_make_whole_rollouts_whatever_was_asked(
     training: RunStore, tmp_path: Path
 ) -> None:
-    tell(training, report(7, total_steps=500))
+    tell(training, report(7, total_steps=601))
     (row,) = get(tmp_path, "/api/runs")["rows"]
-    assert (row["epoch"], row["epochs"]) == (560, 560)
+    assert (row["epoch"], row["epochs"]) == (560, 640)
 
 
 def test_story_of_a_training_goes_on_with_it(training: RunStore, tmp_path: Path) -> None:

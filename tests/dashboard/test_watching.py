@@ -11,6 +11,7 @@ import pytest
 from esper.bus.messages import RunMessage
 from esper.bus.mirror import Mirror
 from esper.dashboard import run_tail, watched_run, watcher
+from esper.dashboard.comparison import compare
 from esper.dashboard.follower import Follower
 from esper.dashboard.run_tail import RunTail
 from esper.dashboard.stream import Streams
@@ -22,7 +23,7 @@ from esper.lifecycle.events import RunWentBack
 from esper.telemetry import RunStore
 from esper.telemetry.run_reader import RunReader
 from esper.telemetry.run_store import ReopenedRunStore
-from served_runs import CONFIG, publish, skip, write_run
+from served_runs import CONFIG, publish, skip, write_life, write_run
 
 
 def settled(folder: Path) -> WatchedRun:
@@ -136,11 +137,19 @@ def test_resumed_run_begins_its_curve_anew(tmp_path: Path) -> None:
 def test_slot_stands_where_it_did_at_the_step_that_a_run_goes_back_to(tmp_path: Path) -> None:
     write_run(tmp_path, finished=False)  # a seed is committed at step 40, another pruned at 50
     store = ReopenedRunStore(tmp_path, after_step=100)
-    publish(store, 10, RunWentBack(from_step=100, to_step=40, same_batches=True))
+    publish(store, 10, RunWentBack(from_step=100, to_step=10, same_batches=True))
+    write_life(store, slot="stage1", epoch=2, until="committed")
+    write_life(store, slot="stage2", epoch=3)
     store.close()
     tail = RunTail(tmp_path)
     while tail.advance():
         pass
+    run = WatchedRun("run", tmp_path)
+    run.look()
+    figures = tail.state().figures
+    for told in (figures, run.row):  # the pruned one lives again
+        assert (told.growing, told.committed, told.pruned) == (1, 1, 0)
+    assert compare([(run.row, tmp_path)]).runs[0].params == 1000 + 300
     stages = {slot.path: slot.stage for slot in tail.state().slots}
     assert stages == {"stage1": SeedStage.FOSSILIZED, "stage2": SeedStage.BLENDING}
 

@@ -224,14 +224,28 @@ def test_killed_run_loses_nothing_that_it_was_given(tmp_path: Path) -> None:
     assert (reader.status, reader.is_written, reader.standing) == ("running", False, "killed")
 
 
+def ended_by(error: BaseException) -> BaseException:
+    """Return what Lightning raises for an error, as for Ctrl-C."""
+    ending = SystemExit(1)
+    ending.__context__ = error
+    return ending
+
+
 @pytest.mark.parametrize(
     ("error", "status"),
-    [(None, "finished"), (KeyboardInterrupt, "interrupted"), (ValueError, "failed")],
+    [
+        (None, "finished"),
+        (KeyboardInterrupt(), "interrupted"),
+        (ValueError(), "failed"),
+        (SystemExit(1), "failed"),
+        (ended_by(KeyboardInterrupt()), "interrupted"),
+        (ended_by(ValueError()), "failed"),
+    ],
 )
 def test_a_store_that_is_left_says_how_the_run_has_ended(
-    error: type[BaseException] | None, status: str, tmp_path: Path
+    error: BaseException | None, status: str, tmp_path: Path
 ) -> None:
-    with suppress(KeyboardInterrupt, ValueError), open_store(tmp_path) as store:
+    with suppress(KeyboardInterrupt, ValueError, SystemExit), open_store(tmp_path) as store:
         store.publish(PRUNED)
         assert RunReader(tmp_path).standing == "running"
         if error is not None:

@@ -24,6 +24,7 @@ from esper.bus.messages import (
     StatusMessage,
 )
 from esper.bus.sequences import SequenceTracker
+from esper.bus.telemetry_lane import WENT_BACK
 from esper.lifecycle.events import Priority
 from esper.lifecycle.record import Record
 from esper.telemetry.run_folder import CONFIG_FILE, DATABASE_FILE, ENVIRONMENT_FILE, RunFolderError
@@ -37,9 +38,10 @@ _BUSY_SECONDS = 0.05
 """For which a mirror that somebody else holds is waited for: all other runs wait meanwhile."""
 _MAX_INTEGER = (1 << 63) - 1
 _FORGET_EVENTS = {
-    EMERGENCY.name: "DELETE FROM events WHERE step > ? AND priority != ?",
-    TELEMETRY.name: "DELETE FROM events WHERE step > ? AND priority = ?",
+    EMERGENCY.name: "DELETE FROM events WHERE step > ? AND priority != ? AND type != ?",
+    TELEMETRY.name: "DELETE FROM events WHERE step > ? AND (priority = ? OR type = ?)",
 }
+"""Which events come by which stream is what `is_emergency` says."""
 _FORGET_METRICS = "DELETE FROM metrics WHERE step > ?"
 _HAS_RUN_TABLE = "SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = 'run'"
 
@@ -196,7 +198,7 @@ class Mirror(RunStore):
         if after_step is None:
             return
         forgotten = self._database.execute(
-            _FORGET_EVENTS[stream], (after_step, Priority.NORMAL.value)
+            _FORGET_EVENTS[stream], (after_step, Priority.NORMAL.value, WENT_BACK)
         ).rowcount
         if stream == TELEMETRY.name:
             forgotten += self._database.execute(_FORGET_METRICS, (after_step,)).rowcount

@@ -16,7 +16,9 @@ from esper.bus.messages import (
     bundle_of,
 )
 from esper.bus.spool import Spool
-from esper.lifecycle.events import EventRecord
+from esper.lifecycle.events import Event, EventRecord, Priority
+
+WENT_BACK = "run_went_back"
 
 BATCH_MESSAGES = 500
 """Sent at once: a later emergency waits for no more than that."""
@@ -28,6 +30,11 @@ Measured = tuple[int, int, Mapping[str, float]]
 Item = EventRecord | Measured | Message
 
 _LOG = logging.getLogger(__name__)
+
+
+def is_emergency(event: Event) -> bool:
+    """Whether an event overtakes others: a warning does, but not what revokes those before it."""
+    return event.priority is not Priority.NORMAL and event.type != WENT_BACK
 
 
 class TelemetryLane:

@@ -16,8 +16,8 @@ from esper.bus.link_state import LinkState
 from esper.bus.messages import RunMessage, StatusMessage, body_of
 from esper.bus.producers import note_producers
 from esper.bus.spool import MAX_SPOOL_BYTES, SPOOL_FOLDER, Spool
-from esper.bus.telemetry_lane import BATCH_MESSAGES, TelemetryLane
-from esper.lifecycle.events import EventRecord, Priority
+from esper.bus.telemetry_lane import BATCH_MESSAGES, TelemetryLane, is_emergency
+from esper.lifecycle.events import EventRecord
 from esper.signing import Keyring
 from esper.telemetry.run_folder import RunStatus
 
@@ -29,7 +29,7 @@ _PAUSE_SECONDS = 0.2
 class TelemetryLink:
     """A sink that sends everything to the bus, signed, in a thread of its own.
 
-    CRITICAL and WARNING events go to `EMERGENCY`, all else to `TELEMETRY`; each way has a queue and
+    What `is_emergency` tells goes to `EMERGENCY`, all else to `TELEMETRY`; each way has a queue and
     a spool of its own, and the first one goes first. What takes an event only appends it to a
     queue. By whom it tells is noted in the run's folder, for a router whose mirrors are beside
     that. While the bus is away, messages are kept in the run's folder, bounded, or in the queue if
@@ -125,11 +125,10 @@ class TelemetryLink:
 
     def publish(self, record: EventRecord) -> None:
         """Take one event."""
-        if record.event.priority is Priority.NORMAL:
-            if self._telemetry.put(record) >= BATCH_MESSAGES and not self._wake.is_set():
-                self._wake.set()
-        else:
+        if is_emergency(record.event):
             self._emergency.put(record)
+            self._wake.set()
+        elif self._telemetry.put(record) >= BATCH_MESSAGES and not self._wake.is_set():
             self._wake.set()
 
     def measure(self, epoch: int, step: int, metrics: Mapping[str, float]) -> None:

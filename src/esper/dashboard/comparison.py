@@ -6,16 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from esper.dashboard.seed_story import seed_story
 from esper.dashboard.watched_run import RunRow
-from esper.lifecycle.events import RunFinished, RunStarted, SeedCommitted
 from esper.report.chart import Chart, layout_of, line_of, log_axis
 from esper.report.charts import quality_names
+from esper.report.story import RunStory
 from esper.report.training_story import RETURN, TrainingStory, running_means
 from esper.telemetry.run_reader import MetricRow, RunReader
 
 MAX_COMPARED = 8
 """More lines cannot be told apart by colour."""
-_TOLD = ("run_started", "seed_committed", "run_finished")
 _ABSENT = "–"
 
 Points = list[tuple[float, float]]
@@ -93,23 +93,24 @@ def _compared(
     row: RunRow, reader: RunReader, values: Sequence[MetricRow], colour: str
 ) -> ComparedRun:
     last = {value.name: value.value for value in values}
-    params: int | None = None
-    test_metrics: dict[str, float] = {}
-    for event in (stored.record.event for stored in reader.event_rows(types=_TOLD)):
-        if isinstance(event, RunStarted):
-            params = event.host_param_count
-        elif isinstance(event, SeedCommitted) and params is not None:
-            params += event.param_count
-        elif isinstance(event, RunFinished):
-            params, test_metrics = event.param_count, event.metrics
+    story = seed_story(reader)
     return ComparedRun(
         row=row,
         colour=colour,
-        params=params,
+        params=_params(story),
         flops=last.get("flops"),
         metrics={name: last[name] for name in _held_out(row, values) if name in last},
-        test_metrics=test_metrics,
+        test_metrics={} if story.finished is None else story.finished.metrics,
     )
+
+
+def _params(story: RunStory) -> int | None:
+    """Return the parameters of host and committed seeds; None where the host's are not known."""
+    if story.finished is not None:
+        return story.finished.param_count
+    if story.host_param_count is None:
+        return None
+    return story.host_param_count + sum(s.param_count for s in story.seeds if s.committed)
 
 
 def _held_out(row: RunRow, values: Sequence[MetricRow]) -> list[str]:

@@ -12,9 +12,10 @@ from typing import Any, Literal
 
 from esper.dashboard.progress import progress_of, whole_number
 from esper.dashboard.run_folders import as_text
+from esper.dashboard.seed_story import seed_story
 from esper.dashboard.trend import Trend
 from esper.lifecycle.events import EventSchemaError
-from esper.report.training_story import RETURN, TRAINING_WORDS, setting
+from esper.report.training_story import RETURN, TRAINING_WORDS, planned_steps
 from esper.telemetry.run_folder import CONFIG_FILE, DATABASE_FILE, RunFolderError, is_written
 from esper.telemetry.run_kind import training_settings
 from esper.telemetry.run_reader import RunReader, standing
@@ -164,7 +165,7 @@ class WatchedRun:
         self._is_mirror = glance.is_mirror
         self._follow(reader)
         counts = glance.event_counts
-        committed, pruned = counts.get("seed_committed", 0), counts.get("seed_pruned", 0)
+        germinated, committed, pruned = _seeds(reader, counts)
         progress = progress_of(self._config)
         row = RunRow(
             id=self.row.id,
@@ -181,7 +182,7 @@ class WatchedRun:
             loss=self._last,
             best_loss=self._best,
             trend=self._trend.points(),
-            growing=max(0, counts.get("seed_germinated", 0) - committed - pruned),
+            growing=max(0, germinated - committed - pruned),
             committed=committed,
             pruned=pruned,
             events=sum(counts.values()),
@@ -210,9 +211,6 @@ class WatchedRun:
 
     def _of_training(self, row: RunRow) -> RunRow:
         """Return the row of a training, whose only events are mishaps: times are not theirs."""
-        asked = self._total_steps
-        if asked is None:
-            asked = whole_number(setting(self._training, "training", "total_steps"))
         return replace(
             row,
             kind="training",
@@ -220,13 +218,22 @@ class WatchedRun:
             policy=TRAINING_WORDS,
             unit="decision",
             epoch=row.step,
-            epochs=None if asked is None else max(asked, row.step),  # the last rollout is whole
+            epochs=planned_steps(self._training or {}, asked=self._total_steps),
             loss=None,
             best_loss=None,
             mean_return=self._last,
             started_seconds=(self.folder / CONFIG_FILE).stat().st_mtime,
             last_seconds=None,
         )
+
+
+def _seeds(reader: RunReader, counts: Mapping[str, int]) -> tuple[int, int, int]:
+    """Return how many seeds a run has germinated, committed and pruned."""
+    if not counts.get("run_went_back", 0):
+        germinated, committed, pruned = "seed_germinated", "seed_committed", "seed_pruned"
+        return counts.get(germinated, 0), counts.get(committed, 0), counts.get(pruned, 0)
+    ended = [seed.outcome for seed in seed_story(reader).seeds]
+    return len(ended), ended.count("committed"), ended.count("pruned")
 
 
 def _marks(paths: Iterable[str]) -> _Marks:

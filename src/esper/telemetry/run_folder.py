@@ -34,6 +34,18 @@ class RunFolderError(ValueError):
     """A run folder that exists already, is missing, or is not one this version can read."""
 
 
+def status_after(error: BaseException | None) -> RunStatus:
+    """Return how a run has ended that this came out of; None if nothing did.
+
+    Lightning and others make a SystemExit of Ctrl-C.
+    """
+    while isinstance(error, SystemExit) and error.__context__ is not None:
+        error = error.__context__
+    if error is None:
+        return "finished"
+    return "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+
+
 class LockFile:
     """An open lock file, locked until it is released or the process ends, however it ends.
 

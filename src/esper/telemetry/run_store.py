@@ -20,6 +20,7 @@ from esper.telemetry.run_folder import (
     RunFolderError,
     RunStatus,
     WriterLock,
+    status_after,
     write_json,
 )
 from esper.telemetry.run_reader import RunReader
@@ -177,12 +178,9 @@ class RunStore:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        ended: RunStatus = "finished"
-        if kind is not None:
-            ended = "interrupted" if issubclass(kind, KeyboardInterrupt) else "failed"
+    def __exit__(self, _: object, error: BaseException | None, *__: object) -> None:
         try:
-            self.set_status(ended)
+            self.set_status(status_after(error))
         finally:
             self.close()
 

@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from esper.lifecycle.events import EventRecord
-from esper.telemetry.run_folder import RunStatus, write_whole
+from esper.telemetry.run_folder import RunStatus, status_after, write_whole
 
 Setting = bool | int | float | str
 
@@ -55,10 +55,7 @@ class Tracker(ABC):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if error is None:
-            self.close("finished")
-        else:
-            self.close("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
+        self.close(status_after(error))
 
 
 def flat_settings(config: Mapping[str, Any]) -> dict[str, Setting]:
