@@ -91,6 +91,8 @@ class ForesightedPolicy(Policy, Protocol):
 class StatefulPolicy(Policy, Protocol):
     """A policy that remembers something between decisions, which a checkpoint must hold.
 
+    It decides for one run: given to another, it would go by what it remembers of the first.
+
     A policy without these methods is taken to decide by the state that it is given alone.
     """
 
