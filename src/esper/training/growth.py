@@ -61,7 +61,7 @@ class Growth:
         slots: From `esper.attach`.
         optimizer: Trains the host; gets one parameter group per slot.
         policy: Decides, as `esper.HeuristicPolicy()`; without one nothing happens by itself, and
-            slots do what they are told by their methods.
+            slots do what they are told by their methods: `publish` tells the sinks of that.
         scheduler: A learning-rate scheduler made before; one made afterwards needs nothing.
         max_epochs: How many decisions will come, for policies that plan by it.
         sinks: Receive every event and metric. One that raises is told once and stops nothing; see
