@@ -95,6 +95,12 @@ def test_the_mask_cache_drops_the_least_recently_used():
     assert torch.equal(seen, torch.ones(3, 3, dtype=torch.bool).tril())
 
 
+def test_a_mask_made_in_an_evaluation_serves_training():
+    with torch.inference_mode():
+        mask = BlockMasks().get_or_make(4, CPU)
+    assert not mask.kv_num_blocks.is_inference()
+
+
 @pytest.mark.parametrize("move", [lambda seed: seed.double(), lambda seed: seed.to("meta")])
 def test_moving_a_seed_to_another_device_or_dtype_drops_the_masks(move):
     _, flexible = grown_pair()

@@ -132,6 +132,12 @@ def chain() -> nn.Module:
     return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
 
 
+def ends_as_it_has_begun() -> nn.Module:
+    activation = nn.Tanh()
+    layers = nn.Linear(6, 8), activation, nn.Linear(8, 8), activation
+    return nn.Sequential(nn.Sequential(*layers), nn.Linear(8, 3))
+
+
 def attach_first(model: nn.Module) -> Any:
     return esper.attach(model, "0", example=X)
 
@@ -251,6 +257,24 @@ ATTACH: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], type[Exception]
         ValueError,
         r"'first' stands at several places \(first, second\).*name a module that is used once",
     ),
+    "second name of a module": (
+        Shares,
+        {"targets": "second"},
+        ValueError,
+        r"'second' stands at several places \(first, second\)",
+    ),
+    "both names of a module": (
+        Shares,
+        {"targets": "*"},
+        ValueError,
+        r"'first' stands at several places \(first, second\)",
+    ),
+    "chain that ends in a module that it has used before": (
+        ends_as_it_has_begun,
+        {},
+        ValueError,
+        r"'0' ends in a module that stands at several places \(0\.1, 0\.3\).*of its own, as nn\.Id",
+    ),
     "child made in the forward": (
         lambda: nn.Sequential(Makes(lambda m: setattr(m, "head", nn.Linear(3, 3)))),
         {"targets": "0.body"},
@@ -331,6 +355,14 @@ def test_a_refused_attach_names_the_mistake_and_leaves_the_model(
     with pytest.raises(error, match=message):
         esper.attach(model, **{"targets": "0", "example": X, **arguments})
     assert fingerprint(model) == before
+
+
+def test_a_model_without_memory_is_refused() -> None:
+    with pytest.raises(
+        ValueError,
+        match=r"^Sequential is on the meta device, .*build it .* or .*\.to_empty\(device=",
+    ):
+        esper.attach(chain().to("meta"), "0", example=X)
 
 
 @pytest.mark.parametrize("verb", ["attach", "detach", "bake"])

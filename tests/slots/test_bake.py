@@ -1,7 +1,9 @@
 """Baking: a plain module with the same output to the bit, and nothing of a slot in it."""
 
 import copy
+import gc
 import pickle
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,13 +12,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import prune
+from torch.nn.utils import parametrizations, prune
 
 import esper
 from esper import SeedStage
 from esper.lifecycle.alpha import BlendOperator
 from esper.seeds import Family
 from esper.slots import GrownModule
+from esper.training.carried_state import CarriedState
 
 INPUTS = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(0))
 
@@ -155,6 +158,36 @@ def test_a_baked_model_survives_copying_pickling_and_compiling(grown: Any):
     again = esper.attach(plain, "layers.1", example=INPUTS)  # a plain module like any other
     assert again["layers.1"].stage is SeedStage.DORMANT
     assert torch.equal(plain(INPUTS), expected)
+
+
+@pytest.mark.parametrize(
+    "normalise", [parametrizations.weight_norm, parametrizations.spectral_norm]
+)
+def test_seeds_behind_a_module_that_tells_how_it_is_copied_are_copied_too(
+    grown: Any, normalise: Callable[[nn.Module], nn.Module]
+):
+    model = nn.Sequential(normalise(nn.Linear(8, 8)), nn.Tanh()).eval()
+    grown(model, {"0": ["mlp"]})
+    copied = copy.deepcopy(esper.bake(model))
+    assert isinstance(copied[0], GrownModule)
+    assert torch.equal(copied(INPUTS), model(INPUTS))
+
+
+def test_a_baked_model_has_nothing_of_what_carried_the_grown_ones_growth(grown: Any):
+    """A framework's callback lets checkpoints carry it, and wrappers leave the seeds out."""
+    model, slots = grown(Host(), {"layers.1": ["mlp"]})
+    own = "layers.0.linear.bias"
+    model._ddp_params_and_buffers_to_ignore = [own]
+    CarriedState(model, state=lambda: {"grown": 1}, load=lambda _: None)
+    slots.keep_out_of_wrappers()
+    plain = esper.bake(model)
+    assert plain._ddp_params_and_buffers_to_ignore == [own]
+    assert "esper_growth" in model.state_dict()
+    pickle.dumps(plain)
+    grown_model = weakref.ref(model)
+    del model, slots
+    gc.collect()
+    assert grown_model() is None
 
 
 def test_whoever_reads_weights_around_a_grown_module_is_stopped(grown: Any):

@@ -193,6 +193,22 @@ def test_a_seed_that_changes_its_input_in_place_is_not_built():
         assert slots["layer"].seed is None
 
 
+def test_a_copied_block_that_changes_a_mask_in_place_is_not_built():
+    class Doubling(Layer):
+        def forward(self, tokens: Tensor, memory: Tensor, *, mask: Tensor, cache: Any) -> Tensor:
+            return super().forward(tokens, memory, mask=mask.mul_(2.0), cache=cache)
+
+    host = Host()
+    host.layer = Doubling()
+    slot = esper.attach(host, "layer", example=INPUTS)["layer"]
+    given = slot.example_call.kwargs["mask"].clone()
+    with pytest.raises(
+        ValueError, match=r"'block' changes in place .* besides its input, as a mask"
+    ):
+        slot.germinate("block", source="own")
+    assert torch.equal(slot.example_call.kwargs["mask"], given)
+
+
 @dataclass(frozen=True)
 class Condition:
     """What a host may hand to its blocks as one."""

@@ -9,7 +9,7 @@ from torch.nn.utils import parametrizations, spectral_norm, weight_norm
 from torch.nn.utils.prune import l1_unstructured, remove
 
 import esper
-from esper import SeedStage
+from esper import SeedStage, SlotConfig
 from esper.lifecycle.actions import Germinate
 
 WIDTH = 8
@@ -81,3 +81,30 @@ def test_an_action_may_copy_what_would_not_fit_built_anew() -> None:
     assert slots["1"].stage is SeedStage.DORMANT
     growth.apply(Germinate(slot="1", blueprint="block", options={"source": "own"}))
     assert slots["1"].seed is not None
+
+
+class Remembers(nn.Module):
+    """Keeps what it has computed, as blocks keep their attention maps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        self.seen = torch.tanh(self.layer(features))
+        return features + self.seen
+
+
+def test_a_block_that_remembers_what_it_computed_is_copied_and_built_again() -> None:
+    model, inputs = nn.Sequential(nn.Linear(3, WIDTH), Remembers()), torch.randn(4, 3)
+    slots = esper.attach(model, "1", example=inputs, config=SlotConfig(max_committed=2))
+    slot = slots["1"]
+    model(inputs).sum().backward()
+    slot.germinate("block", source="own", depth=2)
+    state = slots.state_dict()
+    slot.prune()
+    slots.load_state_dict(state)  # as when a governor goes back
+    while slot.stage is not SeedStage.FOSSILIZED:
+        slot.advance(force=True)
+    model(inputs).sum().backward()  # the committed copy keeps something now, too
+    slot.foreseen("mlp")

@@ -11,6 +11,7 @@ import esper
 from esper import SeedStage, SlotConfig, SlotSet
 from esper.lifecycle.learning import Isolation
 from esper.slots import SeedSlot, find_slots
+from esper.training.carried_state import CarriedState
 
 STAGES = [
     SeedStage.DORMANT,
@@ -119,6 +120,14 @@ def test_a_copy_can_be_detached_and_attached_to_anew(
     grow(anew[host.targets[0]], "norm", SeedStage.PROBATIONARY)
     assert fingerprint(model) == original
     assert all(isinstance(slot, SeedSlot) and slot.owner is slots for slot in find_slots(model))
+
+
+def test_what_carries_a_copys_growth_leaves_the_originals_alone(hosts: Any) -> None:
+    model = hosts["mlp"].build()
+    CarriedState(model, state=lambda: {"of": "original"}, load=lambda _: None)
+    twin = copy.deepcopy(model)
+    CarriedState(twin, state=lambda: {"of": "twin"}, load=lambda _: None)
+    assert "esper_growth" in model.state_dict()
 
 
 def test_a_detached_slot_says_that_it_cannot_grow(hosts: Any) -> None:

@@ -305,6 +305,23 @@ def test_no_variant_meets_another_where_samples_of_a_batch_meet(
         torch.testing.assert_close(row, alone, rtol=1e-5, atol=1e-6)
 
 
+def test_what_collects_from_a_forward_sees_each_sample_once(grow: Any) -> None:
+    """Also where the outputs could not be cut into those of several variants."""
+    model, x, rows = Returning(lambda h: (h, h.mean())), torch.randn(5, 6), []
+
+    def collect(features: Tensor, increment: Tensor) -> Tensor:
+        rows.append(len(features))
+        return increment
+
+    slot = esper.attach(model, "layer", example=x)["layer"]
+    grow(slot, "mlp", SeedStage.BLENDING)
+    with slot.measure_as(collect):
+        fused_losses(
+            model.eval(), {"layer": slot}, x, None, lambda out, _: out[0][:, 0], [{"layer": 1.0}]
+        )
+    assert rows == [5]
+
+
 @pytest.mark.parametrize("room", [6, 5])
 def test_only_what_a_seed_raises_without_copies_of_the_batch_counts(
     host: Any, room: int, grow: Any, randomise: Any

@@ -364,3 +364,16 @@ def test_parameters_that_are_views_of_one_another_are_saved(tmp_path: Path) -> N
     fresh = Viewed()
     esper.from_pretrained(fresh, tmp_path / "viewed", example=INPUTS)
     assert torch.equal(fresh(INPUTS), slots.model(INPUTS))
+
+
+def test_a_host_that_refuses_the_weights_is_left_without_slots(
+    saved: tuple[esper.SlotSet, Path],
+) -> None:
+    def refuse(*_: object) -> None:
+        raise RuntimeError("not these")
+
+    host = Host()
+    host.register_load_state_dict_pre_hook(refuse)
+    with pytest.raises(RuntimeError, match="not these"):
+        esper.from_pretrained(host, saved[1], example=INPUTS)
+    assert not any(module._forward_hooks for module in host.modules())

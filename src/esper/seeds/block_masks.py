@@ -37,7 +37,8 @@ class BlockMasks:
         mask = self._masks.pop(key, None)
         if mask is None:
             self.misses += 1
-            mask = create_block_mask(_causal, None, None, tokens, tokens, device=str(device))
+            with torch.inference_mode(mode=False):  # an evaluation may make what training reads
+                mask = create_block_mask(_causal, None, None, tokens, tokens, device=str(device))
         else:
             self.hits += 1
         self._masks[key] = mask

@@ -1,12 +1,12 @@
 """A copy of one of the host's own blocks as a seed: depth growth."""
 
-import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from esper.seeds.checkpointing import compute
+from esper.seeds.graph_free_copy import graph_free_copy
 from esper.seeds.identity import zero_initialise_
 from esper.seeds.seed import ContextualSeed, Seed
 from esper.seeds.stacked import StackedContextualSeed
@@ -141,12 +141,12 @@ def copied_blocks(
 
 
 def copy_module(module: nn.Module) -> nn.Module:
-    """Return a deep copy that shares the configs of transformers' modules with the original.
+    """Return a deep copy in no graph; it shares the configs of transformers' modules.
 
     The host's switches, of the attention that it uses, say, reach a copy through its config.
     """
     configs = {id(config): config for config in map(_config_of, module.modules())}
-    return copy.deepcopy(module, configs)
+    return graph_free_copy(module, configs)
 
 
 def _config_of(module: nn.Module) -> Any:

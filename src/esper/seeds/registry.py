@@ -1,6 +1,5 @@
 """The registry of blueprints: what can grow, by family and name."""
 
-import copy
 import difflib
 import inspect
 import math
@@ -16,6 +15,7 @@ import torch
 from cachetools import LRUCache
 from torch import nn
 
+from esper.seeds.graph_free_copy import graph_free_copy
 from esper.seeds.normalization import make_group_norms_safe
 from esper.seeds.seed import Seed
 
@@ -196,7 +196,7 @@ class BlueprintRegistry:
         if cached is None:
             with torch.random.fork_rng(devices=()), torch.device("meta"):
                 # A blueprint takes a module over and changes it, and the caller's is to stay.
-                seed = self.create(family, name, dim, **copy.deepcopy(options))
+                seed = self.create(family, name, dim, **graph_free_copy(options))
             cached = sum(parameter.numel() for parameter in seed.parameters())
             if not own:  # a module's repr does not tell how large it is
                 self._counts[key] = cached

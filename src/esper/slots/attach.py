@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -213,7 +213,7 @@ def _refuse_attached(model: nn.Module) -> None:
 def _resolve(model: nn.Module, patterns: Sequence[str]) -> list[str]:
     if not patterns:
         raise ValueError("attach needs at least one target path")
-    names = [name for name, _ in model.named_modules() if name]
+    names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
     matched: set[str] = set()
     for pattern in patterns:
         exact = pattern in names
@@ -244,30 +244,34 @@ def _location(model: nn.Module, path: str) -> nn.Module:
             f"in it ({path + '.*'!r})"
         )
     while type(module).forward is nn.Sequential.forward:
-        children = list(module.children())
-        if not children:
+        chain = list(cast("nn.Sequential", module))  # `children` leaves out what comes again
+        if not chain:
             raise TypeError(f"module {path!r} is an empty Sequential; there is nothing to stand on")
-        module = children[-1]
+        module = chain[-1]
     return module
 
 
 def _refuse_shared(model: nn.Module, locations: Mapping[str, nn.Module]) -> None:
     for path, location in locations.items():
-        same = [other for other, module in locations.items() if module is location]
-        if len(same) > 1:
-            raise ValueError(
-                f"targets {' and '.join(map(repr, same))} are one module or end in the same one; "
-                "name only one of them"
-            )
         names = [
             name
             for name, module in model.named_modules(remove_duplicate=False)
             if module is location
         ]
         if len(names) > 1:
+            what, remedy = "stands", "name a module that is used once"
+            if path not in names:
+                what = "ends in a module that stands"
+                remedy += ", or let the chain end in one of its own, as nn.Identity()"
             raise ValueError(
-                f"module {path!r} stands at several places ({', '.join(names)}); one seed behind "
-                "all of them would be ambiguous, name a module that is used once"
+                f"module {path!r} {what} at several places ({', '.join(names)}); one seed behind "
+                f"all of them would be ambiguous, {remedy}"
+            )
+        same = [other for other, module in locations.items() if module is location]
+        if len(same) > 1:
+            raise ValueError(
+                f"targets {' and '.join(map(repr, same))} are one module or end in the same one; "
+                "name only one of them"
             )
 
 

@@ -1,19 +1,19 @@
 """A grown model as a plain module: no slot, no hook of a slot, the same output to the bit."""
 
-import copy
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from esper.lifecycle.alpha import BlendOperator
+from esper.seeds.graph_free_copy import graph_free_copy
 from esper.slots.attach import find_slots, refuse_wrapped
 from esper.slots.branch import SeedBranch
 from esper.slots.forwards import give_forwards_back
 from esper.slots.grown_module import GrownModule
 from esper.slots.placement import remove_slots, slot_behind, take_later_hooks
+from esper.slots.replication import let_wrappers_in
+from esper.slots.state_hooks import remove_state_hooks
 
 
 def bake(model: nn.Module, *, fold: bool = False) -> nn.Module:
@@ -53,7 +53,7 @@ def bake(model: nn.Module, *, fold: bool = False) -> nn.Module:
             f"slots {', '.join(undecided)} hold living seeds in the forward path; commit or prune "
             "them before baking"
         )
-    plain = _copied(model)
+    plain = graph_free_copy(model)
     grown = _committed_branches(plain)
     later_hooks = {
         path: take_later_hooks(module, slot)
@@ -62,6 +62,9 @@ def bake(model: nn.Module, *, fold: bool = False) -> nn.Module:
     }
     remove_slots(plain)
     give_forwards_back(plain)
+    for part in plain.modules():
+        remove_state_hooks(part)
+        let_wrappers_in(part)
     shared = _shared_parameters(plain)
     for path, branches in grown.items():
         parent_path, _, name = path.rpartition(".")
@@ -81,26 +84,6 @@ def bake(model: nn.Module, *, fold: bool = False) -> nn.Module:
                 # activation with what has grown behind them: a slot's hook has kept it off.
                 parent.activation_relu_or_gelu = 0
     return plain
-
-
-def _copied(model: nn.Module) -> nn.Module:
-    """Return a deep copy, in which what hooks and forwards have computed and kept is in no graph.
-
-    Pruned weights are, and losses that a host collects in a list: torch refuses to copy those.
-    """
-    with _CopiesComputed():
-        return copy.deepcopy(model)
-
-
-class _CopiesComputed(TorchFunctionMode):
-    """Lets a tensor that is in a graph be copied, out of it, wherever a deep copy comes upon it."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        if func is Tensor.__deepcopy__ and not args[0].is_leaf:
-            return args[0].detach().clone()
-        return func(*args, **(kwargs or {}))
 
 
 def _committed_branches(model: nn.Module) -> dict[str, list[SeedBranch]]:

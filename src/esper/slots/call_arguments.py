@@ -53,6 +53,19 @@ class CallArguments(NamedTuple):
             return self
         return CallArguments(*map_tensors(Tensor.detach, (self.args, self.kwargs)))
 
+    def copied(self) -> "CallArguments":
+        """Return the same with a copy of every tensor."""
+        return CallArguments(*map_tensors(Tensor.clone, (self.args, self.kwargs)))
+
+    def differs_from(self, other: "CallArguments") -> bool:
+        """Return whether a dense tensor has other values than in the same call. Waits for it."""
+        pairs = zip(tensors_in(self), tensors_in(other), strict=True)
+        return not all(
+            bool(torch.isclose(own, its, rtol=0.0, atol=0.0, equal_nan=True).all())
+            for own, its in pairs
+            if own.layout is torch.strided
+        )
+
     def refuse_opaque(self, path: str) -> None:
         """Raise if `detached` cannot look into an argument that holds tensors with a gradient.
 

@@ -53,6 +53,8 @@ def fused_losses(
     statistics from the batch in eval mode too. So they are where the forward raises, or a seed in
     it. A model whose samples meet in another way, as by attention over the batch, cannot be told.
 
+    A single variant runs once, whatever the model is: `fitting_imitations` counts each sample.
+
     Args:
         model: In eval mode.
         slots: By path, as `esper.attach` returns them.
@@ -75,7 +77,7 @@ def fused_losses(
     weighed = [(slots[path], chosen) for path, chosen in choices.items()]
     with torch.inference_mode():
         together = None
-        if _are_apart(model, inputs, batch):
+        if len(variants) > 1 and _are_apart(model, inputs, batch):
             together = _outputs_together(model, inputs, weighed, batch, len(variants))
         losses = []
         for number in range(len(variants)):

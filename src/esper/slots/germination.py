@@ -237,7 +237,8 @@ def sprout(
         branch = build_branch(order)
         check_unshared(branch)  # before the move, which would change another owner's parameter
         _move(branch, order)
-        call = order.call.to(order.device, order.dtype)
+        given = order.call.to(order.device, order.dtype)
+        call = given.copied()
         features = order.random_features()
         untouched = features.clone()
         before = _random_state(order.device)
@@ -248,6 +249,11 @@ def sprout(
             raise ValueError(
                 f"blueprint {order.blueprint!r} changes its input in place, which is the host's; "
                 "compute out of place"
+            )
+        if call.differs_from(given):
+            raise ValueError(
+                f"blueprint {order.blueprint!r} changes in place what it is called with besides "
+                "its input, as a mask, which is the host's; compute out of place"
             )
         if increment.requires_grad:
             _rehearse_step(order, branch, features, increment)

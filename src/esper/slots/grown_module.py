@@ -47,7 +47,8 @@ class GrownModule(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "module":  # not there yet
+            # Not there yet; or of Python's own, as __deepcopy__, which would copy the module alone.
+            if name == "module" or name.startswith("__"):
                 raise
         value = getattr(self.module, name)
         if isinstance(value, Tensor):

@@ -110,9 +110,14 @@ def run_on_example(model: nn.Module, example: Any, *, training: bool = False) ->
 
     Raises:
         ValueError: The forward raised; model and example shapes are named. Or it made parameters
-            that learn.
+            that learn. Or it is on the meta device.
     """
     device = device_of(model)
+    if device.type == "meta":
+        raise ValueError(
+            f"{type(model).__name__} is on the meta device, where nothing is computed; build it "
+            "where it is to run, or move it there by model.to_empty(device=…) and load its weights"
+        )
     args, kwargs = to_device(example_arguments(model, example), device)
     try:
         with (

@@ -16,7 +16,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from esper.lifecycle.stages import SeedStage
+from esper.slots.placement import SLOT_NAME
 from esper.slots.slot import SeedSlot
+
+_LEFT_OUT = "_ddp_params_and_buffers_to_ignore"
+"""torch's name for what a DDP wrapper of a module leaves out."""
 
 AskedBy = Literal["loop", "clipping", "step"]
 """Who wants gradients to be averaged: the training loop, clipping, or the optimizer's step."""
@@ -318,7 +322,6 @@ def _read(told: Tensor) -> list[float]:
 
 def keep_out_of_wrappers(model: nn.Module, seeds: Iterable[nn.Module]) -> None:
     """Let a DDP wrapper of a model leave out some modules of it; `SlotSet` says why."""
-    ignoring = "_ddp_params_and_buffers_to_ignore"
     inside = {id(part) for seed in seeds for part in seed.modules()}
     grown = [
         f"{prefix}.{name}" if prefix else name
@@ -326,7 +329,16 @@ def keep_out_of_wrappers(model: nn.Module, seeds: Iterable[nn.Module]) -> None:
         if id(part) in inside
         for name, _ in (*part.named_parameters(recurse=False), *part.named_buffers(recurse=False))
     ]
-    names = [*getattr(model, ignoring, ()), *grown]
+    names = [*getattr(model, _LEFT_OUT, ()), *grown]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(  # noqa: SLF001
         model, list(dict.fromkeys(names))
     )
+
+
+def let_wrappers_in(module: nn.Module) -> None:
+    """Forget which parts of slots a wrapper leaves out, in a module that has no slots any more."""
+    if _LEFT_OUT in vars(module):
+        names = [n for n in vars(module)[_LEFT_OUT] if SLOT_NAME not in n.split(".")]
+        delattr(module, _LEFT_OUT)
+        if names:  # the user's own
+            setattr(module, _LEFT_OUT, names)

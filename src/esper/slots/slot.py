@@ -2,7 +2,6 @@
 
 from __future__ import annotations  # so that help() says Event, and not all its classes
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from operator import index
@@ -33,6 +32,7 @@ from esper.lifecycle.stages import (
     check_transition,
     next_stage,
 )
+from esper.seeds.graph_free_copy import graph_free_copy
 from esper.seeds.identity import scale_output_
 from esper.slots.branch import SeedBranch
 from esper.slots.committed_seed import CommittedSeed
@@ -166,7 +166,7 @@ class SeedSlot(KeptSlot):
             random_seed=random_seed,
             check_unshared=lambda _: None,
         )
-        copied = copy.deepcopy(self, {id(self.hook_handle): None})
+        copied = graph_free_copy(self, {id(self.hook_handle): None})
         copied._begin(life, new.branch.train(self.training))  # noqa: SLF001 – its own copy
         if new.draws_random_numbers:
             copied._stream = SeparateRandomStream(random_seed)  # noqa: SLF001

@@ -1,12 +1,13 @@
 """What has grown, carried by a model's own state dict through anyone's checkpoints."""
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from esper.slots.slot import SeedSlot
+from esper.slots.state_hooks import StateHook, remove_state_hooks
 from esper.training.state_tree import tree_as_tensor, tree_from_tensor
 
 KEY = "esper_growth"
@@ -36,22 +37,12 @@ class CarriedState:
         state: Callable[[], Mapping[str, Any] | None],
         load: Callable[[Mapping[str, Any]], None],
     ) -> None:
-        for hook in list(model._state_dict_hooks.values()):  # noqa: SLF001 – no other way to ask
-            if isinstance(hook, _Hook):
-                hook.owner.remove()
+        remove_state_hooks(model)
         self._model = model
         self._state = state
         self._load = load
-        self._handles = [
-            model.register_state_dict_post_hook(_Hook(self, self._add)),
-            model.register_load_state_dict_pre_hook(_Hook(self, self._take)),
-        ]
-
-    def remove(self) -> None:
-        """Leave the state dict alone from now on."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        model.register_state_dict_post_hook(StateHook(self._add))
+        model.register_load_state_dict_pre_hook(StateHook(self._take))
 
     def _add(self, model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
         carried = self._state() if model is self._model else None
@@ -72,20 +63,6 @@ class CarriedState:
                 f"the weights have {orphan!r}, of a seed that is not here, and no {KEY!r} that "
                 "tells how to build it; load weights that were saved in training, from one file"
             )
-
-
-class _Hook:
-    """A hook that a copy of the model shares instead of copying what it holds."""
-
-    def __init__(self, owner: CarriedState, call: Callable[..., None]) -> None:
-        self.owner = owner
-        self._call = call
-
-    def __call__(self, *args: Any) -> None:
-        self._call(*args)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        return self
 
 
 def _orphan(model: nn.Module, names: Iterable[str]) -> str | None:

@@ -51,6 +51,7 @@ class HeldOut:
 
     Raises:
         ValueError: `max_copies` is less than 1, or a metric is called "loss".
+        TypeError: The batches are one of Python's iterators, which are empty after one evaluation.
 
     Example:
         >>> import torch, esper
@@ -80,6 +81,12 @@ class HeldOut:
                 "metrics must not have a 'loss': that is the one that the gates judge by, passed "
                 "as loss=…; give the metric another name"
             )
+        kind = type(batches)
+        if isinstance(batches, Iterator) and kind.__module__ in ("builtins", "itertools"):
+            raise TypeError(
+                f"held-out batches are iterated at each evaluation, and a {kind.__name__} is empty "
+                "after the first; give a list of them, or what makes them anew, as a DataLoader"
+            )
         self.max_copies = max_copies
         self.model = model
         self.batches = batches
@@ -94,21 +101,25 @@ class HeldOut:
             ValueError: There are no batches, or the loss or a metric is not one value per sample.
         """
         columns: dict[str, list[Tensor]] = {name: [] for name in self.metrics}
-        with evaluation_mode(self.model), torch.inference_mode():
+        # Not in inference mode: a host may keep a table that its longest forward so far has made.
+        with evaluation_mode(self.model), torch.no_grad():
             for inputs, targets in self._batches_on_device():
                 outputs, samples = call_model(self.model, inputs), batch_size(inputs)
                 for name, metric in self.metrics.items():
                     values = metric(outputs, targets)
                     check_per_sample(name, values, samples)
                     columns[name].append(values.float())
-        if not columns["loss"]:
-            raise ValueError("held-out data has no batches; a growing model needs some to judge by")
         return {name: float(torch.cat(values).mean()) for name, values in columns.items()}
 
     def variant_losses(
         self, slots: Mapping[str, SeedSlot], variants: Sequence[Variant]
     ) -> list[Tensor]:
-        """Return each variant's loss per sample over all batches."""
+        """Return each variant's loss per sample over all batches, from forwards in inference mode.
+
+        Raises:
+            TypeError: As calling it.
+            ValueError: As calling it.
+        """
         starts = range(0, len(variants), self.max_copies)
         together = [variants[start : start + self.max_copies] for start in starts]
         with evaluation_mode(self.model):
@@ -124,8 +135,9 @@ class HeldOut:
         return list(torch.cat(parts, dim=1).float())
 
     def _batches_on_device(self) -> Iterator[tuple[Any, Any]]:
-        device = sole_device(self.model)
+        device, found = sole_device(self.model), False
         for batch in self.batches:
+            found = True
             if not (isinstance(batch, (tuple, list)) and len(batch) == 2):
                 raise TypeError(
                     "held-out batches are pairs of inputs and targets, got a "
@@ -134,6 +146,8 @@ class HeldOut:
                 )
             inputs, targets = to_device(batch, device)
             yield inputs, targets
+        if not found:
+            raise ValueError("held-out data has no batches; a growing model needs some to judge by")
 
 
 def metrics_of(result: float | Mapping[str, float]) -> dict[str, float]:

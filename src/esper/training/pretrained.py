@@ -131,11 +131,11 @@ def from_pretrained(model: nn.Module, folder: str | Path, *, example: Any) -> Sl
     try:
         slots.restore({path: _state_of(slots[path], config.slots[path]) for path in slots})
         _check_weights(model, folder / WEIGHTS_FILE)
+        # Not strict: a tied weight has one name in the file.
+        model.load_state_dict(safetensors.torch.load_file(folder / WEIGHTS_FILE), strict=False)
     except BaseException:
         remove_slots(model)
         raise
-    # Not strict: a tied weight has one name in the file.
-    model.load_state_dict(safetensors.torch.load_file(folder / WEIGHTS_FILE), strict=False)
     return slots
 
 
