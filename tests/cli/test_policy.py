@@ -23,15 +23,18 @@ from esper.cli.policy_views import (
     evaluation_record,
     evaluation_rows,
     print_evaluation,
+    print_training,
 )
 from esper.experiments.config import load_run_config
 from esper.experiments.run import build_setup
 from esper.experiments.stored_run import stored_run
 from esper.lifecycle.events import SeedGerminated
+from esper.report import tell_training
 from esper.rl import demonstrations, policy_run_config, stored_policy_run
 from esper.rl.evaluation import EvaluatedRun, Evaluation, EvaluationConfig, EvaluationFolder
 from esper.rl.workers import InProcessWorkers
 from esper.telemetry import GROWN_FOLDER, RunReader
+from told_training import report, write_training
 
 TINY = (
     *("--epochs", "2", "--workers", "1"),
@@ -92,7 +95,7 @@ def test_training_prints_lines_and_goes_on_in_its_folder(monkeypatch: pytest.Mon
         "rollouts",
         *["last", "1"],
     ]
-    assert [line.split()[0] for line in lines[4:7]] == ["return", "progress", "parameter_rent"]
+    assert [line.split()[0] for line in lines[4:7]] == ["return", "parameter", "intervention"]
     assert "policy      a folder/policy.safetensors" in lines
     assert lines[-2].endswith("grow digits --policy 'a folder/policy.safetensors'")
     assert lines[-1].endswith(
@@ -108,10 +111,35 @@ def test_training_prints_lines_and_goes_on_in_its_folder(monkeypatch: pytest.Mon
         "goes on after 8 decisions",
     ]
     assert more[2].split()[:2] == ["12", "decisions"]
+    assert "first 1 of 3 rollouts" in more[3], "of the whole training, as esper report has it"
     assert Path("a folder/policy.safetensors").read_bytes() != first
     nothing = esper("policy", "train", "--out", "a folder", "--steps", "12")
     assert "nothing was left to learn; for more decisions add --steps" in nothing
     assert RunReader(Path("a folder")).status == "finished"
+
+
+@pytest.mark.usefixtures("in_process")
+def test_decisions_that_are_no_whole_number_of_rollouts_are_told_to_be_more() -> None:
+    told = esper("policy", "train", "digits", *TINY, "--steps", "6", "--out", "run").splitlines()
+    assert told[0] == "learning from runs of digits, 2 epochs each: 8 decisions; processes: 1"
+    assert told[1].startswith("6 were asked for; rollouts are whole, of 1 x 4 decisions each")
+    assert told[1].endswith("--set training.steps_per_fragment=N")
+    assert "8 of 8 decisions, 2 rollouts" in esper("inspect", "run")
+
+
+def test_the_end_of_a_training_tells_the_means_that_its_report_tells() -> None:
+    write_training(Path("run"), [report(number, episodes=1 + number % 3) for number in range(1, 9)])
+    story, console = tell_training(RunReader(Path("run"))), Console(width=80)
+    with console.capture() as captured:
+        print_training(console, story)
+    lines = captured.get().splitlines()
+    assert lines[0].split("  ")[-2:] == ["first 4 of 8 rollouts", " last 4"]
+    # (2 * 0.85 + 3 * 0.95 + 1.05 + 2 * 1.15) / 8, (3 * 1.25 + 1.35 + 2 * 1.45 + 3 * 1.55) / 9
+    assert [line.split() for line in lines[1:4]] == [
+        ["return", "+0.9875", "+1.4056"],
+        ["terminal", "+1.2375", "+1.6556"],
+        ["parameter", "rent", "-0.2500", "-0.2500"],
+    ]
 
 
 @pytest.mark.usefixtures("in_process")
@@ -135,9 +163,10 @@ def test_imitation_is_told_now_and_then() -> None:
     view = TrainingView(console, quiet=False, as_json=False)
     with console.capture() as captured:
         for number in range(1, 21):
-            view.imitation(number, -0.5)
+            view.imitation(number, -0.5, num_left_out=2)
     assert captured.get().splitlines() == [
-        f"imitating, pass {number}: log-likelihood -0.500" for number in (1, 10, 20)
+        "2 demonstrated episodes left out: diverged, or went back",
+        *(f"imitating, pass {number}: log-likelihood -0.500" for number in (1, 10, 20)),
     ]
 
 

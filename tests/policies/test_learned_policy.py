@@ -510,6 +510,10 @@ def _other_width(document: dict[str, Any], _: dict[str, Tensor]) -> None:
     document["network"]["width"] = 8_000_000
 
 
+def _immense_width(document: dict[str, Any], _: dict[str, Tensor]) -> None:
+    document["network"]["width"] = 10**30
+
+
 def _twice(document: dict[str, Any], _: dict[str, Tensor]) -> None:
     document["blueprints"] = ["conv", "conv"]
 
@@ -546,6 +550,7 @@ def _not_a_number(_: dict[str, Any], weights: dict[str, Tensor]) -> None:
         (_unknown_operator, "describes no policy that esper knows"),
         (_no_choices, r"in part: PolicyDocument lacks choices\.ramp_steps"),
         (_other_width, r"is \(8,.*and should be \(8000000,"),
+        (_immense_width, "describes no network: "),
         (_twice, "describes no network: blueprints are named twice"),
         (_one_blueprint_more, r"heads\.name_key\.weight .* is \(3, 8\) .* should be \(4, 8\)"),
         (_weight_lost, r"nothing beyond, lstm\.weight_hh_l0 lacking"),
@@ -580,7 +585,7 @@ def test_what_is_no_policy_file_at_all_is_refused(saved: Path, tmp_path: Path):
     safetensors.torch.save_file({"weight": torch.zeros(2)}, plain)
     with pytest.raises(PolicyFileError, match="holds tensors, and no Esper policy"):
         load_policy(plain)
-    for text in ("{", "[]", '{"name": "x"}'):
+    for text in ("{", "[]", '{"name": "x"}', "[" * 100_000):
         safetensors.torch.save_file({"weight": torch.zeros(2)}, plain, {"esper_policy": text})
         with pytest.raises(PolicyFileError, match="nothing legible"):
             load_policy(plain)

@@ -217,6 +217,12 @@ def test_only_the_named_blueprints_are_tried_in_the_order_given():
     ]
 
 
+def test_a_named_blueprint_is_tried_also_if_it_has_no_parameters():
+    assert grown(HeuristicPolicy(HeuristicConfig(blueprints=("noop",))), state(slot())) == [
+        ("a", "noop")
+    ]
+
+
 @pytest.mark.parametrize("epoch", [1, 10])
 def test_a_named_blueprint_that_fits_no_slot_is_refused_at_the_first_decision(epoch: int):
     unfit = HeuristicPolicy(HeuristicConfig(blueprints=("norm", "lora")))

@@ -127,8 +127,8 @@ def test_what_was_not_measured_is_not_shown(tmp_path: Path) -> None:
 
 
 def test_training_that_goes_on_further_than_it_was_begun_for_says_so(tmp_path: Path) -> None:
-    reader = written(tmp_path, report(1), report(2, total_steps=4000))
-    assert "decisions 160 of 4,000" in words(training_report(reader))
+    reader = written(tmp_path, report(1), report(2, total_steps=3999))
+    assert "decisions 160 of 4,000, in 2 rollouts" in words(training_report(reader))
 
 
 @pytest.mark.browser

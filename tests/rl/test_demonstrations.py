@@ -1,6 +1,7 @@
 """Imitating another policy: what it did is what is shown, and becomes what is done."""
 
 import signal
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from esper.lifecycle import (
     Germinate,
     IllegalAction,
     Operation,
+    SeedStage,
+    SlotState,
     Wait,
 )
 from esper.lifecycle.actions import check_action
@@ -31,6 +34,7 @@ from esper.rl import GrowthEnv
 from esper.rl.demonstrations import (
     Demonstration,
     DemonstrationConfig,
+    NotImitableError,
     _Turns,
     demonstrate,
     demonstrations,
@@ -108,8 +112,31 @@ def test_slots_take_turns_where_a_policy_asks_for_more_than_one_action() -> None
     assert chosen(Commit(slot="first")) == Wait(), "not legal"
     assert [chosen(second, first) for _ in range(3)] == [second, first, second]
     assert chosen() == first, "a germination that had no turn is kept"
-    assert [chosen(), chosen(Wait())] == [Wait(), Wait()], "for one decision"
+    assert [chosen(), chosen(Wait())] == [Wait(), Wait()], "until it had one"
     assert chosen(Commit(slot="second"), first, second) == second, "the longest wait, if legal"
+
+
+def test_what_had_no_turn_waits_until_it_has_one_or_its_slot_takes_no_seed() -> None:
+    env = GrowthEnv(TinyRuns(epochs=EPOCHS))
+    env.reset(seed=0)
+    slot = env.state.slots[0]
+    empty, taken = (
+        [slot.model_copy(update={"path": path, "stage": stage}) for path in "abcde"]
+        for stage in (SeedStage.DORMANT, SeedStage.GERMINATED)
+    )
+    several = [Germinate(slot=path, blueprint="mlp") for path in "abcde"]
+    turns = _Turns()
+
+    def chosen(slots: Sequence[SlotState], *asked: Action) -> Action:
+        return turns.choose(asked, env.state.model_copy(update={"slots": tuple(slots)}))
+
+    assert [chosen(empty, *several), chosen(empty), chosen(empty)] == several[:3]
+    other = Germinate(slot="e", blueprint="norm")
+    assert chosen(empty, other) == several[3], "the oldest first"
+    assert chosen(empty) == other, "in place of what was asked for before"
+    turns = _Turns()
+    assert chosen(empty, *several[:2]) == several[0]
+    assert chosen(taken) == chosen(empty) == Wait(), "b has taken another seed"
 
 
 @pytest.mark.parametrize(
@@ -203,20 +230,27 @@ def _values(policy: MaskedRecurrentPolicy, episode: Demonstration) -> np.ndarray
     return values.flatten().numpy()
 
 
-def test_an_episode_that_ended_early_is_no_example() -> None:
+def test_an_episode_that_ended_early_or_went_back_is_no_example() -> None:
     env = GrowthEnv(TinyRuns(epochs=EPOCHS))
     (whole,) = shown_by_heuristic(env)
     short = Demonstration(
         observations={name: values[:3] for name, values in whole.observations.items()},
         actions=np.zeros_like(whole.actions[:3]),
         rewards=np.full(3, -10.0, dtype=np.float32),
+        num_planned=EPOCHS,
     )
+    went_back = GrowthEnv(TinyRuns(epochs=EPOCHS, bad_losses=range(9, 12)))
+    (long,) = shown_by_heuristic(went_back)
+    assert (whole.is_whole, short.is_whole, long.is_whole) == (True, False, False)
     config = DemonstrationConfig(passes=2)
     found = [
         list(imitate(learner(env), shown, config, gamma=GAMMA))
-        for shown in ([whole], [short, whole], [whole, short])
+        for shown in ([whole], [short, whole], [whole, long])
     ]
     assert found[0] == found[1] == found[2]
+    why = "none of its 2 runs had the 12 decisions that were planned, but 3, 14: they diverged"
+    with pytest.raises(NotImitableError, match=why):
+        next(imitate(learner(env), [long, short], config, gamma=GAMMA))
 
 
 def test_processes_show_the_same_in_the_order_of_the_seeds() -> None:

@@ -388,6 +388,13 @@ def test_against_its_reference_a_run_that_does_not_grow_earns_nothing_at_any_dec
     assert sum(reward["progress"] for reward in rewards) == pytest.approx(0.0, abs=1e-12)
 
 
+def test_a_run_that_lost_decisions_by_going_back_is_no_reference() -> None:
+    """The second time it goes back it does not see the same batches again."""
+    run = TinyRuns(bad_losses={9, 10, 11, 21, 22, 23})(0)
+    assert reference_of(run) is None
+    assert len(run.trainer.growth.losses) < RUNS.epochs
+
+
 def test_a_run_of_a_task_that_does_not_grow_earns_nothing_whatever_streams_it_draws_from() -> None:
     """Seed 0 is first needed when the environment is made, and 5 is another one's run."""
     settings = {"trainer": {"epochs": 2}, "count_flops": False}

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import signal
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from esper.experiments.settings import SettingsError
 from esper.lifecycle.events import EnvironmentRestarted
 from esper.policies.learned import LearnedPolicy, load_policy
 from esper.rl import demonstrations, policy_run, stored_policy_run
-from esper.rl.demonstrations import NotImitableError
+from esper.rl.demonstrations import Demonstration, NotImitableError
 from esper.rl.learner_state import LearnerStateError
 from esper.rl.policy_run import POLICY_FILE, MakeGrowthEnv, PolicyRun
 from esper.rl.policy_run_config import (
@@ -79,6 +80,12 @@ def test_a_setting_is_of_the_training_if_it_begins_with_one_of_its_sections() ->
     assert not config.run.count_flops, "as counting takes time"
     assert settings("training.num_workers=3").training.num_workers == 3
     assert load_policy_run_config("digits", None, [], {}).training.num_workers == os.cpu_count()
+
+
+def test_the_file_of_a_policy_to_imitate_is_found_from_wherever() -> None:
+    config = settings("demonstrations.policy=a/policy.safetensors")
+    assert config.demonstrations is not None
+    assert config.demonstrations.policy == str(Path("a/policy.safetensors").absolute())
 
 
 def test_later_ones_win_the_file_first_and_options_last(tmp_path: Path) -> None:
@@ -354,6 +361,20 @@ def test_what_was_imitated_once_is_not_imitated_again_and_a_lost_policy_is_writt
     assert all(before[name].equal(value) for name, value in after.network.state_dict().items())
     assert after.trained_on["timesteps"] == ROLLOUT
     assert RunReader(tmp_path).status == "finished"
+
+
+@pytest.mark.usefixtures("in_process")
+def test_demonstrations_that_are_not_imitated_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def one_more(*asked: Any, **how: Any) -> list[Demonstration]:
+        whole = demonstrations.demonstrations(*asked, **how)
+        return [*whole, replace(whole[0], actions=whole[0].actions[:1])]
+
+    monkeypatch.setattr(policy_run, "demonstrations", one_more)
+    with new_policy_run(tiny("demonstrations.num_episodes=1", rollouts=1), tmp_path) as run:
+        next(run.imitate())
+        assert run.num_left_out == 1
 
 
 @pytest.mark.usefixtures("in_process")

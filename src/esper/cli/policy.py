@@ -37,13 +37,14 @@ from esper.experiments.settings import SettingsError, explain
 from esper.experiments.worker_pool import WorkerDiedError
 from esper.policies.heuristic import HeuristicPolicy
 from esper.policies.named import POLICY_NAMES, policy_of_anywhere
+from esper.report.training_story import tell_training
 from esper.tasks.task import TaskDataError
 from esper.telemetry.run_folder import RunFolderError
+from esper.telemetry.run_reader import RunReader
 
 if TYPE_CHECKING:
     from esper.rl.evaluation import Evaluation, EvaluationConfig, EvaluationFolder
     from esper.rl.policy_run import PolicyRun
-    from esper.rl.training_report import TrainingReport
 
 policy = typer.Typer(
     name="policy",
@@ -65,7 +66,10 @@ def train(
         ),
     ] = None,
     steps: Annotated[
-        int | None, typer.Option(min=1, help="Decisions to learn from, of all environments.")
+        int | None,
+        typer.Option(
+            min=1, help="Decisions to learn from, of all environments; whole rollouts are made."
+        ),
     ] = None,
     workers: Annotated[
         int | None, typer.Option(min=1, help="Environments at a time; default one per CPU.")
@@ -129,8 +133,8 @@ def train(
             print_settings(console, settings)
             return
         view = TrainingView(console, quiet=quiet, as_json=as_json)
-        run, reports = _train(opened, folder, view)
-    _print_trained(console, run, reports, quiet=quiet, as_json=as_json)
+        run = _train(opened, folder, view)
+    _print_trained(console, run, quiet=quiet, as_json=as_json)
 
 
 def _begun_folder(out: Path | None, of_its_own: Mapping[str, object]) -> Path:
@@ -159,23 +163,21 @@ def _training_asked(
 
 def _train(
     opened: AbstractContextManager["PolicyRun"], folder: Path, view: TrainingView
-) -> tuple["PolicyRun", list["TrainingReport"]]:
-    """Train to the end, and return what came of it.
+) -> "PolicyRun":
+    """Train to the end, and return the run.
 
     A training that is stopped, or comes to nothing, is told without a traceback.
     """
     from esper.rl.policy_training import PolicyDivergedError  # noqa: PLC0415 – an optional extra
     from esper.rl.workers import WorkersFailedError  # noqa: PLC0415
 
-    reports: list[TrainingReport] = []
     try:
         with opened as run:
             view.begin(run.config, run.resumed_at)
             with view:
                 for number, likelihood in enumerate(run.imitate(), start=1):
-                    view.imitation(number, likelihood)
+                    view.imitation(number, likelihood, num_left_out=run.num_left_out)
                 for report in run.reports():
-                    reports.append(report)
                     view.rollout(report)
     except KeyboardInterrupt:
         tell_interrupted(_way_on(folder))
@@ -185,7 +187,7 @@ def _train(
         if isinstance(error, WorkersFailedError):  # what diverged would come to the same again
             typer.echo(_way_on(folder), err=True)
         raise typer.Exit(1) from error
-    return run, reports
+    return run
 
 
 def _way_on(folder: Path) -> str:
@@ -193,14 +195,7 @@ def _way_on(folder: Path) -> str:
     return f"go on with: {command_line('policy', 'train', '--out', folder)}"
 
 
-def _print_trained(
-    console: Console,
-    run: "PolicyRun",
-    reports: Sequence["TrainingReport"],
-    *,
-    quiet: bool,
-    as_json: bool,
-) -> None:
+def _print_trained(console: Console, run: "PolicyRun", *, quiet: bool, as_json: bool) -> None:
     """Print what a training came to, where its policy is, and what can be done with that."""
     if quiet:
         console.out(str(run.policy_file), highlight=False)
@@ -209,7 +204,10 @@ def _print_trained(
         summary = {"kind": "summary", "folder": str(run.folder), "policy": str(run.policy_file)}
         print_json_line(console, summary)
         return
-    print_training(console, reports, resumed_at=run.resumed_at)
+    if run.resumed_at == run.training.learner.num_timesteps:
+        console.print("nothing was left to learn; for more decisions add --steps", highlight=False)
+    else:
+        print_training(console, tell_training(RunReader(run.folder)))
     console.print()
     task, file = run.config.run.task, run.policy_file
     for what, way in (

@@ -24,13 +24,13 @@ from esper.experiments.comparison.intervals import Interval, mean_interval
 from esper.experiments.comparison.words import spread
 from esper.policies.named import policy_words
 from esper.report.chart import json_values
+from esper.report.training_story import RETURN, TrainingStory, several, words_of
 
 if TYPE_CHECKING:
     from esper.rl.evaluation import EvaluatedRun, Evaluation, EvaluationConfig
     from esper.rl.policy_run_config import PolicyRunConfig
     from esper.rl.training_report import TrainingReport
 
-_WINDOW_ROLLOUTS = 5
 _EVERY_PASSES = 10
 _UNBOUNDED = 10_000
 """Columns of a terminal that any table fits."""
@@ -85,18 +85,29 @@ class TrainingView(_View):
         where = "processes" if config.ray is None else f"Ray actors ({config.ray})"
         self._line(
             f"learning from runs of {config.run.task}, {config.run.trainer.epochs} epochs each: "
-            f"{training.total_steps:,} decisions; {where}: {training.num_workers}"
+            f"{training.planned_steps:,} decisions; {where}: {training.num_workers}"
         )
+        if training.planned_steps != training.total_steps:
+            self._line(
+                f"{training.total_steps:,} were asked for; rollouts are whole, of "
+                f"{training.num_workers} x {training.steps_per_fragment} decisions each, and "
+                "shorter in a training begun with --set training.steps_per_fragment=N"
+            )
         if resumed_at is not None:
             self._line(f"goes on after {resumed_at:,} decisions")
         if self._bar is not None:
             self._bar_task = self._bar.add_task(
-                "decisions", total=training.total_steps, completed=resumed_at or 0
+                "decisions", total=training.planned_steps, completed=resumed_at or 0
             )
 
-    def imitation(self, number: int, likelihood: float) -> None:
-        """Show a pass over what was demonstrated."""
-        self._json({"kind": "imitation", "pass": number, "log_likelihood": likelihood})
+    def imitation(self, number: int, likelihood: float, *, num_left_out: int) -> None:
+        """Show a pass over what was demonstrated, and how many episodes were of no use for it."""
+        record = {"kind": "imitation", "pass": number, "log_likelihood": likelihood}
+        self._json({**record, "episodes_left_out": num_left_out})
+        if number == 1 and num_left_out:
+            self._line(
+                f"{several(num_left_out, 'demonstrated episode')} left out: diverged, or went back"
+            )
         if number % _EVERY_PASSES == 0 or number == 1:
             self._line(f"imitating, pass {number}: log-likelihood {likelihood:.3f}")
 
@@ -120,30 +131,18 @@ def rollout_line(report: "TrainingReport") -> str:
     return f"{told}  entropy {report.entropy:.2f}  KL {report.approx_kl:.4f}"
 
 
-def print_training(
-    console: Console, reports: Sequence["TrainingReport"], *, resumed_at: int | None
-) -> None:
-    """Print the return at the begin and at the end, by component."""
-    told = [report for report in reports if report.mean_return is not None]
-    if not reports and resumed_at is not None:
-        console.print("nothing was left to learn; for more decisions add --steps", highlight=False)
-        return
-    if not told:
+def print_training(console: Console, story: TrainingStory) -> None:
+    """Print the return at first and by now, by component, as reports of the training have it."""
+    if story.first_and_last(RETURN) is None:
         console.print("no episode has ended yet")
         return
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column("mean over episodes")
-    window = min(_WINDOW_ROLLOUTS, max(1, len(told) // 2))
-    table.add_column(f"first {window} of {len(told)} rollouts", justify="right")
-    table.add_column(f"last {window}", justify="right")
-    first, last = told[:window], told[-window:]
-
-    def row(name: str, values: Sequence[Sequence[float]]) -> None:
-        table.add_row(name, *(f"{sum(some) / len(some):+.4f}" for some in values))
-
-    row("return", [[r.mean_return or 0.0 for r in some] for some in (first, last)])
-    for part in told[-1].return_parts:
-        row(f"  {part}", [[r.return_parts.get(part, 0.0) for r in some] for some in (first, last)])
+    table.add_column(f"first {story.window} of {len(story.rollouts)} rollouts", justify="right")
+    table.add_column(f"last {story.window}", justify="right")
+    for name in (RETURN, *story.parts):
+        words = "return" if name == RETURN else f"  {words_of(name)}"
+        table.add_row(words, *(f"{mean:+.4f}" for mean in story.first_and_last(name) or ()))
     console.print(table)
 
 

@@ -57,11 +57,18 @@ def print_training_story(console: Console, reader: RunReader, story: TrainingSto
 def training_records(story: TrainingStory) -> Iterator[dict[str, Any]]:
     """Yield each rollout as `esper policy train --json` has it, and each restart as its event.
 
-    What was not measured, or was not finite, is None.
+    What was not measured, or was not finite, is None. Of the problems of a rollout a folder has
+    the restarts.
     """
+    reasons: dict[int, list[str]] = {}
+    for stamped, event in story.restarts:
+        reasons.setdefault(stamped.epoch, []).append(event.reason)
     names = dict.fromkeys([RETURN, "mean_episode_steps", *story.names])
     plain = [name for name in names if not name.startswith((PART, FINAL))]
-    records = [(each.number, 0, _rollout_record(each, plain)) for each in story.rollouts]
+    records = [
+        (each.number, 0, _rollout_record(each, plain, reasons.get(each.number, [])))
+        for each in story.rollouts
+    ]
     records += [
         (record.epoch, 1, {"kind": "event", **record.model_dump(mode="json")})
         for record, _ in story.restarts
@@ -70,12 +77,14 @@ def training_records(story: TrainingStory) -> Iterator[dict[str, Any]]:
         yield record
 
 
-def _rollout_record(rollout: Rollout, names: Sequence[str]) -> dict[str, Any]:
+def _rollout_record(
+    rollout: Rollout, names: Sequence[str], problems: Sequence[str]
+) -> dict[str, Any]:
     values = rollout.values
     plain = {name: values.get(name) for name in names}
     counts = {name: round(values[name]) for name in _COUNTS if name in values}
     nested = {"return_parts": _below(PART, values), "final": _below(FINAL, values)}
-    return {"kind": "rollout", **plain, **counts, **nested}
+    return {"kind": "rollout", **plain, **counts, **nested, "problems": problems}
 
 
 def _below(prefix: str, values: Mapping[str, float]) -> dict[str, float]:
@@ -83,7 +92,7 @@ def _below(prefix: str, values: Mapping[str, float]) -> dict[str, float]:
 
 
 def _standing(story: TrainingStory) -> str:
-    total = "" if story.total_steps is None else f" of {story.total_steps:,}"
+    total = "" if story.planned_steps is None else f" of {story.planned_steps:,}"
     parts = [
         f"{story.timesteps:,}{total} decisions",
         several(len(story.rollouts), "rollout"),

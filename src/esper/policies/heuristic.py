@@ -218,9 +218,10 @@ class HeuristicPolicy:
         return limit is not None and self._refused[path, blueprint] >= limit
 
     def _choices(self, slot: SlotState) -> list[BlueprintChoice]:
-        fitting = {choice.name: choice for choice in slot.choices if choice.param_count > 0}
-        wanted = self.config.blueprints or fitting
-        return [fitting[name] for name in wanted if name in fitting]
+        if self.config.blueprints is None:
+            return [choice for choice in slot.choices if choice.param_count > 0]
+        fitting = {choice.name: choice for choice in slot.choices}
+        return [fitting[name] for name in self.config.blueprints if name in fitting]
 
     def _note_ends(self, state: GrowthState) -> None:
         """Count what became of the seeds that do not live any more, and tell the chooser."""

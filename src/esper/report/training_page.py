@@ -78,7 +78,7 @@ def _course(
 
 def _effort(story: TrainingStory) -> Iterator[tuple[str, str, str]]:
     rollouts, restarts = several(len(story.rollouts), "rollout"), len(story.restarts)
-    of_all = "" if story.total_steps is None else f"of {story.total_steps:,}, "
+    of_all = "" if story.planned_steps is None else f"of {story.planned_steps:,}, "
     yield "decisions", f"{story.timesteps:,}", f"{of_all}in {rollouts}"
     steps = mean_of(story.rollouts, "mean_episode_steps")
     each = "" if steps is None else f"of {steps:.4g} decisions"

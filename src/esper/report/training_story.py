@@ -80,13 +80,12 @@ class TrainingStory:
         return max((rollout.timesteps for rollout in self._rollouts.values()), default=0)
 
     @property
-    def total_steps(self) -> int | None:
+    def planned_steps(self) -> int | None:
         """Decisions that there are to be; a training that goes on may have been told of more."""
         for rollout in reversed(self._rollouts.values()):
             if "total_steps" in rollout.values:
-                return round(rollout.values["total_steps"])
-        total = setting(self.settings, "training", "total_steps")
-        return total if isinstance(total, int) else None
+                return planned_steps(self.settings, asked=round(rollout.values["total_steps"]))
+        return planned_steps(self.settings)
 
     @property
     def window(self) -> int:
@@ -125,6 +124,27 @@ class TrainingStory:
         first = mean_of(measured[: self.window], name)
         last = mean_of(measured[-self.window :], name)
         return None if first is None or last is None else (first, last)
+
+
+def planned_steps(settings: Mapping[str, Any], *, asked: int | None = None) -> int | None:
+    """Return how many decisions a training makes, as it makes whole rollouts only.
+
+    Args:
+        settings: Of the training, from config.json.
+        asked: Decisions that it was told to make; None is as it was begun.
+
+    Returns:
+        None if the settings do not tell.
+
+    >>> training = {"total_steps": 64, "num_workers": 1, "steps_per_fragment": 128}
+    >>> planned_steps({"training": training}), planned_steps({"training": training}, asked=129)
+    (128, 256)
+    """
+    names = ("total_steps", "num_workers", "steps_per_fragment")
+    total, workers, steps = (setting(settings, "training", name) for name in names)
+    total = total if asked is None else asked
+    known = all(isinstance(number, int) and number > 0 for number in (total, workers, steps))
+    return math.ceil(total / (workers * steps)) * workers * steps if known else None
 
 
 def tell_training(reader: RunReader) -> TrainingStory:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field, FiniteFloat
+from pydantic import AfterValidator, Field, FiniteFloat
 from sb3_contrib.common.recurrent.type_aliases import RNNStates
 from torch import Tensor
 
@@ -27,6 +27,7 @@ from esper.lifecycle.actions import (
 from esper.lifecycle.record import Record
 from esper.policies.heuristic import HeuristicPolicy
 from esper.policies.learned import ActionChoices, ActionCoder
+from esper.policies.named import policy_of_anywhere
 from esper.rl.env import GrowthEnv
 from esper.rl.fragment_worker import MakeEnv
 from esper.rl.masked_policy import MaskedRecurrentPolicy
@@ -44,13 +45,13 @@ _MAX_GRADIENT_NORM = 0.5
 
 
 class NotImitableError(ValueError):
-    """A policy takes actions that the environment does not offer."""
+    """A policy takes actions that the environment does not offer, or none of its runs is whole."""
 
 
 class DemonstrationConfig(Record):
     """What is imitated, before anything is learned from rewards."""
 
-    policy: str = HeuristicPolicy.name
+    policy: Annotated[str, AfterValidator(policy_of_anywhere)] = HeuristicPolicy.name
     """By name, or a file."""
     num_episodes: AtLeastOne = 32
     passes: AtLeastOne = 40
@@ -68,11 +69,18 @@ class Demonstration:
         observations: By name, T ….
         actions: T 6.
         rewards: T.
+        num_planned: Decisions that its run was to have.
     """
 
     observations: dict[str, NDArray[Any]]
     actions: NDArray[np.int64]
     rewards: NDArray[np.float32]
+    num_planned: int
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it has them: a run that diverges has fewer, one that goes back mostly others."""
+        return len(self.actions) == self.num_planned
 
 
 def demonstrating_policy(config: DemonstrationConfig, run: RunConfig) -> Policy:
@@ -156,39 +164,44 @@ def demonstrate(
         taken.append(numbers)
         observation, reward, over, _, _ = env.step(numbers)
         earned.append(reward)
-    names = seen[0]
+    names, num_planned = seen[0], env.state.max_epochs
+    assert num_planned is not None
     return Demonstration(
         observations={name: np.stack([one[name] for one in seen]) for name in names},
         actions=np.array(taken, dtype=np.int64),
         rewards=np.array(earned, dtype=np.float32),
+        num_planned=num_planned,
     )
 
 
 class _Turns:
     """Chooses, of the actions that a policy asks for, the one that the environment can take.
 
-    It is the first that is legal for the slot which has waited for longest. A germination that was
-    not taken counts as asked for at the next decision, too; what tends a seed policies ask for
-    again by themselves.
+    It is the first that is legal for the slot which has waited for longest. A germination that had
+    no turn counts as asked for until it has one, another is asked for in its slot, or that cannot
+    take a seed any more; what tends a seed policies ask for again by themselves.
     """
 
     def __init__(self) -> None:
         self._num_chosen = 0
         self._last: dict[str, int] = {}
         """When each slot had its turn."""
-        self._left: list[Germinate] = []
+        self._waiting: dict[str, Germinate] = {}
+        """By slot, what had no turn yet, the oldest first."""
 
     def choose(self, actions: Sequence[Action], state: GrowthState) -> Action:
         """Return the action to take now."""
         asked = [action for action in actions if not isinstance(action, Wait)]
-        legal = [action for action in (*asked, *self._left) if _is_legal(action, state)]
-        self._left = [action for action in asked if isinstance(action, Germinate)]
+        anew = {action.slot for action in asked if isinstance(action, Germinate)}
+        waiting = [action for slot, action in self._waiting.items() if slot not in anew]
+        legal = [action for action in (*waiting, *asked) if _is_legal(action, state)]
+        self._waiting = {action.slot: action for action in legal if isinstance(action, Germinate)}
         if not legal:
             return Wait()
         chosen = min(legal, key=lambda action: self._last.get(action.slot, 0))
         self._num_chosen += 1
         self._last[chosen.slot] = self._num_chosen
-        self._left = [action for action in self._left if action != chosen]
+        self._waiting.pop(chosen.slot, None)
         return chosen
 
 
@@ -234,17 +247,27 @@ def imitate(
 
     Args:
         policy: Is trained, by an optimizer of its own.
-        shown: Episodes; those that ended early, as they diverged, are left out.
+        shown: Episodes; those that are not whole are left out.
         config: Says for how long.
         gamma: The learner's discount.
 
     Yields:
         After each pass, the mean log-likelihood of a demonstrated action.
 
+    Raises:
+        NotImitableError: No episode is whole.
+
     Effects: draws the order of episodes from torch's random stream.
     """
-    length = max(len(episode.actions) for episode in shown)
-    whole = [episode for episode in shown if len(episode.actions) == length]
+    whole = [episode for episode in shown if episode.is_whole]
+    if not whole:
+        lengths = sorted({len(episode.actions) for episode in shown})
+        raise NotImitableError(
+            f"{config.policy} cannot be imitated, none of its {len(shown)} runs had the "
+            f"{shown[0].num_planned} decisions that were planned, but "
+            f"{', '.join(map(str, lengths))}: they diverged, or went back; give them a smaller "
+            "learning_rate"
+        )
     optimizer = torch.optim.Adam(policy.parameters(), lr=config.learning_rate)
     policy.set_training_mode(True)
     for number in range(config.passes):

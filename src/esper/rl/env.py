@@ -45,7 +45,9 @@ class GrowthEnv(gymnasium.Env[Observation, NDArray[np.int64]]):
 
     **The end.** A run has a known number of decisions, and what is left of them is observed: after
     the last one the episode *terminates*, as it does if the run diverges (`info["diverged"]`).
-    Nothing is truncated, unless a wrapper does.
+    Nothing is truncated, unless a wrapper does. A run that its safeguard takes back to an earlier
+    state comes to decisions again, or to fewer than were planned: the episode is then longer or
+    shorter, and `info["decision"]` tells which decision is due.
 
     **Random streams.** `reset(seed=S)` trains the run of random seed S; later ones draw their seeds
     from there. Episodes draw from streams of their own: what else the process draws changes none,

@@ -79,7 +79,11 @@ class DecidedOutside:
 
 
 def reference_of(run: HostRun) -> Reference | None:
-    """Train a run without growth, and return what became of it; None if it diverges on the way.
+    """Train a run without growth, and return what became of it.
+
+    Returns:
+        None if it diverges on the way, or has lost a decision by going back: then it is not known
+        what each decision's loss would have been.
 
     Raises:
         ValueError: As `GrowthEpisode` and its `play`.
@@ -88,7 +92,8 @@ def reference_of(run: HostRun) -> Reference | None:
     while not episode.over:
         episode.play([])
     losses = tuple(episode.growth.losses)
-    if episode.diverged or not all(map(math.isfinite, losses)):
+    planned = episode.growth.max_epochs
+    if episode.diverged or len(losses) != planned or not all(map(math.isfinite, losses)):
         return None
     return Reference(losses=losses, final_loss=episode.final_metrics["loss"])
 

@@ -60,6 +60,8 @@ class PolicyRun:
     resumed_at: int | None = None
     """Timesteps that it goes on from; None where it begins."""
     finished: bool = False
+    num_left_out: int = 0
+    """Demonstrated episodes that were not imitated, as they were not whole."""
     num_told: int = 0
     """How many restarts of environments were told."""
 
@@ -73,6 +75,10 @@ class PolicyRun:
 
         Yields:
             After each pass, the mean log-likelihood of a demonstrated action.
+
+        Raises:
+            NotImitableError: The policy takes actions that the environment does not offer, or none
+                of the episodes is whole.
         """
         config = self.config.demonstrations
         if config is None or self.resumed_at is not None:
@@ -83,6 +89,7 @@ class PolicyRun:
             MakeGrowthEnv(self.config.demonstrated),
             processes=min(self.config.training.num_workers, os.cpu_count() or 1),
         )
+        self.num_left_out = sum(not episode.is_whole for episode in shown)
         policy = self.training.learner.policy
         assert isinstance(policy, MaskedRecurrentPolicy)
         yield from imitate(policy, shown, config, gamma=self.config.training.gamma)

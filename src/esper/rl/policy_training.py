@@ -1,5 +1,6 @@
 """Training a policy: rollout by rollout, reported, kept, and gone on with."""
 
+import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -75,6 +76,11 @@ class PolicyTrainingConfig(Record):
     def steps_per_rollout(self) -> int:
         """Of all environments, between two updates of the weights."""
         return self.num_workers * self.steps_per_fragment
+
+    @property
+    def planned_steps(self) -> int:
+        """The steps that are made: whole rollouts, until `total_steps` are reached."""
+        return math.ceil(self.total_steps / self.steps_per_rollout) * self.steps_per_rollout
 
     def collection(
         self,

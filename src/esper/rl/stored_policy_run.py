@@ -46,7 +46,7 @@ def new_policy_run(
             there is no folder then.
         ConnectionError: There is no Ray cluster at the address; there is no folder then.
         NotImitableError: The policy to imitate, which plays then, takes actions that the heads do
-            not offer; there is no folder any more.
+            not offer, or none of its runs is whole; there is no folder any more.
     """
     if config.demonstrations is not None:
         check_policy(config.demonstrations.policy, config.run)

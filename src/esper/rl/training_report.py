@@ -16,6 +16,7 @@ class TrainingReport(Record):
     timesteps: int
     """So far, of all environments."""
     total_steps: int
+    """As was asked for; the last rollout may go beyond."""
     episodes: int
     """That ended in this rollout."""
     mean_return: float | None

@@ -152,7 +152,7 @@ def _document(data: bytes, path: Path) -> PolicyDocument:
     try:
         raw = json.loads(text)
         version = raw["format_version"]
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise PolicyFileError(f"{path} says nothing legible about its policy: {error}") from error
     if version != FORMAT_VERSION:
         raise PolicyFileError(
@@ -194,7 +194,7 @@ def _network(weights: dict[str, Tensor], document: PolicyDocument, path: Path) -
         with torch.device("meta"):  # a file may describe any width; nothing is allocated for it
             described = GrowthNetwork(document.blueprints, document.choices, document.network)
         expected = described.to(_DTYPE).state_dict()  # whatever torch's default is
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, TypeError) as error:  # TypeError: no integer of torch's
         raise PolicyFileError(f"{path} describes no network: {error}") from error
     beyond, lacking = weights.keys() - expected.keys(), expected.keys() - weights.keys()
     if beyond or lacking:
