@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import esper
 from esper import SeedStage, SlotConfig, SlotSet
 from esper.lifecycle.learning import Isolation
+from esper.training.carried_state import CarriedState
 
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
 STEPS = 50
@@ -118,8 +119,12 @@ def test_attach_and_detach_leave_no_trace(host: Any, fingerprint: Any) -> None:
     for slot in slots.values():
         slot.germinate(host.blueprint)
         slot.advance(force=True)
+    CarriedState(model, state=lambda: {"grown": 1}, load=lambda _: None)  # as a callback has it
+    slots.keep_out_of_wrappers()
     esper.detach(model)
     assert fingerprint(model) == before
+    assert "esper_growth" not in model.state_dict()
+    assert "_ddp_params_and_buffers_to_ignore" not in vars(model)
 
 
 class Changing(nn.Linear):

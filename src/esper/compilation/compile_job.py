@@ -1,6 +1,5 @@
 """A slot's seeds compiled alone, outside of the run that will use them."""
 
-import copy
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from esper.compilation.compiled_functions import CompiledFunctions
 from esper.compilation.compiled_slot import CompiledSlot, SeenCall, run_slot
 from esper.compilation.feature_guards import FeatureGuards
 from esper.compilation.pipe import pack_object, unpack_object
+from esper.seeds.graph_free_copy import graph_free_copy
 from esper.slots.call_arguments import NO_ARGUMENTS, CallArguments
 from esper.slots.nested import map_tensors
 from esper.slots.slot import SeedSlot
@@ -67,7 +67,7 @@ class CompileJob:
         """
         request = CompileRequest.of(slot, features, call, options)
         empty = {id(parameter): _without_values(parameter) for parameter in slot.parameters()}
-        copied = copy.deepcopy(slot, {**empty, id(slot.hook_handle): None})
+        copied = graph_free_copy(slot, {**empty, id(slot.hook_handle): None})
         for part in copied.modules():
             part.__dict__.pop("forward", None)  # of a compiled host's module
         try:

@@ -22,8 +22,10 @@ from esper.slots.probe import (
     overwritten_in_training,
     seed_dtype,
 )
+from esper.slots.replication import let_wrappers_in
 from esper.slots.slot import SeedSlot
 from esper.slots.slot_set import SlotSet
+from esper.slots.state_hooks import remove_state_hooks
 
 
 @torch.inference_mode(mode=False)
@@ -118,6 +120,14 @@ def detach(model: nn.Module) -> None:
         slot.release()
     remove_slots(model)
     give_forwards_back(model)
+    leave_no_hooks(model)
+
+
+def leave_no_hooks(model: nn.Module) -> None:
+    """Take away what was there for slots, which are gone: callbacks' hooks, names for wrappers."""
+    for part in model.modules():
+        remove_state_hooks(part)
+        let_wrappers_in(part)
 
 
 def find_slots(model: nn.Module) -> list[SeedSlot]:

@@ -7,13 +7,11 @@ from torch import Tensor, nn
 
 from esper.lifecycle.alpha import BlendOperator
 from esper.seeds.graph_free_copy import graph_free_copy
-from esper.slots.attach import find_slots, refuse_wrapped
+from esper.slots.attach import find_slots, leave_no_hooks, refuse_wrapped
 from esper.slots.branch import SeedBranch
 from esper.slots.forwards import give_forwards_back
 from esper.slots.grown_module import GrownModule
 from esper.slots.placement import remove_slots, slot_behind, take_later_hooks
-from esper.slots.replication import let_wrappers_in
-from esper.slots.state_hooks import remove_state_hooks
 
 
 def bake(model: nn.Module, *, fold: bool = False) -> nn.Module:
@@ -62,9 +60,7 @@ def bake(model: nn.Module, *, fold: bool = False) -> nn.Module:
     }
     remove_slots(plain)
     give_forwards_back(plain)
-    for part in plain.modules():
-        remove_state_hooks(part)
-        let_wrappers_in(part)
+    leave_no_hooks(plain)
     shared = _shared_parameters(plain)
     for path, branches in grown.items():
         parent_path, _, name = path.rpartition(".")
