@@ -168,6 +168,13 @@ def test_a_copy_of_a_compiled_block_is_compiled_elsewhere_too(store: ArtefactSto
         assert (event.blueprint, event.source) == ("block", "worker"), event
 
 
+def test_a_seed_that_keeps_what_it_has_computed_can_be_compiled_elsewhere() -> None:
+    features = FeatureGuards.of(torch.randn(2, WIDTH, 4, 4, requires_grad=True))
+    slot = seed_alone("norm", features)
+    slot.kept = 2.0 * torch.ones(2, requires_grad=True)  # as a block does its attention map
+    assert CompileJob.of(slot, features, {}).slot
+
+
 def test_what_is_foreseen_is_there_when_it_germinates(store: ArtefactStore) -> None:
     with CompileService(store, max_ahead=1) as service:
         run = Run(compiled=True, service=service)
