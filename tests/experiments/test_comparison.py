@@ -30,7 +30,7 @@ from esper.experiments.comparison import (
     plan,
     summarise,
 )
-from esper.experiments.comparison.curves import losses_at
+from esper.experiments.comparison.curves import curve_of, losses_at
 from esper.experiments.comparison.runs import GrownSeed
 from esper.lifecycle.alpha import BlendOperator
 from esper.slots.committed_seed import CommittedSeed
@@ -390,6 +390,27 @@ def test_growth_that_pays_is_found_to_pay() -> None:
     assert f"{grown.flops_to_static.ratio:.2f} of its FLOPs" in verdict.reasons[1]
 
 
+def test_no_share_is_told_where_what_grew_was_not_run_at_a_cost_in_common() -> None:
+    class Unlike(World):
+        """Growth is the cheaper the higher the random seed, and behind."""
+
+        def make(self, request: RunRequest) -> RunResult:
+            result = super().make(request)
+            factor = 1.0 - 0.1 * request.random_seed if request.policy != "none" else 1.0
+            costs = {"flops": factor * result.flops, "seconds": factor * result.seconds}
+            return result.model_copy(update=costs)
+
+    comparison = played(Unlike(growth_bonus=-0.05), config(equal_flops=False))
+    assert "is not told: its runs" in judge(comparison).reasons[1]
+    console = Console(width=200)
+    with console.capture() as captured:
+        print_comparison(console, comparison)
+    table = {line.split()[0]: line for line in captured.get().splitlines() if line}
+    assert table["grown"].count("not told") == 2
+    assert "not told" not in table["static"]
+    assert comparison_report(comparison, name="it").count("not told") == 3
+
+
 def test_growth_that_loses_is_said_to_lose() -> None:
     verdict = judge(played(World(growth_bonus=-0.05), config()))
     assert verdict.outcome is Outcome.DOES_NOT_PAY
@@ -649,6 +670,19 @@ def test_settings_that_make_no_comparison_are_refused(
 ) -> None:
     with pytest.raises(ValidationError, match=words):
         CompareConfig(**{"run": config().run, "random_seeds": (0, 1, 2, 3, 4), **settings})
+
+
+def test_runs_that_cost_the_same_count_as_one() -> None:
+    """As of sizes whose seeds cost no operations: neither is the better one for being first."""
+    made = [
+        World().make(RunRequest(arm=arm, random_seed=0, learning_rate=BEST_RATE, epochs=EPOCHS))
+        for arm in ("host", "static 1", "static")
+    ]
+    runs = [
+        run.model_copy(update={"flops": flops, "test": {"loss": loss}})
+        for run, flops, loss in zip(made, (1.0, 1.0, 4.0), (0.7, 0.9, 0.4), strict=True)
+    ]
+    assert curve_of(runs, lambda run: run.flops) == [(1.0, pytest.approx(0.8)), (4.0, 0.4)]
 
 
 # Runs that diverge

@@ -93,9 +93,14 @@ def by_one_seed(any_steps: Interval | None) -> EqualFlops:
         # Not measured up to the static network's cost, which says nothing of what lies beyond.
         (BETTER, reached(None, None, last=0.9), equal(BETTER, BETTER), Outcome.UNDECIDED),
         (BETTER, reached(0.8, None, last=0.9), equal(None, WORSE), Outcome.UNDECIDED),
+        # The runs on the random seeds have no cost in common.
+        (BETTER, None, equal(BETTER, BETTER), Outcome.UNDECIDED),
+        (BETTER, None, equal(None, WORSE), Outcome.UNDECIDED),
+        (BETTER, None, equal(WORSE, BETTER), Outcome.DOES_NOT_PAY),
+        (WORSE, None, equal(BETTER, BETTER), Outcome.DOES_NOT_PAY),
     ],
 )
 def test_conclusion(
-    to_host: Interval, to_static: Crossing, at_equal_flops: EqualFlops, outcome: Outcome
+    to_host: Interval, to_static: Crossing | None, at_equal_flops: EqualFlops, outcome: Outcome
 ) -> None:
     assert conclude(to_host, to_static, at_equal_flops) is outcome

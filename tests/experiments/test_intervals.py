@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from esper.experiments.comparison.intervals import (
+    Crossing,
     crossing,
     loss_at,
     mean_interval,
@@ -108,6 +109,33 @@ def test_a_curve_that_is_better_nowhere_is_not_taken_for_better_where_it_gets_wo
     assert found.above
     assert found.low == found.first
     assert found.high is None
+
+
+def test_no_line_is_drawn_on_beyond_a_seeds_own_runs() -> None:
+    """One seed's cost nearly the same: its line would be far below where others were cheap."""
+    curves = {seed: [(0.6, 1.03), (0.997, 1.002)] for seed in range(1, 5)}
+    curves[0] = [(0.985, 0.999), (0.997, 1.01)]
+    found = crossing(curves, dict.fromkeys(range(5), (1.0, 1.0)))
+    assert found.first == pytest.approx(0.985)
+    assert found.last == pytest.approx(0.997)
+    assert found.above
+
+
+@pytest.mark.parametrize(("dearest", "told"), [(0.67, False), (0.66, True)])
+def test_where_seeds_have_no_cost_in_common_it_is_not_known_what_a_worse_loss_lacks(
+    dearest: float, *, told: bool
+) -> None:
+    targets = dict.fromkeys(range(3), (1.0, 1.0))
+
+    def ending_at(loss: float) -> Crossing | None:
+        cheap = [(0.5, 1.2), (0.65, loss)]
+        return crossing({0: [(dearest, loss)], 1: cheap, 2: [(0.6, 1.2), (1.0, 0.9)]}, targets)
+
+    worse, better = ending_at(1.1), ending_at(0.9)
+    assert (worse is not None) is told, "whole epochs are no nearer"
+    assert better is not None
+    assert better.below, "with as much as the dearest took at most"
+    assert better.first == better.last == pytest.approx(dearest)
 
 
 def test_a_loss_between_points_lies_on_the_line_through_them() -> None:

@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch import Tensor, nn
+from torch.nn.functional import bilinear, scaled_dot_product_attention
 
 import esper
 from esper.lifecycle.actions import Germinate
@@ -94,6 +95,69 @@ def operations(run: Callable[[], Any]) -> int:
     with flop_counter() as counter:
         run()
     return counter.get_total_flops()
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "products"),
+    [
+        (partial(nn.Conv1d, 4, 6, 3), (2, 4, 9), 2 * 7 * 3 * 4 * 6),
+        (partial(nn.Conv2d, 4, 6, 3, groups=2), (2, 4, 5, 7), 2 * 3 * 5 * 9 * 2 * 6),
+        (partial(nn.Conv2d, 4, 8, 3, groups=4, stride=2), (2, 4, 5, 7), 2 * 2 * 3 * 9 * 8),
+        (partial(nn.Conv3d, 4, 4, 2, groups=4, bias=False), (3, 4, 3, 4, 5), 3 * 2 * 3 * 4 * 8 * 4),
+        (partial(nn.ConvTranspose1d, 4, 6, 3), (2, 4, 9), 2 * 9 * 3 * 4 * 6),
+        (partial(nn.ConvTranspose2d, 4, 6, 3, groups=2), (2, 4, 5, 7), 2 * 5 * 7 * 9 * 2 * 6),
+        (partial(nn.ConvTranspose3d, 4, 4, 2, groups=4), (3, 4, 2, 3, 4), 3 * 2 * 3 * 4 * 8 * 4),
+    ],
+    ids=str,
+)
+def test_a_convolution_costs_each_gradient_what_it_costs_itself(
+    layer: Callable[[], nn.Module], shape: tuple[int, ...], products: int
+) -> None:
+    """A channel meets those of its group alone."""
+    convolution, inputs = layer(), torch.randn(shape, requires_grad=True)
+    assert operations(lambda: convolution(inputs)) == 2 * products
+    assert operations(convolution(inputs).sum().backward) == 2 * 2 * products
+    assert operations(convolution(inputs.detach()).sum().backward) == 2 * products
+    convolution.requires_grad_(requires_grad=False)
+    assert operations(convolution(inputs).sum().backward) == 2 * products
+
+
+def grouped(*operands: Tensor) -> Tensor:
+    """Return three products; of a matrix, columns 0 to 15 belong to the first, and so on."""
+    ends = torch.tensor([16, 32, 48], dtype=torch.int32)
+    divided = any(operand.ndim == 2 for operand in operands)
+    return nn.functional.grouped_mm(*operands, offs=ends if divided else None)
+
+
+@pytest.mark.parametrize(
+    ("compute", "shapes", "products", "num_gradients"),
+    [
+        (torch.mv, [(6, 4), (4,)], 6 * 4, 1),  # the matrix's is an elementwise product
+        (torch.matmul, [(2, 3, 4), (4,)], 2 * 3 * 4, 1),
+        (torch.addmv, [(6,), (6, 4), (4,)], 6 * 4, 1),
+        (lambda matrix, vector: torch.zeros(6).addmv_(matrix, vector), [(6, 4), (4,)], 6 * 4, 1),
+        (lambda a, b: torch.zeros(3, 5).addmm_(a, b), [(3, 4), (4, 5)], 3 * 4 * 5, 2),
+        (torch.addbmm, [(3, 5), (2, 3, 4), (2, 4, 5)], 2 * 3 * 4 * 5, 2),
+        (lambda a, b: torch.zeros(3, 5).addbmm_(a, b), [(2, 3, 4), (2, 4, 5)], 2 * 3 * 4 * 5, 2),
+        (lambda a, b: a.new_zeros(2, 3, 5).baddbmm_(a, b), [(2, 3, 4), (2, 4, 5)], 120, 2),
+        (bilinear, [(7, 4), (7, 5), (3, 4, 5)], 7 * 3 * 4 * 5, 3),
+        (grouped, [(48, 8), (3, 8, 16)], 48 * 8 * 16, 2),
+        (grouped, [(3, 5, 8), (8, 48)], 5 * 8 * 48, 2),
+        (grouped, [(5, 48), (48, 8)], 5 * 48 * 8, 2),
+        (grouped, [(3, 5, 8), (3, 8, 16)], 3 * 5 * 8 * 16, 2),
+    ],
+)
+def test_products_that_torch_counts_as_none_cost_what_they_are(
+    compute: Callable[..., Tensor],
+    shapes: list[tuple[int, ...]],
+    products: int,
+    num_gradients: int,
+) -> None:
+    operands = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    assert operations(lambda: compute(*operands)) == 2 * products
+    output = compute(*operands)
+    gradient = torch.randn_like(output)
+    assert operations(lambda: output.backward(gradient)) == num_gradients * 2 * products
 
 
 @pytest.mark.parametrize("layers", [{}, {"num_layers": 2, "bidirectional": True}], ids=str)

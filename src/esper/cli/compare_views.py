@@ -200,8 +200,8 @@ def _table(comparison: Comparison, summaries: list[ArmSummary], *, width: int) -
             "test loss": spread(summary.test_loss) if medium else f"{summary.test_loss.mean:.4f}",
             f"test {metric}": spread(summary.metrics[metric]),
             "less static's": "" if difference is None else spread(difference, signed=True),
-            "FLOPs to match": reached(summary.flops_to_static, bounds=wide),
-            "time to match": reached(summary.seconds_to_static, bounds=wide),
+            "FLOPs to match": reached(summary, summary.flops_to_static, bounds=wide),
+            "time to match": reached(summary, summary.seconds_to_static, bounds=wide),
         }
         label = summary.label(len(comparison.config.random_seeds))
         label += "" if wide else edge_mark(summary)

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from esper.slots.counterfactual import call_model
 from esper.slots.germination import GerminationError
 from esper.slots.nested import to_device
 from esper.slots.slot_set import SlotSet
+from esper.tasks.task import TaskDataError
 from esper.training.flop_formulas import flop_counter
 from esper.training.precision import autocast
 
@@ -70,6 +71,7 @@ class Bench:
     Raises:
         SettingsError, TaskDataError, ModuleNotFoundError: As `esper.experiments.prepare`.
         SettingsError: There is no such slot, or the seed cannot grow in it.
+        TaskDataError: The task has no batches.
 
     Effects: those of `esper.experiments.prepare`.
     """
@@ -80,7 +82,7 @@ class Bench:
         self.config = config.model_copy(update={"policy": NEVER})
         self.setup = build_setup(config)
         self.device = torch.device(config.device)
-        self.inputs, self.targets = to_device(next(iter(self.setup.batches)), self.device)
+        self.inputs, self.targets = to_device(self._batch(), self.device)
         self._trained()  # is told here if the settings cannot be carried out
         slots = self._slotted()
         self.slot = next(iter(slots)) if slot is None else slot
@@ -136,6 +138,14 @@ class Bench:
         """Wait for the device."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+    def _batch(self) -> tuple[Any, Any]:
+        for batch in self.setup.batches:
+            return batch
+        raise TaskDataError(
+            f"task {self.config.task!r} has no batches to train on; what it builds must hold some "
+            "in TaskSetup.batches"
+        )
 
     def _networks(self) -> dict[str, "_Network"]:
         host, baked = "host alone", "host with the seed baked in"
@@ -258,9 +268,8 @@ class _Plain:
 
     def step(self) -> None:
         bench = self._bench
-        with autocast(bench.device, bench.config.trainer.precision):
-            loss = bench.setup.loss(call_model(self._forward, bench.inputs), bench.targets)
-        loss.backward()
+        self._before_step()
+        self._loss().backward()
         max_norm = bench.config.trainer.max_gradient_norm
         if max_norm is not None:
             self._clip(max_norm)
@@ -269,12 +278,20 @@ class _Plain:
         self._after_step()
         bench.wait()
 
+    def _loss(self) -> Tensor:
+        bench = self._bench
+        with autocast(bench.device, bench.config.trainer.precision):
+            return bench.setup.loss(call_model(self._forward, bench.inputs), bench.targets)
+
     def _compiled(self) -> nn.Module:
         """Return what is called instead of the model."""
         return cast("nn.Module", torch.compile(self.model, mode=self._bench.config.compile.mode))
 
     def _clip(self, max_norm: float) -> Tensor:
         return nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)
+
+    def _before_step(self) -> None:
+        """Do what slots ask for."""
 
     def _after_step(self) -> None:
         """Do what slots ask for."""
@@ -295,6 +312,9 @@ class _Slotted(_Plain):
 
     def _clip(self, max_norm: float) -> Tensor:
         return self._slots.clip_grad_norm_(max_norm)
+
+    def _before_step(self) -> None:
+        self._slots.shadow_pass(self._loss)
 
     def _after_step(self) -> None:
         self._slots.tick()

@@ -1,6 +1,7 @@
-"""Operations of kernels that torch 2.13's counter has no formula for, and so would count as none.
+"""Operations of kernels for which torch 2.13's counter has no formula, or a wrong one.
 
-All but matrix products counts as none there, and does here. Legend: B batch, T tokens, D features.
+All but matrix products counts as none there, and does here: also the gradient of a matrix that met
+one vector, which torch computes elementwise. Legend: B batch, T tokens, D features.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -64,6 +65,55 @@ def _cudnn_backward_flops(*args: Any, **_: Any) -> int:
     return 2 * _cudnn_flops(*args)
 
 
+def _matrix_vector_flops(matrix: _Shape, _vector: _Shape, **_: Any) -> int:
+    return 2 * prod(matrix)
+
+
+def _batched_product_flops(first: _Shape, second: _Shape, **_: Any) -> int:
+    return 2 * prod(first) * second[-1]
+
+
+def _added(formula: Callable[..., int]) -> Callable[..., int]:
+    """Return the formula of a product that is added to something, which stands before it."""
+
+    def of_product(_summand: _Shape, *args: Any, **kwargs: Any) -> int:
+        return formula(*args, **kwargs)
+
+    return of_product
+
+
+def _grouped_product_flops(first: _Shape, second: _Shape, *_: Any, **__: Any) -> int:
+    """Return the operations of one product per group, as per expert of its tokens.
+
+    Groups share out a plain matrix's rows or columns, all of which count: how many are past the
+    last group only the device knows.
+    """
+    num_products = first[0] if len(first) == len(second) == 3 else 1
+    return 2 * num_products * prod(first[-2:]) * second[-1]
+
+
+def _trilinear_flops(first: _Shape, second: _Shape, third: _Shape, *settings: Any, **_: Any) -> int:
+    """Return the operations of `nn.Bilinear` or of a gradient of it: two at all its indices."""
+    sizes: dict[int, int] = {}
+    for shape, absent in zip((first, second, third), settings[:3], strict=True):
+        axes = [axis for axis in range(len(shape) + len(absent)) if axis not in absent]
+        sizes |= zip(axes, shape, strict=True)
+    return 2 * prod(sizes.values())
+
+
+def _convolution_backward_flops(
+    gradient: _Shape, inputs: _Shape, weight: _Shape, *settings: Any, **_: Any
+) -> int:
+    """Return the operations of a convolution's gradients, each as many as the convolution's.
+
+    torch's formula lets the weights' gradient join channels of unlike groups.
+    """
+    transposed: bool = settings[-4]
+    of_inputs, of_weight, _of_bias = settings[-1]
+    batch, _channels, *places = inputs if transposed else gradient
+    return 2 * batch * prod(places) * prod(weight) * int(of_inputs + of_weight)
+
+
 def _raw(formula: Callable[..., int]) -> Callable[..., int]:
     """Let torch's counter pass tensors, and not their shapes, which nested ones have not."""
     formula._get_raw = True  # type: ignore[attr-defined]  # noqa: SLF001 – how the counter tells
@@ -103,13 +153,28 @@ def _tokens_flops(features: Tensor, dim: int, weights: Sequence[Tensor]) -> int:
 
 
 _aten = torch.ops.aten
-_FORMULAS: Mapping[Any, Callable[..., int]] = {
-    _aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,  # noqa: SLF001
-    _aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,  # noqa: SLF001
-    _aten.mkldnn_rnn_layer: _mkldnn_layer_flops,
-    _aten.mkldnn_rnn_layer_backward: _mkldnn_layer_backward_flops,
-    _aten._cudnn_rnn: _cudnn_flops,  # noqa: SLF001
-    _aten._cudnn_rnn_backward: _cudnn_backward_flops,  # noqa: SLF001
-    _aten._transformer_encoder_layer_fwd: _encoder_layer_flops,  # noqa: SLF001
-    _aten._native_multi_head_attention: _attention_layer_flops,  # noqa: SLF001
+_BY_NAME: Mapping[str, Callable[..., int]] = {
+    "mv": _matrix_vector_flops,
+    "addmv": _added(_matrix_vector_flops),
+    "addmv_": _added(_matrix_vector_flops),
+    "addmm_": _added(_batched_product_flops),
+    "baddbmm_": _added(_batched_product_flops),
+    "addbmm": _added(_batched_product_flops),
+    "addbmm_": _added(_batched_product_flops),
+    "_grouped_mm": _grouped_product_flops,
+    "_trilinear": _trilinear_flops,
+    "convolution_backward": _convolution_backward_flops,
+    "_scaled_dot_product_flash_attention_for_cpu": _attention_flops,
+    "_scaled_dot_product_flash_attention_for_cpu_backward": _attention_backward_flops,
+    "mkldnn_rnn_layer": _mkldnn_layer_flops,
+    "mkldnn_rnn_layer_backward": _mkldnn_layer_backward_flops,
+    "_cudnn_rnn": _cudnn_flops,
+    "_cudnn_rnn_backward": _cudnn_backward_flops,
+    "_transformer_encoder_layer_fwd": _encoder_layer_flops,
+    "_native_multi_head_attention": _attention_layer_flops,
+}
+_FORMULAS = {
+    getattr(_aten, name): formula
+    for name, formula in _BY_NAME.items()
+    if hasattr(_aten, name)  # an older torch lacks some
 }

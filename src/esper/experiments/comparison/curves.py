@@ -1,20 +1,22 @@
 """An arm's loss over what its runs cost, and what it is between them."""
 
+import statistics
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 
-from esper.experiments.comparison.intervals import Curve, loss_at
+from esper.experiments.comparison.intervals import REACH, Curve, loss_at
 from esper.experiments.comparison.runs import RunResult
-
-REACH = 1.02
-"""How far beyond its last run a curve still stands for its arm: budgets are whole epochs."""
 
 Runs = Mapping[int, Sequence[RunResult]]
 """By random seed."""
 
 
 def curve_of(runs: Sequence[RunResult], cost: Callable[[RunResult], float]) -> Curve:
-    """Return one seed's budgets as pairs of cost and test loss, rising."""
-    return sorted((cost(run), run.test["loss"]) for run in runs)
+    """Return one seed's budgets as pairs of cost and test loss, rising; the mean at equal costs."""
+    losses: dict[float, list[float]] = defaultdict(list)
+    for run in runs:
+        losses[cost(run)].append(run.test["loss"])
+    return [(spent, statistics.fmean(found)) for spent, found in sorted(losses.items())]
 
 
 def losses_at(runs: Runs, grown: Mapping[int, RunResult]) -> list[float] | None:

@@ -3,11 +3,16 @@
 import itertools
 import math
 import statistics
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from operator import itemgetter
 
 CONFIDENCE = 0.95
+REACH = 1.02
+"""How far beyond its last run a curve still stands for its arm: budgets are whole epochs."""
+
 _GRID = 400
 
 
@@ -96,8 +101,8 @@ class Crossing:
         high: Where it certainly does: the lowest cost at which the curve is told to be better.
             None if nowhere.
         above: The mean is worse than the target all along.
-        first: The lowest cost that the curve was measured at.
-        last: The highest.
+        first: The lowest cost at which every seed has a run, or one that cost less.
+        last: The highest that every seed's runs reach; at least the first.
     """
 
     ratio: float | None
@@ -114,7 +119,7 @@ class Crossing:
 
 
 Curve = Sequence[tuple[float, float]]
-"""Pairs of cost and loss at rising costs, each the end of a run of its own."""
+"""Pairs of cost and loss at rising costs, no two the same, each the end of a run of its own."""
 
 
 def crossing(
@@ -125,7 +130,13 @@ def crossing(
     None if one of their losses is not finite: a run that diverged has no place on a curve.
 
     Between two points the loss is taken as linear in the logarithm of the cost; what is tested is
-    the paired difference to the target over the seeds.
+    the paired difference to the target over the seeds. It is tested where every seed's own runs
+    enclose the cost: beyond them a line says nothing, least of all through points that cost nearly
+    the same.
+
+    Where one seed's runs all cost less than another's, there is no such cost. Tested is then the
+    least that no seed has to exceed, those that never came so far at their last run: reached there
+    the target is reached, but if it is not, nobody knows what it takes, and None is returned.
 
     Args:
         curves: By random seed.
@@ -138,8 +149,9 @@ def crossing(
         seed: [(math.log(cost / targets[seed][0]), loss - targets[seed][1]) for cost, loss in curve]
         for seed, curve in curves.items()
     }
-    first = statistics.fmean(points[0][0] for points in shifted.values())
-    last = statistics.fmean(points[-1][0] for points in shifted.values())
+    first = max(points[0][0] for points in shifted.values())
+    shortest = min(points[-1][0] for points in shifted.values())
+    last = max(first, shortest)
     grid = [first + (last - first) * step / _GRID for step in range(_GRID + 1)]
     tests = [mean_interval([_at(points, place) for points in shifted.values()]) for place in grid]
 
@@ -148,6 +160,8 @@ def crossing(
         return next(found, None)
 
     reached = lowest(lambda test: test.mean <= 0.0)
+    if reached is None and first > shortest + math.log(REACH):
+        return None
     return Crossing(
         ratio=None if reached == math.exp(first) else reached,
         low=lowest(lambda test: not test.above_zero),
@@ -163,17 +177,15 @@ def loss_at(curve: Curve, cost: float) -> float:
 
     A line is not drawn on: through points that cost nearly the same it says nothing beyond them.
     """
-    within = min(max(cost, curve[0][0]), curve[-1][0])
-    return _at([(math.log(spent), loss) for spent, loss in curve], math.log(within))
+    return _at([(math.log(spent), loss) for spent, loss in curve], math.log(cost))
 
 
 def _at(points: Curve, place: float) -> float:
-    """Return the ordinate at `place` of a line through points; of one point, its own."""
-    if len(points) == 1:
+    """Return the ordinate at `place` of the line through points, beyond them the end's."""
+    right = bisect_left(points, place, key=itemgetter(0))
+    if right == 0:
         return points[0][1]
-    right = next((i for i, point in enumerate(points) if point[0] >= place), len(points) - 1)
-    right = max(1, right)
+    if right == len(points):
+        return points[-1][1]
     (x0, y0), (x1, y1) = points[right - 1], points[right]
-    if x1 == x0:
-        return y1
     return y0 + (y1 - y0) * (place - x0) / (x1 - x0)

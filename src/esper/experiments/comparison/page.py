@@ -111,8 +111,8 @@ def _arms(comparison: Comparison, summaries: Sequence[ArmSummary]) -> str:
             ""
             if summary.difference is None
             else two_lines(spread(summary.difference, signed=True), " ±"),
-            two_lines(reached(summary.flops_to_static), " ("),
-            two_lines(reached(summary.seconds_to_static), " ("),
+            two_lines(reached(summary, summary.flops_to_static), " ("),
+            two_lines(reached(summary, summary.seconds_to_static), " ("),
         )
         for summary in summaries
     ]

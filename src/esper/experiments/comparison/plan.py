@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 
 from esper.experiments.comparison.config import CompareConfig
-from esper.experiments.comparison.curves import REACH, losses_at
-from esper.experiments.comparison.intervals import mean_interval
+from esper.experiments.comparison.curves import losses_at
+from esper.experiments.comparison.intervals import REACH, mean_interval
 from esper.experiments.comparison.runs import RunRequest, RunResult, Topology, structure
 from esper.experiments.comparison.search import best_rate, next_rate
 from esper.experiments.run import least_epochs

@@ -7,8 +7,9 @@ from enum import StrEnum
 from typing import TypeVar
 
 from esper.experiments.comparison.config import MIN_SEEDS_FOR_A_CLAIM
-from esper.experiments.comparison.curves import REACH, Runs, curve_of, losses_at
+from esper.experiments.comparison.curves import Runs, curve_of, losses_at
 from esper.experiments.comparison.intervals import (
+    REACH,
     Crossing,
     Curve,
     Interval,
@@ -26,7 +27,8 @@ Arm = TypeVar("Arm")
 class ArmSummary:
     """One arm at equal steps, and what it takes to reach the static network's loss.
 
-    Figures relative to the static network are None where nothing grew.
+    Figures relative to the static network are None where nothing grew; the share at which its loss
+    is reached also where the seeds' runs enclose no cost in common, or one of them diverged.
 
     Attributes:
         learning_rate: Chosen by validation loss.
@@ -277,7 +279,6 @@ def judge(comparison: Comparison) -> Verdict:
             return _undecided(too_few, alone)
         return Verdict(outcome=Outcome.DOES_NOT_PAY, reasons=[alone])
     to_static, equal = grown.flops_to_static, at_equal_flops(comparison)
-    assert to_static is not None
     host = comparison.at_equal_steps(HOST)
     to_host = _difference(
         comparison.at_equal_steps(GROWN), [run.test["loss"] for run in host.values()]
@@ -310,12 +311,12 @@ def _diverged(comparison: Comparison) -> list[str]:
     ]
 
 
-def conclude(to_host: Interval, to_static: Crossing, equal: EqualFlops) -> Outcome:
+def conclude(to_host: Interval, to_static: Crossing | None, equal: EqualFlops) -> Outcome:
     """Return what the figures of a finished comparison say.
 
     Args:
         to_host: The grown network's loss minus the host's in as many steps.
-        to_static: Where the grown network reaches the static network's loss.
+        to_static: Where the grown network reaches the static network's loss; None if not told.
         equal: Beside networks of the same compute.
     """
     same_steps, any_steps = equal.same_steps, equal.any_steps
@@ -340,29 +341,38 @@ def _undecided(*reasons: str) -> Verdict:
     return Verdict(outcome=Outcome.UNDECIDED, reasons=reasons)
 
 
-def _costs_less(found: Crossing) -> bool:
+def _costs_less(found: Crossing | None) -> bool:
     """Whether the loss is reached before the static network's cost, with confidence."""
-    return found.high is not None and found.high < 1.0
+    return found is not None and found.high is not None and found.high < 1.0
 
 
-def _costs_more(found: Crossing) -> bool:
+def _costs_more(found: Crossing | None) -> bool:
     """Whether the loss is reached only beyond the static network's cost, with confidence.
 
     A curve that is not told to be worse at its first cost may have come down anywhere before.
     """
+    if found is None:
+        return False
     if found.low is None:
         return found.last * REACH > 1.0
     return found.low > max(1.0, found.first)
 
 
-def _seems_to_cost_more(found: Crossing) -> bool:
+def _seems_to_cost_more(found: Crossing | None) -> bool:
     """Whether the mean reaches the loss beyond the static network's cost, if at all."""
+    if found is None:
+        return False
     if found.above:
         return found.last * REACH > 1.0
     return found.ratio is not None and found.ratio >= 1.0
 
 
-def _tell_cost(found: Crossing) -> str:
+def _tell_cost(found: Crossing | None) -> str:
+    if found is None:
+        return (
+            "at which share of the static network's FLOPs it reaches that one's loss is not told: "
+            "its runs on the random seeds have no cost in common"
+        )
     if found.above:
         told = f"it does not reach the static network's loss with {found.last:.2f} of its FLOPs"
     elif found.ratio is None:

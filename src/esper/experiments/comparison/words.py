@@ -13,10 +13,20 @@ def spread(interval: Interval, *, signed: bool = False) -> str:
     return mean if interval.half_width is None else f"{mean} ± {interval.half_width:.4f}"
 
 
-def reached(found: Crossing | None, *, bounds: bool = True) -> str:
-    """Return at which share of a cost a loss is reached, with the interval of that if wanted."""
-    if found is None:
+def reached(summary: ArmSummary, found: Crossing | None, *, bounds: bool = True) -> str:
+    """Return at which share of a cost an arm reaches the static network's loss.
+
+    Nothing for that network itself, and where there is none of the same random seeds.
+
+    Args:
+        summary: Of the arm.
+        found: That share of operations or seconds.
+        bounds: Whether its interval is told too.
+    """
+    if summary.difference is None:
         return ""
+    if found is None:
+        return "not told"
     if found.above:
         told = f"> {found.last:.2f}"
     elif found.ratio is None:
@@ -78,7 +88,7 @@ def _costs(summaries: Sequence[ArmSummary], *, as_shares: bool) -> str:
     told = f"FLOPs: {of_what}, growing arms with pruned seeds, probes and decisions"
     if any(shared):
         told += (
-            "; to match: the share of static's at which an arm reaches its loss, every point a run "
-            "to its end"
+            "; to match: the share of static's at which an arm reaches its loss, where every "
+            "seed's own runs enclose it, each a run to its end"
         )
     return told
