@@ -184,7 +184,7 @@ class Served:
             return None
         return next((service for service in status.services if service.name == name), None)
 
-    def wait_for(self, name: str, state: str) -> ServiceStatus:
+    def wait_for(self, name: str, state: str, seconds: float = WAIT_SECONDS) -> ServiceStatus:
         """Wait until a program is in a state."""
 
         def there() -> ServiceStatus | None:
@@ -193,7 +193,7 @@ class Served:
             return service if service is not None and service.state == state else None
 
         try:
-            found = wait_for(there)
+            found = wait_for(there, seconds)
         except AssertionError as error:
             raise AssertionError(self.output) from error
         assert found is not None

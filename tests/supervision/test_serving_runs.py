@@ -10,7 +10,14 @@ import pytest
 
 from esper.telemetry import RunReader
 from redis_server import NO_SERVER, PROGRAM
-from supervised import Served, command_line, free_port, processes_with, wait_for
+from supervised import (
+    WAIT_SECONDS,
+    Served,
+    command_line,
+    free_port,
+    processes_with,
+    wait_for,
+)
 
 pytestmark = [
     pytest.mark.redis,
@@ -44,7 +51,7 @@ ready = {port = TELEMETRY}
 name = "digits"
 task = "digits"
 folder = "runs/long"
-set = ["trainer.epochs=120", "checkpoint.min_seconds=0", "count_flops=false"]
+set = ["trainer.epochs=300", "checkpoint.min_seconds=0", "count_flops=false"]
 [[job]]
 name = "endless"
 task = "digits"
@@ -113,7 +120,7 @@ def test_jobs_train_are_shown_stopped_by_command_drained_and_go_on_after_a_resta
         )
         assert " resume " in command_line(back.pid)
         served.wait_for("endless", "stopped")
-        served.wait_for("digits", "finished")
+        served.wait_for("digits", "finished", 3 * WAIT_SECONDS)
         assert status_of(runs / "long") == "finished"
         wait_for(lambda: status_of(mirrors / (mirrored("long") or "")) == "finished")
         assert status_of(runs / "endless") == "stopped"
