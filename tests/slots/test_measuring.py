@@ -14,8 +14,8 @@ from torch.distributions import Normal
 import esper
 from esper import SeedStage, SlotConfig, SlotSet
 from esper.lifecycle.learning import Isolation
-from esper.slots import fused_losses
-from esper.slots.gradient_guard import zero_if_broken
+from esper.slots import fused_losses, gradient_guard
+from esper.slots.gradient_guard import GradientGuard, zero_if_broken
 from esper.slots.gradient_health import GradientHealth
 
 STAGES = [SeedStage.TRAINING, SeedStage.BLENDING, SeedStage.SHADOWING, SeedStage.PROBATIONARY]
@@ -556,14 +556,25 @@ def test_a_gradient_is_looked_at_on_a_cpu_as_it_is_on_a_gpu(
     }[others]
     gradient.view(-1)[1] = value
     was_finite = math.isfinite(value)
-    for look in (
-        zero_if_broken,
-        torch.compile(zero_if_broken, backend="eager", fullgraph=True),  # reads no value
-    ):
+    for look in (arrive_under_a_guard, zero_if_broken):
         looked_at, broken = gradient.clone(), torch.zeros((), dtype=torch.bool)
         look(looked_at, lambda broken=broken: broken)
         assert bool(broken) is not was_finite
         assert torch.equal(looked_at, gradient if was_finite else torch.zeros_like(gradient))
+
+
+def arrive_under_a_guard(gradient: Tensor, told: Callable[[], Tensor]) -> None:
+    """Let a gradient come to a guarded parameter, and become what is there then."""
+    holder = torch.nn.Module()
+    holder.weight = torch.nn.Parameter(torch.zeros_like(gradient))
+    GradientGuard(holder, told)
+    holder.weight.backward(gradient)
+    gradient.copy_(holder.weight.grad)
+
+
+def test_a_compiled_guard_reads_no_value() -> None:
+    known = torch.compile(gradient_guard._is_known_finite, backend="eager", fullgraph=True)
+    assert not known(torch.ones(3))
 
 
 def test_a_sparse_gradient_is_looked_at_too() -> None:

@@ -59,27 +59,23 @@ class GradientGuard:
             return
         if self.frozen:
             parameter.grad = None
-        elif self.sanitising:
-            self.may_be_broken |= zero_if_broken(gradient, self._broken)
+        elif self.sanitising and not _is_known_finite(gradient):
+            zero_if_broken(gradient, self._broken)
+            self.may_be_broken = True
 
 
-def zero_if_broken(gradient: Tensor, told: Callable[[], Tensor]) -> bool:
+def zero_if_broken(gradient: Tensor, told: Callable[[], Tensor]) -> None:
     """Make a gradient zero, in place, and tell it, if it has an inf or NaN; no synchronisation.
 
     Args:
         gradient: Dense or sparse; of a sharded one the part in this process is looked at.
         told: Returns the 0-dim bool tensor, on the gradient's device, that becomes true then.
-
-    Returns:
-        Whether that may be so. False for all that is finite where that can be read, on a CPU.
     """
-    if _is_known_finite(gradient):
-        return False
     values = local_part(gradient)
     if values.is_sparse:
         values = values._values()  # noqa: SLF001 – what may be written to, repeated indices too
     if values.numel() == 0:  # no part of it is here
-        return False
+        return
     if values.is_complex():  # numbers without an order
         broken = values.isfinite().all().logical_not()
     else:
@@ -88,7 +84,6 @@ def zero_if_broken(gradient: Tensor, told: Callable[[], Tensor]) -> bool:
         broken = torch.add(lowest * 0.0, highest, alpha=0.0).isnan()
     values.masked_fill_(broken, 0.0)
     told().logical_or_(broken)
-    return True
 
 
 def _is_known_finite(gradient: Tensor) -> bool:
@@ -98,7 +93,7 @@ def _is_known_finite(gradient: Tensor) -> bool:
     """
     if not gradient.is_cpu or type(gradient) is not Tensor or torch.compiler.is_compiling():
         return False
-    if gradient.is_sparse or gradient.is_complex() or gradient.numel() == 0:
+    if gradient.is_sparse or gradient.is_complex():
         return False
     # A sum is finite only if all of it is; one that overflows leaves it open.
     return math.isfinite(gradient.sum().item())
