@@ -25,11 +25,16 @@ the same network compiled whole is a second yardstick. A baked network is plain:
 its blocks, the seed's with the seed inside. With `--compile captured`, on a GPU, forward and
 backward are CUDA graphs on both sides, ours by a `CapturedStep`.
 
+With `--smallest-batch` next to nothing is left of the kernels, and what our side takes more is told
+in µs, with the lowest and the highest of the pairs: it is as much in a step of any length, where a
+ratio of steps hides it in what else the machine does.
+
 Without `--compile` the call of a dormant slot is timed alone too: an identity with a slot behind it
 against one without, many calls of each in turn.
 
     python benchmarks/slot_overhead.py [--host cnn decoder llama] [--stage dormant live …]
         [--steps 200] [--pairs 10] [--compile whole|regional|captured] [--device cpu]
+        [--smallest-batch]
 """
 
 import argparse
@@ -58,6 +63,7 @@ from speed_hosts import (
     PulledBehind,
     SpeedHost,
     hand_written,
+    with_smallest_batch,
 )
 
 BLOCK_STEPS = 20
@@ -313,6 +319,35 @@ def stage_table(
     return table
 
 
+def own_time_table(
+    host: SpeedHost, stages: Sequence[str], mode: str, *, steps: int, pairs: int
+) -> Table:
+    """Measure what our side takes more in a step without a batch worth the name."""
+    table = Table(box=None, header_style="dim")
+    table.add_column("stage")
+    for column in ("slot µs", "by hand µs", "more", "lowest – highest"):
+        table.add_column(column, justify="right")
+    for name in stages:
+        ours, theirs, *_ = measure(host, STAGES[name], mode, steps=steps, pairs=pairs)
+        of_pairs = [
+            [
+                1e6 * statistics.median(times[pair * steps // pairs :][: steps // pairs])
+                for times in (ours, theirs)
+            ]
+            for pair in range(pairs)
+        ]
+        more = [slot - plain for slot, plain in of_pairs]
+        slot, plain = (statistics.median(side) for side in zip(*of_pairs, strict=True))
+        table.add_row(
+            name,
+            f"{slot:.0f}",
+            f"{plain:.0f}",
+            f"{statistics.median(more):.0f}",
+            f"{min(more):.0f} – {max(more):.0f}",
+        )
+    return table
+
+
 def dormant_call() -> str:
     """Return what a dormant slot adds to the call of a module that does nothing."""
     features = torch.zeros(2, 4)
@@ -345,6 +380,7 @@ def main() -> None:
     )
     parser.add_argument("--pairs", type=int, help="default: one per block; 2 where compiled")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--smallest-batch", action="store_true")
     options = parser.parse_args()
     pairs = options.pairs
     if pairs is None:
@@ -365,8 +401,11 @@ def main() -> None:
         torch.manual_seed(0)
         host = HOSTS[name](options.device)
         console.print(f"\n{name}, {host.blueprint} behind {host.target}")
-        table = stage_table(host, options.stage, options.mode, steps=options.steps, pairs=pairs)
-        console.print(table)
+        if options.smallest_batch:
+            host, tell = with_smallest_batch(host), own_time_table
+        else:
+            tell = stage_table
+        console.print(tell(host, options.stage, options.mode, steps=options.steps, pairs=pairs))
     if options.mode == "eager":
         console.print(f"\n{dormant_call()}")
 
