@@ -176,12 +176,13 @@ def test_seeds_behind_a_module_that_tells_how_it_is_copied_are_copied_too(
 def test_a_baked_model_has_nothing_of_what_carried_the_grown_ones_growth(grown: Any):
     """A framework's callback lets checkpoints carry it, and wrappers leave the seeds out."""
     model, slots = grown(Host(), {"layers.1": ["mlp"]})
-    own = "layers.0.linear.bias"
-    model._ddp_params_and_buffers_to_ignore = [own]
+    model._ddp_params_and_buffers_to_ignore = {"layers.0.linear.bias", "layers.1.linear.bias"}
     CarriedState(model, state=lambda: {"grown": 1}, load=lambda _: None)
     slots.keep_out_of_wrappers()
     plain = esper.bake(model)
-    assert plain._ddp_params_and_buffers_to_ignore == [own]
+    own = {"layers.0.linear.bias", "layers.1.module.linear.bias"}
+    assert plain._ddp_params_and_buffers_to_ignore == own
+    assert own < {name for name, _ in plain.named_parameters()}
     assert "esper_growth" in model.state_dict()
     pickle.dumps(plain)
     grown_model = weakref.ref(model)
@@ -414,6 +415,20 @@ def test_losses_that_a_host_has_collected_are_no_bar_to_baking(grown: Any, kept:
     assert torch.equal(loss, expected.mean())
     assert loss.grad_fn is None
     assert torch.equal(plain(INPUTS), expected)
+
+
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph")
+def test_an_input_that_a_host_keeps_is_no_bar_to_baking_with_a_graph_on_it(grown: Any):
+    model, _ = grown(Keeping(nn.Linear(8, 8), []), {"inner": ["lora"]})
+    model.input = INPUTS.clone().requires_grad_()
+    model.input.output = model(model.input)
+    model.input.output.square().sum().backward(create_graph=True)
+    kept = esper.bake(model).input
+    assert torch.equal(kept, model.input)
+    assert torch.equal(kept.grad, model.input.grad)
+    assert torch.equal(kept.output, model.input.output)
+    assert kept.requires_grad
+    assert kept.grad.grad_fn is kept.output.grad_fn is None
 
 
 class Norm(nn.GroupNorm):

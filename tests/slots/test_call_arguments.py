@@ -209,6 +209,31 @@ def test_a_copied_block_that_changes_a_mask_in_place_is_not_built():
     assert torch.equal(slot.example_call.kwargs["mask"], given)
 
 
+@pytest.mark.parametrize("kind", [list, dict])
+@pytest.mark.parametrize("isolation", list(Isolation))
+def test_a_copied_block_may_fill_what_it_is_given_to_fill(kind: type, isolation: Isolation):
+    class Noting(Layer):
+        def forward(self, tokens: Tensor, memory: Tensor, *, mask: Tensor, cache: Any) -> Tensor:
+            output = super().forward(tokens, memory, mask=mask)
+            if isinstance(cache, list):
+                cache.append(output.mean())
+            else:
+                cache["last"] = output
+            return output
+
+    class NotingHost(Host):
+        def forward(self, tokens: Tensor) -> Tensor:
+            return self.head(self.layer(tokens, self.memory, mask=tokens[..., :1], cache=kind()))
+
+    host = NotingHost()
+    host.layer = Noting()
+    slot = esper.attach(host, "layer", example=INPUTS, config=SlotConfig(isolation=isolation))
+    slot["layer"].germinate("block", source="own")
+    advance_to(slot["layer"], SeedStage.PROBATIONARY)
+    host(INPUTS).sum().backward()
+    assert not slot["layer"].failed
+
+
 @dataclass(frozen=True)
 class Condition:
     """What a host may hand to its blocks as one."""

@@ -39,9 +39,8 @@ def test_a_block_whose_weight_a_hook_computes_is_not_copied(kind: str, trained: 
         model(inputs).sum().backward()
     with pytest.raises(
         ValueError,
-        match=r"source='1': '1\.0' \(Linear\) has a forward pre-hook that may compute its "
-        r"'weight', .* a copy would .*torch\.nn\.utils\.prune\.remove.*"
-        r"torch\.nn\.utils\.parametrizations",
+        match=r"source='1': '1\.0' \(Linear\) has a forward pre-hook, .* keeps 'weight', .* a copy "
+        r"would .*torch\.nn\.utils\.prune\.remove.*torch\.nn\.utils\.parametrizations",
     ):
         slot.germinate("block", source="own")
     slot.germinate("mlp")
@@ -108,3 +107,16 @@ def test_a_block_that_remembers_what_it_computed_is_copied_and_built_again() -> 
         slot.advance(force=True)
     model(inputs).sum().backward()  # the committed copy keeps something now, too
     slot.foreseen("mlp")
+
+
+def test_a_hook_beside_what_a_block_remembers_may_be_removed_until_it_is_copied() -> None:
+    model, inputs = nn.Sequential(nn.Linear(3, WIDTH), Remembers()), torch.randn(4, 3)
+    (slot,) = esper.attach(model, "1", example=inputs).values()
+    timer = model[1].register_forward_pre_hook(lambda _module, args: None)
+    model(inputs)
+    with pytest.raises(
+        ValueError, match=r"'seen', .* If the module's own forward does, remove the hook"
+    ):
+        slot.germinate("block", source="own")
+    timer.remove()
+    slot.germinate("block", source="own")

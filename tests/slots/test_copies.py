@@ -12,6 +12,7 @@ from esper import SeedStage, SlotConfig, SlotSet
 from esper.lifecycle.learning import Isolation
 from esper.slots import SeedSlot, find_slots
 from esper.training.carried_state import CarriedState
+from esper.training.state_tree import tree_from_tensor
 
 STAGES = [
     SeedStage.DORMANT,
@@ -126,8 +127,11 @@ def test_what_carries_a_copys_growth_leaves_the_originals_alone(hosts: Any) -> N
     model = hosts["mlp"].build()
     CarriedState(model, state=lambda: {"of": "original"}, load=lambda _: None)
     twin = copy.deepcopy(model)
+    assert "esper_growth" not in twin.state_dict()
     CarriedState(twin, state=lambda: {"of": "twin"}, load=lambda _: None)
-    assert "esper_growth" in model.state_dict()
+    for module, name in ((model, "original"), (twin, "twin")):
+        assert tree_from_tensor(module.state_dict()["esper_growth"])["growth"] == {"of": name}
+        assert len(module._state_dict_hooks) == 1
 
 
 def test_a_detached_slot_says_that_it_cannot_grow(hosts: Any) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -125,6 +126,37 @@ def test_attach_and_detach_leave_no_trace(host: Any, fingerprint: Any) -> None:
     assert fingerprint(model) == before
     assert "esper_growth" not in model.state_dict()
     assert "_ddp_params_and_buffers_to_ignore" not in vars(model)
+
+
+@pytest.mark.parametrize("attached", ["net", ""], ids=["to the part", "to the whole"])
+def test_detaching_a_part_leaves_no_trace_on_what_is_around_it(attached: str) -> None:
+    """A framework's callback hooks the whole, which it trains, and may be all that has slots."""
+    whole = nn.Sequential(OrderedDict(net=nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))))
+    keys = list(whole.state_dict())
+    model = whole.get_submodule(attached)
+    slots = esper.attach(model, "*" if attached else "net.*", example=torch.ones(2, 4))
+    CarriedState(whole, state=lambda: {"grown": 1}, load=lambda _: None)
+    next(iter(slots.values())).germinate("mlp")
+    slots.keep_out_of_wrappers(whole)
+    esper.detach(whole.net[0])
+    assert "esper_growth" in whole.state_dict(), "the other slot may grow on"
+    esper.detach(whole.net)
+    assert list(whole.state_dict()) == keys
+    assert "_ddp_params_and_buffers_to_ignore" not in vars(whole)
+
+
+@pytest.mark.parametrize("own", [[], {"bias"}, ("bias",)])
+@pytest.mark.parametrize("blueprint", [None, "mlp"])
+def test_what_a_user_lets_wrappers_leave_out_stays_as_it_is(own: Any, blueprint: Any) -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    model._ddp_params_and_buffers_to_ignore = own
+    slots = esper.attach(model, "0", example=torch.ones(2, 4))
+    if blueprint:
+        slots["0"].germinate(blueprint)
+    slots.keep_out_of_wrappers()
+    esper.detach(model)
+    if own or not blueprint:  # else none is the same
+        assert model._ddp_params_and_buffers_to_ignore == own
 
 
 class Changing(nn.Linear):

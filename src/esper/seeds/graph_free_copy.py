@@ -30,6 +30,21 @@ class _CopiesComputed(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if func is Tensor.__deepcopy__ and not args[0].is_leaf:
-            return args[0].detach().clone()
-        return func(*args, **(kwargs or {}))
+        if func is not Tensor.__deepcopy__ or not _holds_graph(args[0]):
+            return func(*args, **(kwargs or {}))
+        tensor, memo = args
+        copied = memo[id(tensor)] = tensor.detach().clone()
+        if tensor.is_leaf:
+            copied.requires_grad_(tensor.requires_grad)
+            copied.grad = None if tensor.grad is None else tensor.grad.detach().clone()
+            with self:  # which is off in here
+                vars(copied).update(copy.deepcopy(vars(tensor), memo))
+        return copied
+
+
+def _holds_graph(tensor: Tensor) -> bool:
+    """Return whether a tensor, its gradient or one of its attributes is in a graph."""
+    if not tensor.is_leaf:
+        return True
+    held = (tensor.grad, *vars(tensor).values())
+    return any(isinstance(one, Tensor) and not one.is_leaf for one in held)

@@ -114,13 +114,16 @@ def detach(model: nn.Module) -> None:
     for slot in slots:
         if slot.owner is not None and slot.stage in LIVING_STAGES:
             slot.prune(reason="detached")
-    for slot in slots:  # afterwards, so that the optimizer has let go of every seed
-        if isinstance(slot.owner, SlotSet):
-            slot.owner.unbind()
+    owners = [slot.owner for slot in slots if isinstance(slot.owner, SlotSet)]
+    for owner in owners:  # afterwards, so that the optimizer has let go of every seed
+        owner.unbind()
+    for slot in slots:
         slot.release()
     remove_slots(model)
     give_forwards_back(model)
-    leave_no_hooks(model)
+    for whole in {model, *(module for owner in owners for module in owner.wrapped)}:
+        if not find_slots(whole):
+            leave_no_hooks(whole)
 
 
 def leave_no_hooks(model: nn.Module) -> None:

@@ -12,6 +12,7 @@ from esper.slots.branch import SeedBranch
 from esper.slots.forwards import give_forwards_back
 from esper.slots.grown_module import GrownModule
 from esper.slots.placement import remove_slots, slot_behind, take_later_hooks
+from esper.slots.replication import rename_left_out
 
 
 def bake(model: nn.Module, *, fold: bool = False) -> nn.Module:
@@ -75,6 +76,7 @@ def bake(model: nn.Module, *, fold: bool = False) -> nn.Module:
         if branches:
             parent = plain.get_submodule(parent_path)
             parent.add_module(name, whole)
+            rename_left_out(plain, path, inner="module")
             if isinstance(parent, nn.TransformerEncoderLayer):
                 # Its fast path would compute by its children's weights, and skip dropout and
                 # activation with what has grown behind them: a slot's hook has kept it off.

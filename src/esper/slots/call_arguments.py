@@ -1,6 +1,6 @@
 """What the host gave to the module in front of a slot, beyond the features."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -57,9 +57,13 @@ class CallArguments(NamedTuple):
         """Return the same with a copy of every tensor."""
         return CallArguments(*map_tensors(Tensor.clone, (self.args, self.kwargs)))
 
-    def differs_from(self, other: "CallArguments") -> bool:
-        """Return whether a dense tensor has other values than in the same call. Waits for it."""
-        pairs = zip(tensors_in(self), tensors_in(other), strict=True)
+    def differs_from(self, others: Sequence[Tensor]) -> bool:
+        """Return whether a dense tensor has other values than its copy. Waits for it.
+
+        Args:
+            others: Of all tensors, in their order; what holds them may have been filled since.
+        """
+        pairs = zip(tensors_in(self), others, strict=True)
         return not all(
             bool(torch.isclose(own, its, rtol=0.0, atol=0.0, equal_nan=True).all())
             for own, its in pairs

@@ -22,6 +22,7 @@ from esper.slots.gradient_guard import zero_if_broken
 from esper.slots.gradient_health import gradient_norm
 from esper.slots.measurements import SeedMeasurements
 from esper.slots.modes import forked_random_state, seed_random_state
+from esper.slots.nested import tensors_in
 
 SOURCE_OPTION = "source"
 """The option for which a slot passes a copy of the host's module that it names."""
@@ -239,6 +240,7 @@ def sprout(
         _move(branch, order)
         given = order.call.to(order.device, order.dtype)
         call = given.copied()
+        handed = tensors_in(call)
         features = order.random_features()
         untouched = features.clone()
         before = _random_state(order.device)
@@ -250,7 +252,7 @@ def sprout(
                 f"blueprint {order.blueprint!r} changes its input in place, which is the host's; "
                 "compute out of place"
             )
-        if call.differs_from(given):
+        if given.differs_from(handed):
             raise ValueError(
                 f"blueprint {order.blueprint!r} changes in place what it is called with besides "
                 "its input, as a mask, which is the host's; compute out of place"
@@ -261,7 +263,7 @@ def sprout(
             torch.cuda.synchronize(order.device)
         prewarm_ms = 1e3 * (time.perf_counter() - started)
         draws = not torch.equal(before, _random_state(order.device))
-        measurements = _measure(branch, features, call, increment.detach(), prewarm_ms)
+        measurements = _measure(branch, features, given, increment.detach(), prewarm_ms)
     branch.zero_grad(set_to_none=True)
     return Sprout(branch=branch, measurements=measurements, draws_random_numbers=draws)
 

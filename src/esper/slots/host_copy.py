@@ -17,7 +17,7 @@ def copy_of_host_module(model: nn.Module, name: object) -> nn.Module:
 
     Raises:
         ValueError: The name is no string, or the host has no such module; the nearest ones are
-            listed. Or a hook computes weights of the module, which a copy would lack.
+            listed. Or a hook may compute weights of the module, which a copy would lack.
     """
     if not isinstance(name, str):
         raise ValueError(  # noqa: TRY004 – as for any other value that names no module
@@ -41,16 +41,20 @@ def copy_of_host_module(model: nn.Module, name: object) -> nn.Module:
 
 
 def _refuse_computed_weights(name: str, module: nn.Module) -> None:
-    """Refuse what hooks compute before each forward: tensors that are not parameters or buffers."""
+    """Refuse what hooks may compute before each forward: tensors, no parameters and no buffers.
+
+    Whether a hook or the module's own forward has computed them cannot be told from outside.
+    """
     for path, part in module.named_modules(prefix=name):
         if SLOT_NAME in path or not part._forward_pre_hooks:  # noqa: SLF001 – no public list
             continue
         computed = [key for key, value in vars(part).items() if isinstance(value, Tensor)]
         if computed:
             raise ValueError(
-                f"source={name!r}: {path!r} ({type(part).__name__}) has a forward pre-hook that "
-                f"may compute its {', '.join(map(repr, computed))}, no parameter and no buffer, "
-                "and a copy would keep it as it is now. Make it permanent, as "
-                "torch.nn.utils.prune.remove, remove_weight_norm and remove_spectral_norm do, or "
-                "use torch.nn.utils.parametrizations, which are copied"
+                f"source={name!r}: {path!r} ({type(part).__name__}) has a forward pre-hook, which "
+                f"no copy gets, and keeps {', '.join(map(repr, computed))}, no parameter and no "
+                "buffer. If the hook computes it, a copy would keep it as it is now: make it "
+                "permanent, as torch.nn.utils.prune.remove, remove_weight_norm and "
+                "remove_spectral_norm do, or use torch.nn.utils.parametrizations, which are "
+                "copied. If the module's own forward does, remove the hook until the seed is there"
             )

@@ -4,6 +4,7 @@ from __future__ import annotations  # so that help() says Event, and not all its
 
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any
+from weakref import WeakSet
 
 from torch import nn
 
@@ -36,6 +37,8 @@ class OwnedSlots(Mapping[str, SeedSlot]):
         self.binding: OptimizerBinding | None = None
         self.replication: Replication | None = None
         """The processes that train copies of the model; None where there is one."""
+        self.wrapped: WeakSet[nn.Module] = WeakSet()
+        """What wrappers may take, the model or modules around it, whose state callbacks hook."""
         self._shard: Callable[[nn.Module], Any] | None = None
         self._slots: dict[str, SeedSlot] = {}
         self._breakers: dict[str, CircuitBreaker] = {}

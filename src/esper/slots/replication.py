@@ -329,16 +329,39 @@ def keep_out_of_wrappers(model: nn.Module, seeds: Iterable[nn.Module]) -> None:
         if id(part) in inside
         for name, _ in (*part.named_parameters(recurse=False), *part.named_buffers(recurse=False))
     ]
-    names = [*getattr(model, _LEFT_OUT, ()), *grown]
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(  # noqa: SLF001
-        model, list(dict.fromkeys(names))
-    )
+    if grown:
+        known = getattr(model, _LEFT_OUT, [])
+        names = type(known)(dict.fromkeys((*known, *grown)))
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(  # noqa: SLF001
+            model, names
+        )
 
 
 def let_wrappers_in(module: nn.Module) -> None:
     """Forget which parts of slots a wrapper leaves out, in a module that has no slots any more."""
-    if _LEFT_OUT in vars(module):
-        names = [n for n in vars(module)[_LEFT_OUT] if SLOT_NAME not in n.split(".")]
-        delattr(module, _LEFT_OUT)
-        if names:  # the user's own
-            setattr(module, _LEFT_OUT, names)
+    names = vars(module).get(_LEFT_OUT, [])
+    own = [name for name in names if SLOT_NAME not in name.split(".")]
+    if len(own) == len(names):
+        return
+    delattr(module, _LEFT_OUT)
+    if own:  # the user's
+        setattr(module, _LEFT_OUT, type(names)(own))
+
+
+def rename_left_out(model: nn.Module, path: str, inner: str) -> None:
+    """Let the names of what a wrapper leaves out follow a module that was put into another one.
+
+    Args:
+        model: That will be wrapped.
+        path: Of the outer one, which the module had.
+        inner: Name of the module in it.
+    """
+    names = vars(model).get(_LEFT_OUT, [])
+    if names:
+        renamed = (
+            f"{path}.{inner}.{name.removeprefix(f'{path}.')}"
+            if name.startswith(f"{path}.")
+            else name
+            for name in names
+        )
+        setattr(model, _LEFT_OUT, type(names)(renamed))

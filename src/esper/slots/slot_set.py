@@ -100,12 +100,12 @@ class SlotSet(OwnedSlots):
         Args:
             model: That will be wrapped, if another module contains the slots' model.
 
-        Effects: sets the attribute that DistributedDataParallel asks the model for.
+        Effects: sets the attribute that DistributedDataParallel asks the model for, until the slots
+        are detached.
         """
-        keep_out_of_wrappers(
-            self.model if model is None else model,
-            [slot.branches for slot in self._slots.values()],
-        )
+        whole = self.model if model is None else model
+        self.wrapped.add(whole)
+        keep_out_of_wrappers(whole, [slot.branches for slot in self._slots.values()])
 
     def replicate_sharded(
         self, shard: Callable[[nn.Module], Any], group: dist.ProcessGroup | None = None
