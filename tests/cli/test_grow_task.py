@@ -21,13 +21,13 @@ from esper.tasks.collection.source import open_source
 from esper.tasks.digits.data import load_splits
 from esper.telemetry import RunReader
 
-LACKS_ITS_TARGETS = """
+LACKS_SOMETHING = """
 from dataclasses import replace
 from esper.tasks.digits import DIGITS
 
 
 def build(random_seed):
-    return replace(DIGITS.build(random_seed), targets=["stage9"])
+    return replace(DIGITS.build(random_seed), {})
 
 
 TASK = replace(DIGITS, build=build)
@@ -176,14 +176,21 @@ def test_wrong_task_is_named_and_leaves_no_folder(arguments: tuple[str, ...], me
     assert list(Path().iterdir()) == []
 
 
-def test_targets_that_the_host_lacks_are_named_and_leave_no_folder(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(
+    ("name", "built", "message"),
+    [
+        ("targets", "targets=['stage9']", "has no module 'stage9'; did you mean "),
+        ("batches", "batches=[]", "task 'python:lacks_batches:TASK' has no batches to train on"),
+    ],
+)
+def test_what_a_task_lacks_is_named_and_leaves_no_folder(
+    name: str, built: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "path", list(sys.path))
-    file = Path("task_without_its_targets.py")
-    file.write_text(LACKS_ITS_TARGETS, encoding="utf-8")
+    file = Path(f"lacks_{name}.py")
+    file.write_text(LACKS_SOMETHING.format(built), encoding="utf-8")
     output = grow(f"python:{file.stem}:TASK", *SHORT, fails=True).output
-    assert "has no module 'stage9'; did you mean " in output
+    assert message in output
     assert not Path("runs").exists()
 
 

@@ -50,12 +50,12 @@ def test_what_a_run_says_is_shown_as_it_is(tmp_path: Path, columns: int) -> None
         assert f"{word} {MARKUP}" in told
 
 
-def test_a_run_on_a_bus_is_told_by_what_it_is_called_there(tmp_path: Path) -> None:
-    config = {**CONFIG, "bus": {"commands": "unix:/tmp/sock"}}
-    store = RunStore(tmp_path / "run", config=config, environment={})
-    store.close()
-    shown = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["inspect", str(tmp_path / "run")])
-    assert f"on a bus as {store.run_id}" in shown.output
+def test_a_run_on_a_bus_is_told_by_what_it_is_called_there_and_no_other(tmp_path: Path) -> None:
+    for name, bus in (("on", {"commands": "unix:/tmp/sock"}), ("off", {"commands": None})):
+        store = RunStore(tmp_path / name, config={**CONFIG, "bus": bus}, environment={})
+        store.close()
+        shown = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["inspect", str(tmp_path / name)])
+        assert (f"on a bus as {store.run_id}" in shown.output) == (name == "on")
 
 
 def test_what_a_run_in_somebodys_own_loop_did_not_tell_is_left_out(tmp_path: Path) -> None:

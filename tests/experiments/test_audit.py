@@ -1,14 +1,16 @@
 """The twin of a run: the same run until something germinates, then as many operations without."""
 
-from collections.abc import Mapping
-from itertools import islice
+import math
+from collections.abc import Container, Mapping
+from dataclasses import replace
+from itertools import count, islice
 
 import pytest
 import torch
 from torch import Tensor
 
 from drawing_task import ADDRESS
-from esper.experiments import GrowingRun, RunConfig, load_run_config, prepare
+from esper.experiments import GrowingRun, RunConfig, build_setup, load_run_config, prepare
 from esper.experiments.audit import ForkPoint, Twin, prepare_twin
 from esper.lifecycle.events import EventRecord, SeedGerminated, TwinFinished
 
@@ -59,8 +61,15 @@ def state_of(run: GrowingRun) -> dict[str, Tensor]:
     return {**kept, **moments}
 
 
-def twin_of(settings: RunConfig, watch: Watch) -> tuple[GrowingRun, ForkPoint, Twin]:
-    run = prepare(settings, sinks=[watch])
+def twin_of(
+    settings: RunConfig, watch: Watch, bad_losses: Container[int] = ()
+) -> tuple[GrowingRun, ForkPoint, Twin]:
+    setup, numbers = build_setup(settings), count(1)
+
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        return setup.loss(output, target) * (math.nan if next(numbers) in bad_losses else 1)
+
+    run = prepare(settings, sinks=[watch], setup=replace(setup, loss=loss))
     watch.run = run
     fork = ForkPoint(run.growth)
     *_, last = run.reports
@@ -98,6 +107,24 @@ def test_a_twin_has_as_many_operations_and_ends_its_learning_rate_with_them() ->
     assert binding is not None
     assert binding.optimizer.param_groups[0]["lr"] == pytest.approx(0.0, abs=1e-9)
     assert twin.run.growth.step == EPOCH_STEPS * event.epochs
+
+
+@pytest.mark.parametrize(
+    ("bad_losses", "germinates_at", "steps"),
+    [
+        pytest.param({30, 31, 32}, 40, 120, id="to the same batches"),
+        pytest.param({30, 31, 32, 62, 63, 64}, 28, 88, id="then to others"),
+    ],
+)
+def test_a_twin_has_the_operations_of_a_run_that_went_back_before_anything_germinated(
+    bad_losses: set[int], germinates_at: int, steps: int
+) -> None:
+    run, fork, twin = twin_of(config(), Watch(), bad_losses)
+    assert (fork.step, run.growth.step) == (germinates_at, steps)
+    *_, last = twin.run.reports
+    half_an_epoch = 0.5 / twin.config.trainer.epochs
+    assert last.cost.training.flops == pytest.approx(twin.grown_flops, rel=1.01 * half_an_epoch)
+    assert twin.shared_steps == germinates_at
 
 
 @pytest.mark.parametrize(

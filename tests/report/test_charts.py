@@ -183,6 +183,28 @@ def test_references_stand_beside_the_run(run_reader: RunReader, story: RunStory)
     assert drawn["grown, test"]["error_y"]["array"] == [0.1]
 
 
+def test_losses_of_a_run_that_went_back_stand_at_what_was_spent_by_then() -> None:
+    measured: list[tuple[int, dict[str, float]]] = [
+        (10, {"loss": 4.0, "flops": 1e6}),
+        (10, {"loss": 5.0, "flops": 2e6}),
+        (15, {"loss": 3.0}),
+        (20, {"flops": 3e6, "loss": 2.0}),
+        (30, {"loss": math.nan, "flops": 4e6}),
+    ]
+    rows = [
+        MetricRow(id=0, epoch=0, step=step, name=name, value=value)
+        for step, values in measured
+        for name, value in values.items()
+    ]
+    charts = {chart.key: chart for chart in run_charts(RunStory(), rows)}
+    drawn = traces(charts["flops"])["held out, darker later"]
+    assert list(zip(drawn["x"], drawn["y"], drawn["customdata"], strict=True)) == [
+        (1e6, 4.0, 10),
+        (2e6, 5.0, 10),
+        (3e6, 2.0, 20),
+    ]
+
+
 def test_figures_are_plain_json_without_numbers_that_are_none(charts: dict[str, Chart]) -> None:
     for chart in charts.values():
         json.dumps(chart.as_json(), allow_nan=False)

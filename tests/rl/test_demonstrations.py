@@ -1,7 +1,9 @@
 """Imitating another policy: what it did is what is shown, and becomes what is done."""
 
+import math
 import signal
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -230,7 +232,7 @@ def _values(policy: MaskedRecurrentPolicy, episode: Demonstration) -> np.ndarray
     return values.flatten().numpy()
 
 
-def test_an_episode_that_ended_early_or_went_back_is_no_example() -> None:
+def test_an_episode_that_ended_early_or_badly_or_went_back_is_no_example() -> None:
     env = GrowthEnv(TinyRuns(epochs=EPOCHS))
     (whole,) = shown_by_heuristic(env)
     short = Demonstration(
@@ -238,17 +240,23 @@ def test_an_episode_that_ended_early_or_went_back_is_no_example() -> None:
         actions=np.zeros_like(whole.actions[:3]),
         rewards=np.full(3, -10.0, dtype=np.float32),
         num_planned=EPOCHS,
+        diverged=True,
     )
     went_back = GrowthEnv(TinyRuns(epochs=EPOCHS, bad_losses=range(9, 12)))
     (long,) = shown_by_heuristic(went_back)
-    assert (whole.is_whole, short.is_whole, long.is_whole) == (True, False, False)
+    diverging = GrowthEnv(
+        lambda seed: replace(TinyRuns(epochs=EPOCHS)(seed), final=lambda: math.nan)
+    )
+    (bad,) = shown_by_heuristic(diverging)
+    assert len(bad.actions) == EPOCHS, "it has diverged after its last decision"
+    assert [one.is_whole for one in (whole, short, long, bad)] == [True, False, False, False]
     config = DemonstrationConfig(passes=2)
     found = [
         list(imitate(learner(env), shown, config, gamma=GAMMA))
-        for shown in ([whole], [short, whole], [whole, long])
+        for shown in ([whole], [short, whole], [whole, long, bad])
     ]
     assert found[0] == found[1] == found[2]
-    why = "none of its 2 runs had the 12 decisions that were planned, but 3, 14: they diverged"
+    why = "of its 2 runs came to its end with the 12 decisions that were planned, they had 3, 14: "
     with pytest.raises(NotImitableError, match=why):
         next(imitate(learner(env), [long, short], config, gamma=GAMMA))
 

@@ -293,6 +293,16 @@ def test_compute_rent_counts_what_steps_cost_beside_the_hosts() -> None:
         GrowthEnv(RUNS, rewards=config).reset(seed=0)
 
 
+@pytest.mark.parametrize("bad_losses", [range(2, 5), range(9, 12), range(18, 21)])
+def test_a_host_pays_no_compute_rent_wherever_its_run_goes_back(bad_losses: range) -> None:
+    run = TinyRuns(count_flops=True, bad_losses=bad_losses)(0)
+    episode = GrowthEpisode(run, RewardConfig(compute_rent=1.0))
+    rents = []
+    while not episode.over:
+        rents.append(episode.play([]).compute_rent)
+    assert rents == [0.0] * len(rents)
+
+
 def test_seeds_that_live_at_the_end_are_left_out_of_the_final_loss() -> None:
     def final(actions: list[Action]) -> float:
         env = GrowthEnv(RUNS)

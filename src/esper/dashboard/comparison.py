@@ -10,6 +10,7 @@ from esper.dashboard.seed_story import seed_story
 from esper.dashboard.watched_run import RunRow
 from esper.report.chart import Chart, layout_of, line_of, log_axis
 from esper.report.charts import quality_names
+from esper.report.cost_charts import losses_over_flops
 from esper.report.story import RunStory
 from esper.report.training_story import RETURN, TrainingStory, running_means
 from esper.telemetry.run_reader import MetricRow, RunReader
@@ -154,7 +155,10 @@ def _charts(runs: Sequence[ComparedRun], metrics: Sequence[Sequence[MetricRow]])
         for run, values in zip(runs, metrics, strict=True)
     ]
     yield _overlaid("loss", "Held-out loss", runs, losses, y="loss")
-    spent = [_over_flops(values, points) for values, points in zip(metrics, losses, strict=True)]
+    spent = [
+        [] if run.row.kind == "training" else [point[:2] for point in losses_over_flops(values)]
+        for run, values in zip(runs, metrics, strict=True)
+    ]
     if any(spent):
         yield _overlaid(
             "flops",
@@ -189,11 +193,6 @@ def _points(values: Sequence[MetricRow], name: str) -> Points:
         for value in values
         if value.name == name and math.isfinite(value.value)
     ]
-
-
-def _over_flops(values: Sequence[MetricRow], losses: Points) -> Points:
-    spent = dict(_points(values, "flops"))
-    return [(spent[step], loss) for step, loss in losses if step in spent]
 
 
 def _overlaid(

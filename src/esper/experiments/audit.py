@@ -7,7 +7,7 @@ from itertools import takewhile
 from esper.experiments.config import RunConfig
 from esper.experiments.parts import learning_rate_factor
 from esper.experiments.run import GrowingRun, prepare
-from esper.lifecycle.events import EventRecord, SeedGerminated, TwinFinished
+from esper.lifecycle.events import EventRecord, RunWentBack, SeedGerminated, TwinFinished
 from esper.policies.named import NEVER
 from esper.training.growth import Growth
 from esper.training.run_cost import RunCost
@@ -28,17 +28,24 @@ class ForkPoint:
             raise ValueError("a twin gets as many operations as the run; set count_flops=true")
         self.step: int | None = None
         """None while nothing has germinated."""
+        self.steps_made = 0
+        """Up to there, those included that the run has gone back behind."""
         self.flops = 0
-        """Of the steps up to there, all of them the host's alone."""
+        """Of these steps, all of them the host's alone."""
         self._growth = growth
         growth.sinks.append(self)
 
     def publish(self, record: EventRecord) -> None:
         """Note the first germination."""
-        if self.step is None and isinstance(record.event, SeedGerminated):
+        if self.step is not None:
+            return
+        if isinstance(record.event, RunWentBack):
+            self.steps_made += record.event.from_step - record.event.to_step
+        elif isinstance(record.event, SeedGerminated):
             flops = self._growth.meter.cost.training.flops
             assert flops is not None
             self.step, self.flops = record.step, flops
+            self.steps_made += record.step
 
     def measure(self, epoch: int, step: int, metrics: Mapping[str, float]) -> None:
         """Metrics say nothing of a germination."""
@@ -109,8 +116,8 @@ def prepare_twin(config: RunConfig, grown: GrowingRun, cost: RunCost, fork: Fork
         )
     spent = grown.spent(cost).flops
     assert spent is not None
-    steps = grown.growth.step
-    wanted_steps = spent * fork.step / fork.flops
+    steps = grown.total_steps  # of which some are missing where it went on with other batches
+    wanted_steps = spent * fork.steps_made / fork.flops
     epochs = max(1, round(config.trainer.epochs * wanted_steps / steps))
     twin = _never_growing(config, epochs)
     twin_steps = steps // config.trainer.epochs * epochs

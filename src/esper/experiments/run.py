@@ -20,7 +20,7 @@ from esper.slots.attach import attach
 from esper.slots.nested import to_device
 from esper.slots.slot_set import SlotSet
 from esper.tasks.named import named_task
-from esper.tasks.task import TaskSetup
+from esper.tasks.task import TaskDataError, TaskSetup
 from esper.telemetry.sink import Sink
 from esper.telemetry.tracker import Tracker
 from esper.training.checkpoints import FoundCheckpoint
@@ -98,7 +98,7 @@ def build_setup(config: RunConfig) -> TaskSetup:
 
     Raises:
         SettingsError: The device is none that torch can use here.
-        TaskDataError: The data cannot be read or used.
+        TaskDataError: The data cannot be read or used, or there are no batches to train on.
         ModuleNotFoundError: The task needs an extra that is not installed.
 
     Effects: seeds the process's random streams with the run's seed, as hosts and batches may draw
@@ -108,6 +108,11 @@ def build_setup(config: RunConfig) -> TaskSetup:
     task = named_task(config.task)
     seed_random_streams(config.random_seed)
     setup = task.build(config.random_seed)
+    if len(setup.batches) == 0:
+        raise TaskDataError(
+            f"task {config.task!r} has no batches to train on; what it builds must hold some in "
+            "TaskSetup.batches"
+        )
     setup.model.to(device)
     return replace(setup, example=to_device(setup.example, device))
 

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,6 @@ from esper.slots.counterfactual import call_model
 from esper.slots.germination import GerminationError
 from esper.slots.nested import to_device
 from esper.slots.slot_set import SlotSet
-from esper.tasks.task import TaskDataError
 from esper.training.flop_formulas import flop_counter
 from esper.training.precision import autocast
 
@@ -71,7 +70,6 @@ class Bench:
     Raises:
         SettingsError, TaskDataError, ModuleNotFoundError: As `esper.experiments.prepare`.
         SettingsError: There is no such slot, or the seed cannot grow in it.
-        TaskDataError: The task has no batches.
 
     Effects: those of `esper.experiments.prepare`.
     """
@@ -82,7 +80,7 @@ class Bench:
         self.config = config.model_copy(update={"policy": NEVER})
         self.setup = build_setup(config)
         self.device = torch.device(config.device)
-        self.inputs, self.targets = to_device(self._batch(), self.device)
+        self.inputs, self.targets = to_device(next(iter(self.setup.batches)), self.device)
         self._trained()  # is told here if the settings cannot be carried out
         slots = self._slotted()
         self.slot = next(iter(slots)) if slot is None else slot
@@ -138,14 +136,6 @@ class Bench:
         """Wait for the device."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-
-    def _batch(self) -> tuple[Any, Any]:
-        for batch in self.setup.batches:
-            return batch
-        raise TaskDataError(
-            f"task {self.config.task!r} has no batches to train on; what it builds must hold some "
-            "in TaskSetup.batches"
-        )
 
     def _networks(self) -> dict[str, "_Network"]:
         host, baked = "host alone", "host with the seed baked in"

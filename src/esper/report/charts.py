@@ -34,7 +34,7 @@ def run_charts(
         contribution_chart(story),
         gradient_chart(story),
         size_chart(story, series, references),
-        flops_chart(story, series, references),
+        flops_chart(story, metrics, references),
     ]
     return [lightened(chart) for chart in charts if chart is not None]
 

@@ -1,10 +1,12 @@
 """Quality against what it costs: parameters and operations."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from esper.report.chart import Chart, Series, Trace, layout_of, log_axis, si, thinned
 from esper.report.story import RunStory
+from esper.telemetry.run_reader import MetricRow
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,10 +50,31 @@ def size_chart(story: RunStory, series: Series, references: Sequence[Reference])
     return Chart(key=chart.key, title=chart.title, summary=words, figure=chart.figure)
 
 
-def flops_chart(story: RunStory, series: Series, references: Sequence[Reference]) -> Chart | None:
+def losses_over_flops(metrics: Iterable[MetricRow]) -> list[tuple[float, float, int]]:
+    """Return operations, held-out loss and step wherever both were measured.
+
+    A run that goes back is at a step more than once, and has spent more the second time.
+
+    Args:
+        metrics: Of one run, oldest first.
+    """
+    points, last = [], dict[str, MetricRow]()
+    for row in metrics:
+        if row.name not in ("loss", "flops"):
+            continue
+        last[row.name] = row
+        if len(last) == 2 and last["loss"].step == last["flops"].step:
+            flops, loss = last.pop("flops").value, last.pop("loss").value
+            if math.isfinite(flops) and math.isfinite(loss):
+                points.append((flops, loss, row.step))
+    return points
+
+
+def flops_chart(
+    story: RunStory, metrics: Iterable[MetricRow], references: Sequence[Reference]
+) -> Chart | None:
     """Return held-out loss over operations; None where they were not counted."""
-    spent, losses = dict(series.get("flops", ())), series.get("loss", ())
-    points = [(spent[step], loss, step) for step, loss in losses if step in spent]
+    points = losses_over_flops(metrics)
     if not points:
         return None
     marks = [(r, r.flops) for r in references if r.flops is not None]

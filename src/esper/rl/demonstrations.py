@@ -70,17 +70,19 @@ class Demonstration:
         actions: T 6.
         rewards: T.
         num_planned: Decisions that its run was to have.
+        diverged: Whether its run did, be it after the last of them.
     """
 
     observations: dict[str, NDArray[Any]]
     actions: NDArray[np.int64]
     rewards: NDArray[np.float32]
     num_planned: int
+    diverged: bool
 
     @property
     def is_whole(self) -> bool:
-        """Whether it has them: a run that diverges has fewer, one that goes back mostly others."""
-        return len(self.actions) == self.num_planned
+        """Whether it has them and came to its end; a run that goes back has mostly others."""
+        return len(self.actions) == self.num_planned and not self.diverged
 
 
 def demonstrating_policy(config: DemonstrationConfig, run: RunConfig) -> Policy:
@@ -162,7 +164,7 @@ def demonstrate(
         numbers = _encoded(env.coder, _named(action, run.slot), config.policy)
         seen.append(observation)
         taken.append(numbers)
-        observation, reward, over, _, _ = env.step(numbers)
+        observation, reward, over, _, info = env.step(numbers)
         earned.append(reward)
     names, num_planned = seen[0], env.state.max_epochs
     assert num_planned is not None
@@ -171,6 +173,7 @@ def demonstrate(
         actions=np.array(taken, dtype=np.int64),
         rewards=np.array(earned, dtype=np.float32),
         num_planned=num_planned,
+        diverged=info["diverged"],
     )
 
 
@@ -263,8 +266,8 @@ def imitate(
     if not whole:
         lengths = sorted({len(episode.actions) for episode in shown})
         raise NotImitableError(
-            f"{config.policy} cannot be imitated, none of its {len(shown)} runs had the "
-            f"{shown[0].num_planned} decisions that were planned, but "
+            f"{config.policy} cannot be imitated, none of its {len(shown)} runs came to its end "
+            f"with the {shown[0].num_planned} decisions that were planned, they had "
             f"{', '.join(map(str, lengths))}: they diverged, or went back; give them a smaller "
             "learning_rate"
         )

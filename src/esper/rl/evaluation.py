@@ -1,7 +1,7 @@
 """Policies side by side: what each makes of the same tasks with as many operations."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Self
 
@@ -11,9 +11,9 @@ from pydantic import Field, model_validator
 from esper.experiments.config import RandomSeed, SharedRunConfig
 from esper.experiments.parts import chosen_policy
 from esper.experiments.run import build_setup, least_epochs, prepare
+from esper.experiments.seed_counts import SeedCounts
 from esper.experiments.series_folder import SeriesFiles, SeriesFolder
 from esper.experiments.worker_pool import make_missing
-from esper.lifecycle.events import EventRecord, SeedCommitted, SeedGerminated, SeedPruned
 from esper.lifecycle.record import Record
 from esper.policies.heuristic import HeuristicPolicy
 from esper.policies.learned import LearnedPolicy
@@ -99,8 +99,8 @@ def play(config: EvaluationConfig, policy: str, random_seed: int, epochs: int) -
     )
     setup, decider = build_setup(run_config), chosen_policy(run_config)
     run = prepare(run_config, setup=setup, policy=decider)
-    counted = _Counted()
-    run.growth.sinks.append(counted)
+    counts = SeedCounts()
+    run.growth.sinks.append(counts)
     final = setup.selection or setup.validation
     episode = GrowthEpisode(HostRun(trainer=run.trainer, final=final), config.rewards)
     sums: dict[str, float] = {}
@@ -124,9 +124,9 @@ def play(config: EvaluationConfig, policy: str, random_seed: int, epochs: int) -
         diverged=episode.diverged,
         test=dict(run.judged(setup.test)),
         param_count=run.param_count(),
-        num_germinated=counted.num_germinated,
-        num_committed=counted.num_committed,
-        num_pruned=counted.num_pruned,
+        num_germinated=counts.num_germinated,
+        num_committed=counts.num_committed,
+        num_pruned=counts.num_pruned,
     )
 
 
@@ -308,21 +308,3 @@ def evaluate(
             processes=processes,
         )
     return evaluation
-
-
-class _Counted:
-    """A sink that counts what became of seeds."""
-
-    def __init__(self) -> None:
-        self.num_germinated = self.num_committed = self.num_pruned = 0
-
-    def publish(self, record: EventRecord) -> None:
-        self.num_germinated += isinstance(record.event, SeedGerminated)
-        self.num_committed += isinstance(record.event, SeedCommitted)
-        self.num_pruned += isinstance(record.event, SeedPruned)
-
-    def measure(self, epoch: int, step: int, metrics: Mapping[str, float]) -> None:
-        pass
-
-    def flush(self) -> None:
-        pass

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from esper.lifecycle.actions import Action, GrowthState
-from esper.lifecycle.events import Event, EventRecord, RewardGiven
+from esper.lifecycle.events import Event, EventRecord, RewardGiven, RunWentBack
 from esper.policies.tending import asked_to_be_weighed
 from esper.rl.rewards import (
     Episode,
@@ -207,8 +207,11 @@ class GrowthEpisode:
                 fractions.append(slot.measurements.contribution_fraction)
             fractions += [seed.contribution_fraction for seed in slot.committed]
         flops = host_flops = None
-        if cost.flops is not None and growth.step > self._steps_before:
-            steps = growth.step - self._steps_before
+        steps = growth.step - self._steps_before
+        for event in self.caused:
+            if isinstance(event, RunWentBack):  # what was thrown away was paid for
+                steps += event.from_step - event.to_step
+        if cost.flops is not None and steps > 0:
             flops = float(cost.flops - self._flops_before)
             if self._host_step_flops is None:  # nothing has grown yet
                 self._host_step_flops = flops / steps

@@ -11,13 +11,9 @@ import torch
 from esper.experiments.comparison.config import CompareConfig
 from esper.experiments.config import RunConfig
 from esper.experiments.run import GrowingRun, build_setup, num_decisions, num_steps, prepare
+from esper.experiments.seed_counts import SeedCounts
 from esper.lifecycle.actions import Germinate
-from esper.lifecycle.events import (
-    EventRecord,
-    SeedCommitted,
-    SeedGerminated,
-    SeedPruned,
-)
+from esper.lifecycle.events import EventRecord, SeedCommitted
 from esper.lifecycle.record import Record
 from esper.policies.depth_schedule import SLOPE, DepthSchedulePolicy
 from esper.policies.learned import LearnedPolicy
@@ -116,15 +112,13 @@ class GrowthRecord:
     def __init__(self) -> None:
         self._commits: list[str] = []
         """By slot; of some the run may have gone back behind since."""
-        self.num_germinated = 0
-        self.num_pruned = 0
+        self.counts = SeedCounts()
 
     def publish(self, record: EventRecord) -> None:
         """Count seeds, and note the order of commits."""
+        self.counts.publish(record)
         if isinstance(record.event, SeedCommitted):
             self._commits.append(record.event.slot)
-        self.num_germinated += isinstance(record.event, SeedGerminated)
-        self.num_pruned += isinstance(record.event, SeedPruned)
 
     def measure(self, epoch: int, step: int, metrics: Mapping[str, float]) -> None:
         """Nothing of the run's course is kept."""
@@ -272,8 +266,8 @@ def result_of(
         validation=_told(run.judged(selection), diverged=diverged),
         test=_told(run.judged(run.setup.test), diverged=diverged),
         committed=record.topology(run.growth.slots),
-        num_germinated=record.num_germinated,
-        num_pruned=record.num_pruned,
+        num_germinated=record.counts.num_germinated,
+        num_pruned=record.counts.num_pruned,
         policy_sha256=policy.state_dict()["sha256"] if isinstance(policy, LearnedPolicy) else None,
     )
 
