@@ -306,6 +306,19 @@ def test_a_further_fit_goes_on_growing_and_its_checkpoint_can_be_resumed(tmp_pat
     assert [len(slot.branches) for slot in again.slots.values()] == [1, 1]
 
 
+@pytest.mark.parametrize("let_go", ["detach", "unbind"])
+def test_a_network_that_grows_no_more_is_saved_without_what_it_has_grown(
+    let_go: str, tmp_path: Path
+) -> None:
+    run = Run(tmp_path, max_epochs=1)
+    run.fit()
+    if let_go == "detach":
+        esper.detach(run.module.host)
+    else:
+        run.slots.unbind()
+    assert "esper_growth" not in run.module.state_dict()
+
+
 def test_a_seed_that_raises_in_validation_is_gone_before_lightning_saves(tmp_path: Path) -> None:
     run = Run(tmp_path, max_epochs=4)
     slot = run.slots["0.head"]

@@ -11,7 +11,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import get_args
 
+import numpy as np
 import pytest
+import torch
 
 from bus_machinery import KEYRING
 from esper.bus.envelope import Sealer
@@ -168,6 +170,16 @@ def test_metrics_of_one_name_are_read_by_themselves(tmp_path: Path) -> None:
     first, *others = RunReader(tmp_path).metrics(name="loss")
     assert [row.value for row in (first, *others)] == [1.0, 0.5, 1.0 / 3.0]
     assert RunReader(tmp_path).metrics(name="loss", after=first.id) == others
+
+
+def test_metrics_are_kept_as_numbers_and_what_is_none_is_named(tmp_path: Path) -> None:
+    store = open_store(tmp_path / "run")
+    store.measure(1, 10, {"loss": np.float32(0.5), "accuracy": torch.tensor(0.25)})
+    with pytest.raises(TypeError, match="metric 'accuracy' must be a number, got a NoneType"):
+        store.measure(2, 20, {"loss": 1.0, "accuracy": None})
+    store.close()
+    rows = RunReader(tmp_path / "run").metrics()
+    assert [(row.name, row.value) for row in rows] == [("loss", 0.5), ("accuracy", 0.25)]
 
 
 def test_resumed_run_says_that_rows_may_be_gone(tmp_path: Path) -> None:

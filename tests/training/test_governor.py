@@ -281,6 +281,33 @@ def test_an_epoch_without_one_step_that_could_be_made_ends_the_run(
     assert len(one_was_made.recorder.of(StepSkipped)) == STEPS - 1
 
 
+def test_where_no_step_could_be_made_a_run_ends_with_its_first_decision() -> None:
+    run = Run()
+    run.data *= 5
+    run.spoilt = set(range(500))
+    config = run.trainer.config
+    run.trainer.config = config.model_copy(update={"decision_interval_steps": 60})
+    with pytest.raises(TrainingDivergedError, match=r"no step of epoch 1 .*the loss is not finite"):
+        run.fit()
+    assert run.made == 60
+
+
+def test_a_state_that_is_refused_leaves_a_run_what_to_go_back_to() -> None:
+    run = Run()
+    other = run.trainer.state_dict()
+    other["growth"]["policy"]["name"] = "another"
+
+    def refused() -> None:
+        with pytest.raises(ValueError, match="the policy of the run was 'another'"):
+            run.trainer.load_state_dict(other)
+
+    run.tamper[35] = refused
+    run.spoilt = {37, 38, 39}
+    run.fit()
+    (back,) = run.of(RunWentBack)
+    assert back.to_step == 30
+
+
 class Bomb(Seed):
     """Emits NaN, or far too much, in some forwards."""
 

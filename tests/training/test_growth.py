@@ -1,6 +1,5 @@
 """The growth engine and the trainer, on a problem where capacity is missing by construction."""
 
-import copy
 import itertools
 import math
 import random
@@ -180,6 +179,23 @@ def test_a_network_that_has_grown_before_is_told_with_what_it_has_committed() ->
     assert num_params(fresh.model) > num_params(grown.model) > num_params(make_problem().model)
     (begun,) = fresh.recorder.of(RunStarted)
     assert begun.host_param_count == num_params(grown.model)
+
+
+def test_a_seed_that_was_grown_by_hand_and_is_told_of_at_once_is_no_part_of_the_host() -> None:
+    problem, late = make_problem(), Recorder()
+    size = num_params(problem.model)
+    growth = problem.trainer(esper.SchedulePolicy({}), epochs=1).growth
+    slot = problem.slots["embed"]
+    events = list(slot.germinate("mlp"))
+    while slot.living is not None:
+        events += slot.advance(force=True)
+    growth.publish(events)
+    growth.sinks.append(late)
+    growth.after_step()
+    (begun,) = problem.recorder.of(RunStarted)
+    assert begun.host_param_count == size
+    (begun,) = late.of(RunStarted)
+    assert begun.host_param_count == num_params(problem.model), "it is not told of the seed"
 
 
 def test_a_loop_of_ones_own_tells_its_start_with_its_first_step() -> None:
@@ -606,9 +622,32 @@ def test_a_held_out_loss_may_be_any_kind_of_number(result: Any) -> None:
     assert metrics_of(result) == {"loss": 0.5}
 
 
+@pytest.mark.parametrize("value", [np.float32(0.5), torch.tensor(0.5), 0.5])
+def test_what_a_loop_measures_is_kept_as_plain_numbers(problem: Problem, value: Any) -> None:
+    growth = problem.trainer(Script({}), epochs=1).growth
+    growth.after_epoch(lambda: 1.0, train_loss=value)
+    growth.measure({"accuracy": value})
+    (_, _, measured) = problem.recorder.metrics[-1]
+    for kept in (*growth.train_losses, measured["accuracy"]):
+        assert (kept, type(kept)) == (0.5, float)
+
+
+@pytest.mark.parametrize("value", [None, "good", torch.zeros(2)], ids=["None", "str", "two"])
+def test_a_metric_that_is_no_number_is_named(problem: Problem, value: Any) -> None:
+    growth = problem.trainer(Script({}), epochs=1).growth
+    with pytest.raises(TypeError, match="metric 'accuracy' must be a number, got a "):
+        growth.measure({"loss": 1.0, "accuracy": value})
+    assert problem.recorder.metrics == []
+
+
 @pytest.mark.parametrize(
     ("result", "message"),
-    [({"accuracy": 1.0}, "without a 'loss'"), ("good", "as a number"), (None, "as a number")],
+    [
+        ({"accuracy": 1.0}, "without a 'loss'"),
+        ({"loss": None}, "metric 'loss' must be a number, got a NoneType"),
+        ("good", "as a number"),
+        (None, "as a number"),
+    ],
 )
 def test_evaluation_without_a_loss_is_refused(problem: Problem, result: Any, message: str) -> None:
     trainer = problem.trainer(Script({}), epochs=1, evaluate=lambda: result)
@@ -736,13 +775,39 @@ def test_a_decision_that_fails_is_over_and_the_loop_can_go_on(error: type[BaseEx
             return super().decide(state)
 
     problem = make_problem()
-    policy = Failing({2: [Germinate(slot="embed", blueprint="mlp")]})
-    growth = problem.trainer(policy, epochs=2).growth
+    policy = Failing({3: [Germinate(slot="embed", blueprint="mlp")]})
+    growth, slot = problem.trainer(policy, epochs=3).growth, problem.slots["embed"]
+    growth.apply(Germinate(slot="embed", blueprint="mlp"))
+    growth.apply(Prune(slot="embed"))
     with pytest.raises(error):
         growth.after_epoch(problem.held_out)
+    assert slot.stage is SeedStage.EMBARGOED, "slots, too, have let the epoch end"
+    assert problem.recorder.of(StageChanged)[-1].to_stage is slot.stage
     growth.state_dict()
-    growth.after_epoch(problem.held_out)
-    assert problem.slots["embed"].living is not None
+    for _ in range(2):
+        growth.after_epoch(problem.held_out)
+    assert slot.living is not None
+
+
+class Counting(Script):
+    """Gives out what it changes afterwards, as many do."""
+
+    def __init__(self) -> None:
+        super().__init__({})
+        self.counted = {"decisions": 0}
+
+    def state_dict(self) -> dict[str, int]:
+        return self.counted
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        self.counted.update(state)
+
+
+def test_a_state_holds_what_a_policy_remembers_as_it_was_then() -> None:
+    growth = make_problem().trainer(Counting(), epochs=1).growth
+    state = growth.state_dict()
+    growth.policy.counted["decisions"] = 3
+    assert state["policy"]["state"] == {"decisions": 0}
 
 
 STATE = make_problem().trainer(esper.SchedulePolicy({}), 1).growth.state_dict()
@@ -760,23 +825,10 @@ STATE = make_problem().trainer(esper.SchedulePolicy({}), 1).growth.state_dict()
 def test_a_state_that_lacks_a_field_is_refused_and_nothing_changes(
     part: str | None, field: str, of: str
 ) -> None:
-    class Counting(Script):
-        """Gives out what it changes afterwards, as many do."""
-
-        def __init__(self) -> None:
-            super().__init__({})
-            self.counted = {"decisions": 0}
-
-        def state_dict(self) -> dict[str, int]:
-            return self.counted
-
-        def load_state_dict(self, state: Mapping[str, int]) -> None:
-            self.counted.update(state)
-
     grown, fresh = (make_problem().trainer(Counting(), epochs=1).growth for _ in range(2))
     grown.apply(Germinate(slot="embed", blueprint="mlp"))
     grown.policy.counted["decisions"] = 3
-    state, before = grown.state_dict(), copy.deepcopy(fresh.state_dict())
+    state, before = grown.state_dict(), fresh.state_dict()
     del (state if part is None else state[part])[field]
     with pytest.raises(ValueError, match=f"the state of {of} lacks {field}"):
         fresh.load_state_dict(state)

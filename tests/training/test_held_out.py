@@ -33,10 +33,16 @@ def sample_losses(outputs: Tensor, labels: Tensor) -> Tensor:
     return cross_entropy(outputs, labels, reduction="none")
 
 
-def test_a_host_trains_by_what_it_has_kept_of_an_evaluation() -> None:
+@pytest.mark.parametrize("weigh", [False, True])
+def test_a_host_trains_by_what_it_has_kept_of_an_evaluation(*, weigh: bool) -> None:
     model = Tabled()
+    slots = esper.attach(model, "layer", example=INPUTS)
     longer = torch.cat([INPUTS, INPUTS], dim=1)
-    esper.HeldOut(model, [(longer, LABELS)], loss=sample_losses)()
+    held_out = esper.HeldOut(model, [(longer, LABELS)], loss=sample_losses)
+    if weigh:
+        held_out.variant_losses(slots, [{}])
+    else:
+        held_out()
     assert len(model.table) == 10
     model(INPUTS).sum().backward()
     assert model.layer.weight.grad is not None

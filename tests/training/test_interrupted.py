@@ -7,6 +7,7 @@ import torch
 
 import esper
 from esper.lifecycle.actions import Germinate
+from esper.training.growth_driver import GrowthDriver
 from growth_problem import Problem, make_problem
 
 
@@ -113,3 +114,25 @@ def test_a_look_that_is_interrupted_is_none(evaluation: int, problem: Problem) -
     policy = Watching()
     interrupted(problem.trainer(policy, 4, evaluate=evaluate)).fit()
     assert policy.seen == [(epoch, epoch, epoch) for epoch in (1, 2, 3, 4)]
+
+
+def test_a_frameworks_loop_takes_a_look_that_was_interrupted_again(problem: Problem) -> None:
+    press, policy = Once(), Watching()
+
+    def evaluate() -> Any:
+        press()
+        return problem.held_out()
+
+    growth = esper.Growth(problem.slots, problem.optimizer, policy=policy)
+    driver = GrowthDriver(
+        growth, problem.model, evaluate=evaluate, decision_interval_steps=None, ema=None
+    )
+    problem.model(problem.batches[0][0]).sum().backward()
+    problem.optimizer.step()
+    driver.after_step()
+    driver.note_loss(0.5)
+    with pytest.raises(KeyboardInterrupt):
+        driver.decide(epoch_ends=True)
+    assert driver.decide(epoch_ends=True) is not None
+    assert policy.seen == [(1, 1, 1)]
+    assert driver.decide(epoch_ends=True) is None

@@ -272,7 +272,10 @@ def differences(one: Any, other: Any, place: str) -> Iterator[str]:
 
 
 class OrderedAhead:
-    """Batches that draw the order of the next epoch when one has ended, and remember it."""
+    """Batches that draw the order of the next epoch when one has ended, and remember it.
+
+    They give out what they change afterwards.
+    """
 
     def __init__(self, data: TensorDataset) -> None:
         self.data = data
@@ -281,7 +284,7 @@ class OrderedAhead:
     def __iter__(self) -> Iterator[Any]:
         for chosen in self.order.split(4):
             yield self.data[chosen]
-        self.order = torch.randperm(len(self.data))
+        self.order.copy_(torch.randperm(len(self.data)))
 
     def state_dict(self) -> Mapping[str, Any]:
         return {"order": self.order}

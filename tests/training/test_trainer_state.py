@@ -120,6 +120,33 @@ def test_a_state_holds_a_schedulers_as_it_was_then() -> None:
     assert state["scheduler"]["state"]["milestones"] == {2: 1}
 
 
+STATE = make_problem().trainer(esper.SchedulePolicy({}), epochs=1).state_dict()
+
+
+@pytest.mark.parametrize(
+    ("part", "field", "of"),
+    [
+        *((None, field, "the trainer") for field in sorted(STATE)),
+        *(("governor", field, "the governor") for field in sorted(STATE["governor"])),
+        *(("data", field, "the data") for field in sorted(STATE["data"])),
+        *(("undecided", field, "the undecided") for field in sorted(STATE["undecided"])),
+    ],
+)
+def test_a_state_that_lacks_a_field_is_refused_and_nothing_is_loaded(
+    part: str | None, field: str, of: str
+) -> None:
+    trained = make_problem().trainer(esper.SchedulePolicy({}), epochs=1)
+    fresh = make_problem(seed=1).trainer(esper.SchedulePolicy({}), epochs=1)
+    trained.fit()
+    state = trained.state_dict()
+    before = {name: value.clone() for name, value in fresh.model.state_dict().items()}
+    del (state if part is None else state[part])[field]
+    with pytest.raises(ValueError, match=f"the state of {of} lacks {field}"):
+        fresh.load_state_dict(state)
+    assert (fresh.epoch, fresh.growth.step) == (0, 0)
+    assert all(torch.equal(v, before[k]) for k, v in fresh.model.state_dict().items())
+
+
 class History(nn.Module):
     """Has an extra state that becomes longer."""
 

@@ -75,7 +75,7 @@ def fused_losses(
     own = {path: effective_alpha(slots[path]) for path in paths}
     choices = {path: [variant.get(path, own[path]) for variant in variants] for path in paths}
     weighed = [(slots[path], chosen) for path, chosen in choices.items()]
-    with torch.inference_mode():
+    with torch.no_grad():  # no inference mode: a host may keep a table that its largest batch made
         together = None
         if len(variants) > 1 and _are_apart(model, inputs, batch):
             together = _outputs_together(model, inputs, weighed, batch, len(variants))

@@ -24,6 +24,7 @@ from esper.telemetry.run_folder import (
     write_json,
 )
 from esper.telemetry.run_reader import RunReader
+from esper.telemetry.sink import as_floats
 
 _ID_BYTES = 4
 _ID_NAME_BYTES = 255 - 1 - 2 * _ID_BYTES
@@ -161,11 +162,16 @@ class RunStore:
         )
 
     def measure(self, epoch: int, step: int, metrics: Mapping[str, float]) -> None:
-        """Store named values, all or none; NaN is kept as NULL."""
+        """Store named values, all or none; NaN is kept as NULL.
+
+        Raises:
+            TypeError: One is no number.
+        """
+        values = as_floats(metrics)  # NumPy's would be stored as bytes
         with self._transaction():
             self._database.executemany(
                 "INSERT INTO metrics (epoch, step, name, value) VALUES (?, ?, ?, ?)",
-                [(epoch, step, name, value) for name, value in metrics.items()],
+                [(epoch, step, name, value) for name, value in values.items()],
             )
 
     def flush(self) -> None:

@@ -20,3 +20,20 @@ class Sink(Protocol):
 
     def flush(self) -> None:
         """Make what was taken durable; called after every epoch."""
+
+
+def as_floats(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Return metrics as Python's floats, NumPy's numbers and 0-dim tensors included.
+
+    Raises:
+        TypeError: One is no number.
+    """
+    floats = {}
+    for name, value in metrics.items():
+        try:
+            floats[str(name)] = float(value)
+        except (TypeError, ValueError) as error:
+            raise TypeError(
+                f"metric {name!r} must be a number, got a {type(value).__name__}: {error}"
+            ) from error
+    return floats

@@ -43,9 +43,7 @@ class SinkGuard:
     def begin(self) -> None:
         """Tell the beginning to each sink that does not know of it."""
         for sink in tuple(self.sinks):
-            if not any(sink is known for known in self._begun):
-                self._begun.append(sink)
-                self.attempt(sink, lambda sink: sink.publish(self._stamp(self._beginning())))
+            self._begin(sink)
 
     def go_on(self) -> None:
         """Take it that all sinks know of the beginning, as those of a run that goes on."""
@@ -81,6 +79,12 @@ class SinkGuard:
             SinkLossesCounted(sink=_name(sink), lost_calls=lost) for sink, lost in self._lost_calls
         )
 
+    def _begin(self, sink: Sink) -> None:
+        """Tell the beginning to a sink that does not know of it."""
+        if not any(sink is known for known in self._begun):
+            self._begun.append(sink)  # first: where it fails others are told, and come back to it
+            self.attempt(sink, lambda sink: sink.publish(self._stamp(self._beginning())))
+
     def _count(self, sink: Sink) -> int:
         """Count one more lost call of a sink, and return how many there are."""
         for index, (failing, lost) in enumerate(self._lost_calls):
@@ -97,6 +101,7 @@ class SinkGuard:
         for sink in tuple(self.sinks):
             if sink is failing:
                 continue
+            self._begin(sink)
             problem = _error_of(sink, lambda sink: sink.publish(record))
             heard = heard or problem is None
             if problem is not None and self._count(sink) == 1:

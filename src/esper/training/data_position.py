@@ -1,5 +1,6 @@
 """Where in its data a run is, so that it can go on there."""
 
+import copy
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any, Protocol, TypeGuard, runtime_checkable
@@ -123,14 +124,14 @@ class DataPosition:
     def _state(self) -> dict[str, Any]:
         own: Any
         if _remembers(self._batches):
-            own = self._batches.state_dict()
+            own = copy.deepcopy(self._batches.state_dict())
         else:
             own = [generator.get_state() for generator in self._generators()]
         return {"random": random_states(), "batches": own}
 
     def _load(self, own: Any) -> None:
         if _remembers(self._batches):
-            self._batches.load_state_dict(own)
+            self._batches.load_state_dict(copy.deepcopy(own))
         else:
             for generator, state in zip(self._generators(), own, strict=True):
                 generator.set_state(state)

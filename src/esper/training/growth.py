@@ -25,6 +25,7 @@ from esper.lifecycle.events import (
     Event,
     EventRecord,
     RunStarted,
+    SeedCommitted,
     SeedFailed,
 )
 from esper.slots.isolation_monitor import IsolationMonitor
@@ -32,7 +33,7 @@ from esper.slots.modes import device_of, forked_random_state
 from esper.slots.slot import SeedSlot
 from esper.slots.slot_set import SlotSet
 from esper.slots.state_fields import check_fields
-from esper.telemetry.sink import Sink
+from esper.telemetry.sink import Sink, as_floats
 from esper.telemetry.sink_guard import SinkGuard
 from esper.training.action_runner import ActionRunner
 from esper.training.asked_policy import decided, upcoming, weighed
@@ -114,6 +115,7 @@ class Growth:
         self._told_steps = ToldSteps()
         self._caused: list[Event] | None = None
         """What the action that is being carried out has caused so far; None where none is."""
+        self._untold_params = 0  # of commits that sinks are told of next
         self._step_times = StepTimes()
         self._readings = SeedReadings(slots, self.isolation_monitor)
         self._runner = ActionRunner(self._readings, self._step_times)
@@ -232,7 +234,7 @@ class Growth:
         self.sink_guard.begin()
         before = self.epoch, list(self.losses), list(self.train_losses)
         if train_loss is not None:
-            self.train_losses.append(train_loss)
+            self.train_losses.append(float(train_loss))
         try:
             with self.meter.decision():
                 metrics = self._look(evaluate)
@@ -452,12 +454,19 @@ class Growth:
             self._caused.extend(events)
         if not self.sinks:
             return
+        self._untold_params = sum(e.param_count for e in events if isinstance(e, SeedCommitted))
+        self.sink_guard.begin()
+        self._untold_params = 0
         for event in events:
             self.sink_guard.publish(self._stamped(event))
 
     def measure(self, metrics: Mapping[str, float]) -> None:
-        """Send metrics to the sinks, with epoch and step."""
-        self.sink_guard.measure(self.epoch, self.step, metrics)
+        """Send metrics to the sinks, with epoch and step.
+
+        Raises:
+            TypeError: A metric is no number.
+        """
+        self.sink_guard.measure(self.epoch, self.step, as_floats(metrics))
 
     def _stamped(self, event: Event) -> EventRecord:
         return EventRecord(
@@ -465,10 +474,10 @@ class Growth:
         )
 
     def _started(self) -> Event:
-        """Return that the run begins, with what is committed by now as a part of the host."""
+        """Return that the run begins; the host has what was committed, but what is told next."""
         living = [slot.living.parameters() for slot in self.slots.living_slots if slot.living]
         size = _num_params(self.slots.model.parameters()) - sum(map(_num_params, living))
-        return RunStarted(slots=tuple(self.slots), host_param_count=size)
+        return RunStarted(slots=tuple(self.slots), host_param_count=size - self._untold_params)
 
     def prune_failed(self) -> None:
         """Prune, in all processes, seeds that raised after the last step: no state holds them."""

@@ -17,6 +17,7 @@ from esper.slots.counterfactual import (
 from esper.slots.modes import evaluation_mode, sole_device
 from esper.slots.nested import to_device
 from esper.slots.slot import SeedSlot
+from esper.telemetry.sink import as_floats
 
 Evaluate = Callable[[], float | Mapping[str, float]]
 """Returns the held-out loss, or metrics with a "loss" among them."""
@@ -114,7 +115,7 @@ class HeldOut:
     def variant_losses(
         self, slots: Mapping[str, SeedSlot], variants: Sequence[Variant]
     ) -> list[Tensor]:
-        """Return each variant's loss per sample over all batches, from forwards in inference mode.
+        """Return each variant's loss per sample over all batches.
 
         Raises:
             TypeError: As calling it.
@@ -154,7 +155,7 @@ def metrics_of(result: float | Mapping[str, float]) -> dict[str, float]:
     """Return an evaluation's result as metrics.
 
     Raises:
-        TypeError: It is neither a number nor a mapping with a "loss".
+        TypeError: It is neither a number nor a mapping of numbers with a "loss".
     """
     if isinstance(result, Mapping):
         if "loss" not in result:
@@ -162,7 +163,7 @@ def metrics_of(result: float | Mapping[str, float]) -> dict[str, float]:
                 f"evaluate returned metrics without a 'loss' ({', '.join(result)}); the gates "
                 "judge by it"
             )
-        return {str(name): float(value) for name, value in result.items()}
+        return as_floats(result)
     number: Any = result  # NumPy's numbers are none of Python's
     if isinstance(number, bool) or not isinstance(number, (Real, Tensor)):
         raise TypeError(

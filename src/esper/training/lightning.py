@@ -212,7 +212,7 @@ class GrowthCallback(pl.Callback):
         return total, trainer.global_step // self._interval
 
     def _state(self) -> Mapping[str, Any] | None:
-        if self._driver is None:
+        if self._driver is None or self.slots.binding is None:  # before or after training
             return None
         alone = self.slots.replication is None
         return {**self._driver.state_dict(), "random": random_states() if alone else None}

@@ -10,9 +10,9 @@ from esper.training.policy import Policy, StatefulPolicy
 
 
 def policy_state(policy: Policy) -> dict[str, Any]:
-    """Return a policy's name, and what it remembers; None if it remembers nothing."""
+    """Return a policy's name, and a copy of what it remembers; None if it remembers nothing."""
     remembered = policy.state_dict() if isinstance(policy, StatefulPolicy) else None
-    return {"name": policy.name, "state": remembered}
+    return {"name": policy.name, "state": copy.deepcopy(remembered)}
 
 
 @contextmanager
@@ -42,7 +42,7 @@ def policy_remembering(policy: Policy, state: Mapping[str, Any]) -> Iterator[Non
     if not isinstance(policy, StatefulPolicy) or remembered is None:
         yield
         return
-    own = copy.deepcopy(policy.state_dict())
+    own = policy_state(policy)["state"]
     try:
         policy.load_state_dict(copy.deepcopy(remembered))
         yield

@@ -1,6 +1,5 @@
 """The training loop, growth included."""
 
-import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -31,7 +30,13 @@ from esper.training.optimizer_state import (
 from esper.training.precision import MatmulPrecision, Precision, set_matmul_precision
 from esper.training.run_cost import RunCost
 from esper.training.safeguard import Safeguard, TrainingDivergedError, suspects, went_back
+from esper.training.scheduler_state import (
+    check_scheduler_state,
+    load_scheduler_state,
+    scheduler_state,
+)
 from esper.training.step_losses import StepLosses
+from esper.training.trainer_state import check_trainer_state
 from esper.training.training_step import Batch, TrainingStep
 
 Positive = Annotated[FiniteFloat, Field(gt=0.0)]
@@ -194,7 +199,8 @@ class Trainer:
 
         Raises:
             RunStoppedError: Somebody has asked for it, by `control`.
-            TrainingDivergedError: Going back did not help, or no step of an epoch could be made.
+            TrainingDivergedError: Going back did not help, or no step of an epoch could be made,
+                up to a decision or its end.
         """
         for stop in self.stops():
             if isinstance(stop, EpochReport):
@@ -241,17 +247,13 @@ class Trainer:
         """
         if self.growth.slots.replication is None:
             self.prune_failed()
-        model, scheduler = self.model.state_dict(), None
-        if self._scheduler is not None:
-            kept = copy.deepcopy(self._scheduler.state_dict())
-            scheduler = {"class": type(self._scheduler).__name__, "state": kept}
         return {
-            "model": {name: _copy(value) for name, value in model.items()},
+            "model": {name: _copy(value) for name, value in self.model.state_dict().items()},
             "growth": self.growth.state_dict(),
             "ema": None if self.ema is None else self.ema.state_dict(),
             "governor": self.governor.state_dict(),
             "optimizer": optimizer_state(self._optimizer, self.model),
-            "scheduler": scheduler,
+            "scheduler": scheduler_state(self._scheduler),
             "scaler": self.training_step.scaler.state_dict(),
             "data": self.data.state_dict(),
             "control": None if self.control is None else self.control.state_dict(),
@@ -271,14 +273,15 @@ class Trainer:
             state: From `state_dict`.
 
         Raises:
-            ValueError: Something is not as it was then; the message says what.
+            ValueError: Something is not as it was then, or a field is missing; the message says
+                what.
             BlueprintError: A blueprint is not registered here.
 
         Effects: random streams are put where they were when the next epoch begins.
         """
         self._check_made_as(state)
-        self._safeguard = Safeguard(self.config.governor)  # what it holds led to another state
         self._become(state)
+        self._safeguard = Safeguard(self.config.governor)  # what it holds led to another state
 
     def _become(self, state: Mapping[str, Any]) -> None:
         """Go on from a state of this trainer, or of one that was made as it is."""
@@ -290,8 +293,7 @@ class Trainer:
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
         load_optimizer_state(self._optimizer, self.model, state["optimizer"])
-        if self._scheduler is not None:
-            self._scheduler.load_state_dict(copy.deepcopy(state["scheduler"]["state"]))
+        load_scheduler_state(self._scheduler, state["scheduler"])
         self.training_step.scaler.load_state_dict(state["scaler"])
         self.governor.load_state_dict(state["governor"])
         self.data.load_state_dict(state["data"])
@@ -306,19 +308,15 @@ class Trainer:
         self._in_path = self._seeds_in_path()
 
     def _check_made_as(self, state: Mapping[str, Any]) -> None:
-        """Raise ValueError unless a state of another trainer fits this one, slots left out."""
+        """Raise ValueError unless a trainer's state is whole and fits this one, growth left out."""
+        losses = {"losses": self._losses, "undecided": self._undecided}
+        check_trainer_state(state, {"governor": self.governor, "data": self.data, **losses})
         again = "make the trainer as it was then"
         check_slot_states(state["growth"]["slots"]["slots"], list(self.growth.slots))
         if (state["ema"] is None) != (self.ema is None):
             had = "no average" if state["ema"] is None else "an average"
             raise ValueError(f"the run had {had} of its weights; {again}")
-        if (state["scheduler"] is None) != (self._scheduler is None):
-            had = "no" if state["scheduler"] is None else "a"
-            raise ValueError(f"the run had {had} learning-rate scheduler; {again}")
-        kind = type(self._scheduler).__name__
-        if self._scheduler is not None and kind != state["scheduler"]["class"]:
-            had = state["scheduler"]["class"]
-            raise ValueError(f"the run's learning-rate scheduler was a {had}, no {kind}; {again}")
+        check_scheduler_state(self._scheduler, state["scheduler"])
         if not state["scaler"] and self.training_step.scaler.enabled:
             raise ValueError(f"the run had another precision than float16; {again}")
         check_optimizer_state(self._optimizer, state["optimizer"])
@@ -343,6 +341,7 @@ class Trainer:
             if self.governor.at_a_loss:
                 self._intervene(group)
             if interval is not None and self.growth.step % interval == 0:
+                self._check_progress()
                 yield from self._decide()
             self.settle()
             self._keep_snapshot()
