@@ -20,22 +20,19 @@ it was.
 
 import argparse
 import itertools
-import json
-import multiprocessing
 import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import Progress
 
 from esper.experiments import load_run_config, prepare
 from esper.report import new_figure
+from kept_runs import make_missing
 from objective_tables import machine, show
 
 HOST, STATIC = "host", "static"
@@ -107,34 +104,6 @@ def make(arm: str, seed: int, epochs: int) -> Result:
         flops=[float(report.cost.training.flops or 0) for report in reports],
         num_committed=sum(len(slot.committed) for slot in run.growth.slots.values()),
     )
-
-
-def load(cache: Path) -> dict[tuple[str, int, int], Result]:
-    """Return the finished runs of an earlier start."""
-    if not cache.exists():
-        return {}
-    lines = cache.read_text(encoding="utf-8").splitlines()
-    return {result.key: result for result in (Result(**json.loads(line)) for line in lines)}
-
-
-def run_all(jobs: Sequence[tuple[str, int, int]], cache: Path, processes: int) -> list[Result]:
-    """Make the runs that are not in the cache yet."""
-    known = load(cache)
-    missing = [job for job in jobs if job not in known]
-    context = multiprocessing.get_context("spawn")
-    with (
-        Progress() as progress,
-        cache.open("a", encoding="utf-8") as file,
-        ProcessPoolExecutor(processes, mp_context=context) as pool,
-    ):
-        bar = progress.add_task("runs", total=len(missing))
-        for future in as_completed([pool.submit(make, *job) for job in missing]):
-            result = future.result()
-            known[result.key] = result
-            file.write(json.dumps(asdict(result)) + "\n")
-            file.flush()
-            progress.advance(bar)
-    return [known[job] for job in jobs]
 
 
 def smooth(result: Result) -> list[tuple[float, float]]:
@@ -219,7 +188,7 @@ def main() -> None:
     seeds = range(options.first_seed, options.first_seed + options.seeds)
     arms = [arm for arm in ARMS if arm == STATIC or arm in options.arms]
     jobs = [(arm, seed, options.epochs) for seed in seeds for arm in arms]
-    results = run_all(jobs, options.cache, options.processes)
+    results = make_missing(make, Result, jobs, cache=options.cache, processes=options.processes)
     static = {run.seed: run for run in results if run.arm == STATIC}
     console = Console(width=132)
     console.print(f"{len(results)} runs, {machine()}")
