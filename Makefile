@@ -86,6 +86,7 @@ benchmarks: $(VENV)/.dev chromium redis
 	$(BIN)/python benchmarks/growth_timing.py --seeds 1 --cache benchmarks/results/growth_timing.jsonl \
 		--arms host "at 6 %" "at 12 %" "at 25 %" "at 38 %" "at 50 %" "at 12 and 38 %" \
 		"at 25 %, behind the last layer" "at 25 %, copies"
+	$(BIN)/python benchmarks/growth_treatments.py --cache benchmarks/results/growth_treatments.jsonl
 	$(BIN)/python benchmarks/slot_overhead.py
 	$(BIN)/python benchmarks/slot_overhead.py --compile whole
 	$(BIN)/python benchmarks/slot_overhead.py --compile regional
