@@ -1,15 +1,15 @@
 """How should a decoder be grown? One thing changed at a time, each run to the end of its schedule.
 
-The text task grows from two layers to six at a quarter of the run: blocks whose linear layers are
-drawn as torch draws them, or with one thing changed: learning rates, how new layers begin, where
-they lie, what grows instead of layers, in how many events. Every arm sees the same windows in the
+The text task grows from two layers to six at a quarter of the run: blocks by the policy's defaults,
+or with one thing changed: learning rates, how new layers begin, where they lie, what grows instead
+of layers, in how many events. Every arm sees the same windows in the
 same order and trains until its learning rate has fallen to 0. Shown for each arm, means over its
 random seeds with half of their 95 % interval:
 
 - seeds: how many random seeds it was run on, where those that looked worst have one;
 - FLOPs: of training, as a share of static's, which has six layers from the start;
 - test loss;
-- less static's, and less that of blocks drawn by torch;
+- less static's, and less that of blocks by the defaults;
 - to match: its FLOPs over those with which six layers from the start, in a shorter or longer run of
   their own, reach its loss. Below 1 growing has paid beside them.
 
@@ -49,7 +49,7 @@ from esper.tasks.text.host import DecoderBlock
 from kept_runs import make_missing
 from objective_tables import machine, show
 
-HOST, STATIC, BY_TORCH = "host", "static", "blocks drawn by torch"
+HOST, STATIC, BLOCKS = "host", "static", "blocks"
 SHARE = 0.25
 """Of the run, when all but some arms grow."""
 NUM_HEADS = 4
@@ -85,12 +85,6 @@ def _from_growth(factor: float, share: float) -> float:
 def _risen_again(length: float, share: float) -> float:
     """Return a learning rate that begins at 0 again when the network has grown."""
     return 1.0 if share < SHARE else min(1.0, (share - SHARE) / length)
-
-
-@blueprints.register("block_by_torch", family=Family.TRANSFORMER)
-def _block_by_torch(dim: int, *, depth: int = 1) -> Seed:
-    """Blocks whose linear layers are drawn as torch draws them."""
-    return StackedSeed([_block(dim, std=None) for _ in range(depth)])
 
 
 @blueprints.register("block_as_host", family=Family.TRANSFORMER)
@@ -138,10 +132,8 @@ def _mlp_as_host(dim: int, *, expansion: int = 4) -> Seed:
 def _block(dim: int, std: float | None) -> TransformerBlockSeed:
     attention = SelfAttention(dim, NUM_HEADS, causal=True)
     block = TransformerBlockSeed(dim, 4 * dim, attention, checkpointing=False)
-    for reader in (block.attention.project_in, block.expand):
-        if std is None:
-            reader.reset_parameters()
-        else:
+    if std is not None:
+        for reader in (block.attention.project_in, block.expand):
             _draw(reader, std)
     return block
 
@@ -152,7 +144,7 @@ def _draw(reader: nn.Linear, std: float) -> None:
 
 
 TREATMENTS: Mapping[str, Treatment] = {
-    BY_TORCH: Treatment(),
+    BLOCKS: Treatment(),
     "new layers at 2 × the rate": Treatment(slot={"learning_rate_multiplier": 2.0}),
     "new layers at half the rate": Treatment(slot={"learning_rate_multiplier": 0.5}),
     "new layers' rate rises over 100 steps": Treatment(slot={"warmup_steps": 100}),
@@ -175,7 +167,7 @@ TREATMENTS: Mapping[str, Treatment] = {
     ),
 }
 STATICS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
-    STATIC: ("block_by_torch", {"depth": 2}),
+    STATIC: ("block", {"depth": 2}),
     "static, drawn as the host's": ("block_as_host", {"depth": 2}),
     "static, drawn twice as large": ("block_large", {"depth": 2}),
     "static, perceptrons, 12 × the width": ("mlp", {"expansion": 12}),
@@ -184,7 +176,7 @@ STATICS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 ARMS = (HOST, *STATICS, *TREATMENTS)
 AGAIN = (
     STATIC,
-    BY_TORCH,
+    BLOCKS,
     "drawn as the host's",
     "static, drawn as the host's",
     "perceptrons, 12 × the width",
@@ -220,11 +212,7 @@ def make(arm: str, seed: int, epochs: int) -> Result:
         "random_seed": seed,
         "trainer": {"epochs": epochs},
         "slot": dict(treatment.slot),
-        "depth_schedule": {
-            "fractions": (SHARE,),
-            "blueprint": "block_by_torch",
-            **treatment.schedule,
-        },
+        "depth_schedule": {"fractions": (SHARE,), **treatment.schedule},
     }
     run = prepare(load_run_config("text", None, (), settings))
     if arm in STATICS:
@@ -276,7 +264,7 @@ def row(arm: str, runs: Sequence[Result], epochs: int) -> list[str]:
             curves.setdefault(run.seed, []).append(run)
         if run.epochs == epochs:
             by_arm.setdefault(run.arm, {})[run.seed] = run
-    own, static, by_torch = by_arm[arm], by_arm[STATIC], by_arm.get(BY_TORCH, {})
+    own, static, blocks = by_arm[arm], by_arm[STATIC], by_arm.get(BLOCKS, {})
     share = statistics.fmean(run.flops / static[seed].flops for seed, run in own.items())
     matches = [
         flops_to_match(run.loss, sorted(curves[seed], key=lambda run: run.flops))
@@ -299,7 +287,7 @@ def row(arm: str, runs: Sequence[Result], epochs: int) -> list[str]:
         f"{share:.3f}",
         loss,
         less(static),
-        less(by_torch),
+        less(blocks),
         told,
         str(grown),
     ]
@@ -335,7 +323,7 @@ def main() -> None:
         "FLOPs",
         "test loss",
         "less static's",
-        "less torch's",
+        "less blocks'",
         "to match",
         "kept",
     ]
