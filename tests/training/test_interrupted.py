@@ -90,6 +90,20 @@ def test_what_was_looked_at_and_not_decided_ends_without_an_action(problem: Prob
     assert trainer.growth.epoch == 4
 
 
+def test_a_look_that_is_interrupted_between_two_steps_leaves_their_losses(problem: Problem) -> None:
+    press, steps = Once(), problem.batches[:2]
+
+    def evaluate() -> Any:
+        press()
+        return problem.held_out()
+
+    problem.batches = steps
+    policy = esper.SchedulePolicy({})
+    trainer = problem.trainer(policy, 1, evaluate=evaluate, decision_interval_steps=2)
+    interrupted(trainer)
+    assert len(trainer.state_dict()["undecided"]["weighed"]) == 2
+
+
 class Watching(esper.SchedulePolicy):
     """Germinates first, and keeps what it saw."""
 

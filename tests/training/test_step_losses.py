@@ -29,11 +29,12 @@ def test_the_mean_is_that_of_all_losses_to_the_bit(count: int, dtype: torch.dtyp
     assert torch.equal(losses.state_dict()["weighed"], values)
     assert len(losses) == len(resumed) == count
     expected = float(values.to(torch.promote_types(dtype, torch.float32)).mean())
-    assert losses.take_mean() == resumed.take_mean() == expected
+    assert losses.mean() == resumed.mean() == expected
+    losses.clear()
     assert len(losses) == 0
-    assert math.isnan(losses.take_mean())
+    assert math.isnan(losses.mean())
     losses.add(torch.tensor(3.0))
-    assert losses.take_mean() == 3.0
+    assert losses.mean() == 3.0
 
 
 def test_losses_that_were_kept_do_not_change_with_those_that_come() -> None:
@@ -45,7 +46,7 @@ def test_losses_that_were_kept_do_not_change_with_those_that_come() -> None:
     other.load_state_dict(kept, device=CPU)
     other.add(torch.tensor(5.0))
     assert (kept["weighed"].tolist(), kept["num_batches"]) == ([1.0], 1)
-    assert losses.take_mean() == 1.5
+    assert losses.mean() == 1.5
 
 
 def test_a_step_counts_by_its_batches_before_a_state_was_taken_and_after() -> None:
@@ -55,7 +56,7 @@ def test_a_step_counts_by_its_batches_before_a_state_was_taken_and_after() -> No
     for some in (losses, resumed):
         some.add(torch.tensor(11.0), num_batches=1)
         assert len(some) == 2
-        assert some.take_mean() == 3.0
+        assert some.mean() == 3.0
 
 
 def test_losses_that_were_kept_go_where_the_next_one_is() -> None:

@@ -130,6 +130,7 @@ STATE = make_problem().trainer(esper.SchedulePolicy({}), epochs=1).state_dict()
         *(("governor", field, "the governor") for field in sorted(STATE["governor"])),
         *(("data", field, "the data") for field in sorted(STATE["data"])),
         *(("undecided", field, "the undecided") for field in sorted(STATE["undecided"])),
+        ("growth", "slots", "growth"),
     ],
 )
 def test_a_state_that_lacks_a_field_is_refused_and_nothing_is_loaded(
@@ -183,6 +184,16 @@ class Observer(nn.Module):
         super()._load_from_state_dict(state, prefix, *rest)
 
 
+class LiveHistory(History):
+    """Gives its extra state away as it is, and takes one over."""
+
+    def get_extra_state(self) -> Any:
+        return self.means
+
+    def set_extra_state(self, state: Any) -> None:
+        self.means = state
+
+
 class Run:
     """A trainer over such a host, whose losses can be spoilt."""
 
@@ -225,6 +236,16 @@ def test_a_run_goes_on_over_what_its_host_loads_by_itself(
     again.trainer.fit()
     wanted = whole.weights()
     assert all(torch.equal(value, wanted[name]) for name, value in again.weights().items())
+
+
+def test_a_state_holds_an_extra_state_as_it_was_then(tmp_path: Path) -> None:
+    trainer = Run(LiveHistory, tmp_path).trainer
+    state = trainer.state_dict()
+    trainer.fit()
+    assert state["model"]["1._extra_state"] == []
+    trainer.load_state_dict(state)
+    trainer.fit()
+    assert state["model"]["1._extra_state"] == []
 
 
 @pytest.mark.parametrize("kind", [History, Observer])

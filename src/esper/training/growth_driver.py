@@ -78,17 +78,16 @@ class GrowthDriver:
         return self._decide() if due else None
 
     def _decide(self) -> dict[str, float]:
-        epoch, losses = self.growth.epoch, self._losses.state_dict()
-        train_loss = self._losses.take_mean() if self._losses else None
+        epoch = self.growth.epoch
+        train_loss = self._losses.mean() if self._losses else None
         self._decides = True
         try:
             return self.growth.after_epoch(self._evaluate, train_loss=train_loss)
         finally:
             self._decides = False
-            if self.growth.epoch > epoch:
+            if self.growth.epoch > epoch:  # a look that raised counts for none
                 self._decided_at = self.growth.step
-            else:  # a look that raised counts for none: whoever goes on looks again
-                self._losses.load_state_dict(losses, device=device_of(self._model))
+                self._losses.clear()
 
     def after_validation(self) -> None:
         """Prune seeds that raised in the loop's own validation, after which it may save."""

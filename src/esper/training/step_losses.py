@@ -40,17 +40,20 @@ class StepLosses:
     def __len__(self) -> int:
         return sum(map(len, self._packed)) + len(self._single)
 
-    def take_mean(self) -> float:
-        """Return the mean and forget all losses; NaN where there is none. Waits for the device.
+    def mean(self) -> float:
+        """Return the mean of all losses; NaN where there is none. Waits for the device.
 
         It is taken in float32 where losses are less precise.
         """
-        weighed, num_batches = self._weighed(), self._num_batches
-        self._packed, self._single, self._num_batches = [], [], 0
+        weighed = self._weighed()
         if not len(weighed):
             return math.nan
         exact = torch.promote_types(weighed.dtype, torch.float32)
-        return float(weighed.mean(dtype=exact)) * (len(weighed) / num_batches)
+        return float(weighed.mean(dtype=exact)) * (len(weighed) / self._num_batches)
+
+    def clear(self) -> None:
+        """Forget all losses."""
+        self._packed, self._single, self._num_batches = [], [], 0
 
     def state_dict(self) -> dict[str, Any]:
         """Return the losses, copied; no host–device synchronisation."""

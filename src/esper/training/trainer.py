@@ -13,7 +13,6 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from esper.lifecycle.record import Record
 from esper.slots.isolation_monitor import DEFAULT_INTERVAL_STEPS
 from esper.slots.modes import device_of
-from esper.slots.sharded import sharded_like
 from esper.slots.state_fields import check_slot_states
 from esper.training.control import RunControl
 from esper.training.data_position import DataPosition
@@ -21,7 +20,7 @@ from esper.training.ema import EMA, check_average
 from esper.training.governor import Governor, GovernorConfig
 from esper.training.growth import Growth
 from esper.training.held_out import Evaluate
-from esper.training.host_weights import check_host_weights
+from esper.training.model_state import check_model_state, load_model_state, model_state
 from esper.training.optimizer_state import (
     check_optimizer_state,
     load_optimizer_state,
@@ -248,7 +247,7 @@ class Trainer:
         if self.growth.slots.replication is None:
             self.prune_failed()
         return {
-            "model": {name: _copy(value) for name, value in self.model.state_dict().items()},
+            "model": model_state(self.model),
             "growth": self.growth.state_dict(),
             "ema": None if self.ema is None else self.ema.state_dict(),
             "governor": self.governor.state_dict(),
@@ -286,10 +285,7 @@ class Trainer:
     def _become(self, state: Mapping[str, Any]) -> None:
         """Go on from a state of this trainer, or of one that was made as it is."""
         self.growth.load_state_dict(state["growth"])
-        here = self.model.state_dict()
-        self.model.load_state_dict(
-            {n: sharded_like(value, here.get(n, value)) for n, value in state["model"].items()}
-        )
+        load_model_state(self.model, state["model"])
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
         load_optimizer_state(self._optimizer, self.model, state["optimizer"])
@@ -320,7 +316,7 @@ class Trainer:
         if not state["scaler"] and self.training_step.scaler.enabled:
             raise ValueError(f"the run had another precision than float16; {again}")
         check_optimizer_state(self._optimizer, state["optimizer"])
-        check_host_weights(self.model, state["model"])
+        check_model_state(self.model, state["model"])
 
     def prune_failed(self) -> None:
         """Prune seeds that raised since the last step, which no state between steps can hold.
@@ -354,7 +350,8 @@ class Trainer:
             self.settle()
         if self.config.scheduler_interval == "epoch":
             self._step_scheduler()
-        train_loss = self._losses.take_mean()
+        train_loss = self._losses.mean()
+        self._losses.clear()
         self.data.end_epoch()
         self.epoch += 1
         self.growth.meter.stop()
@@ -466,8 +463,9 @@ class Trainer:
         raise _WentBack
 
     def _decide(self) -> Iterator[DecisionDue]:
-        train_loss = self._undecided.take_mean()
+        train_loss = self._undecided.mean()
         self._metrics = self.growth.look(self._evaluate, train_loss=train_loss)
+        self._undecided.clear()
         if isinstance(self._scheduler, ReduceLROnPlateau):
             self._scheduler.step(self._metrics["loss"])
         yield DecisionDue(metrics=dict(self._metrics))
@@ -490,8 +488,3 @@ class Trainer:
                 group = []
         if group:
             yield group
-
-
-def _copy(value: Any) -> Any:
-    """Return a copy of a tensor, and anything else as it is."""
-    return value.detach().clone() if isinstance(value, Tensor) else value

@@ -12,7 +12,7 @@ _FIELDS = (
 
 
 def check_trainer_state(state: Mapping[str, Any], parts: Mapping[str, Any]) -> None:
-    """Raise unless a state has all fields, and those of some parts all of theirs.
+    """Raise unless a state has all fields, its slots, and those of some parts all of theirs.
 
     Args:
         state: From `Trainer.state_dict`.
@@ -22,5 +22,7 @@ def check_trainer_state(state: Mapping[str, Any], parts: Mapping[str, Any]) -> N
         ValueError: Fields are missing; all of them are named.
     """
     check_fields(state, _FIELDS, of="the trainer")
+    check_fields(state["growth"], ("slots",), of="growth")
+    check_fields(state["growth"]["slots"], ("slots",), of="the slots")
     for name, part in parts.items():
         check_fields(state[name], part.state_dict(), of=f"the {name}")
