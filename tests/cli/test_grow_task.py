@@ -32,6 +32,7 @@ def build(random_seed):
 
 TASK = replace(DIGITS, build=build)
 """
+ADVICE = ("slot.thresholds.max_linear_share=1", "slot.thresholds.min_over_linear_fraction=none")
 SHORT = ("--epochs", "2", "--set", "threads=1")
 
 
@@ -249,3 +250,18 @@ def test_help_and_doctor_name_the_kinds_of_tasks() -> None:
     assert "label= and text= choose columns" in " ".join(
         CliRunner().invoke(app, ["grow", "--help"]).output.split()
     )
+
+
+def test_a_run_whose_seeds_were_refused_as_linear_says_what_to_turn() -> None:
+    eager = (
+        *("slot.isolation=none", "slot.ramp_steps=1", "slot.thresholds.min_steps_at_target=1"),
+        *("slot.thresholds.max_linear_share=1e-9", "heuristic.warmup_epochs=1"),
+        *("heuristic.plateau_epochs=1", "heuristic.plateau_fraction=1", "heuristic.fade_steps=1"),
+        *("heuristic.patience_epochs=2", "slot.thresholds.trial_epochs=1", "trainer.epochs=6"),
+    )
+    settings = [part for setting in eager for part in ("--set", setting)]
+    output = grow("digits", *settings, "--set", "threads=1", "--no-report").output
+    assert re.search(r"nothing was committed, and \d of \d seeds were refused for being", output)
+    again = [part for setting in ADVICE for part in ("--set", setting)]
+    output = grow("digits", *settings, *again, "--set", "threads=1", "--no-report").output
+    assert "nothing was committed" not in output

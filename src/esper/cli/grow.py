@@ -35,11 +35,11 @@ from esper.experiments.parts import chosen_policy
 from esper.experiments.run import GrowingRun, build_setup, prepare
 from esper.experiments.settings import SettingsError
 from esper.experiments.stored_run import stored_run
+from esper.own_code import OWN_SCHEME
 from esper.policies.named import NEVER, POLICY_NAMES
 from esper.report.story import RunStory, tell
 from esper.tasks.collection.address import SCHEMES, SETTINGS_HELP
 from esper.tasks.named import TASKS
-from esper.tasks.own import OWN_SCHEME
 from esper.tasks.task import TaskDataError
 from esper.telemetry.run_folder import RunFolderError
 from esper.telemetry.run_reader import RunReader
@@ -69,8 +69,8 @@ def grow(
         str | None,
         typer.Option(
             metavar="NAME|FILE",
-            help=f"Who decides: {', '.join(POLICY_NAMES)}, or the file of a learned policy; "
-            "default the task's own.",
+            help=f"Who decides: {', '.join(POLICY_NAMES)}, {OWN_SCHEME}, or the file of a learned "
+            "policy; default the task's own.",
         ),
     ] = None,
     epochs: Annotated[

@@ -54,6 +54,17 @@ def print_seeds(console: Console, story: RunStory) -> None:
             line.append(seed.outcome, style=_OUTCOME_STYLES[seed.outcome])
             line.append(f"{', saves ' + saved if saved else ''}; {seed.reason}")
             console.print(line)
+    linear = sum(seed.refused_as_linear for seed in story.seeds)
+    if linear and not any(seed.committed for seed in story.seeds):
+        console.print(
+            f"\nnothing was committed, and {linear} of {len(story.seeds)} seeds were refused for "
+            "being little more than a linear map, which the host's own layers can learn; where "
+            "seeds become useful only later, ask for less: --set "
+            "slot.thresholds.max_linear_share=1 --set "
+            "slot.thresholds.min_over_linear_fraction=none",
+            style="yellow",
+            highlight=False,
+        )
 
 
 def _seeds_table(story: RunStory) -> Table:

@@ -110,7 +110,8 @@ class RunConfig(Record):
 
     task: Annotated[str, AfterValidator(address_of_anywhere)]
     policy: Annotated[str, AfterValidator(policy_of_anywhere)] = HeuristicPolicy.name
-    """Name of a policy, or a file that `esper policy train` has written."""
+    """Name of a policy, `python:MODULE:NAME` of one's own, or a file that `esper policy train` has
+    written."""
     random_seed: RandomSeed = 0
     learning_rate: Annotated[FiniteFloat, Field(gt=0.0)]
     weight_decay: Annotated[FiniteFloat, Field(ge=0.0)] = 0.01

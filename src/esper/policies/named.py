@@ -4,6 +4,7 @@ import difflib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from esper.own_code import OWN_SCHEME, is_own
 from esper.policies.depth_schedule import (
     SLOPE,
     DepthScheduleConfig,
@@ -11,6 +12,7 @@ from esper.policies.depth_schedule import (
     slope_policy,
 )
 from esper.policies.heuristic import UCB1_POLICY, HeuristicPolicy, ucb1_policy
+from esper.policies.own import own_policy
 from esper.policies.random import RandomPolicy
 from esper.policies.schedule import SchedulePolicy
 from esper.training.policy import Policy
@@ -57,17 +59,22 @@ def policy_words(policy: str, among: Sequence[str] = ()) -> str:
 
 
 def named_policy(name: str, *, random_seed: int) -> Policy:
-    """Return a policy by name.
+    """Return a policy by name, or one's own by its place in Python, `python:MODULE:NAME`.
 
     Raises:
         ValueError: There is no such policy; the nearest names are listed.
+
+    Effects: runs the code of a module that is named.
     """
+    if is_own(name):
+        return own_policy(name)
     maker = _MAKERS.get(name)
     if maker is None:
-        nearest = difflib.get_close_matches(name, POLICY_NAMES, n=1)
+        forgotten = [f"python:{name}"] if name.count(":") == 1 else []
+        nearest = forgotten or difflib.get_close_matches(name, POLICY_NAMES, n=1)
         hint = f" did you mean {nearest[0]!r}?" if nearest else ""
         raise ValueError(
-            f"no policy {name!r};{hint} policies: {', '.join(POLICY_NAMES)}, or a file "
-            f"NAME{POLICY_FILE_SUFFIX}, as esper policy train writes"
+            f"no policy {name!r};{hint} policies: {', '.join(POLICY_NAMES)}, {OWN_SCHEME}, or a "
+            f"file NAME{POLICY_FILE_SUFFIX}, as esper policy train writes"
         )
     return maker(random_seed)

@@ -174,6 +174,14 @@ class SeedStory:
             return refusal(last.result)
         return self.pruned_because or (self.stages[-1].stage.name if self.stages else "")
 
+    @property
+    def refused_as_linear(self) -> bool:
+        """Whether it ended where it was no better than a linear map in its place."""
+        if self.committed or self.pruned_because is None or not is_refusal(self.pruned_because):
+            return False
+        failures = self.gates[-1].event.result.failures if self.gates else ()
+        return any("linear" in check.name for check in failures)
+
 
 @dataclass(kw_only=True)
 class RunStory:

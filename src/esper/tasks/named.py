@@ -4,9 +4,10 @@ import difflib
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from esper.own_code import OWN_SCHEME, is_own
 from esper.tasks.collection import SCHEMES, collection_task
 from esper.tasks.digits import DIGITS
-from esper.tasks.own import OWN_SCHEME, is_own, own_task
+from esper.tasks.own import own_task
 from esper.tasks.task import Task
 from esper.tasks.teacher import TEACHER
 from esper.tasks.text import TEXT, TEXT_LARGE, TEXT_XL

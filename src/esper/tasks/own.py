@@ -1,19 +1,9 @@
 """Tasks of one's own, by the place of their `Task` in Python."""
 
-import importlib
-import sys
 from dataclasses import replace
-from pathlib import Path
 
+from esper.own_code import own_place
 from esper.tasks.task import Task
-
-OWN_SCHEME = "python:MODULE:NAME"
-_PREFIX = "python:"
-
-
-def is_own(name: str) -> bool:
-    """Whether a task's name is the place of an object in Python."""
-    return name.startswith(_PREFIX)
 
 
 def own_task(name: str) -> Task:
@@ -23,22 +13,9 @@ def own_task(name: str) -> Task:
         ValueError: The address is not of this form, the module does not import, or what it names is
             not there or no `Task`.
 
-    Effects: puts the working directory on the module search path, as `python -m` does, and runs the
-    module's code.
+    Effects: as `esper.own_code.own_module`.
     """
-    module_name, separator, attribute = name.removeprefix(_PREFIX).partition(":")
-    if not (module_name and separator and attribute):
-        raise ValueError(f"a task of one's own is named {OWN_SCHEME}, got {name!r}")
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.insert(0, here)
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:
-        raise ValueError(
-            f"task {name!r}: importing {module_name!r} from {here} raised "
-            f"{type(error).__name__}: {error}"
-        ) from error
+    module, attribute = own_place(name, kind="task")
     task = getattr(module, attribute, None)
     if not isinstance(task, Task):
         tasks = [key for key, value in vars(module).items() if isinstance(value, Task)]
