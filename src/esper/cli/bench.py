@@ -94,11 +94,11 @@ def _measured(console: Console, bench: Bench, block_steps: int, *, silent: bool)
     status = nullcontext() if silent else console.status("making the networks …")
     with status as shown:
 
-        def tell(done: int) -> None:
+        def tell(words: str) -> None:
             if shown is not None:
-                shown.update(f"{done} of {NUM_BLOCKS} blocks …")
+                shown.update(words)
 
-        return bench.measure(block_steps, on_block=tell)
+        return bench.measure(block_steps, tell=tell)
 
 
 def _table(costs: Sequence[StepCost]) -> Table:

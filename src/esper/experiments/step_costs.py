@@ -90,7 +90,7 @@ class Bench:
         self._committed()  # the same
 
     def measure(
-        self, block_steps: int, *, on_block: Callable[[int], None] = lambda _: None
+        self, block_steps: int, *, tell: Callable[[str], None] = lambda _: None
     ) -> list[StepCost]:
         """Time steps of each network, one of each in turn, in ten blocks.
 
@@ -100,24 +100,23 @@ class Bench:
 
         Args:
             block_steps: Of each network in a block.
-            on_block: Is told how many blocks are done.
+            tell: Is told in words what is under way.
 
         Raises:
             SettingsError: Something does not compile.
         """
         networks, counts = self._networks(), self._counts()
-        on_block(0)
         num_makes = _COMPILED_NUM_MAKES if self.config.compile.enabled else NUM_BLOCKS
         seconds: dict[str, list[list[float]]] = {name: [] for name in networks}
         for number in range(NUM_BLOCKS):
             if number % (NUM_BLOCKS // num_makes) == 0:
-                made = _made(networks, backwards=number % 2 == 1)
+                made = _made(networks, backwards=number % 2 == 1, tell=tell)
+            tell(f"block {number + 1} of {NUM_BLOCKS} …")
             steps = [made[name].step for name in networks]
             timed_in_turn(steps, _WARM_UP_STEPS)
             block = timed_in_turn(steps, block_steps, first_round=number * block_steps)
             for name, of_network in zip(networks, block, strict=True):
                 seconds[name].append(of_network)
-            on_block(number + 1)
         return [
             StepCost(
                 network=name,
@@ -329,11 +328,21 @@ class _Trained:
         self._bench.wait()
 
 
-def _made(networks: Mapping[str, _Network], *, backwards: bool) -> dict[str, _Steps]:
-    """Return all networks, made in one order or the other, so that none has the better place."""
+def _made(
+    networks: Mapping[str, _Network], *, backwards: bool, tell: Callable[[str], None]
+) -> dict[str, _Steps]:
+    """Return all networks, made in one order or the other, so that none has the better place.
+
+    Each has made a step, in which it is compiled if it is to be.
+    """
     torch.compiler.reset()
-    names = list(networks)
-    return {name: networks[name].make() for name in (names[::-1] if backwards else names)}
+    names = list(networks)[:: -1 if backwards else 1]
+    made = {}
+    for number, name in enumerate(names, start=1):
+        tell(f"making network {number} of {len(names)}, {name} …")
+        made[name] = networks[name].make()
+        made[name].step()
+    return made
 
 
 def _params(network: _Steps) -> int:
