@@ -1,6 +1,7 @@
 """timm models, randomly initialised: grow by pattern, bake, come back from disk."""
 
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,37 @@ def test_a_copy_of_the_hosts_own_block_is_the_identity_and_then_the_block(name: 
     with torch.no_grad():
         expected = model.get_submodule(source)(features)
         torch.testing.assert_close(slot.seed.eval()(features), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("passed", [True, False])
+def test_a_seed_is_trained_as_its_block_is_under_decay_by_layers_and_timms_schedule(passed: bool):
+    model = make("vit")
+    timm_optim, timm_scheduler = map(import_module, ("timm.optim", "timm.scheduler"))
+    slots = attach(model, ["blocks.*"], torch.randn(2, 3, 32, 32))
+    optimizer = timm_optim.create_optimizer_v2(
+        model, "adamw", lr=1e-3, weight_decay=0.05, layer_decay=0.65
+    )
+
+    def schedule() -> Any:
+        return timm_scheduler.CosineLRScheduler(optimizer, 10, warmup_t=3, warmup_lr_init=1e-5)
+
+    scheduler = schedule() if passed else None
+    slots.bind(optimizer, scheduler)
+    scheduler = scheduler or schedule()
+    for epoch in range(8):
+        scheduler.step(epoch)
+        rates = []
+        for path in slots:
+            matrix = model.get_submodule(path).attn.qkv.weight
+            of_block, *others = (
+                {**group, "params": [], "slot": path}
+                for group in optimizer.param_groups
+                if any(p is matrix for p in group["params"]) or group.get("slot") == path
+            )
+            assert others == [of_block]
+            rates.append(of_block["lr"])
+        assert of_block["weight_decay"] == 0.05
+        assert len(set(rates)) == len(slots)
 
 
 def test_a_source_of_another_shape_is_refused_and_blames_no_blueprint():

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.optim import Optimizer, lr_scheduler, swa_utils
 import esper
 from esper import SeedSlot, SeedStage, SlotConfig, SlotSet
 from esper.lifecycle.learning import Isolation
+from esper.training import load_optimizer_state, optimizer_state
 
 Parameters = Iterator[nn.Parameter]
 
@@ -332,6 +334,163 @@ def test_binding_refuses_an_optimizer_that_trains_other_slots() -> None:
     second.bind(optimizer)
 
 
+def host_of_parts() -> nn.Module:
+    """A stem, a body of a norm, a matrix and an activation, and a frozen head."""
+    body = OrderedDict(norm=nn.LayerNorm(8), expand=nn.Linear(8, 8), act=nn.Tanh())
+    head = nn.Linear(8, 2).requires_grad_(requires_grad=False)
+    parts = OrderedDict(stem=nn.Linear(4, 8), act=nn.Tanh(), body=nn.Sequential(body), head=head)
+    return nn.Sequential(parts)
+
+
+NO_DECAY, STEM, BODY = range(3)
+OWN_GROUP = {
+    "stem": STEM,
+    "body": BODY,
+    "body.norm": NO_DECAY,
+    "body.expand": BODY,
+    "act": BODY,  # and the head: nothing of their own, and most of the model is there
+    "head": BODY,
+}
+
+
+def optimizer_of_parts(model: nn.Module) -> Optimizer:
+    """As timm and transformers make it: by weight decay, and by layers."""
+    weights = {
+        name: [parameter]
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and parameter.ndim > 1
+    }
+    others = [p for p in model.parameters() if p.requires_grad and p.ndim == 1]
+    groups = [
+        {"params": others, "lr": 0.1, "weight_decay": 0.0},
+        {"params": weights["stem.weight"], "lr": 0.02, "lr_scale": 0.2},
+        {"params": weights["body.expand.weight"], "lr": 0.05, "lr_scale": 0.5},
+    ]
+    for number, group in enumerate(groups):
+        group["name"] = f"group {number}"
+    return optim.SGD(groups, lr=1.0, momentum=0.9, weight_decay=0.3)
+
+
+def bound_parts(paths: list[str], **config: Any) -> tuple[SlotSet, Optimizer]:
+    model = host_of_parts()
+    slots = esper.attach(model, paths, example=torch.randn(2, 4), config=SlotConfig(**config))
+    optimizer = optimizer_of_parts(model)
+    slots.bind(optimizer)
+    return slots, optimizer
+
+
+@pytest.mark.parametrize("path", OWN_GROUP)
+def test_a_slots_group_is_like_the_one_that_trains_most_of_what_it_stands_behind(
+    path: str, grow: Any
+) -> None:
+    slots, optimizer = bound_parts([path])
+    wanted, own = optimizer.param_groups[OWN_GROUP[path]], optimizer.param_groups[3]
+    apart = {"params": [], "slot": path, "name": path}
+    assert own == {**wanted, **apart}
+    grow(slots[path], "mlp", SeedStage.FOSSILIZED)
+    seed = list(slots[path].branch(0).parameters())
+    assert all(any(p is held for held in wanted["params"]) for p in seed)
+    assert own == {**wanted, **apart}
+
+
+def test_committed_seeds_change_nothing_about_which_group_a_slot_is_like(grow: Any) -> None:
+    """Not even a large one inside of what the slot stands behind, and none after resuming."""
+    paths = ["body", "body.norm"]
+    slots, optimizer = bound_parts(paths)
+    grow(slots["body.norm"], "mlp", SeedStage.FOSSILIZED)
+    slots.unbind()
+    slots.bind(optimizer)
+    grow(slots["body"], "mlp", SeedStage.FOSSILIZED)
+    own = [list(slots[path].branch(0).parameters()) for path in paths]
+
+    def groups_of(seeds: list[list[nn.Parameter]], among: Optimizer) -> list[list[int]]:
+        return [
+            [n for n, g in enumerate(among.param_groups) if not set(seed).isdisjoint(g["params"])]
+            for seed in seeds
+        ]
+
+    assert groups_of(own, optimizer) == [[BODY], [NO_DECAY]]
+    kept, kept_optimizer = slots.state_dict(), optimizer_state(optimizer, slots.model)
+    again, resumed = bound_parts(paths)
+    again.load_state_dict(kept)
+    seeds = [list(again[path].branch(0).parameters()) for path in paths]
+    assert groups_of(seeds, resumed) == [[BODY], [NO_DECAY]], "before the optimizer has its state"
+    load_optimizer_state(resumed, again.model, kept_optimizer)
+    assert groups_of(seeds, resumed) == [[BODY], [NO_DECAY]]
+
+
+PER_GROUP: dict[str, Callable[[Optimizer], Any]] = {
+    **SCHEDULERS,
+    "LambdaLR": lambda o: lr_scheduler.LambdaLR(
+        o, [lambda step, rate=rate: rate**step for rate in (0.9, 0.8, 0.7)]
+    ),
+    "MultiplicativeLR": lambda o: lr_scheduler.MultiplicativeLR(
+        o, [lambda step, rate=rate: rate for rate in (0.9, 0.8, 0.7)]
+    ),
+    "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(o, [0.3, 0.2, 0.1], total_steps=20),
+    "CyclicLR": lambda o: lr_scheduler.CyclicLR(
+        o, [0.01, 0.02, 0.03], [0.3, 0.2, 0.1], base_momentum=[0.7, 0.8, 0.9], step_size_up=3
+    ),
+    "ReduceLROnPlateau": lambda o: lr_scheduler.ReduceLROnPlateau(
+        o, factor=0.5, patience=1, min_lr=[0.01, 0.006, 0.02]
+    ),
+    "SWALR": lambda o: swa_utils.SWALR(o, [0.01, 0.02, 0.03], anneal_epochs=4),
+    "ChainedScheduler": lambda o: lr_scheduler.ChainedScheduler(
+        [lr_scheduler.ConstantLR(o, total_iters=4), PER_GROUP["LambdaLR"](o)]
+    ),
+}
+"""As `SCHEDULERS`, with values for each of three groups where the scheduler takes them."""
+
+
+@pytest.mark.parametrize("scheduler", PER_GROUP)
+def test_a_slots_group_follows_a_schedule_as_the_hosts_group_does_that_it_is_like(
+    scheduler: str,
+) -> None:
+    model = host_of_parts()
+    paths = list(OWN_GROUP)
+    slots = esper.attach(model, paths, example=torch.randn(2, 4))
+    optimizer = optimizer_of_parts(model)
+    schedule = PER_GROUP[scheduler](optimizer)
+    slots.bind(optimizer, schedule)
+    groups = optimizer.param_groups
+    for _ in range(12):
+        for group in groups[3:]:
+            wanted = groups[OWN_GROUP[group["slot"]]]
+            assert (group["lr"], group["momentum"]) == (wanted["lr"], wanted["momentum"])
+        optimizer.step()
+        schedule.step(1.0) if scheduler == "ReduceLROnPlateau" else schedule.step()
+    assert len({group["lr"] for group in groups[:3]}) > 1
+
+
+@pytest.mark.parametrize(
+    "held", [lambda model, seeds: seeds, lambda model, seeds: [{"params": []}, {"params": []}]]
+)
+def test_seeds_learn_though_no_parameter_of_a_frozen_host_is_in_the_optimizer(
+    held: Any, grow: Any
+) -> None:
+    model = host_of_parts().requires_grad_(requires_grad=False)
+    slots = esper.attach(model, "body", example=torch.randn(2, 4))
+    host = list(model.parameters())
+    grow(slots["body"], "lora", SeedStage.TRAINING)
+    slots["body"].advance(force=True)
+    slots["body"].set_alpha_target(1.0, 0)
+    seed = list(slots["body"].living.parameters())
+    optimizer = optim.SGD(held(model, seed), lr=0.1)
+    slots.bind(optimizer)
+    before = [parameter.detach().clone() for parameter in [*host, *seed]]
+    for _ in range(2):
+        model(torch.randn(8, 4)).square().sum().backward()
+        slots.clip_grad_norm_(1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        slots.tick()
+    moved = [not torch.equal(old, new) for old, new in zip(before, [*host, *seed], strict=True)]
+    assert moved == [False] * len(host) + [True] * len(seed)
+    reading = slots.read_gradient_health(slots["body"])
+    assert reading is not None
+    assert (reading.host_norm, reading.ratio) == (0.0, None)
+
+
 def test_what_is_clipped_as_the_hosts_follows_a_new_head() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
     slots = esper.attach(model, "0", example=torch.randn(2, 4))
@@ -372,7 +531,7 @@ def test_what_another_optimizer_trains_is_clipped_with_the_host_and_is_no_part_o
 
 def test_binding_refuses_a_second_and_a_foreign_optimizer(hosts: Any) -> None:
     run = Run(hosts["mlp"], OPTIMIZERS["SGD"])
-    with pytest.raises(ValueError, match="none of the host's parameters"):
+    with pytest.raises(ValueError, match=r"none of the host's parameters.*or.*freeze the host"):
         run.slots.bind(OPTIMIZERS["SGD"](hosts["mlp"].build().parameters()))
     run.slots.bind(run.optimizer)
     with pytest.raises(ValueError, match=r"bound to a SGD already.*unbind"):

@@ -13,6 +13,7 @@ from torch.nn.functional import mse_loss
 import esper
 from esper import SeedStage, SlotConfig
 from esper.seeds import BlueprintError
+from esper.slots.gradient_health import GradientHealth
 from esper.slots.nested import tensors_in
 from esper.training.optimizer_state import load_optimizer_state, optimizer_state
 
@@ -325,3 +326,15 @@ def test_a_frozen_seed_whose_weights_were_loaded_by_assignment_stays_frozen() ->
     optimizer.step()
     for name, value in loaded.state_dict().items():
         assert torch.equal(value, weights[name]) == ("esper_slot" in name), name
+
+
+def test_norms_that_were_kept_go_where_the_next_one_is() -> None:
+    """A frozen host has no gradients: its norm is on the CPU, wherever its seeds are."""
+    health = GradientHealth()
+    kept = {"steps": 0, "norms": {"a": {"host": torch.ones(1), "seed": torch.ones(1)}}}
+    health.load_state_dict(kept, device=torch.device("cpu"))
+    elsewhere = nn.Parameter(torch.ones(2, device="meta"))
+    elsewhere.grad = torch.ones(2, device="meta")
+    health.measure([elsewhere], {"a": [elsewhere]}, "host")
+    norms = health.state_dict()["norms"]["a"]["host"]
+    assert (norms.device.type, norms.shape) == ("meta", (2,))

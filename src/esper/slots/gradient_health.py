@@ -147,8 +147,8 @@ class GradientHealth:
         pairs = self._seed_norms.pop(owner, None)
         if not pairs:
             return None
-        hosts = torch.stack([host for host, _ in pairs]).float()
-        seeds = torch.stack([seed.to(hosts.device) for _, seed in pairs]).float()
+        hosts = _stacked([host for host, _ in pairs]).float()
+        seeds = _stacked([seed for _, seed in pairs]).to(hosts.device).float()
         host_norm, seed_norm = torch.stack([hosts.mean(), seeds.mean()]).tolist()
         return GradientReading(
             host_norm=host_norm,
@@ -162,8 +162,8 @@ class GradientHealth:
             "steps": self._steps,
             "norms": {
                 owner: {
-                    "host": torch.stack([host for host, _ in pairs]),
-                    "seed": torch.stack([seed for _, seed in pairs]),
+                    "host": _stacked([host for host, _ in pairs]),
+                    "seed": _stacked([seed for _, seed in pairs]),
                 }
                 for owner, pairs in self._seed_norms.items()
             },
@@ -192,6 +192,11 @@ class GradientHealth:
     def holds(self, owner: str) -> bool:
         """Whether anything of this owner is kept."""
         return owner in self._seed_norms or owner in self._clipped
+
+
+def _stacked(norms: Sequence[Tensor]) -> Tensor:
+    """Stack norms on the device of the last; that of a frozen host is on the CPU."""
+    return torch.stack([norm.to(norms[-1].device) for norm in norms])
 
 
 def _ratio(host_norm: float, seed_norm: float, host_params: int, seed_params: int) -> float | None:

@@ -1,6 +1,7 @@
 """One parameter group per slot, made once, so that the number of groups never changes."""
 
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -27,22 +28,30 @@ _PER_GROUP_ATTRIBUTES = (
     "base_momentums",
     "max_momentums",
     "_last_lr",
+    "base_values",  # timm's
+    "warmup_steps",
 )
 
 
 class OptimizerBinding:
     """Keeps the slots' parameter groups filled with what lives in the slots.
 
-    A slot's group starts with the hyperparameters of the optimizer's first group. A seed's
-    learning-rate multiplier and warm-up act around each step only, so no scheduler sees them. The
-    warm-up counts from the first step after GERMINATED.
+    A slot's group starts with the hyperparameters of the host's group that trains the module which
+    the slot stands behind, and committed seeds join that group: `_host_group` says which it is. A
+    seed's learning-rate multiplier and warm-up act around each step only, so no scheduler sees
+    them. The warm-up counts from the first step after GERMINATED.
 
     Args:
+        optimizer: Trains the host, or the seeds alone of a host that is frozen.
+        slots: By path.
+        model: That the slots are in.
+        host_parameters: Of the model, committed seeds included.
+        scheduler: A learning-rate scheduler that the optimizer has already.
         before_step: Called before each optimizer step.
 
     Raises:
-        ValueError: The optimizer holds no parameter of the host, trains other slots' seeds already,
-            or a scheduler exists that was not passed.
+        ValueError: The host learns, and the optimizer holds no parameter of it; it trains other
+            slots' seeds already, or a scheduler exists that was not passed.
         TypeError: The optimizer takes one parameter group only, or matrices only.
     """
 
@@ -50,16 +59,18 @@ class OptimizerBinding:
         self,
         optimizer: Optimizer,
         slots: Mapping[str, SeedSlot],
-        host_parameters: list[nn.Parameter],
         *,
+        model: nn.Module,
+        host_parameters: list[nn.Parameter],
         scheduler: Any | None,
         before_step: Callable[[], None],
     ) -> None:
         held = {p for group in optimizer.param_groups for p in group["params"]}
-        if held.isdisjoint(host_parameters):
+        if held.isdisjoint(host_parameters) and any(p.requires_grad for p in host_parameters):
             raise ValueError(
                 f"the {type(optimizer).__name__} holds none of the host's parameters; build it "
-                "from the parameters of the model that was attached to"
+                "from the parameters of the model that was attached to, or, where seeds alone are "
+                "to learn, freeze the host before any germinates: model.requires_grad_(False)"
             )
         _refuse_unable(optimizer)
         if optimizer in _bound:
@@ -76,6 +87,8 @@ class OptimizerBinding:
                 "pass it: bind(optimizer, scheduler=…), or make the scheduler after binding"
             )
         self._slots = slots
+        self._host_groups = _host_groups(optimizer, model, slots)
+        """Index of the group that a slot's is like, by path; the host's own are never moved."""
         self._before_step = before_step
         self._steps = dict.fromkeys(slots, 0)
         self._restore: list[tuple[dict[str, Any], Any]] = []
@@ -88,7 +101,7 @@ class OptimizerBinding:
         for path in missing:
             self._add_group(path)
         if scheduler is not None:
-            _adopt_groups(scheduler, before, len(optimizer.param_groups))
+            _adopt_groups(scheduler, before, [self._host_groups[path] for path in missing])
         for slot in slots.values():
             self._catch_up(slot, was_bound=slot.path not in missing)
             if slot.living is not None:
@@ -146,8 +159,8 @@ class OptimizerBinding:
             parameter.grad = None
 
     def commit(self, path: str, branch: SeedBranch) -> None:
-        """Move a committed seed to the host's first group; its optimizer state goes with it."""
-        group, host = self._groups()[path], self.optimizer.param_groups[0]
+        """Move a committed seed to the host's group; its optimizer state goes with it."""
+        group, host = self._groups()[path], self._host_group(path)
         host["params"].extend(group["params"])
         if "param_names" in host:
             host["param_names"].extend(group["param_names"])
@@ -165,15 +178,15 @@ class OptimizerBinding:
     def regroup(self, removed: Sequence[SeedBranch]) -> None:
         """Bring the groups in step with slots that have become what they were.
 
-        A committed seed stays in whichever group of the host it is in; without one it joins the
-        first. Seeds that were there before keep their optimizer state.
+        A committed seed stays in whichever group of the host it is in; without one it joins its
+        slot's. Seeds that were there before keep their optimizer state.
 
         Args:
             removed: Seeds that are in no slot any more.
         """
         for branch in removed:
             self.forget(branch.parameters())
-        own, host = self._groups(), self.optimizer.param_groups[0]
+        own = self._groups()
         for path, slot in self._slots.items():
             for index in range(len(slot.branches)):
                 branch = slot.branch(index)
@@ -185,7 +198,7 @@ class OptimizerBinding:
                     right = all(GROUP_KEY not in group for group in places)
                 if not (places and right):
                     self._withdraw(branch.parameters())
-                    self._put(own[path] if lives else host, path, branch)
+                    self._put(own[path] if lives else self._host_group(path), path, branch)
 
     @property
     def has_stepped(self) -> bool:
@@ -216,8 +229,12 @@ class OptimizerBinding:
         groups = self.optimizer.param_groups
         return {group[GROUP_KEY]: group for group in groups if GROUP_KEY in group}
 
+    def _host_group(self, path: str) -> dict[str, Any]:
+        """Return the host's group that a slot's is like, and that its committed seeds join."""
+        return self.optimizer.param_groups[self._host_groups[path]]
+
     def _add_group(self, path: str) -> None:
-        template = self.optimizer.param_groups[0]
+        template = self._host_group(path)
         group = {
             key: value.clone() if isinstance(value, Tensor) else value
             for key, value in template.items()
@@ -225,6 +242,8 @@ class OptimizerBinding:
         }
         if "param_names" in template:
             group["param_names"] = []
+        if "name" in template:  # which frameworks want to be another one for each group
+            group["name"] = path
         self.optimizer.add_param_group({**group, "params": [], GROUP_KEY: path})
 
     def _catch_up(self, slot: SeedSlot, *, was_bound: bool) -> None:
@@ -235,13 +254,13 @@ class OptimizerBinding:
             was_bound: Before; else committed seeds that the optimizer lacks were left out of it on
                 purpose, as parameters of the host can be.
         """
-        group, host = self._groups()[slot.path], self.optimizer.param_groups[0]
+        group = self._groups()[slot.path]
         for index in range(slot.num_committed):
             branch = slot.branch(index)
             places = self._places(branch)
             if any(place is group for place in places) or (was_bound and not places):
                 self._withdraw(branch.parameters())
-                self._put(host, slot.path, branch)
+                self._put(self._host_group(slot.path), slot.path, branch)
         living = set() if slot.living is None else set(slot.living.parameters())
         self.forget([parameter for parameter in group["params"] if parameter not in living])
 
@@ -374,15 +393,55 @@ def _copied(value: Any, key: str, optimizer: str) -> Any:
     )
 
 
-def _adopt_groups(scheduler: Any, before: int, after: int) -> None:
-    """Give a scheduler that exists its per-group values for new groups, those of the first."""
+def _host_groups(
+    optimizer: Optimizer, model: nn.Module, slots: Mapping[str, SeedSlot]
+) -> dict[str, int]:
+    """Return the index of the host's group that each slot's group is like, by path.
+
+    Of the host's groups it is the one that holds most numbers of the module which the slot stands
+    behind. Where none holds any, as of an activation or of a layer that was left out, the module
+    around that one counts, and so on up to the model; of a host that no group holds it is the
+    first. Seeds do not count, so that it stays the same whatever grows.
+    """
+    seeds = {p for slot in slots.values() for p in slot.branches.parameters()}
+    index_of = {
+        parameter: index
+        for index, group in enumerate(optimizer.param_groups)
+        if GROUP_KEY not in group
+        for parameter in group["params"]
+        if parameter not in seeds
+    }
+    held = [
+        (name, parameter)
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if parameter in index_of
+    ]
+    found = {}
+    for path in slots:
+        name, numbers = path, Counter[int]()
+        while held and not numbers:
+            prefix = f"{name}." if name else ""
+            for parameter in {p for own, p in held if own.startswith(prefix)}:
+                numbers[index_of[parameter]] += parameter.numel()
+            name = name.rpartition(".")[0]
+        found[path] = max(numbers, key=lambda index: (numbers[index], -index), default=0)
+    return found
+
+
+def _adopt_groups(scheduler: Any, before: int, like: Sequence[int]) -> None:
+    """Give a scheduler that exists its per-group values for new groups.
+
+    Args:
+        scheduler: Or one that holds others.
+        before: How many groups it knows.
+        like: Index of the group whose values each new one gets.
+    """
     for name in _PER_GROUP_ATTRIBUTES:
         values = getattr(scheduler, name, None)
         if isinstance(values, list) and len(values) == before:
-            first = values[0]
             values.extend(
-                first.clone() if isinstance(first, torch.Tensor) else first
-                for _ in range(after - before)
+                value.clone() if isinstance(value, Tensor) else value
+                for value in [values[index] for index in like]
             )
     for child in getattr(scheduler, "_schedulers", ()):
-        _adopt_groups(child, before, after)
+        _adopt_groups(child, before, like)

@@ -184,7 +184,7 @@ class OwnedSlots(Mapping[str, SeedSlot]):
             self.binding.remove(path, branch)
 
     def seed_committed(self, path: str, branch: SeedBranch) -> None:
-        """Move a committed seed's parameters to the host's group."""
+        """Move a committed seed's parameters to the host's group that its slot's is like."""
         self._note_seeds_changed()
         self.gradient_health.forget(owner_name(path))
         if self.replication is not None:

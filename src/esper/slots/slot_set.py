@@ -44,13 +44,14 @@ class SlotSet(OwnedSlots):
         """Make the optimizer train what grows: one parameter group per slot, for good.
 
         Args:
-            optimizer: Built from the model's parameters.
+            optimizer: Built from the model's parameters; of a host that is frozen it may hold none.
             scheduler: A learning-rate scheduler that was made before; one made afterwards needs
                 nothing.
 
         Raises:
-            ValueError: The optimizer holds none of the host's parameters, another optimizer is
-                bound, this one is bound to other slots, or a scheduler exists that was not passed.
+            ValueError: The host learns, and the optimizer holds none of its parameters; another
+                optimizer is bound, this one is bound to other slots, or a scheduler exists that was
+                not passed.
             TypeError: The optimizer takes one parameter group only, or matrices only.
             OwnershipError: The optimizer would train a teacher.
         """
@@ -64,7 +65,8 @@ class SlotSet(OwnedSlots):
         self.binding = OptimizerBinding(
             optimizer,
             self._slots,
-            self.host_parameters(),
+            model=self.model,
+            host_parameters=self.host_parameters(),
             scheduler=scheduler,
             before_step=self._before_step,
         )

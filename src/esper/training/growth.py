@@ -74,8 +74,8 @@ class Growth:
 
     Raises:
         TypeError: `slots` or `policy` is something else.
-        ValueError: The optimizer holds none of the host's parameters, or a scheduler exists that
-            was not passed.
+        ValueError: The host learns, and the optimizer holds none of its parameters, or a scheduler
+            exists that was not passed.
     """
 
     def __init__(
