@@ -41,6 +41,7 @@ class TinyRuns:
 
     epochs: int = 8
     learning_rate: float = 1e-2
+    batch_size: int = 16
     count_flops: bool = False
     targets: tuple[str, ...] = SLOTS
     config: esper.SlotConfig = CONFIG
@@ -66,7 +67,9 @@ class TinyRuns:
             count_flops=self.count_flops,
         )
         shuffled = torch.utils.data.DataLoader(
-            torch.utils.data.TensorDataset(features[:64], targets[:64]), batch_size=16, shuffle=True
+            torch.utils.data.TensorDataset(features[:64], targets[:64]),
+            batch_size=self.batch_size,
+            shuffle=True,
         )
         held_out, final = (
             esper.HeldOut(

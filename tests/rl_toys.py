@@ -4,6 +4,7 @@ import math
 import os
 import signal
 import time
+from collections.abc import Container
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from sb3_contrib import RecurrentPPO
 
 from esper.rl.fragment import FragmentOrder
 from esper.rl.fragment_worker import CollectionSettings, weights_as_bytes
+from esper.rl.growth_episode import DivergedAtOnceError
 
 EPISODE_STEPS = 4
 NUM_CUES = 3
@@ -130,6 +132,20 @@ class BrokenEnv(CueEnv):
 
     def step(self, action: Any) -> Any:
         raise ValueError("the host cannot be trained")
+
+
+class DivergingEnv(CueEnv):
+    """Cannot begin some of its episodes: those that are asked for at these times, from 1."""
+
+    def __init__(self, bad_beginnings: Container[int]) -> None:
+        self.bad_beginnings = bad_beginnings
+        self.num_beginnings = 0
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict]:
+        self.num_beginnings += 1
+        if self.num_beginnings in self.bad_beginnings:
+            raise DivergedAtOnceError("no run of this")
+        return super().reset(seed=seed, options=options)
 
 
 class StuckEnv(CueEnv):

@@ -251,6 +251,18 @@ def test_a_training_whose_environments_fail_ends_with_why_until_it_goes_on(
     assert "Why it ended" not in Path("run/report.html").read_text(encoding="utf-8")
 
 
+def test_a_training_that_is_interrupted_before_it_has_a_folder_had_not_begun(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def interrupted(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stored_policy_run.MakeGrowthEnv, "__call__", interrupted)
+    result = CliRunner().invoke(app, ["policy", "train", "digits", *TINY, "--out", "run"])
+    assert (result.exit_code, result.output) == (130, "stopped; the training had not begun\n")
+    assert not Path("run").exists()
+
+
 def test_an_interrupted_training_says_how_to_go_on() -> None:
     arguments = ["policy", "train", "digits", *TINY, "--steps", "100000", "--out", "run"]
     process = subprocess.Popen(

@@ -2,7 +2,8 @@
 
 import math
 import signal
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -32,7 +33,8 @@ from esper.lifecycle import (
 )
 from esper.lifecycle.actions import check_action
 from esper.policies.learned import ActionChoices, LearnedPolicy, NetworkConfig, save_policy
-from esper.rl import GrowthEnv
+from esper.rl import GrowthEnv, HostRun
+from esper.rl import demonstrations as demonstrating
 from esper.rl.demonstrations import (
     Demonstration,
     DemonstrationConfig,
@@ -43,6 +45,7 @@ from esper.rl.demonstrations import (
     imitate,
 )
 from esper.rl.masked_policy import MaskedRecurrentPolicy
+from esper.rl.policy_training import PolicyDivergedError
 from rl_runs import TinyRuns, make_env
 
 EPOCHS = 12
@@ -259,6 +262,33 @@ def test_an_episode_that_ended_early_or_badly_or_went_back_is_no_example() -> No
     why = "of its 2 runs came to its end with the 12 decisions that were planned, they had 3, 14: "
     with pytest.raises(NotImitableError, match=why):
         next(imitate(learner(env), [long, short], config, gamma=GAMMA))
+
+
+def test_runs_that_diverge_at_once_show_nothing_unless_all_do(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(demonstrating, "worker_pool", lambda _: ThreadPoolExecutor(1))
+
+    def shown(diverging: Container[int]) -> list[Demonstration]:
+        def make_run(seed: int) -> HostRun:
+            return TinyRuns(bad_losses=range(1, 99) if seed in diverging else ())(seed)
+
+        config = DemonstrationConfig(num_episodes=3)
+        return demonstrations(config, teaching(), lambda: GrowthEnv(make_run), processes=2)
+
+    every, some = shown(()), shown({1})
+    for one, other in zip((every[0], every[2]), some, strict=True):
+        assert np.array_equal(one.rewards, other.rewards)
+    with pytest.raises(NotImitableError, match="all of its 3 runs diverged before their first"):
+        shown(range(3))
+
+
+def test_a_policy_that_diverges_in_imitating_is_told_to_learn_slower() -> None:
+    env = GrowthEnv(TinyRuns(epochs=EPOCHS))
+    config = DemonstrationConfig(learning_rate=1e20)
+    told = r"not finite after pass 2 of imitating heuristic; .* demonstrations\.learning_rate below"
+    with pytest.raises(PolicyDivergedError, match=told):
+        list(imitate(learner(env), shown_by_heuristic(env), config, gamma=GAMMA))
 
 
 def test_processes_show_the_same_in_the_order_of_the_seeds() -> None:

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +22,7 @@ from esper.lifecycle.actions import Action, Advance, Commit, Germinate, Operatio
 from esper.lifecycle.events import RewardGiven
 from esper.policies.learned import Head, ObservationConfig, WatchedLoss, features
 from esper.rl import GrowthEnv, GrowthEpisode, HostRun, RewardConfig, TaskRuns
-from esper.rl.growth_episode import reference_of
+from esper.rl.growth_episode import DivergedAtOnceError, reference_of
 from esper.rl.rewards import Potential
 from esper.training.random_states import random_streams_apart
 from growth_problem import Recorder
@@ -195,10 +195,11 @@ def test_a_blueprint_that_does_not_fit_stands_for_the_next_one_that_does() -> No
         ([0, 0], "an action has 6 numbers"),
         ([99, 0, 0, 0, 0, 0], "operation must be from 0 to 10, got 99"),
         ([1, -1, 0, 0, 0, 0], "blueprint must be from 0 to"),
+        ([1.9, 0, 0, 0, 0, 0], "an action is whole numbers"),
     ],
 )
 def test_what_is_no_action_is_refused_and_the_episode_goes_on(
-    action: list[int], words: str
+    action: list[Any], words: str
 ) -> None:
     env = GrowthEnv(RUNS)
     env.reset(seed=0)
@@ -218,22 +219,50 @@ def test_a_run_without_slots_or_fitting_blueprints_is_refused_at_once() -> None:
         GrowthEnv(none)
 
 
-@pytest.mark.parametrize("loss", [math.nan, math.inf, 0.0, -1.0])
-def test_a_run_whose_first_loss_measures_nothing_is_refused_at_once(loss: float) -> None:
-    run = RUNS(0)
+def run_with_looks(*looks: float | BaseException, epochs: int = 2) -> HostRun:
+    """A run whose evaluations come to these losses, or raise these errors, one after another."""
+    run, left = TinyRuns(epochs=epochs)(0), iter(looks)
+
+    def evaluate() -> float:
+        look = next(left)
+        if isinstance(look, BaseException):
+            raise look
+        return look
+
     trainer = esper.Trainer(
         run.trainer.growth,
         [(torch.zeros(8, 4), torch.zeros(8))],
         loss=torch.nn.functional.mse_loss,
-        evaluate=lambda: loss,
-        config=esper.TrainerConfig(epochs=2),
+        evaluate=evaluate,
+        config=esper.TrainerConfig(epochs=epochs),
     )
-    with pytest.raises(ValueError, match=f"must be finite and above 0, got {loss}"):
-        GrowthEpisode(replace(run, trainer=trainer), RewardConfig(potential=Potential.NONE))
+    return replace(run, trainer=trainer)
 
 
-def test_a_run_that_diverges_terminates_with_a_penalty() -> None:
-    env = GrowthEnv(TinyRuns(epochs=6))
+@pytest.mark.parametrize(
+    ("loss", "told"),
+    [(math.nan, "finite"), (math.inf, "finite"), (0.0, "above 0"), (-1.0, "above 0")],
+)
+def test_a_run_whose_first_loss_measures_nothing_is_refused_at_once(loss: float, told: str) -> None:
+    with pytest.raises(ValueError, match=f"must be {told}, got {loss}") as caught:
+        GrowthEpisode(run_with_looks(loss), RewardConfig(potential=Potential.NONE))
+    assert isinstance(caught.value, DivergedAtOnceError) == (told == "finite")
+
+
+@pytest.mark.parametrize("look", [KeyboardInterrupt(), OSError("disk"), 0.0])
+def test_an_episode_is_over_whose_step_has_raised(look: float | BaseException) -> None:
+    env = GrowthEnv(lambda _: run_with_looks(1.0, look, 1.0, epochs=3))
+    env.reset(seed=0)
+    with pytest.raises((KeyboardInterrupt, OSError, ValueError)):
+        env.step([0] * len(Head))
+    with pytest.raises(RuntimeError, match="the episode is over; call reset"):
+        env.step([0] * len(Head))
+
+
+@pytest.mark.parametrize("batch_size", [16, 11, 8])
+def test_a_run_that_diverges_terminates_with_a_penalty(batch_size: int) -> None:
+    """After its first decision, or where it has gone back to before that."""
+    env = GrowthEnv(TinyRuns(epochs=6, batch_size=batch_size), render_mode="ansi")
     env.reset(seed=0)
     growth = env._begun().growth
 
@@ -252,6 +281,7 @@ def test_a_run_that_diverges_terminates_with_a_penalty() -> None:
     assert info["diverged"]
     assert info["reward"]["diverged"] == -10.0 == pytest.approx(reward, abs=0.5)
     assert env.observation_space.contains(observation)
+    assert (env.render() or "").startswith(f"decision {info['decision']} of 6, loss ")
 
 
 def test_every_reward_is_among_the_runs_events_by_component() -> None:
@@ -398,11 +428,27 @@ def test_against_its_reference_a_run_that_does_not_grow_earns_nothing_at_any_dec
     assert sum(reward["progress"] for reward in rewards) == pytest.approx(0.0, abs=1e-12)
 
 
-def test_a_run_that_lost_decisions_by_going_back_is_no_reference() -> None:
+@pytest.mark.parametrize(
+    ("bad_losses", "batch_size", "num_decisions"),
+    [
+        ({9, 10, 11, 21, 22, 23}, 16, 6),
+        (range(12, 99), 16, 1),
+        (range(12, 99), 8, 0),  # it went back to before its first decision
+        (range(1, 99), 16, 0),
+    ],
+)
+def test_a_run_that_lost_decisions_by_going_back_or_diverged_is_no_reference(
+    bad_losses: Container[int], batch_size: int, num_decisions: int
+) -> None:
     """The second time it goes back it does not see the same batches again."""
-    run = TinyRuns(bad_losses={9, 10, 11, 21, 22, 23})(0)
+    run = TinyRuns(bad_losses=bad_losses, batch_size=batch_size)(0)
     assert reference_of(run) is None
-    assert len(run.trainer.growth.losses) < RUNS.epochs
+    assert len(run.trainer.growth.losses) == num_decisions
+
+
+def test_a_run_with_a_loss_of_nothing_is_no_reference() -> None:
+    assert reference_of(run_with_looks(1.0, 0.0, 1.0, epochs=3)) is None
+    assert reference_of(run_with_looks(1.0, 2.0, 1.0, epochs=3)) is not None
 
 
 def test_a_run_of_a_task_that_does_not_grow_earns_nothing_whatever_streams_it_draws_from() -> None:

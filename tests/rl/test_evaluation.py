@@ -15,6 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from diverging_task import ADDRESS
 from eager_policy import write_eager_policy
 from esper.experiments.config import RunConfig, load_run_config
 from esper.experiments.run import prepare
@@ -31,6 +32,7 @@ from esper.rl.evaluation import (
     check_policies,
     evaluate,
     play,
+    read_evaluation,
 )
 from growth_problem import Recorder
 
@@ -365,6 +367,17 @@ def test_a_run_is_an_ordinary_one_to_the_bit(
     assert len(recorder.of(SeedPruned)) == played.num_pruned
     assert played.policy_sha256 == (sha256 if policy == "learned.safetensors" else None)
     assert played.episode_return == pytest.approx(sum(played.rewards.values()))
+
+
+def test_a_run_that_diverges_before_its_first_decision_ends_no_evaluation(tmp_path: Path) -> None:
+    run = load_run_config(ADDRESS, None, [], {"trainer": {"epochs": 2}})
+    config = evaluation_config("none", "random", seeds=(0, 1), run=run, budget_of="none")
+    evaluation = evaluate(config, EvaluationFolder(tmp_path, config), processes=2)
+    assert evaluation.missing() == []
+    for bad, good in evaluation.table().values():
+        assert (bad.diverged, bad.rewards, bad.episode_return) == (True, {"diverged": -10.0}, -10.0)
+        assert not good.diverged
+    assert read_evaluation(tmp_path).runs.keys() == evaluation.runs.keys()
 
 
 def test_a_killed_process_loses_its_run_and_no_other(tmp_path: Path) -> None:

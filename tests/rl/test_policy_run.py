@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from diverging_task import ADDRESS
 from esper.experiments.config import load_run_config
 from esper.experiments.settings import SettingsError
 from esper.lifecycle.events import EnvironmentRestarted
@@ -367,12 +368,12 @@ def test_what_was_imitated_once_is_not_imitated_again_and_a_lost_policy_is_writt
 def test_demonstrations_that_are_not_imitated_are_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def one_more(*asked: Any, **how: Any) -> list[Demonstration]:
-        whole = demonstrations.demonstrations(*asked, **how)
-        return [*whole, replace(whole[0], actions=whole[0].actions[:1])]
+    def one_shorter(*asked: Any, **how: Any) -> list[Demonstration]:
+        first, second = demonstrations.demonstrations(*asked, **how)
+        return [first, replace(second, actions=second.actions[:1])]
 
-    monkeypatch.setattr(policy_run, "demonstrations", one_more)
-    with new_policy_run(tiny("demonstrations.num_episodes=1", rollouts=1), tmp_path) as run:
+    monkeypatch.setattr(policy_run, "demonstrations", one_shorter)
+    with new_policy_run(tiny("demonstrations.num_episodes=2", rollouts=1), tmp_path) as run:
         next(run.imitate())
         assert run.num_left_out == 1
 
@@ -415,6 +416,21 @@ def test_a_training_without_a_whole_state_or_of_another_version_is_refused(tmp_p
 
 
 # What it survives
+
+
+@pytest.mark.usefixtures("in_process")
+def test_runs_that_diverge_at_once_are_left_out_of_a_training_and_told(tmp_path: Path) -> None:
+    """One in four does; what is imitated are the runs 4, 5 and so on."""
+    more = ("episodes.first_random_seed=0", "episodes.num_runs=4", "demonstrations.num_episodes=5")
+    config = load_policy_run_config(ADDRESS, None, [*TINY, "training.total_steps=24", *more], {})
+    with new_policy_run(config, tmp_path) as run:
+        reports = trained(run)
+        assert run.num_left_out == 2
+    told = [problem for report in reports for problem in report.problems]
+    assert told
+    assert all(": a run was left out: the host's run diverged before" in one for one in told)
+    assert reports[-1].restarts == 0
+    assert sum(report.episodes for report in reports) == 12
 
 
 def test_an_environment_that_is_killed_is_started_again_and_told(tmp_path: Path) -> None:

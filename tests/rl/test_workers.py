@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ import torch
 
 from esper.rl.fragment import Fragment
 from esper.rl.fragment_worker import FragmentWorker
+from esper.rl.growth_episode import DivergedAtOnceError
 from esper.rl.process_workers import ProcessWorkers
 from esper.rl.ray_workers import RayWorkers
 from esper.rl.workers import InProcessWorkers, WorkersFailedError
@@ -30,6 +32,7 @@ from rl_toys import (
     SETTINGS,
     BrokenEnv,
     CueEnv,
+    DivergingEnv,
     Failing,
     order,
 )
@@ -84,6 +87,20 @@ def test_no_two_fragments_have_the_same_episodes_or_draw_the_same_actions() -> N
     noises = {e.return_parts["noise"] for fragment in fragments for e in fragment.episodes}
     assert len(noises) == 2 * len(places)
     assert len({fragment.steps["actions"].tobytes() for fragment in fragments}) == len(places)
+
+
+def test_an_episode_that_diverges_at_once_has_another_in_its_place_and_is_told() -> None:
+    some = partial(DivergingEnv, {1, 4, 5})
+    worker = FragmentWorker(some, SETTINGS, 0)
+    fragment = worker.collect(order(num_steps=2 * EPISODE_STEPS + 1))
+    assert len(fragment.episodes) == 2
+    assert fragment.problems == ("a run was left out: no run of this",) * 3
+    again = worker.collect(order(1))
+    assert again.problems == ()
+    assert_equal(fragment, FragmentWorker(some, SETTINGS, 0).collect(order(num_steps=9)))
+    for_good = FragmentWorker(partial(DivergingEnv, range(99)), SETTINGS, 0)
+    with pytest.raises(DivergedAtOnceError):
+        for_good.collect(order())
 
 
 def test_collecting_leaves_the_random_streams_of_the_process_alone() -> None:

@@ -609,6 +609,11 @@ GROWTH: dict[str, tuple[Callable[[Slotted], Any], type[Exception], str]] = {
         ValueError,
         "unknown curve 'bezier'; known: linear, cosine, sigmoid",
     ),
+    "curve of one's own": (
+        lambda s: s[B].set_alpha_target(1.0, 5, curve=lambda done: done**3),
+        ValueError,
+        r"for another one call set_alpha_target\(alpha, steps=0\) after each step",
+    ),
     "unknown slot": (
         lambda s: s.slots["9"],
         KeyError,

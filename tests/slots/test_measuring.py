@@ -567,8 +567,9 @@ def arrive_under_a_guard(gradient: Tensor, told: Callable[[], Tensor]) -> None:
     """Let a gradient come to a guarded parameter, and become what is there then."""
     holder = torch.nn.Module()
     holder.weight = torch.nn.Parameter(torch.zeros_like(gradient))
-    GradientGuard(holder, told)
+    guard = GradientGuard(holder, told)
     holder.weight.backward(gradient)
+    guard.remove()
     gradient.copy_(holder.weight.grad)
 
 

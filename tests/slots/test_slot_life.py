@@ -512,6 +512,20 @@ def test_nothing_of_a_pruned_seed_is_kept_in_memory(
     assert [ref() for ref in kept] == [None] * len(kept)
 
 
+@pytest.mark.parametrize("stage", GROWTH_PATH[1:])
+def test_nothing_of_a_model_that_is_dropped_is_kept_in_memory(
+    hosts: Any, grow: Grow, stage: SeedStage
+) -> None:
+    b = Bench(hosts["cnn"])
+    grow(b.slot, "norm", stage)
+    b.step()
+    kept = [weakref.ref(b.model), weakref.ref(b.slot), weakref.ref(b.optimizer)]
+    kept += [weakref.ref(parameter) for parameter in b.model.parameters()]
+    del b
+    gc.collect()
+    assert [ref() for ref in kept] == [None] * len(kept)
+
+
 def test_a_device_move_takes_the_count_of_nonfinite_gradients_along(
     hosts: Any, grow: Grow, test_blueprints: None
 ) -> None:

@@ -192,6 +192,10 @@ def _train(
 
 def _way_on(folder: Path) -> str:
     """Return how a training that was stopped goes on."""
+    try:
+        RunReader(folder)
+    except RunFolderError:
+        return "the training had not begun"
     return f"go on with: {command_line('policy', 'train', '--out', folder)}"
 
 

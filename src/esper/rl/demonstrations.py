@@ -30,7 +30,9 @@ from esper.policies.learned import ActionChoices, ActionCoder
 from esper.policies.named import policy_of_anywhere
 from esper.rl.env import GrowthEnv
 from esper.rl.fragment_worker import MakeEnv
+from esper.rl.growth_episode import DivergedAtOnceError
 from esper.rl.masked_policy import MaskedRecurrentPolicy
+from esper.rl.policy_training import PolicyDivergedError, not_finite
 from esper.slots.config import SlotConfig
 from esper.training.policy import Policy
 
@@ -103,6 +105,8 @@ def demonstrations(
 ) -> list[Demonstration]:
     """Let a policy play episodes, of the runs 0, 1, 2 and so on; return them in this order.
 
+    A run that diverges before its first decision is left out.
+
     Args:
         config: Says who, and how many.
         run: Of the episodes' runs, with the policy's own settings.
@@ -111,7 +115,8 @@ def demonstrations(
 
     Raises:
         SettingsError: There is no such policy.
-        NotImitableError: It takes actions that the environment does not offer.
+        NotImitableError: It takes actions that the environment does not offer, or each run has
+            diverged before its first decision.
         WorkerDiedError: A process was killed.
     """
     demonstrating_policy(config, run)
@@ -127,15 +132,29 @@ def demonstrations(
             "begin again in another folder, with fewer workers"
         ) from error
     turns = range(config.num_episodes)
-    return [played[turn % len(played)][turn // len(played)] for turn in turns]
+    shown = [played[turn % len(played)][turn // len(played)] for turn in turns]
+    begun = [one for one in shown if one is not None]
+    if not begun:
+        raise NotImitableError(
+            f"{config.policy} cannot be imitated, all of its {len(shown)} runs diverged before "
+            "their first decision; give them a smaller learning_rate"
+        )
+    return begun
 
 
 def _play(
     config: DemonstrationConfig, run: RunConfig, make_env: MakeEnv, seeds: Sequence[int]
-) -> list[Demonstration]:
+) -> list[Demonstration | None]:
+    """Return what is shown by each run; None of one that diverges before its first decision."""
     env = make_env()
     assert isinstance(env, GrowthEnv)
-    return [demonstrate(config, run, env, seed) for seed in seeds]
+    shown: list[Demonstration | None] = []
+    for seed in seeds:
+        try:
+            shown.append(demonstrate(config, run, env, seed))
+        except DivergedAtOnceError:
+            shown.append(None)
+    return shown
 
 
 def demonstrate(
@@ -153,6 +172,7 @@ def demonstrate(
 
     Raises:
         NotImitableError: It takes an action that the environment does not offer.
+        DivergedAtOnceError: The run has diverged before its first decision.
     """
     teacher = demonstrating_policy(config, run.model_copy(update={"random_seed": seed}))
     observation, _ = env.reset(seed=seed)
@@ -259,6 +279,7 @@ def imitate(
 
     Raises:
         NotImitableError: No episode is whole.
+        PolicyDivergedError: The weights are not finite any more.
 
     Effects: draws the order of episodes from torch's random stream.
     """
@@ -287,6 +308,12 @@ def imitate(
             torch.nn.utils.clip_grad_norm_(policy.parameters(), _MAX_GRADIENT_NORM)
             optimizer.step()
             likelihoods.append(likelihood.detach())
+        name = not_finite(policy)
+        if name is not None:
+            raise PolicyDivergedError(
+                f"{name} is not finite after pass {number + 1} of imitating {config.policy}; begin "
+                f"anew, with a demonstrations.learning_rate below {config.learning_rate:g}"
+            )
         yield float(torch.stack(likelihoods).mean())
 
 

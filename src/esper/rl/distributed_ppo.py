@@ -27,6 +27,8 @@ class Rollout:
 
     number: int
     episodes: tuple[FinishedEpisode, ...]
+    problems: tuple[str, ...]
+    """Why episodes could not begin, and others have taken their place."""
     seconds: float
 
 
@@ -98,7 +100,14 @@ class DistributedPPO(RecurrentPPO):
         _fill(rollout_buffer, fragments)
         episodes = tuple(episode for fragment in fragments for episode in fragment.episodes)
         self.last_rollout = Rollout(
-            number=self.num_rollouts, episodes=episodes, seconds=time.perf_counter() - started
+            number=self.num_rollouts,
+            episodes=episodes,
+            problems=tuple(
+                f"worker {index}: {problem}"
+                for index, fragment in enumerate(fragments)
+                for problem in fragment.problems
+            ),
+            seconds=time.perf_counter() - started,
         )
         self.num_rollouts += 1
         self.num_timesteps += n_rollout_steps * len(fragments)

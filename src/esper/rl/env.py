@@ -1,5 +1,6 @@
 """A growing network as a Gymnasium environment."""
 
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -109,7 +110,7 @@ class GrowthEnv(gymnasium.Env[Observation, NDArray[np.int64]]):
             options: None are known.
 
         Raises:
-            ValueError: As `GrowthEpisode`, or there are options.
+            DivergedAtOnceError, ValueError: As `GrowthEpisode`, or there are options.
         """
         self.close()
         super().reset(seed=seed)
@@ -132,10 +133,12 @@ class GrowthEnv(gymnasium.Env[Observation, NDArray[np.int64]]):
         Raises:
             ValueError: The action has another form, or no reward can be made of what came.
             RuntimeError: There is no episode, or it is over.
+
+        Effects: an error ends the episode, unless it is of the action's form.
         """
         episode = self._running()
         before = episode.state
-        numbers = [int(number) for number in action]
+        numbers = _whole_numbers(action)
         asked = self.coder.decode(numbers, before)
         with random_streams_apart(self._streams):
             reward = episode.play([asked])
@@ -165,7 +168,7 @@ class GrowthEnv(gymnasium.Env[Observation, NDArray[np.int64]]):
         if self.render_mode is None:
             return None
         state = self._begun().state
-        lines = [f"decision {state.epoch} of {state.max_epochs}, loss {state.losses[-1]:.4f}"]
+        lines = [f"decision {state.epoch} of {state.max_epochs}, loss {self._begun().loss:.4f}"]
         lines += [
             f"{slot.path}: {slot.stage} {slot.blueprint or ''} alpha {slot.alpha:.2f}, "
             f"committed {slot.committed}"
@@ -205,7 +208,7 @@ class GrowthEnv(gymnasium.Env[Observation, NDArray[np.int64]]):
             "action_mask": self.action_masks(),
             "random_seed": self.random_seed,
             "decision": episode.state.epoch,
-            "loss": episode.growth.losses[-1],
+            "loss": episode.loss,
             "diverged": episode.diverged,
         }
 
@@ -224,6 +227,15 @@ class GrowthEnv(gymnasium.Env[Observation, NDArray[np.int64]]):
             elif isinstance(event, GateEvaluated) and not event.result.passed:
                 told.append(str(event.result))
         return told
+
+
+def _whole_numbers(action: NDArray[np.int64] | Sequence[int]) -> list[int]:
+    try:
+        return [operator.index(number) for number in action]
+    except TypeError as error:
+        raise ValueError(
+            f"an action is whole numbers, the choice of each of {len(Head)} heads, got {action!r}"
+        ) from error
 
 
 gymnasium.register(ENV_ID, entry_point="esper.rl.env:GrowthEnv")

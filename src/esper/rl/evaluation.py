@@ -17,10 +17,11 @@ from esper.experiments.worker_pool import make_missing
 from esper.lifecycle.record import Record
 from esper.policies.heuristic import HeuristicPolicy
 from esper.policies.learned import LearnedPolicy
-from esper.rl.growth_episode import GrowthEpisode, HostRun
-from esper.rl.rewards import RewardConfig
+from esper.rl.growth_episode import DivergedAtOnceError, GrowthEpisode, HostRun
+from esper.rl.rewards import RewardConfig, divergence_penalty
 from esper.rl.task_runs import check_policy
 from esper.telemetry.run_kind import EVALUATION_FILE
+from esper.training.policy import Policy
 
 TOLERANCE = 0.03
 """How far a run's operations may lie from the budget: a run has whole epochs."""
@@ -102,13 +103,7 @@ def play(config: EvaluationConfig, policy: str, random_seed: int, epochs: int) -
     counts = SeedCounts()
     run.growth.sinks.append(counts)
     final = setup.selection or setup.validation
-    episode = GrowthEpisode(HostRun(trainer=run.trainer, final=final), config.rewards)
-    sums: dict[str, float] = {}
-    while not episode.over:
-        with run.growth.meter.decision():
-            actions = decider.decide(episode.state)
-        for name, value in episode.play(actions).components.items():
-            sums[name] = sums.get(name, 0.0) + value
+    sums, diverged = _played(HostRun(trainer=run.trainer, final=final), decider, config.rewards)
     flops = run.spent(run.growth.meter.cost).flops
     assert flops is not None
     sha256 = decider.state_dict()["sha256"] if isinstance(decider, LearnedPolicy) else None
@@ -121,13 +116,28 @@ def play(config: EvaluationConfig, policy: str, random_seed: int, epochs: int) -
         flops=float(flops),
         episode_return=math.fsum(sums.values()),
         rewards=sums,
-        diverged=episode.diverged,
+        diverged=diverged,
         test=dict(run.judged(setup.test)),
         param_count=run.param_count(),
         num_germinated=counts.num_germinated,
         num_committed=counts.num_committed,
         num_pruned=counts.num_pruned,
     )
+
+
+def _played(run: HostRun, policy: Policy, rewards: RewardConfig) -> tuple[dict[str, float], bool]:
+    """Let a policy decide to the end; return the sums of rewards, and whether the run diverged."""
+    try:
+        episode = GrowthEpisode(run, rewards)
+    except DivergedAtOnceError:  # that ends a run, and no evaluation
+        return {"diverged": divergence_penalty(rewards, math.nan)}, True
+    sums: dict[str, float] = {}
+    while not episode.over:
+        with run.trainer.growth.meter.decision():
+            actions = policy.decide(episode.state)
+        for name, value in episode.play(actions).components.items():
+            sums[name] = sums.get(name, 0.0) + value
+    return sums, episode.diverged
 
 
 class Evaluation:

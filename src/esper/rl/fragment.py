@@ -69,9 +69,11 @@ class Fragment:
         steps: By the names of `STEP_ARRAYS`, T N, and actions T N A.
         lstm_states: By the names of `LSTM_ARRAYS`, T L N H.
         episodes: That ended in these steps.
+        problems: Why episodes could not begin; others were begun in their place.
     """
 
     observations: Mapping[str, Array]
     steps: Mapping[str, Array]
     lstm_states: Mapping[str, Array]
     episodes: tuple[FinishedEpisode, ...]
+    problems: tuple[str, ...] = ()

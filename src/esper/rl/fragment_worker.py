@@ -17,11 +17,14 @@ from stable_baselines3.common.utils import set_random_seed
 from torch import nn
 
 from esper.rl.fragment import LSTM_ARRAYS, STEP_ARRAYS, FinishedEpisode, Fragment, FragmentOrder
+from esper.rl.growth_episode import DivergedAtOnceError
 from esper.training.random_states import random_streams_apart
 
 AnyEnv = gymnasium.Env[Any, Any]
 MakeEnv = Callable[[], AnyEnv]
 """Makes a fresh environment. To be sent to another process, it stands at a module's top level."""
+_MAX_BEGINNINGS = 3
+"""Runs in a row that may diverge before their first decision."""
 
 
 class Drawing(IntEnum):
@@ -67,7 +70,8 @@ class SeededEpisodes(gymnasium.Wrapper[Any, Any, Any, Any]):
 
     The seed is made of the worker, the fragment's number, the attempt at it, and how many of its
     steps have gone. What begins after a fragment's last step begins the next one, so that a worker
-    that is made anew there begins the same episode.
+    that is made anew there begins the same episode. Where a run diverges before its first decision,
+    another one takes its place.
 
     Args:
         env: To be wrapped.
@@ -81,10 +85,16 @@ class SeededEpisodes(gymnasium.Wrapper[Any, Any, Any, Any]):
         self._index = index
         self._order: FragmentOrder | None = None
         self._num_steps = 0
+        self._problems: list[str] = []
 
     def begin_fragment(self, order: FragmentOrder) -> None:
         """Count steps and episodes as this fragment's from now on."""
         self._order, self._num_steps = order, 0
+
+    def take_problems(self) -> tuple[str, ...]:
+        """Return why episodes could not begin since the last call."""
+        problems, self._problems = tuple(self._problems), []
+        return problems
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         self._num_steps += 1
@@ -93,12 +103,25 @@ class SeededEpisodes(gymnasium.Wrapper[Any, Any, Any, Any]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Any, dict[str, Any]]:
-        """Begin an episode; a seed that is given is not used."""
+        """Begin an episode; a seed that is given is not used.
+
+        Raises:
+            DivergedAtOnceError: Several runs in a row have diverged at once.
+        """
         order = self._order
         assert order is not None
-        place = (order.number, order.attempt, self._num_steps)
+        place: tuple[int, ...] = (order.number, order.attempt, self._num_steps)
         if self._num_steps == order.num_steps:
             place = (order.number + 1, 0, 0)
+        for again in range(1, _MAX_BEGINNINGS):
+            try:
+                return self._begin(*place, options=options)
+            except DivergedAtOnceError as error:
+                self._problems.append(f"a run was left out: {error}")
+                place = (*place[:3], again)
+        return self._begin(*place, options=options)
+
+    def _begin(self, *place: int, options: dict[str, Any] | None) -> tuple[Any, dict[str, Any]]:
         seed = self._settings.seed_for(Drawing.EPISODE, self._index, *place)
         return super().reset(seed=seed, options=options)
 
@@ -162,6 +185,7 @@ class FragmentWorker:
             steps={name: getattr(buffer, name) for name in STEP_ARRAYS},
             lstm_states={name: getattr(buffer, name) for name in LSTM_ARRAYS},
             episodes=self._watch.take(),
+            problems=self._env.take_problems(),
         )
         _check_finite(fragment)
         return fragment

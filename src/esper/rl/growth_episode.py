@@ -52,6 +52,10 @@ class HostRun:
     reference: Reference | None = None
 
 
+class DivergedAtOnceError(ValueError):
+    """A run has diverged before its first decision, so that there is no episode of it."""
+
+
 MakeHostRun = Callable[[int], HostRun]
 """Random seed of the run to a fresh run; the same seed makes the same one."""
 
@@ -82,20 +86,25 @@ def reference_of(run: HostRun) -> Reference | None:
     """Train a run without growth, and return what became of it.
 
     Returns:
-        None if it diverges on the way, or has lost a decision by going back: then it is not known
-        what each decision's loss would have been.
+        None if it diverges, be it before its first decision, or has lost a decision by going back:
+        then it is not known what each decision's loss would have been. None too if a loss is not
+        above 0, of which there is no logarithm.
 
     Raises:
-        ValueError: As `GrowthEpisode` and its `play`.
+        ValueError: As `GrowthEpisode`.
     """
-    episode = GrowthEpisode(run, RewardConfig())
-    while not episode.over:
-        episode.play([])
-    losses = tuple(episode.growth.losses)
-    planned = episode.growth.max_epochs
-    if episode.diverged or len(losses) != planned or not all(map(math.isfinite, losses)):
+    try:
+        episode = GrowthEpisode(run, RewardConfig())
+    except DivergedAtOnceError:
         return None
-    return Reference(losses=losses, final_loss=episode.final_metrics["loss"])
+    while not episode.over:
+        episode.train_on([])
+    if episode.diverged or len(episode.growth.losses) != episode.growth.max_epochs:
+        return None
+    reference = Reference(
+        losses=tuple(episode.growth.losses), final_loss=episode.final_metrics["loss"]
+    )
+    return reference if min(*reference.losses, reference.final_loss) > 0.0 else None
 
 
 class GrowthEpisode:
@@ -106,8 +115,9 @@ class GrowthEpisode:
         rewards: What decisions are weighed by.
 
     Raises:
-        ValueError: It is not known how many decisions the run has, its first held-out loss is not
-            finite or not positive, or operations are to be paid for and are not counted.
+        DivergedAtOnceError: The run has diverged, or its first held-out loss is not finite.
+        ValueError: It is not known how many decisions the run has, it has none, its first held-out
+            loss is not positive, or operations are to be paid for and are not counted.
 
     Effects: trains up to the first decision.
     """
@@ -126,7 +136,7 @@ class GrowthEpisode:
             )
         self.rewards = rewards
         self.over = False
-        """No decision is left."""
+        """No decision is left, or none can be made any more, since carrying out one has raised."""
         self.diverged = False
         self.final_metrics: Mapping[str, float] = {}
         """Of the network at its end, without seeds that lived on uncommitted."""
@@ -137,18 +147,7 @@ class GrowthEpisode:
         self._flops_before = self._steps_before = 0
         self._host_step_flops: float | None = None
         self.growth.sinks.append(_Heard(self.caused))
-        if not self._train():
-            raise ValueError(
-                "the host's run came to its end, or diverged, before its first decision; give it "
-                "more steps, or a smaller learning rate"
-            )
-        first = self.growth.losses[-1]
-        if not (math.isfinite(first) and first > 0.0):
-            raise ValueError(
-                f"the host's first held-out loss must be finite and above 0, got {first}: rewards "
-                "are measured by its logarithm; give it a smaller learning rate if it diverged, or "
-                "another loss"
-            )
+        first = self._first_loss()
         reference = run.reference
         self._episode = Episode(
             num_decisions=self.growth.max_epochs,
@@ -162,34 +161,76 @@ class GrowthEpisode:
         """What there is to decide by."""
         return self.growth.state()
 
+    @property
+    def loss(self) -> float:
+        """Held-out loss at the last decision; NaN if the run has gone back to before its first."""
+        losses = self.growth.losses
+        return losses[-1] if losses else math.nan
+
     def play(self, actions: Sequence[Action]) -> Reward:
         """Carry out actions, in this order, train on to the next decision, and weigh what came.
 
         Raises:
             ValueError: A measurement is one that no reward can be made of; its component is named.
             RuntimeError: The episode is over.
+
+        Effects: the episode is over if this raises anything.
+        """
+        before = self._standing
+        goes_on = self.train_on(actions)
+        self.over = True  # until all has gone well
+        self._standing = self._measured()
+        operations = [action.operation for action in actions]
+        weighed = self.rewards, self._episode, before, operations, self._standing
+        if goes_on:
+            reward = step_reward(*weighed)
+        else:
+            final_loss = self.final_metrics.get("loss", math.nan)
+            reward = terminal_reward(*weighed, final_loss=final_loss)
+        self.growth.publish([RewardGiven(components=reward.components, total=reward.total)])
+        self.over = not goes_on
+        return reward
+
+    def train_on(self, actions: Sequence[Action]) -> bool:
+        """Do what `play` does and weigh nothing; return whether another decision is due.
+
+        Raises:
+            RuntimeError: The episode is over.
+
+        Effects: the episode is over if this raises anything.
         """
         if self.over:
             raise RuntimeError("the episode is over; begin another one")
-        before, operations = self._standing, [action.operation for action in actions]
+        self.over = True  # until all has gone well
         self.caused.clear()
         self.growth.conclude(actions)
-        goes_on = self._train() and math.isfinite(self.growth.losses[-1])
-        self._standing = self._measured()
-        if goes_on:
-            reward = step_reward(self.rewards, self._episode, before, operations, self._standing)
-        else:
-            self.over = True
-            reward = terminal_reward(
-                self.rewards,
-                self._episode,
-                before,
-                operations,
-                self._standing,
-                final_loss=self._final_loss(),
+        goes_on = self._train() and math.isfinite(self.loss)
+        if not goes_on:
+            self._end()
+        self.over = not goes_on
+        return goes_on
+
+    def _first_loss(self) -> float:
+        """Train up to the first decision, and return the loss there."""
+        lower = "lower its learning rate, or clip its gradients (max_gradient_norm)"
+        if not self._train():
+            if self.diverged:
+                raise DivergedAtOnceError(
+                    f"the host's run diverged before its first decision; {lower}"
+                )
+            raise ValueError(
+                "the host's run came to its end before its first decision; give it more steps"
             )
-        self.growth.publish([RewardGiven(components=reward.components, total=reward.total)])
-        return reward
+        if not math.isfinite(self.loss):
+            raise DivergedAtOnceError(
+                f"the host's first held-out loss must be finite, got {self.loss}; {lower}"
+            )
+        if self.loss <= 0.0:
+            raise ValueError(
+                f"the host's first held-out loss must be above 0, got {self.loss}: rewards are "
+                "measured by its logarithm; give it another loss"
+            )
+        return self.loss
 
     def _train(self) -> bool:
         """Train up to the next decision; return whether there is one."""
@@ -220,9 +261,12 @@ class GrowthEpisode:
         elif self._host_step_flops is not None:  # it diverged at once: no step, and no rent
             flops = host_flops = self._host_step_flops
         reference = self._run.reference
+        reference_loss = None
+        if reference is not None and growth.epoch > 0:  # not gone back to before its first decision
+            reference_loss = reference.losses[growth.epoch - 1]
         return Standing(
-            held_out_loss=growth.losses[-1],
-            reference_loss=None if reference is None else reference.losses[growth.epoch - 1],
+            held_out_loss=self.loss,
+            reference_loss=reference_loss,
             contribution_fractions=tuple(
                 share for share in fractions if share is not None and math.isfinite(share)
             ),
@@ -231,16 +275,14 @@ class GrowthEpisode:
             host_flops=host_flops,
         )
 
-    def _final_loss(self) -> float:
-        """Evaluate the network at its end, without living seeds; NaN if it has diverged."""
-        if not math.isfinite(self.growth.losses[-1]):
-            self.diverged = True
+    def _end(self) -> None:
+        """Evaluate the network at its end, without living seeds, unless it has diverged."""
+        self.diverged |= not math.isfinite(self.loss)
         if self.diverged:
-            return math.nan
+            return
         with self.growth.slots.as_committed():
             self.final_metrics = metrics_of(self._run.final())
         self.diverged = not math.isfinite(self.final_metrics["loss"])
-        return self.final_metrics["loss"]
 
 
 class _Heard:

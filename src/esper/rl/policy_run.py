@@ -50,7 +50,7 @@ class MakeGrowthEnv:
 
 @dataclass(kw_only=True)
 class PolicyRun:
-    """A training that is open: iterate `reports`, then `finish`."""
+    """A training that is open: iterate `imitate`, then `reports`."""
 
     config: PolicyRunConfig
     folder: Path
@@ -79,6 +79,7 @@ class PolicyRun:
         Raises:
             NotImitableError: The policy takes actions that the environment does not offer, or none
                 of the episodes is whole.
+            PolicyDivergedError: The weights are not finite any more.
         """
         config = self.config.demonstrations
         if config is None or self.resumed_at is not None:
@@ -89,7 +90,7 @@ class PolicyRun:
             MakeGrowthEnv(self.config.demonstrated),
             processes=min(self.config.training.num_workers, os.cpu_count() or 1),
         )
-        self.num_left_out = sum(not episode.is_whole for episode in shown)
+        self.num_left_out = config.num_episodes - sum(episode.is_whole for episode in shown)
         policy = self.training.learner.policy
         assert isinstance(policy, MaskedRecurrentPolicy)
         yield from imitate(policy, shown, config, gamma=self.config.training.gamma)

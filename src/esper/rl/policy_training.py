@@ -6,14 +6,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-import torch
 from pydantic import Field, FiniteFloat, model_validator
 from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
 from stable_baselines3.common.logger import Logger
+from torch import nn
 
 from esper.experiments.config import Device
 from esper.lifecycle.record import Record
-from esper.rl.distributed_ppo import DistributedPPO
+from esper.rl.distributed_ppo import DistributedPPO, Rollout
 from esper.rl.fragment_worker import CollectionSettings, MakeEnv, check_spaces
 from esper.rl.learner_state import LearnerStates
 from esper.rl.training_report import TrainingReport
@@ -31,6 +31,12 @@ MAY_CHANGE = ("total_steps", "keep_every_rollouts", "device")
 
 class PolicyDivergedError(RuntimeError):
     """Weights of the policy are not finite any more; those that were kept last are."""
+
+
+def not_finite(policy: nn.Module) -> str | None:
+    """Return the name of the first parameter that is not finite; None where all are."""
+    parameters = policy.named_parameters()
+    return next((name for name, values in parameters if not values.isfinite().all()), None)
 
 
 class PolicyTrainingConfig(Record):
@@ -200,7 +206,10 @@ class PolicyTraining:
             self._learn()
             seconds = time.perf_counter() - started
             self._problems += self._workers.problems[known:]
-            report = self._report(seconds)
+            rollout = self.learner.last_rollout
+            assert rollout is not None
+            self._problems += rollout.problems
+            report = self._report(rollout, seconds)
             for sink in self._sinks:
                 sink.measure(report.rollout, report.timesteps, report.metrics)
                 sink.flush()
@@ -217,13 +226,13 @@ class PolicyTraining:
         self._check_weights()
 
     def _check_weights(self) -> None:
-        for name, weights in self.learner.policy.named_parameters():
-            if not torch.isfinite(weights).all():
-                raise PolicyDivergedError(
-                    f"{name} is not finite after rollout {self.learner.num_rollouts}; begin anew, "
-                    f"with a learning_rate below {self.config.learning_rate:g} or a "
-                    f"max_gradient_norm below {self.config.max_gradient_norm:g}"
-                )
+        name = not_finite(self.learner.policy)
+        if name is not None:
+            raise PolicyDivergedError(
+                f"{name} is not finite after rollout {self.learner.num_rollouts}; begin anew, "
+                f"with a learning_rate below {self.config.learning_rate:g} or a "
+                f"max_gradient_norm below {self.config.max_gradient_norm:g}"
+            )
 
     def _keep(self) -> None:
         learner, config = self.learner, self.config
@@ -235,9 +244,7 @@ class PolicyTraining:
         except OSError as error:  # a full disk may have room the next time
             self._problems.append(f"the state was not kept: {error}")
 
-    def _report(self, seconds: float) -> TrainingReport:
-        rollout = self.learner.last_rollout
-        assert rollout is not None
+    def _report(self, rollout: Rollout, seconds: float) -> TrainingReport:
         return TrainingReport.of(
             rollout,
             self.learner.logger.name_to_value,

@@ -36,7 +36,8 @@ class TrainingReport(Record):
     restarts: int
     """Of workers, so far in this process."""
     problems: tuple[str, ...] = ()
-    """Why workers were started again, or a state could not be kept, in this rollout."""
+    """Why workers were started again, episodes could not begin, or a state could not be kept, in
+    this rollout."""
     collect_seconds: float
     seconds: float
     """Of collecting and learning."""

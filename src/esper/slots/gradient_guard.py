@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import weakref
 from collections.abc import Callable
 
 import torch
@@ -33,7 +34,7 @@ class GradientGuard:
         self.may_be_broken = not broken().is_cpu
         """Whether `broken` has to be asked: on a CPU it is known, and elsewhere always, since a
         CUDA graph that is replayed calls no hook."""
-        self._broken = broken
+        self.broken = broken
         self._watch(module)
 
     def watch(self, module: nn.Module) -> None:
@@ -45,7 +46,8 @@ class GradientGuard:
     def _watch(self, module: nn.Module) -> None:
         self._met = list(module.parameters())
         learning = (parameter for parameter in self._met if parameter.requires_grad)
-        self._handles = [_on_gradient(parameter, self._arrived) for parameter in learning]
+        hook = _hook_of(weakref.ref(self))
+        self._handles = [_on_gradient(parameter, hook) for parameter in learning]
 
     def remove(self) -> None:
         """Remove the hooks; gradients arrive unguarded from then on."""
@@ -53,15 +55,25 @@ class GradientGuard:
             handle.remove()
         self._handles = []
 
-    def _arrived(self, parameter: Tensor) -> None:
-        gradient = parameter.grad
-        if gradient is None:
+
+def _hook_of(held: "weakref.ref[GradientGuard]") -> Callable[[Tensor], None]:
+    """Return the hook of a guard, which it does not keep.
+
+    Autograd holds hooks where Python's garbage collector does not look. A hook that kept its guard,
+    and with it the slot and the parameter it is on, would keep the model for good.
+    """
+
+    def _arrived(parameter: Tensor) -> None:
+        guard, gradient = held(), parameter.grad
+        if guard is None or gradient is None:
             return
-        if self.frozen:
+        if guard.frozen:
             parameter.grad = None
-        elif self.sanitising and not _is_known_finite(gradient):
-            zero_if_broken(gradient, self._broken)
-            self.may_be_broken = True
+        elif guard.sanitising and not _is_known_finite(gradient):
+            zero_if_broken(gradient, guard.broken)
+            guard.may_be_broken = True
+
+    return _arrived
 
 
 def zero_if_broken(gradient: Tensor, told: Callable[[], Tensor]) -> None:
