@@ -162,7 +162,7 @@ def test_argument_and_option_name_the_same_task() -> None:
             ("tex",),
             "did you mean 'text'? tasks: digits, teacher, text, text-large, text-xl, hf:NAME",
         ),
-        (("hff:x",), "there are hf:NAME and folder:PATH"),
+        (("ring:RING",), "did you mean 'python:ring:RING'?"),
         (("folder:nowhere",), "here/nowhere' does not exist"),
         (("folder:~nosuch/data",), "there is no home folder ~nosuch"),
         (("hf:~nosuch/data",), "there is no home folder ~nosuch"),

@@ -13,6 +13,7 @@ from esper.bus.in_process import InProcessBus
 from esper.bus.messages import HealthMessage, body_of
 from esper.cli import status as status_module
 from esper.cli.app import app
+from esper.cli.command_line import command_line
 from esper.signing import Keyring
 from esper.supervision.finding import Finding
 from esper.supervision.folder_lock import FolderLock
@@ -25,6 +26,7 @@ from esper.supervision.status import (
     ServiceStatus,
     write_status,
 )
+from esper.telemetry import RunStore
 
 NOW, LONG_AGO = 0.0, SILENT_SECONDS + 60.0
 
@@ -58,6 +60,16 @@ def test_the_exit_code_says_how_all_that_a_bus_was_told_of_stands(
     shown = CliRunner().invoke(app, asking)
     assert shown.exit_code == code, shown.output
     assert len(json.loads(shown.stdout)["services"]) == len(told)
+
+
+def test_a_folder_of_a_run_is_told_apart_from_one_of_esper_serve(tmp_path: Path) -> None:
+    RunStore(tmp_path, config={}, environment={}).close()
+    shown = CliRunner(env={"COLUMNS": "300"}).invoke(app, ["status", str(tmp_path)])
+    assert shown.exit_code == 3
+    assert shown.stdout == (
+        f"{tmp_path} is the folder of a run, not of esper serve; look at it with: "
+        f"{command_line('inspect', tmp_path)}\n"
+    )
 
 
 MARKUP = "[router] of [/tmp/sock] is :key:"

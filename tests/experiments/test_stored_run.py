@@ -1,6 +1,7 @@
 """A run in a folder: whoever goes on with it takes nothing from it."""
 
 import json
+import shutil
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ import pytest
 from esper.bus.mirror import Mirror
 from esper.experiments.config import RunConfig, load_run_config
 from esper.experiments.run import GrowingRun, build_setup, prepare
+from esper.experiments.settings import SettingsError
 from esper.experiments.stored_run import resumed_run, stored_run
+from esper.lifecycle.events import RunResumed
 from esper.telemetry import RunFolderError, RunReader
 from esper.telemetry.run_store import ReopenedRunStore
 from esper.training import CheckpointError
@@ -48,16 +51,44 @@ def test_a_run_that_finishes_while_another_is_about_to_resume_it_is_left_alone(
     assert RunReader(tmp_path).status == "finished"
 
 
-def test_a_run_that_cannot_go_on_does_not_tell_that_it_begins(tmp_path: Path) -> None:
+def kept(folder: Path) -> tuple[object, ...]:
+    """Return what a folder says of its run."""
+    reader = RunReader(folder)
+    return reader.standing, reader.attempt, reader.events(), reader.metrics()
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "why"),
+    [
+        ({"policy": "none"}, CheckpointError, "policy"),
+        ({"bus": {"commands": "nowhere"}}, SettingsError, "bus"),
+        ({"tracking": {"tensorboard": True}}, SettingsError, "tensorboard"),
+    ],
+    ids=["another policy", "no bus", "a tool that cannot follow"],
+)
+def test_a_run_that_cannot_go_on_is_left_as_it_was_and_goes_on_later(
+    changed: dict[str, Any], error: type[Exception], why: str, tmp_path: Path
+) -> None:
     with pytest.raises(KeyboardInterrupt):
         stop(tmp_path, after_epoch=2)
-    settings = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**settings, "policy": "none"}))
-    with pytest.raises(CheckpointError, match="policy"), resumed_run(tmp_path):
+    older, newest = sorted((tmp_path / "checkpoints").glob("step-*"))
+    shutil.rmtree(newest)  # so that there is something to forget
+    (tmp_path / "tensorboard").write_text("a file where its folder would be")
+    before = kept(tmp_path)
+    file = tmp_path / "config.json"
+    settings = file.read_text()
+    file.write_text(json.dumps({**json.loads(settings), **changed}))
+    with pytest.raises(error, match=why), resumed_run(tmp_path):
         pass
-    told = [record.event.type for record in RunReader(tmp_path).events()]
-    assert told.count("run_started") == 1
-    assert told[-1] == "run_failed"
+    assert kept(tmp_path) == before
+    file.write_text(settings)
+    with resumed_run(tmp_path):
+        standing, attempt, events, _ = kept(tmp_path)
+        assert (standing, attempt) == ("running", 2)
+    told = [record.event for record in events]
+    assert told[-1] == RunResumed(name=older.name)
+    assert [event.type for event in told].count("run_started") == 1
+    assert len(told) < len(before[2])
 
 
 def test_a_mirror_is_refused_before_its_settings_are_looked_at(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from esper.experiments.run import build_setup
 from esper.experiments.settings import SettingsError
 from esper.experiments.stored_run import resumed_run, stored_run
 from esper.lifecycle.events import SeedGerminated, SinkFailed, SinkLossesCounted
-from esper.lifecycle.words import notable
+from esper.lifecycle.notable import notable
 from esper.rl.evaluation import EvaluationConfig
 from esper.rl.policy_run_config import PolicyRunConfig
 from esper.telemetry import (

@@ -69,7 +69,10 @@ def test_comma_without_a_key_belongs_to_the_name() -> None:
 @pytest.mark.parametrize(
     ("task", "message"),
     [
-        ("hff:x", "no kind of task 'hff:'; there are hf:NAME and folder:PATH"),
+        ("C:/x", "no kind of task 'C:'; there are hf:NAME, folder:PATH and python:MODULE:NAME$"),
+        ("hff:x", "; did you mean 'hf:x'"),
+        ("my.tasks:RING", "; did you mean 'python:my.tasks:RING'"),
+        ("ring.py:RING", "; did you mean 'python:ring:RING'"),
         ("folder:", "lacks a name"),
         ("folder:x,lable=y", "did you mean 'label'"),
         ("folder:x,size=-3", "whole number of at least 1, got '-3'"),

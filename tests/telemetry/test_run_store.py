@@ -19,7 +19,7 @@ from bus_machinery import KEYRING
 from esper.bus.envelope import Sealer
 from esper.bus.mirror import Mirror
 from esper.bus.mirrors import check_name
-from esper.lifecycle.events import EventRecord, SeedPruned, StepSkipped
+from esper.lifecycle.events import EventRecord, RunStarted, SeedPruned, StepSkipped
 from esper.lifecycle.stages import SeedStage
 from esper.report import run_page
 from esper.telemetry import DATABASE_FILE, RunFolderError, RunReader, RunStore, run_store
@@ -193,6 +193,17 @@ def test_resumed_run_says_that_rows_may_be_gone(tmp_path: Path) -> None:
     reader = RunReader(tmp_path)
     assert (reader.status, reader.attempt) == ("running", 2)
     assert (len(reader.events()), reader.metrics()) == (1, [])
+
+
+@pytest.mark.parametrize(("after_step", "step"), [(30, 0), (-1, 31)])
+def test_a_run_that_goes_on_begins_once(after_step: int, step: int, tmp_path: Path) -> None:
+    started = RunStarted(slots=("conv1",), host_param_count=10)
+    begun = EventRecord(time_seconds=1.0, epoch=0, step=0, event=started)
+    with open_store(tmp_path) as store:
+        store.publish(begun)
+    with ReopenedRunStore(tmp_path, after_step=after_step) as store:
+        store.publish(begun.model_copy(update={"step": 31}))
+    assert [record.step for record in RunReader(tmp_path).events()] == [step]
 
 
 def test_a_run_that_has_finished_meanwhile_is_left_alone(tmp_path: Path) -> None:
@@ -392,11 +403,19 @@ def test_pages_that_are_damaged_are_named_wherever_they_are_read(tmp_path: Path)
         reader.events()
 
 
-def test_folder_that_holds_a_run_is_refused_and_left_alone(tmp_path: Path) -> None:
-    open_store(tmp_path).close()
+@pytest.mark.parametrize(
+    ("status", "way_on"),
+    [("running", "go on with it .* ReopenedRunStore"), ("finished", "choose another folder")],
+)
+def test_folder_that_holds_a_run_is_refused_and_left_alone(
+    status: RunStatus, way_on: str, tmp_path: Path
+) -> None:
+    store = open_store(tmp_path)
+    store.set_status(status)
+    store.close()
     (tmp_path / ".lock").unlink()  # as of a folder that was copied
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(RunFolderError, match="holds a run already"):
+    with pytest.raises(RunFolderError, match=f"holds a run already, there is .*; {way_on}"):
         RunStore(tmp_path, config={"other": 1}, environment={})
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from esper.bus.addresses import check_no_password
 from esper.bus.bus import BusRefusedError, BusUnavailableError
+from esper.cli.command_line import command_line
 from esper.experiments.bus_connection import open_run_bus
 from esper.signing import KeyFileError, Keyring
 from esper.supervision.config import ServeConfigError, load_serve_config
@@ -29,6 +30,7 @@ from esper.supervision.status import (
     needs_a_person,
     read_status,
 )
+from esper.telemetry.run_folder import DATABASE_FILE
 
 _UNWELL = 1
 _NOBODY = 3
@@ -91,7 +93,8 @@ def _from_folder(console: Console, folder: Path, *, as_json: bool) -> int:
     try:
         found = read_status(folder)
     except StatusError as error:
-        _print_problem(console, {"served": False}, error, as_json=as_json)
+        problem = _of_a_run(folder) or str(error)
+        _print_problem(console, {"served": False}, problem, as_json=as_json)
         return _NOBODY
     served = is_served(folder)
     age = time.time() - found.time_seconds
@@ -108,6 +111,14 @@ def _from_folder(console: Console, folder: Path, *, as_json: bool) -> int:
         return _NOBODY
     unwell = any(needs_a_person(one, now_seconds=found.time_seconds) for one in found.services)
     return _UNWELL if silent or unwell else 0
+
+
+def _of_a_run(folder: Path) -> str | None:
+    """Return where to look instead, if a folder without a status is a run's."""
+    if not (folder / DATABASE_FILE).is_file():
+        return None
+    inspect = command_line("inspect", folder)
+    return f"{folder} is the folder of a run, not of esper serve; look at it with: {inspect}"
 
 
 def _print_head(
@@ -189,13 +200,13 @@ def _print_lines(console: Console, found: ServeStatus) -> None:
 
 
 def _print_problem(
-    console: Console, standing: dict[str, Any], problem: Exception, *, as_json: bool
+    console: Console, standing: dict[str, Any], problem: str, *, as_json: bool
 ) -> None:
     """Print why nothing is known of anything."""
     if as_json:
-        console.out(json.dumps({**standing, "problem": str(problem)}), highlight=False)
+        console.out(json.dumps({**standing, "problem": problem}), highlight=False)
     else:
-        console.print(str(problem), highlight=False, soft_wrap=True)
+        console.print(problem, highlight=False, soft_wrap=True)
 
 
 def _from_bus(console: Console, address: str, key_file: Path | None, *, as_json: bool) -> int:
@@ -206,7 +217,7 @@ def _from_bus(console: Console, address: str, key_file: Path | None, *, as_json:
         with closing(open_run_bus(address)) as bus:
             found = read_health(bus, keyring, now_seconds=time.time())
     except BusUnavailableError as error:
-        _print_problem(console, {"services": []}, error, as_json=as_json)
+        _print_problem(console, {"services": []}, str(error), as_json=as_json)
         return _NOBODY
     except (BusRefusedError, KeyFileError, ModuleNotFoundError) as error:
         raise typer.BadParameter(str(error)) from error

@@ -80,13 +80,16 @@ def resumed_run(folder: Path, sinks: Sequence[Sink] = ()) -> Iterator[GrowingRun
         sinks: Receive every further event and metric, besides the folder.
 
     Effects: sets the process's matmul precision and number of threads. What the folder holds of
-    steps after the checkpoint is forgotten.
+    steps after the checkpoint is forgotten, once nothing is left that could be refused: after an
+    error before the block the run stands as it did.
 
     Raises:
         RunFolderError: It is no run folder or a mirror, the run is finished, or a process writes
             it.
-        CheckpointError: Every checkpoint is damaged, or of another version.
-        SettingsError: As `prepare`, or a tracker cannot be opened; the run can be resumed still.
+        CheckpointError: Every checkpoint is damaged, or of another version; or something is not as
+            it was then, as the task's host.
+        BlueprintError: A blueprint that has grown is not registered here.
+        SettingsError: As `prepare`, the bus is set wrongly, or a tracker cannot be opened.
         TaskDataError: The data cannot be read or used any more.
         ModuleNotFoundError: The task needs an extra that is not installed.
     """
@@ -97,21 +100,37 @@ def resumed_run(folder: Path, sinks: Sequence[Sink] = ()) -> Iterator[GrowingRun
     _set_process(config)
     with compile_service(config.compile) as service:
         run = prepare(config, service=service)
-        checkpoints = checkpoints_in(config.checkpoint, folder)
-        found = checkpoints.newest() if checkpoints is not None and checkpoints.names() else None
-        after_step = -1 if found is None else found.info.step
-        store = ReopenedRunStore(folder, after_step=after_step, unfinished=True)
-        run.trainer.keeper, run.resumed = checkpoints, found
-        try:
-            run.connection = connection_with_bus(config)
-            run.trackers = opened_trackers(config, folder, after_step=after_step)
-        except BaseException:
-            _close(run, store, "failed")
-            raise
+        store = ReopenedRunStore(folder, after_step=None, unfinished=True)
+        after_step = _go_on(run, store, config)
         with _in_folder(run, store, sinks, after_step=after_step):
-            if found is not None:
-                _give(found, run.trainer)
+            if run.resumed is not None:
+                run.growth.publish(run.resumed.events)
             yield run
+
+
+def _go_on(run: GrowingRun, store: ReopenedRunStore, config: RunConfig) -> int:
+    """Bring a run to its newest checkpoint, and its folder last: it is closed if any is refused.
+
+    Returns:
+        The last step that the run knows of; -1 if there is no checkpoint.
+    """
+    with ExitStack() as refused:
+        refused.callback(store.close)
+        checkpoints = checkpoints_in(config.checkpoint, store.folder)
+        found = checkpoints.newest() if checkpoints is not None and checkpoints.names() else None
+        if found is not None:
+            _give(found, run.trainer)
+        after_step = -1 if found is None else found.info.step
+        run.trainer.keeper, run.resumed = checkpoints, found
+        run.connection = connection_with_bus(config)
+        if run.connection is not None:
+            refused.callback(run.connection.close, "failed")
+        run.trackers = opened_trackers(config, store.folder, after_step=after_step)
+        for tracker in run.trackers:
+            refused.callback(tracker.close, "failed")
+        store.go_on(after_step)
+        refused.pop_all()
+    return after_step
 
 
 def _give(found: FoundCheckpoint, trainer: Trainer) -> None:
@@ -169,6 +188,8 @@ def _control(run: GrowingRun, store: RunStore, *, after_step: int) -> None:
         link=None if connection is None else connection.link,
     )
     run.trainer.control = control
+    if run.resumed is not None and run.resumed.state["control"] is not None:
+        control.load_state_dict(run.resumed.state["control"])
     if connection is None:
         control.paused = False  # nobody could end it
         return

@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
 
-from esper.lifecycle.events import EventRecord
+from esper.lifecycle.events import EventRecord, RunStarted
 from esper.telemetry.command_log import BUSY_SECONDS, CommandLog
 from esper.telemetry.run_folder import (
     CONFIG_FILE,
@@ -32,6 +32,7 @@ _ID_NAME_BYTES = 255 - 1 - 2 * _ID_BYTES
 
 _FORGET_EVENTS = "DELETE FROM events WHERE step > ?"
 _FORGET_METRICS = "DELETE FROM metrics WHERE step > ?"
+_HAS_BEGUN = "SELECT EXISTS (SELECT * FROM events WHERE type = 'run_started')"
 
 _SCHEMA = """
 CREATE TABLE run (key TEXT PRIMARY KEY, value TEXT NOT NULL);
@@ -239,9 +240,20 @@ def _check_no_run(folder: Path) -> None:
     for name in (DATABASE_FILE, CONFIG_FILE, ENVIRONMENT_FILE):
         if (folder / name).exists():
             raise RunFolderError(
-                f"{folder} holds a run already, there is a {name}; choose another folder or "
-                "remove this one"
+                f"{folder} holds a run already, there is a {name}; {_way_on(folder)}choose another "
+                "folder or remove this one"
             )
+
+
+def _way_on(folder: Path) -> str:
+    """Return how to go on with a folder's run; nothing where that cannot be."""
+    try:
+        reader = RunReader(folder)
+        check_own(reader)
+        check_unfinished(reader)
+    except RunFolderError:
+        return ""
+    return "go on with it (esper resume, or ReopenedRunStore in a loop of your own), "
 
 
 def _remove_run(folder: Path) -> None:
@@ -273,7 +285,8 @@ class ReopenedRunStore(RunStore):
     Args:
         folder: Of a run.
         after_step: The last step that the run still knows of; what was written of later ones is
-            forgotten. Below 0 that is everything.
+            forgotten. Below 0 that is everything. None leaves all as it is until `go_on`, and only
+            keeps others from writing it.
         unfinished: Whether a run that is finished is to be left alone.
 
     Raises:
@@ -281,8 +294,8 @@ class ReopenedRunStore(RunStore):
             or the run is finished, perhaps since it was looked at, and is to be left alone then.
     """
 
-    def __init__(self, folder: Path, *, after_step: int, unfinished: bool = False) -> None:
-        reader = RunReader(folder)
+    def __init__(self, folder: Path, *, after_step: int | None, unfinished: bool = False) -> None:
+        RunReader(folder)  # before anything is made where there is no run
 
         def begin(_: ExitStack) -> None:
             now = RunReader(folder)
@@ -290,10 +303,24 @@ class ReopenedRunStore(RunStore):
             if unfinished:
                 check_unfinished(now)
 
+        self._has_begun = False
+        """Whether the folder knows of the run's beginning."""
         self._open(folder, begin)
-        with self._let_go_on_error(), self._transaction():
-            attempt = reader.attempt
+        if after_step is not None:
+            with self._let_go_on_error():
+                self.go_on(after_step)
+
+    def go_on(self, after_step: int) -> None:
+        """Forget what was written of steps after this one, and say that the run goes on."""
+        with self._transaction():
+            attempt = RunReader(self.folder).attempt
             for forget in (_FORGET_EVENTS, _FORGET_METRICS):
                 self._database.execute(forget, (after_step,))
             self._set("attempt", str(attempt + 1))
             self._set("status", "running")
+            (self._has_begun,) = self._database.execute(_HAS_BEGUN).fetchone()
+
+    def publish(self, record: EventRecord) -> None:
+        """Store one event, but no second beginning: a loop of one's own tells each new sink."""
+        if not (self._has_begun and isinstance(record.event, RunStarted)):
+            super().publish(record)

@@ -84,8 +84,13 @@ class FoundCheckpoint:
     state: Mapping[str, Any]
     damaged: tuple[CheckpointDamaged, ...]
 
+    @property
+    def events(self) -> tuple[CheckpointDamaged | RunResumed, ...]:
+        """What there is to tell once a run goes on from here."""
+        return (*self.damaged, RunResumed(name=self.name))
+
     def give_to(self, trainer: Trainer) -> None:
-        """Let a trainer go on from here, and tell so.
+        """Let a trainer go on from here, without telling so.
 
         Raises:
             ValueError: As `Trainer.load_state_dict`.
@@ -95,7 +100,6 @@ class FoundCheckpoint:
         rank = 0 if replication is None else replication.rank
         place = places[rank if replication is not None and len(places) == replication.size else 0]
         trainer.load_state_dict({**self.state, "data": place})
-        trainer.growth.publish([*self.damaged, RunResumed(name=self.name)])
 
 
 class Checkpoints:
@@ -255,6 +259,7 @@ class Checkpoints:
         replication = trainer.growth.slots.replication
         found = self.newest() if replication is None else self._newest_for_all(replication)
         found.give_to(trainer)
+        trainer.growth.publish(found.events)
         self._of_this_run.update(self.names())
         if replication is not None:  # nobody goes on, and saves, while others still read
             replication.check_equal("the step to go on from", found.info.step)

@@ -2,11 +2,12 @@
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import MappingProxyType
 
+from esper.own_code import OWN_SCHEME
 from esper.tasks.task import TaskDataError
 
 SCHEMES: Mapping[str, str] = MappingProxyType(
@@ -61,8 +62,11 @@ def parse_address(task: str) -> Address:
     match = _ADDRESS.fullmatch(task)
     schemes = [example.partition(":")[0] for example in SCHEMES]
     if match is None or match["scheme"] not in schemes:
-        given = task.partition(":")[0]
-        raise TaskDataError(f"no kind of task {given + ':'!r}; there are {' and '.join(SCHEMES)}")
+        given, _, rest = task.partition(":")
+        raise TaskDataError(
+            f"no kind of task {given + ':'!r}; there are {', '.join(SCHEMES)} and {OWN_SCHEME}"
+            f"{_suggestion(given, rest, schemes)}"
+        )
     if not match["name"]:
         raise TaskDataError(f"task {task!r} lacks a name after the colon, as {', '.join(SCHEMES)}")
     settings: dict[str, str | int] = {}
@@ -102,6 +106,19 @@ def expanded(path: str) -> Path:
             f"{path!r} cannot be found: there is no home folder {user}; write the path out, or "
             "./~… for a folder of that name"
         ) from error
+
+
+def _suggestion(given: str, rest: str, schemes: Sequence[str]) -> str:
+    """Return what may have been meant by a kind of task that there is not, and what follows it."""
+    nearest = difflib.get_close_matches(given, schemes, n=1)
+    module = given.removesuffix(".py")
+    if nearest:
+        meant = f"{nearest[0]}:{rest}"
+    elif rest.isidentifier() and all(map(str.isidentifier, module.split("."))):
+        meant = f"python:{module}:{rest}"
+    else:
+        return ""
+    return f"; did you mean {meant!r}?"
 
 
 def _known_key(key: str) -> str:
