@@ -167,7 +167,7 @@ class Run:
         self.growth = esper.Growth(
             slots,
             self.optimizer,
-            policy=esper.SchedulePolicy(
+            policy=esper.PlannedPolicy(
                 {} if arm == "none" else {1: [germinate]},
                 tend_seeds=kind == "life",
                 patience_epochs=PATIENCE_EPOCHS,

@@ -31,7 +31,7 @@ def main(epochs: int) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     # One more block behind each, copied from the host's own, after two epochs.
     copies = [Germinate(slot=path, blueprint="block", options={"source": path}) for path in slots]
-    growth = esper.Growth(slots, optimizer, policy=esper.SchedulePolicy({2: copies}))
+    growth = esper.Growth(slots, optimizer, policy=esper.PlannedPolicy({2: copies}))
     trainer = esper.Trainer(
         growth,
         batches=list(zip(images[train].split(50), labels[train].split(50), strict=True)),

@@ -4,6 +4,8 @@ import dataclasses
 import importlib
 import json
 import re
+import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any, get_args
@@ -24,6 +26,7 @@ from esper.supervision.config import keys_and_defaults
 from esper.tasks import OWN_SCHEME, SCHEMES, TASKS, Task, TaskSetup
 from esper.tasks.collection.address import Address
 from esper.tasks.digits import DIGITS
+from esper.telemetry import RunReader
 from esper.telemetry.tracking import TrackingConfig
 from esper.training import GovernorConfig, TrainerConfig
 
@@ -177,6 +180,41 @@ def test_the_task_of_the_tasks_page_is_found_and_grows(
     assert last.epoch == 9
     assert run.finish().keys() == {"loss", "accuracy"}
     assert run.growth.state().param_count > 42, "the page says how many the host has alone"
+
+
+KILLED = """
+import os, runpy, signal
+from esper.training import Checkpoints
+after_epoch = Checkpoints.after_epoch
+def kill_after_last(checkpoints, trainer):
+    if trainer.epoch == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    after_epoch(checkpoints, trainer)
+Checkpoints.after_epoch = kill_after_last
+runpy.run_path("mine.py")
+"""
+
+
+def test_the_script_of_the_checkpoints_page_goes_on_where_it_was_killed(tmp_path: Path) -> None:
+    """Its folder tells of one run then, the same as if it had never been killed."""
+    source, *_ = BLOCK.findall((ROOT / "docs" / "checkpoints.md").read_text(encoding="utf-8"))
+    starts = {"whole": [["mine.py"]], "killed": [["-c", KILLED], ["mine.py"]]}
+    codes, told = {}, {}
+    for name, all_arguments in starts.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "mine.py").write_text(source, encoding="utf-8")
+        codes[name] = [
+            subprocess.run([sys.executable, *arguments], cwd=folder, check=False).returncode
+            for arguments in all_arguments
+        ]
+        reader = RunReader(folder / "runs" / "mine")
+        events = [(record.step, record.event.type) for record in reader.events()]
+        losses = [(row.step, row.name, row.value) for row in reader.metrics(name="loss")]
+        told[name] = reader.standing, events, losses
+    assert codes == {"whole": [0], "killed": [-signal.SIGKILL, 0]}
+    assert told["killed"] == told["whole"]
+    assert reader.attempt == 2
 
 
 SHOWN_IMPORT = re.compile(r"^from (esper[\w.]*) import ([\w, ]+)$", re.MULTILINE)

@@ -1,7 +1,7 @@
 """Grow neural networks while they train: slots, seeds, gates, policies."""
 
 from esper.lifecycle import SeedStage
-from esper.policies import HeuristicConfig, HeuristicPolicy, RandomPolicy, SchedulePolicy
+from esper.policies import HeuristicConfig, HeuristicPolicy, PlannedPolicy, RandomPolicy
 from esper.seeds import Seed, blueprints
 from esper.slots import SeedSlot, SlotConfig, SlotSet, attach, bake, detach
 from esper.training import (
@@ -23,9 +23,9 @@ __all__ = [
     "HeldOut",
     "HeuristicConfig",
     "HeuristicPolicy",
+    "PlannedPolicy",
     "Policy",
     "RandomPolicy",
-    "SchedulePolicy",
     "Seed",
     "SeedSlot",
     "SeedStage",

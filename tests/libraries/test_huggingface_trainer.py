@@ -1,6 +1,7 @@
 """A transformers model that grows: trained, interrupted and resumed by the library's Trainer."""
 
 import copy
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -31,7 +32,7 @@ STEPS_PER_EPOCH = 8
 def plan() -> esper.Policy:
     """Two slots that commit in the other order than they stand in the model, and one prune."""
     first, second = "bert.encoder.layer.0", "bert.encoder.layer.1"
-    return esper.SchedulePolicy(
+    return esper.PlannedPolicy(
         {
             1: [Germinate(slot=second, blueprint="block")],
             2: [Germinate(slot=first, blueprint="mlp")],
@@ -67,6 +68,7 @@ class Run:
         slot: dict[str, Any] | None = None,
         clip: float | None = 1.0,
         bound: bool = True,
+        frozen: bool = False,
         **arguments: Any,
     ) -> None:
         transformers.set_seed(0)
@@ -75,6 +77,9 @@ class Run:
             intermediate_size=32, max_position_embeddings=8, num_labels=3,
         )  # fmt: skip
         self.model = transformers.BertForSequenceClassification(config)
+        if frozen:
+            self.model.requires_grad_(requires_grad=False)
+            self.model.enable_input_require_grads()
         self.ids = ids = torch.randint(0, 20, (128, 8))
         self.data = [{"input_ids": row, "labels": row.sum() % 3} for row in ids]
         self.slots = esper.attach(
@@ -178,6 +183,19 @@ def test_seeds_are_trained_groups_stay_and_schedulers_go_on(tmp_path: Path) -> N
     assert len(run.growth.train_losses) == 3
 
 
+def test_adapters_grow_on_a_frozen_model_and_go_on_from_a_checkpoint(tmp_path: Path) -> None:
+    whole = Run(tmp_path, frozen=True)
+    before = {name: value.clone() for name, value in whole.model.state_dict().items()}
+    before.pop("esper_growth")
+    wanted = whole.fit()
+    assert all(torch.equal(wanted[name], value) for name, value in before.items())
+    assert [len(slot.committed) for slot in whole.slots.values()] == [1, 1]
+    for step in (4, 44):  # before anything learns, and in the middle of a life
+        again = Run(tmp_path / "again", frozen=True)
+        found = again.fit(tmp_path / f"checkpoint-{step}")
+        assert all(torch.equal(found[name], value) for name, value in wanted.items()), step
+
+
 def test_data_without_a_length_ends_its_epochs_with_a_decision(tmp_path: Path) -> None:
     class Stream(torch.utils.data.IterableDataset):
         def __iter__(self) -> Any:
@@ -219,6 +237,17 @@ def test_a_later_callback_takes_the_place_of_an_earlier_one(tmp_path: Path) -> N
     weights = safetensors.torch.load_file(checkpoint / "model.safetensors")
     run.model.load_state_dict(weights, strict=False)
     assert (growth.step, run.growth.step) == (12, 24)
+
+
+def test_seeds_that_are_left_at_the_end_are_told_once_and_by_name(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="living seeds") as warned:
+        Run(tmp_path, num_train_epochs=3, save_strategy="no").fit()
+    (told,) = [str(w.message) for w in warned if "living seeds" in str(w.message)]
+    assert "'block' in 'bert.encoder.layer.1' (BLENDING)" in told
+    assert "call slots[path].commit() to keep one that is PROBATIONARY" in told
+    with warnings.catch_warnings(record=True) as later:
+        Run(tmp_path, save_strategy="no").fit()
+    assert not any("living seeds" in str(warning.message) for warning in later)
 
 
 def test_a_further_training_goes_on_growing(tmp_path: Path) -> None:
@@ -298,7 +327,7 @@ def test_batches_that_accelerate_has_prepared_are_gone_on_with() -> None:
         host = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 1))
         slots = esper.attach(host, ["0"], example=features[:2])
         growth = esper.Growth(
-            slots, torch.optim.SGD(host.parameters(), lr=0.1), policy=esper.SchedulePolicy({})
+            slots, torch.optim.SGD(host.parameters(), lr=0.1), policy=esper.PlannedPolicy({})
         )
         return esper.Trainer(
             growth,

@@ -1,5 +1,6 @@
 """A LightningModule that grows: trained, interrupted and resumed by Lightning itself."""
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -48,9 +49,18 @@ class Module(pl.LightningModule):
         return [optimizer], [{"scheduler": scheduler, "interval": self.interval}]
 
 
+class FrozenModule(Module):
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.requires_grad_(requires_grad=False)
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return super().training_step(batch, batch_idx).requires_grad_()
+
+
 def plan() -> esper.Policy:
     """Two slots that commit in the other order than they stand in the model, and one prune."""
-    return esper.SchedulePolicy(
+    return esper.PlannedPolicy(
         {
             1: [Germinate(slot="0.head", blueprint="lora")],
             2: [Germinate(slot="0.embed", blueprint="lora")],
@@ -91,6 +101,7 @@ class Run:
         dropout: float = 0.1,
         clip: float | None = 1.0,
         interval_steps: int | None = None,
+        module: type[Module] = Module,
         **settings: Any,
     ) -> None:
         pl.seed_everything(0, verbose=False)
@@ -98,7 +109,7 @@ class Run:
             "epoch": lambda o: lr_scheduler.LambdaLR(o, lambda epoch: 0.9**epoch),
             "step": lambda o: lr_scheduler.OneCycleLR(o, 2e-2, total_steps=400),
         }
-        self.module = Module(schedule[interval], interval, dropout)
+        self.module = module(schedule[interval], interval, dropout)
         features = torch.randn(256, 4)
         data = TensorDataset(features, quadratic(features))
         self.data = DataLoader(data, batch_size=16, shuffle=True)
@@ -184,6 +195,19 @@ def test_seeds_are_trained_and_groups_stay(tmp_path: Path) -> None:
     assert all(any(p is held for held in groups[2]["params"]) for p in seed.parameters())
     assert all(bool(run.trainer.optimizers[0].state[p]) for p in seed.parameters())
     assert any(float(p.abs().sum()) > 0.0 for p in list(seed.parameters())[1:])
+
+
+def test_adapters_grow_on_a_frozen_model_and_go_on_from_a_checkpoint(tmp_path: Path) -> None:
+    settings = {"module": FrozenModule, "dropout": 0.0}
+    whole = Run(tmp_path, **settings)
+    before = {name: value.clone() for name, value in whole.module.state_dict().items()}
+    wanted = whole.fit()
+    assert all(torch.equal(wanted[name], value) for name, value in before.items())
+    assert [len(slot.committed) for slot in whole.slots.values()] == [1, 1]
+    for epoch in (0, 5):  # before anything learns, and in the middle of a life
+        again = Run(tmp_path / "again", **settings)
+        found = again.fit(tmp_path / f"epoch={epoch}.ckpt")
+        assert all(torch.equal(found[name], value) for name, value in wanted.items()), epoch
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])
@@ -304,6 +328,17 @@ def test_a_further_fit_goes_on_growing_and_its_checkpoint_can_be_resumed(tmp_pat
     kept = run.module.state_dict()
     assert all(torch.equal(kept[name], value) for name, value in found.items() if name in kept)
     assert [len(slot.branches) for slot in again.slots.values()] == [1, 1]
+
+
+def test_seeds_that_are_left_at_the_end_are_told_once_and_by_name(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="living seeds") as warned:
+        Run(tmp_path, max_epochs=4).fit()
+    (told,) = [str(w.message) for w in warned if "living seeds" in str(w.message)]
+    assert "'lora' in '0.embed' (SHADOWING), 'lora' in '0.head' (PROBATIONARY)" in told
+    assert "call slots[path].commit() to keep one that is PROBATIONARY" in told
+    with warnings.catch_warnings(record=True) as later:
+        Run(tmp_path).fit()
+    assert not any("living seeds" in str(warning.message) for warning in later)
 
 
 @pytest.mark.parametrize("let_go", ["detach", "unbind"])

@@ -2,17 +2,29 @@
 
 import pytest
 
-from esper.lifecycle.events import EventRecord, GateEvaluated, SeedCommitted
+from esper.lifecycle.actions import Germinate
+from esper.lifecycle.events import (
+    ActionApplied,
+    BreakerChanged,
+    Event,
+    EventRecord,
+    GateEvaluated,
+    SeedCommitted,
+    StageChanged,
+)
 from esper.lifecycle.gates import (
     GATE_INTO,
     Gate,
     GateInputs,
     GateResult,
     GateThresholds,
+    compare,
     evaluate_gate,
 )
+from esper.lifecycle.notable import in_words, notable
 from esper.lifecycle.stages import GROWTH_PATH, SeedStage
-from esper.lifecycle.words import CHECKS, in_words, notable, refusal
+from esper.lifecycle.words import CHECKS, refusal
+from growth_problem import make_problem
 
 
 @pytest.mark.parametrize(
@@ -85,3 +97,65 @@ def test_each_gate_is_told_on_a_seeds_way_into_the_forward_path_and_to_its_trial
         (SeedStage.SHADOWING, "G3"),
         (SeedStage.PROBATIONARY, "G4"),
     ]
+
+
+def gate_into_trial(linear_share: float, *, forced: bool = False) -> GateEvaluated:
+    check = compare("linear_share", linear_share, "<=", 0.99)
+    result = GateResult(gate=Gate.G4, checks=(check,), forced=forced)
+    return GateEvaluated(
+        slot="fc", blueprint="norm", to_stage=SeedStage.PROBATIONARY, result=result
+    )
+
+
+@pytest.mark.parametrize(
+    ("event", "words"),
+    [
+        (
+            gate_into_trial(0.9922),
+            "norm in fc: G4 refused: linear_share 0.9922, needs <= 0.99",
+        ),
+        (
+            gate_into_trial(0.9922, forced=True),
+            "norm in fc: G4 refused: linear_share 0.9922, needs <= 0.99; it was forced",
+        ),
+        (gate_into_trial(0.5), "norm in fc passed G4"),
+        (
+            StageChanged(
+                slot="fc",
+                blueprint="norm",
+                from_stage=SeedStage.SHADOWING,
+                to_stage=SeedStage.PROBATIONARY,
+            ),
+            "norm in fc went from SHADOWING to PROBATIONARY",
+        ),
+        (
+            StageChanged(
+                slot="fc",
+                blueprint=None,
+                from_stage=SeedStage.RESETTING,
+                to_stage=SeedStage.DORMANT,
+            ),
+            "fc went from RESETTING to DORMANT",
+        ),
+        (
+            ActionApplied(action=Germinate(slot="fc", blueprint="norm")),
+            "germinate fc norm was carried out",
+        ),
+        (
+            BreakerChanged(breaker="norm", from_state="open", to_state="half_open", failures=3),
+            "breaker_changed: breaker=norm, from_state=open, to_state=half_open, failures=3",
+        ),
+    ],
+)
+def test_an_event_is_words_to_a_person_and_exact_to_a_program(event: Event, words: str) -> None:
+    assert str(event) == words
+    assert repr(event).startswith(f"{type(event).__name__}(type=")
+
+
+def test_what_methods_of_a_slot_return_reads_as_sentences() -> None:
+    slot = make_problem().slots["embed"]
+    told = [*slot.germinate("mlp"), *slot.advance(), *slot.advance(), *slot.prune()]
+    lines = "\n".join(map(str, told))
+    assert "mlp in embed: G2 refused: training_steps 0, needs >= 40; " in lines
+    assert "mlp in embed went from TRAINING to PRUNED" in lines
+    assert not any(f"{event.type}: " in lines for event in told), lines

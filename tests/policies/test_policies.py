@@ -29,9 +29,9 @@ from esper.policies import (
     DepthSchedulePolicy,
     HeuristicConfig,
     HeuristicPolicy,
+    PlannedPolicy,
     RandomPolicy,
     ReplayPolicy,
-    SchedulePolicy,
     named_policy,
     tend,
 )
@@ -328,14 +328,14 @@ def test_the_schedule_does_what_it_is_told_when_it_is_told():
         2: [Germinate(slot="a", blueprint="norm")],
         4: [SetAlphaTarget(slot="a", target=0.5, steps=3), Prune(slot="b")],
     }
-    policy = SchedulePolicy(plan, tend_seeds=False)
+    policy = PlannedPolicy(plan, tend_seeds=False)
     living = slot("a", SeedStage.TRAINING, epochs_in_stage=9, refusals_in_stage=9)
     for epoch in range(6):
         assert list(policy.decide(state(living, epoch=epoch))) == plan.get(epoch, [])
 
 
 def test_the_schedule_tends_seeds_first_unless_told_not_to():
-    policy = SchedulePolicy({3: [Wait()]}, patience_epochs=4, fade_steps=9)
+    policy = PlannedPolicy({3: [Wait()]}, patience_epochs=4, fade_steps=9)
     young = slot("a", SeedStage.TRAINING, epochs_in_stage=3, refusals_in_stage=1)
     old = slot("b", SeedStage.SHADOWING, epochs_in_stage=4, refusals_in_stage=1)
     assert list(policy.decide(state(young, old, epoch=3))) == [
@@ -343,7 +343,7 @@ def test_the_schedule_tends_seeds_first_unless_told_not_to():
         Prune(slot="b", over_steps=9, reason="refused for 4 epochs in SHADOWING"),
         Wait(),
     ]
-    assert SchedulePolicy({}).decide(state(slot())) == []
+    assert PlannedPolicy({}).decide(state(slot())) == []
 
 
 def test_policies_are_made_by_name():
@@ -354,7 +354,7 @@ def test_policies_are_made_by_name():
         "schedule": DepthSchedulePolicy,
         "slope": DepthSchedulePolicy,
         "random": RandomPolicy,
-        "none": SchedulePolicy,
+        "none": PlannedPolicy,
     }
     seen = state(slot("a"), slot("b", SeedStage.BLENDING))
     assert made["none"].decide(state(slot())) == []

@@ -62,7 +62,7 @@ def test_its_run_is_the_trainers_with_the_same_actions_to_the_bit() -> None:
     found = env._begun().growth
 
     torch.manual_seed(5)
-    policy = esper.policies.SchedulePolicy(
+    policy = esper.policies.PlannedPolicy(
         {epoch: [action] for epoch, action in enumerate(LIFE, start=1)}, tend_seeds=False
     )
     trainer = RUNS(5, policy).trainer

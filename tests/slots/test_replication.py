@@ -217,7 +217,7 @@ def test_gates_judge_what_the_first_process_has_measured_whoever_decides(
     slots, optimizer = bound()
     slots.unbind()
     slots.replicate()
-    growth = esper.Growth(slots, optimizer, policy=esper.SchedulePolicy({}))
+    growth = esper.Growth(slots, optimizer, policy=esper.PlannedPolicy({}))
     sent: list[Any] = []
     monkeypatch.setattr(
         slots.replication, "from_first", lambda value: (sent.append(value), value)[1]

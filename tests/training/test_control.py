@@ -83,7 +83,7 @@ def controlled(
     sender: Sender, *, epochs: int = 3, policy: esper.Policy | None = None, **settings: Any
 ) -> tuple[Problem, esper.Trainer]:
     problem = make_problem()
-    policy = policy or esper.SchedulePolicy({}, tend_seeds=False)
+    policy = policy or esper.PlannedPolicy({}, tend_seeds=False)
     trainer = problem.trainer(policy, epochs, loss=sender.loss, **settings)
     trainer.keeper = sender
     trainer.control = RunControl(sender.log)
@@ -267,7 +267,7 @@ def test_a_pause_outlives_the_process_and_a_stop_ends_it(tmp_path: Path) -> None
     control = RunControl(sender.log)
     assert control.ask(logged, lambda _: None)
     problem = make_problem()
-    paused = problem.trainer(esper.SchedulePolicy({}), 1)
+    paused = problem.trainer(esper.PlannedPolicy({}), 1)
     paused.control = control
     control.end("the test")
     with pytest.raises(RunStoppedError):

@@ -119,7 +119,7 @@ def test_the_model_has_the_averages_for_a_while() -> None:
 
 def test_the_trainer_averages_steps_that_were_made() -> None:
     problem = make_problem()
-    trainer = problem.trainer(esper.SchedulePolicy({}), epochs=2)
+    trainer = problem.trainer(esper.PlannedPolicy({}), epochs=2)
     trainer.ema = esper.EMA(problem.slots, decay=DECAY)
     by_hand: dict[str, Tensor] = {
         n: p.detach().clone() for n, p in problem.model.named_parameters()
@@ -138,7 +138,7 @@ def test_the_trainer_averages_steps_that_were_made() -> None:
 def test_averages_that_pair_by_position_are_refused_with_the_reason() -> None:
     problem = make_problem()
     foreign = AveragedModel(problem.model)
-    growth = esper.Growth(problem.slots, problem.optimizer, policy=esper.SchedulePolicy({}))
+    growth = esper.Growth(problem.slots, problem.optimizer, policy=esper.PlannedPolicy({}))
     with pytest.raises(TypeError, match=r"AveragedModel pairs weights and averages by position"):
         esper.Trainer(
             growth,

@@ -20,7 +20,7 @@ SETTINGS: dict[str, Any] = {"precision": "float16", "governor": {"snapshot_steps
 
 def make_trainer(problem: Problem, *, epochs: int, fused: bool, **settings: Any) -> esper.Trainer:
     problem.optimizer = torch.optim.Adam(problem.model.parameters(), lr=1e-2, fused=fused)
-    return problem.trainer(esper.SchedulePolicy({}), epochs, **SETTINGS, **settings)
+    return problem.trainer(esper.PlannedPolicy({}), epochs, **SETTINGS, **settings)
 
 
 @pytest.mark.parametrize("fused", [False, True])

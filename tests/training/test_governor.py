@@ -542,7 +542,7 @@ def test_a_run_whose_batches_are_nearly_all_solved_learns_from_the_others() -> N
     growth = esper.Growth(
         esper.attach(host, ["0"], example=features[:2]),
         torch.optim.Adam(host.parameters(), lr=3e-2),
-        policy=esper.SchedulePolicy({}),
+        policy=esper.PlannedPolicy({}),
         sinks=[recorder],
     )
     config = esper.TrainerConfig(epochs=8)

@@ -61,8 +61,8 @@ def num_params(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def grow_mlp(epoch: int = 3) -> esper.SchedulePolicy:
-    return esper.SchedulePolicy({epoch: [Germinate(slot="embed", blueprint="mlp")]})
+def grow_mlp(epoch: int = 3) -> esper.PlannedPolicy:
+    return esper.PlannedPolicy({epoch: [Germinate(slot="embed", blueprint="mlp")]})
 
 
 def own_loop(problem: Problem, policy: esper.Policy, epochs: int) -> None:
@@ -128,7 +128,7 @@ def test_growth_with_a_plain_evaluation_function_takes_the_same_path(problem: Pr
 @pytest.mark.parametrize("blueprint", ["noop", "norm"])
 def test_useless_seed_is_refused_for_a_stated_reason_and_pruned(blueprint: str) -> None:
     problem = make_problem()
-    policy = esper.SchedulePolicy(
+    policy = esper.PlannedPolicy(
         {3: [Germinate(slot="embed", blueprint=blueprint)]}, patience_epochs=4
     )
     problem.trainer(policy, epochs=16).fit()
@@ -169,11 +169,11 @@ def test_every_sink_is_told_once_that_the_run_begins_and_before_anything_else() 
 
 def test_a_network_that_has_grown_before_is_told_with_what_it_has_committed() -> None:
     grown, fresh = make_problem(), make_problem()
-    growth = grown.trainer(esper.SchedulePolicy({}), epochs=1).growth
+    growth = grown.trainer(esper.PlannedPolicy({}), epochs=1).growth
     grown.slots["embed"].germinate("mlp")
     while grown.slots["embed"].stage is not SeedStage.FOSSILIZED:
         grown.slots["embed"].advance(force=True)
-    going_on = fresh.trainer(esper.SchedulePolicy({}), epochs=1).growth
+    going_on = fresh.trainer(esper.PlannedPolicy({}), epochs=1).growth
     going_on.load_state_dict(growth.state_dict())
     going_on.publish(fresh.slots["embed"].germinate("mlp"))
     assert num_params(fresh.model) > num_params(grown.model) > num_params(make_problem().model)
@@ -184,7 +184,7 @@ def test_a_network_that_has_grown_before_is_told_with_what_it_has_committed() ->
 def test_a_seed_that_was_grown_by_hand_and_is_told_of_at_once_is_no_part_of_the_host() -> None:
     problem, late = make_problem(), Recorder()
     size = num_params(problem.model)
-    growth = problem.trainer(esper.SchedulePolicy({}), epochs=1).growth
+    growth = problem.trainer(esper.PlannedPolicy({}), epochs=1).growth
     slot = problem.slots["embed"]
     events = list(slot.germinate("mlp"))
     while slot.living is not None:
@@ -341,7 +341,7 @@ def test_what_g2_judges_is_what_blending_begins_with(operator: str, factor: floa
     growth = esper.Growth(
         problem.slots,
         problem.optimizer,
-        policy=esper.SchedulePolicy({}, tend_seeds=False),
+        policy=esper.PlannedPolicy({}, tend_seeds=False),
         sinks=[problem.recorder],
     )
     slot.germinate("mlp", blend_operator=operator)
@@ -533,7 +533,7 @@ def test_a_step_that_was_refused_is_no_step_of_learning() -> None:
     problem = make_problem()
     problem.batches[3] = (problem.batches[3][0], torch.full((32,), math.nan))
     slot = problem.slots["embed"]
-    trainer = problem.trainer(esper.SchedulePolicy({}, tend_seeds=False), epochs=2)
+    trainer = problem.trainer(esper.PlannedPolicy({}, tend_seeds=False), epochs=2)
     slot.germinate("mlp")
     slot.advance(force=True)
     trainer.fit()
@@ -711,7 +711,7 @@ def test_weighing_seeds_leaves_the_random_streams_to_the_host() -> None:
         growth = esper.Growth(
             problem.slots,
             problem.optimizer,
-            policy=esper.SchedulePolicy({}, tend_seeds=False),
+            policy=esper.PlannedPolicy({}, tend_seeds=False),
             sinks=[problem.recorder],
         )
         slot = problem.slots["embed"]
@@ -734,7 +734,7 @@ def test_a_seed_behind_a_host_that_is_frozen_can_get_in() -> None:
     problem = make_problem()
     for module in (problem.model.embed, problem.model.head):
         module.requires_grad_(requires_grad=False)
-    policy = esper.SchedulePolicy({2: [Germinate(slot="embed", blueprint="mlp")]})
+    policy = esper.PlannedPolicy({2: [Germinate(slot="embed", blueprint="mlp")]})
     trainer = problem.trainer(policy, epochs=18)
     trainer.fit()
     assert trainer.growth.step == 18 * len(problem.batches), (
@@ -747,7 +747,7 @@ def test_a_seed_behind_a_host_that_is_frozen_can_get_in() -> None:
 
 def test_a_loss_that_is_detached_from_a_host_that_learns_is_an_error(problem: Problem) -> None:
     trainer = problem.trainer(
-        esper.SchedulePolicy({}),
+        esper.PlannedPolicy({}),
         epochs=1,
         loss=lambda output, target: mse_loss(output, target).detach(),
     )
@@ -756,7 +756,7 @@ def test_a_loss_that_is_detached_from_a_host_that_learns_is_an_error(problem: Pr
 
 
 def test_what_a_decision_is_due_for_is_no_state_to_go_on_from(problem: Problem) -> None:
-    trainer = problem.trainer(esper.SchedulePolicy({}), epochs=2)
+    trainer = problem.trainer(esper.PlannedPolicy({}), epochs=2)
     stops = trainer.stops()
     assert isinstance(next(stops), esper.training.DecisionDue)
     with pytest.raises(RuntimeError, match=r"a decision is due.*growth\.conclude"):
@@ -810,7 +810,7 @@ def test_a_state_holds_what_a_policy_remembers_as_it_was_then() -> None:
     assert state["policy"]["state"] == {"decisions": 0}
 
 
-STATE = make_problem().trainer(esper.SchedulePolicy({}), 1).growth.state_dict()
+STATE = make_problem().trainer(esper.PlannedPolicy({}), 1).growth.state_dict()
 
 
 @pytest.mark.parametrize(
@@ -849,7 +849,7 @@ POLICIES: dict[str, Callable[[], esper.Policy]] = {
     "ucb1": ucb1_policy,
     "random": RandomPolicy,
     "schedule": DepthSchedulePolicy,
-    "actions": lambda: esper.SchedulePolicy({}),
+    "planned": lambda: esper.PlannedPolicy({}),
     "script": lambda: Script({}),
 }
 
@@ -860,9 +860,9 @@ POLICIES: dict[str, Callable[[], esper.Policy]] = {
         ("heuristic", "ucb1", "policy of the run was 'heuristic', and is 'ucb1' here"),
         ("random", "heuristic", "policy of the run was 'random', and is 'heuristic' here"),
         ("schedule", "random", "policy of the run was 'schedule', and is 'random' here"),
-        ("actions", "schedule", "policy of the run was 'actions', and is 'schedule' here"),
-        ("ucb1", "actions", "policy of the run was 'ucb1', and is 'actions' here"),
-        ("script", "actions", "policy of the run was 'script', and is 'actions' here"),
+        ("planned", "schedule", "policy of the run was 'planned', and is 'schedule' here"),
+        ("ucb1", "planned", "policy of the run was 'ucb1', and is 'planned' here"),
+        ("script", "planned", "policy of the run was 'script', and is 'planned' here"),
         ("forgetful", "heuristic", "policy 'heuristic' has a state, and that of the run had none"),
         ("heuristic", "forgetful", "policy 'heuristic' has no state, and that of the run had one"),
         ("heuristic", "other chooser", "chose by EvenChooser, and chooses by UCB1Chooser here"),
@@ -916,7 +916,7 @@ def test_seeds_of_one_decision_have_the_same_step_time_to_compare_with() -> None
     slots = esper.attach(model, "[01]", example=torch.randn(2, 4), config=TEST_CONFIG)
     optimizer = torch.optim.Adam(model.parameters())
     plan = [Germinate(slot=path, blueprint="norm") for path in ("0", "1")]
-    growth = esper.Growth(slots, optimizer, policy=esper.SchedulePolicy({1: plan}))
+    growth = esper.Growth(slots, optimizer, policy=esper.PlannedPolicy({1: plan}))
     for _ in range(2):
         for _ in range(12):
             model(torch.randn(8, 4)).square().mean().backward()

@@ -22,7 +22,7 @@ class Once:
             raise KeyboardInterrupt
 
 
-class Pausing(esper.SchedulePolicy):
+class Pausing(esper.PlannedPolicy):
     """Is interrupted at its first decision."""
 
     def __init__(self) -> None:
@@ -47,7 +47,7 @@ def test_the_first_step_afterwards_takes_its_own_gradient_alone(
 ) -> None:
     def made(problem: Problem) -> esper.Trainer:
         settings: dict[str, Any] = {"max_gradient_norm": max_gradient_norm, "precision": precision}
-        trainer = problem.trainer(esper.SchedulePolicy({}), 1, **settings)
+        trainer = problem.trainer(esper.PlannedPolicy({}), 1, **settings)
         scaler = trainer.training_step.scaler
         if scaler.enabled:  # at the first scale gradients are not finite, and no step is made
             scaler.load_state_dict({**scaler.state_dict(), "scale": 4.0})
@@ -75,7 +75,7 @@ def test_an_epoch_that_is_trained_anew_has_its_own_losses() -> None:
     def arm(*_: Any) -> None:
         press.armed = trainer.growth.step == 4 and trainer.epoch == 0
 
-    trainer = problem.trainer(esper.SchedulePolicy({}), 2)
+    trainer = problem.trainer(esper.PlannedPolicy({}), 2)
     problem.optimizer.register_step_post_hook(arm)
     problem.optimizer.register_step_pre_hook(press)
     first, second = interrupted(trainer).fit()
@@ -98,13 +98,13 @@ def test_a_look_that_is_interrupted_between_two_steps_leaves_their_losses(proble
         return problem.held_out()
 
     problem.batches = steps
-    policy = esper.SchedulePolicy({})
+    policy = esper.PlannedPolicy({})
     trainer = problem.trainer(policy, 1, evaluate=evaluate, decision_interval_steps=2)
     interrupted(trainer)
     assert len(trainer.state_dict()["undecided"]["weighed"]) == 2
 
 
-class Watching(esper.SchedulePolicy):
+class Watching(esper.PlannedPolicy):
     """Germinates first, and keeps what it saw."""
 
     def __init__(self) -> None:

@@ -53,7 +53,7 @@ def leaky_blueprint() -> Iterator[None]:
         yield
 
 
-class Leaking(esper.SchedulePolicy):
+class Leaking(esper.PlannedPolicy):
     """Grows a leaky seed, and lets it leak from the moment it lives."""
 
     def __init__(self, problem: Problem, *, from_stage: SeedStage = SeedStage.TRAINING) -> None:
@@ -154,7 +154,7 @@ def test_an_action_between_two_epochs_knows_what_was_found_up_to_then(
 
 def test_clean_seed_is_checked_in_each_stage_and_committed() -> None:
     problem = make_problem()
-    policy = esper.SchedulePolicy({3: [Germinate(slot="embed", blueprint="mlp")]})
+    policy = esper.PlannedPolicy({3: [Germinate(slot="embed", blueprint="mlp")]})
     problem.trainer(policy, epochs=24, isolation_check_steps=10).fit()
     checked = problem.recorder.of(IsolationChecked)
     assert sum(event.checks for event in checked) > 6
@@ -165,7 +165,7 @@ def test_clean_seed_is_checked_in_each_stage_and_committed() -> None:
 
 def test_only_the_last_batch_of_a_step_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = make_problem()
-    policy = esper.SchedulePolicy({1: [Germinate(slot="embed", blueprint="mlp")]})
+    policy = esper.PlannedPolicy({1: [Germinate(slot="embed", blueprint="mlp")]})
     trainer = problem.trainer(policy, epochs=2, accumulation_steps=4, isolation_check_steps=1)
     seen: list[bool] = []
     weight = problem.model.embed.weight
@@ -194,7 +194,7 @@ def test_only_the_last_batch_of_a_step_is_checked(monkeypatch: pytest.MonkeyPatc
 def test_a_whole_run_is_bitwise_the_same_with_and_without(settings: dict[str, Any]) -> None:
     def weights(isolation_check_steps: int | None) -> tuple[dict[str, Tensor], list[SeedStage]]:
         problem = make_problem()
-        policy = esper.SchedulePolicy({3: [Germinate(slot="embed", blueprint="mlp")]})
+        policy = esper.PlannedPolicy({3: [Germinate(slot="embed", blueprint="mlp")]})
         problem.trainer(
             policy, epochs=16, isolation_check_steps=isolation_check_steps, **settings
         ).fit()
@@ -212,7 +212,7 @@ def test_a_whole_run_is_bitwise_the_same_with_and_without(settings: dict[str, An
 
 def test_loss_that_is_not_finite_gives_no_verdict() -> None:
     problem = make_problem()
-    policy = esper.SchedulePolicy({1: [Germinate(slot="embed", blueprint="mlp")]})
+    policy = esper.PlannedPolicy({1: [Germinate(slot="embed", blueprint="mlp")]})
     features, targets = problem.batches[1]
     problem.batches[1] = (features, torch.full_like(targets, math.nan))
     problem.trainer(policy, epochs=2, isolation_check_steps=1).fit()

@@ -91,7 +91,7 @@ class Watch:
 
 def behind_the_host() -> esper.Policy:
     """A copied block with dropout of its own, and beside it a seed that is pruned."""
-    return esper.SchedulePolicy(
+    return esper.PlannedPolicy(
         {
             1: [Germinate(slot="first", blueprint="block", options={"source": "first"})],
             2: [Germinate(slot="second", blueprint="conv_light", blend_operator="gate")],
@@ -350,7 +350,7 @@ class ShortGroups:
         features = torch.randn(20, 4)
         slots = esper.attach(self.host, ["0"], example=features)
         optimizer = torch.optim.SGD(self.host.parameters(), lr=0.1)
-        growth = esper.Growth(slots, optimizer, policy=esper.SchedulePolicy({}))
+        growth = esper.Growth(slots, optimizer, policy=esper.PlannedPolicy({}))
         self.trainer = esper.Trainer(
             growth,
             LOADERS[loader](TensorDataset(features, torch.arange(20.0)[:, None])),

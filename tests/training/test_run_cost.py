@@ -23,14 +23,14 @@ from growth_problem import Problem, make_problem
 EPOCHS = 30
 
 
-def policy() -> esper.SchedulePolicy:
+def policy() -> esper.PlannedPolicy:
     """One seed that is committed, one that is pruned, one that lives at the end."""
     plan = {
         2: [Germinate(slot="embed", blueprint="mlp")],
         20: [Germinate(slot="embed", blueprint="noop")],
         29: [Germinate(slot="embed", blueprint="mlp")],
     }
-    return esper.SchedulePolicy(plan, patience_epochs=4)
+    return esper.PlannedPolicy(plan, patience_epochs=4)
 
 
 def train(problem: Problem, *, count_flops: bool = False) -> list[esper.training.EpochReport]:

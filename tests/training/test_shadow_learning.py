@@ -35,7 +35,7 @@ def test_the_host_trains_bitwise_as_alone_while_the_seed_learns_in_shadow(
 ) -> None:
     def host_weights(plan: dict[int, list[Germinate]]) -> tuple[dict[str, Tensor], Problem]:
         problem = shadow_problem()
-        policy = esper.SchedulePolicy(plan, tend_seeds=False)
+        policy = esper.PlannedPolicy(plan, tend_seeds=False)
         problem.trainer(policy, epochs=4, **settings).fit()
         state = problem.model.state_dict()
         return {n: t for n, t in state.items() if "esper_slot" not in n}, problem
@@ -56,7 +56,7 @@ def test_the_seed_learns_from_a_loss_that_is_scaled_as_the_hosts_is() -> None:
     norms = []
     for precision in ("float32", "float16"):
         problem = shadow_problem()
-        policy = esper.SchedulePolicy(PLAN, tend_seeds=False)
+        policy = esper.PlannedPolicy(PLAN, tend_seeds=False)
         settings = {"precision": precision, "max_gradient_norm": 100.0}
         problem.trainer(policy, epochs=2, **settings).fit()
         norms.append(problem.recorder.of(GradientHealthMeasured)[0].seed_norm)
@@ -65,7 +65,7 @@ def test_the_seed_learns_from_a_loss_that_is_scaled_as_the_hosts_is() -> None:
 
 def test_a_seed_that_learned_in_shadow_passes_its_gates_and_is_committed() -> None:
     problem = shadow_problem()
-    problem.trainer(esper.SchedulePolicy(PLAN), epochs=24, isolation_check_steps=5).fit()
+    problem.trainer(esper.PlannedPolicy(PLAN), epochs=24, isolation_check_steps=5).fit()
     stages = [event.to_stage for event in problem.recorder.of(StageChanged)]
     assert stages[-1] is SeedStage.FOSSILIZED
     checked = problem.recorder.of(IsolationChecked)
@@ -80,7 +80,7 @@ def test_gradients_of_all_micro_batches_add_up_for_the_seed_as_for_the_host() ->
         problem = shadow_problem()
         inputs, targets = (torch.cat(part) for part in zip(*problem.batches, strict=True))
         problem.batches[:] = list(zip(inputs.split(size), targets.split(size), strict=True))
-        policy = esper.SchedulePolicy(PLAN, tend_seeds=False)
+        policy = esper.PlannedPolicy(PLAN, tend_seeds=False)
         problem.trainer(policy, epochs=2, accumulation_steps=accumulation).fit()
         steps.append(problem.model.state_dict())
     assert any("esper_slot" in name for name in steps[0])
@@ -90,7 +90,7 @@ def test_gradients_of_all_micro_batches_add_up_for_the_seed_as_for_the_host() ->
 
 def test_an_own_loop_that_makes_no_pass_is_told_how_to() -> None:
     problem = shadow_problem()
-    growth = esper.Growth(problem.slots, problem.optimizer, policy=esper.SchedulePolicy(PLAN))
+    growth = esper.Growth(problem.slots, problem.optimizer, policy=esper.PlannedPolicy(PLAN))
     growth.after_epoch(problem.held_out)
 
     def train(*, with_pass: bool) -> None:

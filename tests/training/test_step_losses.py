@@ -70,7 +70,7 @@ def test_losses_that_were_kept_go_where_the_next_one_is() -> None:
 
 
 def test_keeping_a_run_late_in_an_epoch_takes_no_longer_than_early_in_it() -> None:
-    trainer = make_problem().trainer(esper.SchedulePolicy({}), epochs=1)
+    trainer = make_problem().trainer(esper.PlannedPolicy({}), epochs=1)
     trainer.fit()
     for _ in range(20_000):
         trainer._losses.add(torch.tensor(1.0))
@@ -91,7 +91,7 @@ def test_a_short_last_group_counts_by_its_batches() -> None:
     problem.batches = problem.batches[:5]
     for group in problem.optimizer.param_groups:
         group["lr"] = 0.0
-    trainer = problem.trainer(esper.SchedulePolicy({}), 1, loss=loss, accumulation_steps=4)
+    trainer = problem.trainer(esper.PlannedPolicy({}), 1, loss=loss, accumulation_steps=4)
     (report,) = trainer.fit()
     assert report.step == 2
     assert report.train_loss == pytest.approx(sum(losses) / 5)

@@ -27,7 +27,7 @@ def test_what_only_the_run_or_only_the_trainer_has_is_refused_and_nothing_is_loa
         scheduler = None
         if whole and part == "scheduler":
             scheduler = torch.optim.lr_scheduler.StepLR(problem.optimizer, 2)
-        trainer = problem.trainer(esper.SchedulePolicy({}), epochs=1, scheduler=scheduler)
+        trainer = problem.trainer(esper.PlannedPolicy({}), epochs=1, scheduler=scheduler)
         if whole and part == "ema":
             trainer.ema = esper.EMA(problem.slots, decay=0.9)
         return trainer
@@ -44,39 +44,39 @@ def test_what_only_the_run_or_only_the_trainer_has_is_refused_and_nothing_is_loa
 
 def another_head(problem: Problem) -> esper.Trainer:
     problem.model.head = torch.nn.Linear(16, 2)
-    return problem.trainer(esper.SchedulePolicy({}), epochs=1)
+    return problem.trainer(esper.PlannedPolicy({}), epochs=1)
 
 
 def another_layer(problem: Problem) -> esper.Trainer:
     problem.model.added = torch.nn.Linear(2, 2)
-    return problem.trainer(esper.SchedulePolicy({}), epochs=1)
+    return problem.trainer(esper.PlannedPolicy({}), epochs=1)
 
 
 def another_optimizer(problem: Problem) -> esper.Trainer:
     problem.optimizer = torch.optim.SGD(problem.model.parameters(), lr=1e-2)
-    return problem.trainer(esper.SchedulePolicy({}), epochs=1)
+    return problem.trainer(esper.PlannedPolicy({}), epochs=1)
 
 
 def more_groups(problem: Problem) -> esper.Trainer:
     parts = problem.model.children()
     problem.optimizer = torch.optim.Adam([{"params": list(part.parameters())} for part in parts])
-    return problem.trainer(esper.SchedulePolicy({}), epochs=1)
+    return problem.trainer(esper.PlannedPolicy({}), epochs=1)
 
 
 def another_scheduler(problem: Problem) -> esper.Trainer:
     scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(problem.optimizer)
-    return problem.trainer(esper.SchedulePolicy({}), epochs=1, scheduler=scheduler)
+    return problem.trainer(esper.PlannedPolicy({}), epochs=1, scheduler=scheduler)
 
 
 def another_place(problem: Problem) -> esper.Trainer:
     model = problem.model
     esper.detach(model)
     problem.slots = esper.attach(model, ["embed", "head"], example=problem.batches[0][0][:2])
-    return problem.trainer(esper.SchedulePolicy({}), epochs=1)
+    return problem.trainer(esper.PlannedPolicy({}), epochs=1)
 
 
 def scaled(problem: Problem) -> esper.Trainer:
-    return problem.trainer(esper.SchedulePolicy({}), epochs=1, precision="float16")
+    return problem.trainer(esper.PlannedPolicy({}), epochs=1, precision="float16")
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_a_trainer_that_is_made_otherwise_is_refused_and_nothing_is_loaded(
     scheduler = None
     if make is another_scheduler:
         scheduler = torch.optim.lr_scheduler.StepLR(whole.optimizer, 2)
-    trainer = whole.trainer(esper.SchedulePolicy({}), epochs=1, scheduler=scheduler)
+    trainer = whole.trainer(esper.PlannedPolicy({}), epochs=1, scheduler=scheduler)
     trainer.fit()
     other = make(problem)
     before = {name: value.clone() for name, value in other.model.state_dict().items()}
@@ -111,7 +111,7 @@ def test_a_trainer_that_is_made_otherwise_is_refused_and_nothing_is_loaded(
 def test_a_state_holds_a_schedulers_as_it_was_then() -> None:
     problem = make_problem()
     scheduler = torch.optim.lr_scheduler.MultiStepLR(problem.optimizer, [2])
-    trainer = problem.trainer(esper.SchedulePolicy({}), epochs=1, scheduler=scheduler)
+    trainer = problem.trainer(esper.PlannedPolicy({}), epochs=1, scheduler=scheduler)
     state = trainer.state_dict()
     scheduler.milestones[5] += 1
     assert state["scheduler"]["state"]["milestones"] == {2: 1}
@@ -120,7 +120,7 @@ def test_a_state_holds_a_schedulers_as_it_was_then() -> None:
     assert state["scheduler"]["state"]["milestones"] == {2: 1}
 
 
-STATE = make_problem().trainer(esper.SchedulePolicy({}), epochs=1).state_dict()
+STATE = make_problem().trainer(esper.PlannedPolicy({}), epochs=1).state_dict()
 
 
 @pytest.mark.parametrize(
@@ -136,8 +136,8 @@ STATE = make_problem().trainer(esper.SchedulePolicy({}), epochs=1).state_dict()
 def test_a_state_that_lacks_a_field_is_refused_and_nothing_is_loaded(
     part: str | None, field: str, of: str
 ) -> None:
-    trained = make_problem().trainer(esper.SchedulePolicy({}), epochs=1)
-    fresh = make_problem(seed=1).trainer(esper.SchedulePolicy({}), epochs=1)
+    trained = make_problem().trainer(esper.PlannedPolicy({}), epochs=1)
+    fresh = make_problem(seed=1).trainer(esper.PlannedPolicy({}), epochs=1)
     trained.fit()
     state = trained.state_dict()
     before = {name: value.clone() for name, value in fresh.model.state_dict().items()}
@@ -206,7 +206,7 @@ class Run:
         self.spoilt: set[int] = set()
         self.num_losses = 0
         self.trainer = esper.Trainer(
-            esper.Growth(slots, optimizer, policy=esper.SchedulePolicy({})),
+            esper.Growth(slots, optimizer, policy=esper.PlannedPolicy({})),
             [(features, features.prod(1, keepdim=True))] * 3,
             loss=self.loss,
             evaluate=lambda: 1.0,

@@ -130,7 +130,7 @@ def test_growth_asks_whether_the_host_learns(*, freeze: bool, first_committed: b
     growth = esper.Growth(
         problem.slots,
         problem.optimizer,
-        policy=esper.SchedulePolicy({}, tend_seeds=False),
+        policy=esper.PlannedPolicy({}, tend_seeds=False),
         sinks=[problem.recorder],
     )
     growth.after_epoch(problem.held_out)

@@ -7,6 +7,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from esper.cli.options import Imports, import_modules
 from esper.seeds.registry import Blueprint, Family
 from esper.seeds.registry import blueprints as registry
 
@@ -14,10 +15,12 @@ from esper.seeds.registry import blueprints as registry
 def blueprints(
     family: Annotated[str | None, typer.Option(help="cnn or transformer.")] = None,
     dim: Annotated[int, typer.Option(min=1, help="Width to count parameters at.")] = 64,
+    imports: Imports = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """List every blueprint with its cost and options."""
     console = Console()
+    import_modules(imports)
     try:
         families = [Family(family)] if family is not None else list(Family)
     except ValueError as error:

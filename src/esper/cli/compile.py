@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from esper.cli.options import AsJson, bad_parameter
+from esper.cli.options import AsJson, Imports, bad_parameter, import_modules
 from esper.cli.printing import plain_console, print_json_line
 from esper.compilation import ArtefactError, ArtefactStore, CompileService
 from esper.compilation.alone import seed_alone
@@ -25,7 +25,7 @@ from esper.experiments.config import CompileConfig
 from esper.experiments.parts import artefact_store
 from esper.experiments.settings import SettingsError, explain
 from esper.lifecycle.learning import Isolation
-from esper.seeds.registry import Family
+from esper.seeds.registry import BlueprintError, Family
 from esper.slots.config import SlotConfig
 from esper.training.precision import set_matmul_precision
 
@@ -49,6 +49,7 @@ def compile_(
     blueprint: Annotated[
         list[str] | None, typer.Option(help="What may grow; several times for several.")
     ] = None,
+    imports: Imports = None,
     shape: Annotated[
         str | None,
         typer.Option(help="Of the features, batch first: 64,32,16,16 (images) or 64,128,96."),
@@ -85,6 +86,7 @@ def compile_(
     A run with --compile, the same torch and the same machine then finds them ready.
     """
     console = plain_console()
+    import_modules(imports)
     config = _config(store=store, key_file=key_file, limit_seconds=limit_seconds, mode=mode)
     with bad_parameter(SettingsError):
         kept = artefact_store(config)
@@ -119,6 +121,8 @@ def _features(
     shape: str | None, width: int | None, dtype: str, device: str, family: str | None
 ) -> FeatureGuards:
     sizes = _sizes(shape)
+    if device == "meta":
+        raise typer.BadParameter("--device meta computes nothing; name the device of the run")
     with bad_parameter(ValueError):
         of_dtype = dtype_named(dtype)
     try:
@@ -166,6 +170,10 @@ def _job(
     try:
         seed = seed_alone(name, features, family=family, config=slot)
         return CompileJob.of(seed, features, seed_options(mode=config.mode))
+    except BlueprintError as error:
+        raise typer.BadParameter(
+            f"--blueprint {name}: {error}; if it is your own, --import the module that registers it"
+        ) from error
     except (JobError, TypeError, ValueError) as error:
         raise typer.BadParameter(f"--blueprint {name}: {error}") from error
 
@@ -199,7 +207,11 @@ def _compile(service: CompileService, job: CompileJob) -> _Row:
 
 
 def _kept(store: ArtefactStore) -> Iterator[_Row]:
-    for name in store.names():
+    try:
+        names = list(store.names())
+    except OSError as error:
+        raise typer.BadParameter(f"--store {store.url} cannot be read: {error}") from error
+    for name in names:
         try:
             yield _row(store.describe(name), "was there")
         except (ArtefactError, OSError) as error:

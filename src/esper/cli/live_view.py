@@ -23,8 +23,9 @@ from esper.cli.views import (
 )
 from esper.experiments.run import GrowingRun
 from esper.lifecycle.events import EventRecord, Priority
+from esper.lifecycle.notable import notable
 from esper.lifecycle.stages import LIVING_STAGES
-from esper.lifecycle.words import notable, percent
+from esper.lifecycle.words import percent
 from esper.report.run_page import duration
 from esper.slots.slot_set import SlotSet
 from esper.training.trainer import EpochReport

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from esper.experiments.config import RunConfig, load_run_config
 from esper.experiments.settings import SettingsError
+from esper.own_code import own_module
 
 _MAX_TASK_CHARACTERS = 80
 
@@ -22,6 +23,12 @@ Report = Annotated[
     bool, typer.Option(help=r"Write a report into the folder (needs esper-lite\[report]).")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON lines.")]
+Imports = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--import", metavar="MODULE", help="Registers blueprints of yours; several times for more."
+    ),
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the settings and stop.")]
 
 
@@ -58,6 +65,15 @@ def bad_parameter(*errors: type[Exception]) -> Iterator[None]:
         yield
     except errors as error:
         raise typer.BadParameter(str(error)) from error
+
+
+def import_modules(names: Sequence[str] | None) -> None:
+    """Import what `Imports` asks for, from the working directory if it is there."""
+    for name in names or ():
+        try:
+            own_module(name)
+        except ValueError as error:
+            raise typer.BadParameter(f"--import: {error}") from error
 
 
 def settings_asked(*, epochs: int | None = None, **given: Any) -> dict[str, Any]:

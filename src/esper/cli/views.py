@@ -10,8 +10,8 @@ from rich.console import Console
 from esper.cli.printing import print_json_line
 from esper.experiments.run import GrowingRun
 from esper.lifecycle.events import EventRecord
+from esper.lifecycle.notable import notable
 from esper.lifecycle.stages import LIVING_STAGES, SeedStage
-from esper.lifecycle.words import notable
 from esper.slots.slot import SeedSlot
 from esper.slots.slot_set import SlotSet
 from esper.training.trainer import EpochReport

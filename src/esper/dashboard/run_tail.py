@@ -11,8 +11,8 @@ from typing import Any, Literal
 from esper.dashboard.progress import progress_of
 from esper.dashboard.run_folders import as_text
 from esper.lifecycle.events import EventRecord, Priority, RunFinished, RunStarted
+from esper.lifecycle.notable import in_words
 from esper.lifecycle.stages import LIVING_STAGES, SeedStage
-from esper.lifecycle.words import in_words
 from esper.report.chart import STAGE_COLOURS, Chart
 from esper.report.charts import run_charts
 from esper.report.story import RunStory, SeedStory, StoryTeller

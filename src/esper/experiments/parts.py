@@ -85,14 +85,17 @@ def artefact_store(config: CompileConfig) -> ArtefactStore:
     """Return where compiled graphs are kept.
 
     Raises:
-        SettingsError: Its URL cannot be used, or the keys cannot be read.
+        SettingsError: Its URL cannot be used, nothing answers there, or the keys cannot be read.
     """
+    url = config.store or str(user_cache_folder() / "compiled")
     try:
         file = config.key_file
         keyring = Keyring.of_user() if file is None else Keyring.from_file(file)
-        return ArtefactStore(config.store or str(user_cache_folder() / "compiled"), keyring)
+        return ArtefactStore(url, keyring)
     except (ImportError, ValueError) as error:
         raise SettingsError(f"compile: {error}") from error
+    except OSError as error:  # some file systems connect at once
+        raise SettingsError(f"compile: the store {url} cannot be used: {error}") from error
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from esper.lifecycle.gates import GateResult
 from esper.lifecycle.learning import Isolation, SeedObjective
 from esper.lifecycle.record import Record
 from esper.lifecycle.stages import SeedStage
+from esper.lifecycle.words import action_words, command_words, percent, refusal
 
 SCHEMA_VERSION: Final = 1
 """Version of the event records on disk and on the wire."""
@@ -32,6 +33,12 @@ class _Event(Record):
     @property
     def priority(self) -> Priority:
         return Priority.NORMAL
+
+    def __str__(self) -> str:
+        """Return it in words, or what it holds; `repr` is exact."""
+        fields = self.model_dump(mode="json")
+        kind = fields.pop("type")
+        return f"{kind}: {', '.join(f'{name}={value}' for name, value in fields.items())}"
 
 
 class RunStarted(_Event):
@@ -60,6 +67,9 @@ class RunFailed(_Event):
     @property
     def priority(self) -> Priority:
         return Priority.CRITICAL
+
+    def __str__(self) -> str:
+        return f"the run ended: {self.error}"
 
 
 class TwinFinished(_Event):
@@ -98,6 +108,9 @@ class EnvironmentRestarted(_Event):
     def priority(self) -> Priority:
         return Priority.WARNING
 
+    def __str__(self) -> str:
+        return f"an environment was started again, restart {self.num_restarts}: {self.reason}"
+
 
 class StageChanged(_Event):
     """A slot's seed moved to another stage."""
@@ -108,6 +121,10 @@ class StageChanged(_Event):
     from_stage: SeedStage
     to_stage: SeedStage
 
+    def __str__(self) -> str:
+        subject = self.slot if self.blueprint is None else f"{self.blueprint} in {self.slot}"
+        return f"{subject} went from {self.from_stage.name} to {self.to_stage.name}"
+
 
 class GateEvaluated(_Event):
     """A gate judged a seed."""
@@ -117,6 +134,13 @@ class GateEvaluated(_Event):
     blueprint: str
     to_stage: SeedStage
     result: GateResult
+
+    def __str__(self) -> str:
+        subject = f"{self.blueprint} in {self.slot}"
+        if self.result.passed:
+            return f"{subject} passed {self.result.gate}"
+        all_the_same = "; it was forced" if self.result.forced else ""
+        return f"{subject}: {refusal(self.result)}{all_the_same}"
 
 
 class SeedGerminated(_Event):
@@ -132,6 +156,9 @@ class SeedGerminated(_Event):
     objective: SeedObjective
     prewarm_ms: float
 
+    def __str__(self) -> str:
+        return f"{self.blueprint} germinated in {self.slot} (+{self.param_count:,})"
+
 
 class GerminationFailed(_Event):
     """A seed could not be built; the slot is as it was."""
@@ -145,6 +172,9 @@ class GerminationFailed(_Event):
     def priority(self) -> Priority:
         return Priority.WARNING
 
+    def __str__(self) -> str:
+        return f"{self.blueprint} could not germinate in {self.slot}: {self.error}"
+
 
 class AlphaTargetSet(_Event):
     """An alpha ramp began."""
@@ -156,6 +186,12 @@ class AlphaTargetSet(_Event):
     steps: int
     curve: AlphaCurve
 
+    def __str__(self) -> str:
+        return (
+            f"alpha in {self.slot} goes from {self.from_alpha:.4g} to {self.target:.4g} "
+            f"in {self.steps} steps, {self.curve}"
+        )
+
 
 class AlphaTargetReached(_Event):
     """An alpha ramp arrived at its target."""
@@ -163,6 +199,9 @@ class AlphaTargetReached(_Event):
     type: Literal["alpha_target_reached"] = "alpha_target_reached"
     slot: str
     alpha: float
+
+    def __str__(self) -> str:
+        return f"alpha in {self.slot} arrived at {self.alpha:.4g}"
 
 
 class AmplitudeSearched(_Event):
@@ -187,6 +226,9 @@ class SeedRescaled(_Event):
     type: Literal["seed_rescaled"] = "seed_rescaled"
     slot: str
     factor: float
+
+    def __str__(self) -> str:
+        return f"the seed in {self.slot} was scaled by {self.factor:.4g}"
 
 
 class ContributionMeasured(_Event):
@@ -259,6 +301,12 @@ class IsolationViolated(_Event):
     def priority(self) -> Priority:
         return Priority.CRITICAL
 
+    def __str__(self) -> str:
+        return (
+            f"gradients of {self.blueprint} in {self.slot} reached "
+            f"{self.num_reached} parameters of the host: {', '.join(self.reached)}"
+        )
+
 
 class SeedCommitted(_Event):
     """A seed passed to the host for good."""
@@ -271,6 +319,13 @@ class SeedCommitted(_Event):
     """What it saves at least, as gates judge it: standard errors below the mean that was last
     measured, or that mean where losses per sample are not known."""
 
+    def __str__(self) -> str:
+        saved = percent(self.contribution_fraction)
+        weighed = (
+            f"saves at least {saved} of the loss" if saved else "what it saves was never weighed"
+        )
+        return f"{self.blueprint} committed in {self.slot}, {weighed}"
+
 
 class SeedPruned(_Event):
     """A seed was removed."""
@@ -280,6 +335,9 @@ class SeedPruned(_Event):
     blueprint: str
     from_stage: SeedStage
     reason: str
+
+    def __str__(self) -> str:
+        return f"{self.blueprint} pruned from {self.slot}: {self.reason}"
 
 
 class SeedFailed(_Event):
@@ -294,6 +352,9 @@ class SeedFailed(_Event):
     def priority(self) -> Priority:
         return Priority.CRITICAL
 
+    def __str__(self) -> str:
+        return f"{self.blueprint} in {self.slot} failed: {self.error}"
+
 
 class SlotReset(_Event):
     """What was still found of a removed seed; empty when nothing was."""
@@ -305,6 +366,12 @@ class SlotReset(_Event):
     @property
     def priority(self) -> Priority:
         return Priority.CRITICAL if self.leftovers else Priority.NORMAL
+
+    def __str__(self) -> str:
+        if not self.leftovers:
+            return f"nothing is left of the seed in {self.slot}"
+        left = ", ".join(self.leftovers)
+        return f"{self.slot} cannot be free again, left of its seed: {left}"
 
 
 class BreakerChanged(_Event):
@@ -319,6 +386,11 @@ class BreakerChanged(_Event):
     @property
     def priority(self) -> Priority:
         return Priority.WARNING if self.to_state == "open" else Priority.NORMAL
+
+    def __str__(self) -> str:
+        if self.to_state == "open":
+            return f"{self.breaker} is not built for a while, after {self.failures} failures"
+        return super().__str__()
 
 
 class StepSkipped(_Event):
@@ -339,6 +411,9 @@ class StepSkipped(_Event):
     def priority(self) -> Priority:
         return Priority.NORMAL if self.of_search else Priority.CRITICAL
 
+    def __str__(self) -> str:
+        return f"step skipped: {self.reason}"
+
 
 class SeedBlamed(_Event):
     """Steps in a row were bad, and are not without this seed, which is pruned."""
@@ -355,6 +430,12 @@ class SeedBlamed(_Event):
     def priority(self) -> Priority:
         return Priority.CRITICAL
 
+    def __str__(self) -> str:
+        return (
+            f"{self.blueprint} in {self.slot} is the fault of bad steps: the loss is "
+            f"{self.loss:.4g} with it, {self.loss_without:.4g} without"
+        )
+
 
 class RunWentBack(_Event):
     """Steps in a row were bad, and the run goes on from its last good state."""
@@ -369,12 +450,18 @@ class RunWentBack(_Event):
     def priority(self) -> Priority:
         return Priority.CRITICAL
 
+    def __str__(self) -> str:
+        return f"steps in a row were bad: from {self.from_step} back to {self.to_step}"
+
 
 class ActionApplied(_Event):
     """An action of the policy was carried out; a gate may still have refused the stage."""
 
     type: Literal["action_applied"] = "action_applied"
     action: Action
+
+    def __str__(self) -> str:
+        return f"{action_words(self.action)} was carried out"
 
 
 class ActionRefused(_Event):
@@ -387,6 +474,9 @@ class ActionRefused(_Event):
     @property
     def priority(self) -> Priority:
         return Priority.WARNING
+
+    def __str__(self) -> str:
+        return f"an action was refused: {self.reason}"
 
 
 class CheckpointSaved(_Event):
@@ -408,6 +498,9 @@ class CheckpointFailed(_Event):
     def priority(self) -> Priority:
         return Priority.CRITICAL
 
+    def __str__(self) -> str:
+        return f"checkpoint {self.name} failed, training goes on: {self.error}"
+
 
 class CheckpointDamaged(_Event):
     """A checkpoint is not what was written, and an older one is taken."""
@@ -420,12 +513,18 @@ class CheckpointDamaged(_Event):
     def priority(self) -> Priority:
         return Priority.WARNING
 
+    def __str__(self) -> str:
+        return f"checkpoint {self.name} is damaged, an older one is taken: {self.error}"
+
 
 class RunResumed(_Event):
     """A run goes on from a checkpoint."""
 
     type: Literal["run_resumed"] = "run_resumed"
     name: str
+
+    def __str__(self) -> str:
+        return f"goes on from checkpoint {self.name}"
 
 
 CompiledBy = Literal["here", "worker", "store"]
@@ -446,6 +545,10 @@ class SeedCompiled(_Event):
     milliseconds: float
     """That this process took for it, between two steps."""
 
+    def __str__(self) -> str:
+        held_up = f"the run was held up for {1e-3 * self.milliseconds:.2f} s"
+        return f"{self.blueprint} in {self.slot} runs compiled; {held_up}"
+
 
 class CompileFailed(_Event):
     """Something runs as it is, because compiling or capturing it did not work."""
@@ -461,6 +564,10 @@ class CompileFailed(_Event):
     def priority(self) -> Priority:
         return Priority.WARNING
 
+    def __str__(self) -> str:
+        what = self.place if self.blueprint is None else f"{self.blueprint} in {self.place}"
+        return f"{what} runs as it is, not compiled: {self.error}"
+
 
 class StepCaptured(_Event):
     """Forward and backward of a step are one CUDA graph from now on, while nothing changes."""
@@ -470,6 +577,10 @@ class StepCaptured(_Event):
     """That are kept by now."""
     milliseconds: float
     """That capturing took."""
+
+    def __str__(self) -> str:
+        held_up = f"the run was held up for {1e-3 * self.milliseconds:.2f} s"
+        return f"steps like this one are a CUDA graph from now on; {held_up}"
 
 
 class ArtefactRefused(_Event):
@@ -483,6 +594,9 @@ class ArtefactRefused(_Event):
     def priority(self) -> Priority:
         return Priority.WARNING
 
+    def __str__(self) -> str:
+        return f"graphs kept of {self.blueprint} are not used: {self.reason}"
+
 
 class CommandCarriedOut(_Event):
     """What somebody asked of the run was done."""
@@ -493,6 +607,9 @@ class CommandCarriedOut(_Event):
     command: Command
     text: str
     """What came of it."""
+
+    def __str__(self) -> str:
+        return f"{command_words(self.command)}, asked by {self.sender}: {self.text}"
 
 
 class CommandRefused(_Event):
@@ -508,6 +625,10 @@ class CommandRefused(_Event):
     def priority(self) -> Priority:
         return Priority.WARNING
 
+    def __str__(self) -> str:
+        words = command_words(self.command)
+        return f"{words}, asked by {self.sender}, was refused: {self.reason}"
+
 
 class BusLost(_Event):
     """The bus cannot be reached or takes nothing; training goes on, and telemetry is kept back."""
@@ -521,6 +642,9 @@ class BusLost(_Event):
     def priority(self) -> Priority:
         return Priority.WARNING
 
+    def __str__(self) -> str:
+        return f"the bus is lost ({self.concern}), training goes on: {self.error}"
+
 
 class BusRegained(_Event):
     """The bus can be reached again."""
@@ -531,6 +655,10 @@ class BusRegained(_Event):
     lost_messages: int
     """That found no room meanwhile. What was on its way when the bus went may have arrived all the
     same, which nobody here can know; what is missing for sure is in the router's run folder."""
+
+    def __str__(self) -> str:
+        lost = f", {self.lost_messages} messages found no room" if self.lost_messages else ""
+        return f"the bus is back after {self.seconds:.1f} s{lost}"
 
 
 class CachesSwept(_Event):
@@ -554,6 +682,9 @@ class SinkFailed(_Event):
     def priority(self) -> Priority:
         return Priority.WARNING
 
+    def __str__(self) -> str:
+        return f"{self.sink} failed, training goes on: {self.error}"
+
 
 class SinkLossesCounted(_Event):
     """At the end of a run, how much a failing sink did not take."""
@@ -567,6 +698,9 @@ class SinkLossesCounted(_Event):
     @property
     def priority(self) -> Priority:
         return Priority.WARNING
+
+    def __str__(self) -> str:
+        return f"{self.sink} failed {self.lost_calls} times in this run; what it has is not whole"
 
 
 Event = Annotated[

@@ -1,46 +1,14 @@
-"""Events in words, for whoever watches a run."""
+"""What events are made of, in words: gates and their checks, commands, shares."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from esper.lifecycle.actions import Action
 from esper.lifecycle.commands import Act, Command
-from esper.lifecycle.events import (
-    ActionRefused,
-    ArtefactRefused,
-    BreakerChanged,
-    BusLost,
-    BusRegained,
-    CheckpointDamaged,
-    CheckpointFailed,
-    CommandCarriedOut,
-    CommandRefused,
-    CompileFailed,
-    EnvironmentRestarted,
-    Event,
-    EventRecord,
-    GateEvaluated,
-    GerminationFailed,
-    IsolationViolated,
-    RunFailed,
-    RunResumed,
-    RunWentBack,
-    SeedBlamed,
-    SeedCommitted,
-    SeedCompiled,
-    SeedFailed,
-    SeedGerminated,
-    SeedPruned,
-    SinkFailed,
-    SinkLossesCounted,
-    SlotReset,
-    StepCaptured,
-    StepSkipped,
-)
 from esper.lifecycle.gates import Check, GateResult
 from esper.lifecycle.stages import SeedStage
 
 _REFUSED_FOR = "refused for"
-_TOLD_GATES = (SeedStage.BLENDING, SeedStage.SHADOWING, SeedStage.PROBATIONARY)
 
 CHECKS: Mapping[str, str] = MappingProxyType(
     {
@@ -79,37 +47,6 @@ CHECKS: Mapping[str, str] = MappingProxyType(
 """What each check of a gate measures, by its name."""
 
 
-def notable(record: EventRecord) -> str | None:
-    """Return an event with its epoch if a person at the terminal would want to know, else None.
-
-    Of an error that ends the run the program itself tells.
-    """
-    words = None if isinstance(record.event, RunFailed) else in_words(record)
-    return None if words is None else f"epoch {record.epoch}: {words}"
-
-
-def in_words(record: EventRecord) -> str | None:
-    """Return an event in words if a person watching would want to know, else None."""
-    event = record.event
-    if isinstance(event, SeedGerminated):
-        return f"{event.blueprint} germinated in {event.slot} (+{event.param_count:,})"
-    if isinstance(event, SeedCommitted):
-        saved = percent(event.contribution_fraction)
-        weighed = (
-            f"saves at least {saved} of the loss" if saved else "what it saves was never weighed"
-        )
-        return f"{event.blueprint} committed in {event.slot}, {weighed}"
-    if isinstance(event, SeedPruned):
-        return f"{event.blueprint} pruned from {event.slot}: {event.reason}"
-    if isinstance(event, GateEvaluated):
-        told = event.result.passed and event.to_stage in _TOLD_GATES
-        return f"{event.blueprint} in {event.slot} passed {event.result.gate}" if told else None
-    if isinstance(event, StepSkipped):
-        return f"step {record.step} skipped: {event.reason}"
-    seed, run = _of_a_seed_in_trouble(event), _of_the_run(event)
-    return seed or run or _of_whoever_steers(event) or _of_the_compiler(event)
-
-
 def refusal(result: GateResult) -> str:
     """Return which checks have failed, with what was measured and what was needed."""
     failed = "; ".join(
@@ -144,83 +81,12 @@ def percent(fraction: float | None) -> str:
     return "" if fraction is None else f"{100 * fraction:+.1f}%"
 
 
-def _of_a_seed_in_trouble(event: Event) -> str | None:
-    if isinstance(event, GerminationFailed):
-        return f"{event.blueprint} could not germinate in {event.slot}: {event.error}"
-    if isinstance(event, SeedFailed):
-        return f"{event.blueprint} in {event.slot} failed: {event.error}"
-    if isinstance(event, SeedBlamed):
-        return (
-            f"{event.blueprint} in {event.slot} is the fault of bad steps: the loss is "
-            f"{event.loss:.4g} with it, {event.loss_without:.4g} without"
-        )
-    if isinstance(event, IsolationViolated):
-        worst = ", ".join(event.reached)
-        return (
-            f"gradients of {event.blueprint} in {event.slot} reached "
-            f"{event.num_reached} parameters of the host: {worst}"
-        )
-    if isinstance(event, SlotReset) and event.leftovers:
-        return f"{event.slot} cannot be free again, left of its seed: {', '.join(event.leftovers)}"
-    if isinstance(event, BreakerChanged) and event.to_state == "open":
-        return f"{event.breaker} is not built for a while, after {event.failures} failures"
-    if isinstance(event, ActionRefused):
-        return f"an action was refused: {event.reason}"
-    return None
-
-
-def _of_the_run(event: Event) -> str | None:
-    if isinstance(event, RunWentBack):
-        return f"steps in a row were bad: from {event.from_step} back to {event.to_step}"
-    if isinstance(event, RunFailed):
-        return f"the run ended: {event.error}"
-    if isinstance(event, RunResumed):
-        return f"goes on from checkpoint {event.name}"
-    if isinstance(event, CheckpointFailed):
-        return f"checkpoint {event.name} failed, training goes on: {event.error}"
-    if isinstance(event, CheckpointDamaged):
-        return f"checkpoint {event.name} is damaged, an older one is taken: {event.error}"
-    if isinstance(event, SinkFailed):
-        return f"{event.sink} failed, training goes on: {event.error}"
-    if isinstance(event, SinkLossesCounted):
-        return f"{event.sink} failed {event.lost_calls} times in this run; what it has is not whole"
-    return None
-
-
-def _of_whoever_steers(event: Event) -> str | None:
-    if isinstance(event, CommandCarriedOut):
-        return f"{command_words(event.command)}, asked by {event.sender}: {event.text}"
-    if isinstance(event, CommandRefused):
-        words = command_words(event.command)
-        return f"{words}, asked by {event.sender}, was refused: {event.reason}"
-    if isinstance(event, EnvironmentRestarted):
-        return f"an environment was started again, restart {event.num_restarts}: {event.reason}"
-    if isinstance(event, BusLost):
-        return f"the bus is lost ({event.concern}), training goes on: {event.error}"
-    if isinstance(event, BusRegained):
-        lost = f", {event.lost_messages} messages found no room" if event.lost_messages else ""
-        return f"the bus is back after {event.seconds:.1f} s{lost}"
-    return None
-
-
 def command_words(command: Command) -> str:
     """Return a command as it is given to `esper send`, without what it leaves to its slot."""
-    if not isinstance(command, Act):
-        return command.command
-    action = command.action.model_dump(mode="json", exclude_defaults=True)
-    return " ".join([command.action.operation, *(str(value) for value in action.values())])
+    return action_words(command.action) if isinstance(command, Act) else command.command
 
 
-def _of_the_compiler(event: Event) -> str | None:
-    if isinstance(event, SeedCompiled):
-        held_up = f"the run was held up for {1e-3 * event.milliseconds:.2f} s"
-        return f"{event.blueprint} in {event.slot} runs compiled; {held_up}"
-    if isinstance(event, CompileFailed):
-        what = event.place if event.blueprint is None else f"{event.blueprint} in {event.place}"
-        return f"{what} runs as it is, not compiled: {event.error}"
-    if isinstance(event, StepCaptured):
-        held_up = f"the run was held up for {1e-3 * event.milliseconds:.2f} s"
-        return f"steps like this one are a CUDA graph from now on; {held_up}"
-    if isinstance(event, ArtefactRefused):
-        return f"graphs kept of {event.blueprint} are not used: {event.reason}"
-    return None
+def action_words(action: Action) -> str:
+    """Return an action as it is given to `esper send`, without what it leaves to its slot."""
+    given = action.model_dump(mode="json", exclude_defaults=True)
+    return " ".join([action.operation, *(str(value) for value in given.values())])

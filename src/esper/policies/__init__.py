@@ -5,9 +5,9 @@ from esper.policies.depth_schedule import DepthScheduleConfig, DepthSchedulePoli
 from esper.policies.heuristic import HeuristicConfig, HeuristicPolicy, ucb1_policy
 from esper.policies.learned import LearnedPolicy, PolicyFileError
 from esper.policies.named import POLICY_NAMES, named_policy
+from esper.policies.planned import PlannedPolicy
 from esper.policies.random import RandomPolicy
 from esper.policies.replay import ReplayPolicy
-from esper.policies.schedule import SchedulePolicy
 from esper.policies.tending import asked_to_be_weighed, tend
 from esper.policies.timing import FractionTiming, GrowthTiming, SlopeTiming
 from esper.policies.ucb1 import UCB1, PlayedArm, regret_bound
@@ -25,11 +25,11 @@ __all__ = [
     "HeuristicConfig",
     "HeuristicPolicy",
     "LearnedPolicy",
+    "PlannedPolicy",
     "PlayedArm",
     "PolicyFileError",
     "RandomPolicy",
     "ReplayPolicy",
-    "SchedulePolicy",
     "SlopeTiming",
     "UCB1Chooser",
     "asked_to_be_weighed",

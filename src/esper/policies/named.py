@@ -13,8 +13,8 @@ from esper.policies.depth_schedule import (
 )
 from esper.policies.heuristic import UCB1_POLICY, HeuristicPolicy, ucb1_policy
 from esper.policies.own import own_policy
+from esper.policies.planned import PlannedPolicy
 from esper.policies.random import RandomPolicy
-from esper.policies.schedule import SchedulePolicy
 from esper.training.policy import Policy
 
 NEVER = "none"
@@ -26,7 +26,7 @@ _MAKERS: Mapping[str, Callable[[int], Policy]] = {
     "schedule": lambda _: DepthSchedulePolicy(),
     SLOPE: lambda _: slope_policy(DepthScheduleConfig()),
     "random": RandomPolicy,
-    NEVER: lambda _: SchedulePolicy({}),
+    NEVER: lambda _: PlannedPolicy({}),
 }
 POLICY_NAMES: tuple[str, ...] = tuple(_MAKERS)
 """Names of the policies that need no further arguments."""

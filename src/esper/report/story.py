@@ -27,8 +27,9 @@ from esper.lifecycle.events import (
     TwinFinished,
 )
 from esper.lifecycle.gates import Gate
+from esper.lifecycle.notable import in_words
 from esper.lifecycle.stages import SeedStage
-from esper.lifecycle.words import in_words, is_refusal, refusal
+from esper.lifecycle.words import is_refusal, refusal
 
 INTERVENTIONS = frozenset(
     {"step_skipped", "seed_blamed", "run_went_back", "seed_failed", "isolation_violated"}

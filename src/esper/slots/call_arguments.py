@@ -53,6 +53,27 @@ class CallArguments(NamedTuple):
             return self
         return CallArguments(*map_tensors(Tensor.detach, (self.args, self.kwargs)))
 
+    def as_leaves(self) -> "CallArguments":
+        """Return the same of detached tensors that need a gradient where these do.
+
+        A tensor that comes twice comes twice again, and a parameter is one.
+        """
+        if not self.args and not self.kwargs:
+            return self
+        leaves: dict[int, Tensor] = {}
+
+        def leaf(tensor: Tensor) -> Tensor:
+            if id(tensor) not in leaves:
+                values, learns = tensor.detach(), tensor.requires_grad
+                leaves[id(tensor)] = (
+                    nn.Parameter(values, requires_grad=learns)
+                    if isinstance(tensor, nn.Parameter)
+                    else values.requires_grad_(learns)
+                )
+            return leaves[id(tensor)]
+
+        return CallArguments(*map_tensors(leaf, (self.args, self.kwargs)))
+
     def copied(self) -> "CallArguments":
         """Return the same with a copy of every tensor."""
         return CallArguments(*map_tensors(Tensor.clone, (self.args, self.kwargs)))

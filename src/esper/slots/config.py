@@ -68,3 +68,17 @@ def choose(kind: type[ChoiceT], value: ChoiceT | str, noun: str) -> ChoiceT:
         return kind(value)
     except ValueError:
         raise ValueError(f"unknown {noun} {value!r}; known: {', '.join(kind)}") from None
+
+
+def choose_curve(value: AlphaCurve | str) -> AlphaCurve:
+    """Return the curve that `value` is or names.
+
+    Raises:
+        ValueError: It is none; the known ones are listed, and what to do for another shape.
+    """
+    try:
+        return choose(AlphaCurve, value, "curve")
+    except ValueError as error:
+        raise ValueError(
+            f"{error}; for another one call set_alpha_target(alpha, steps=0) after each step"
+        ) from None

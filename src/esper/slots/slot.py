@@ -36,7 +36,7 @@ from esper.seeds.graph_free_copy import graph_free_copy
 from esper.seeds.identity import scale_output_
 from esper.slots.branch import SeedBranch
 from esper.slots.committed_seed import CommittedSeed
-from esper.slots.config import choose
+from esper.slots.config import choose, choose_curve
 from esper.slots.germination import (
     GerminationError,
     derive_random_seed,
@@ -191,6 +191,7 @@ class SeedSlot(KeptSlot):
         self._life = life
         self._forget_nonfinite_steps()
         self._guard = GradientGuard(branch, lambda: self._nonfinite_now)
+        self._note_branches()
         return life.enter(SeedStage.GERMINATED)
 
     def advance(self, force: bool = False) -> list[Event]:
@@ -301,7 +302,7 @@ class SeedSlot(KeptSlot):
                 subject=life.subject,
                 problem="is fading out; its alpha cannot be set" if self.fading else only,
             )
-        known_curve = choose(AlphaCurve, curve, "curve")
+        known_curve = choose_curve(curve)
         return self._start_ramp(target, steps, curve=known_curve, steepness=steepness)
 
     def _start_ramp(

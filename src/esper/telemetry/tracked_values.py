@@ -19,8 +19,8 @@ from esper.lifecycle.events import (
     StageChanged,
     TwinFinished,
 )
+from esper.lifecycle.notable import in_words
 from esper.lifecycle.stages import SeedStage
-from esper.lifecycle.words import in_words
 
 STAGE_NUMBERS = MappingProxyType({stage: number for number, stage in enumerate(SeedStage)})
 """For tools that draw numbers only: DORMANT is 0, FOSSILIZED 6, what follows a prune above it."""
@@ -85,7 +85,6 @@ def named_values(event: Event) -> dict[str, float]:
 def told(record: EventRecord) -> str | None:
     """Return an event in words if a person would want to know, and in any case if it warns."""
     words = in_words(record)
-    if words is not None or record.event.priority is Priority.NORMAL:
-        return words
-    fields = record.event.model_dump(mode="json", exclude={"type"})
-    return f"{record.event.type}: {', '.join(f'{name}={value}' for name, value in fields.items())}"
+    if words is None and record.event.priority is not Priority.NORMAL:
+        return str(record.event)
+    return words

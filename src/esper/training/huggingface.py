@@ -11,7 +11,7 @@ from transformers.training_args import ParallelMode
 from esper.training.carried_state import CarriedState
 from esper.training.ema import EMA
 from esper.training.growth import Growth
-from esper.training.growth_driver import GrowthDriver, check_loop
+from esper.training.growth_driver import GrowthDriver, check_loop, warn_of_living
 from esper.training.held_out import Evaluate
 
 
@@ -150,6 +150,13 @@ class GrowthCallback(TrainerCallback):
         logs: Mapping[str, float] = kwargs["logs"]
         if "loss" in logs:
             self._driver.note_loss(logs["loss"])
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Warn of seeds of which nothing is decided."""
+        if state.is_world_process_zero:
+            warn_of_living(self.growth.slots)
 
     def _num_decisions_left(self, state: TrainerState) -> int | None:
         """Return how many decisions the Trainer's run has from here on, if that is known."""

@@ -15,7 +15,7 @@ from esper.telemetry.sink import Sink
 from esper.training.carried_state import CarriedState
 from esper.training.ema import EMA, check_average
 from esper.training.growth import Growth
-from esper.training.growth_driver import GrowthDriver, check_loop
+from esper.training.growth_driver import GrowthDriver, check_loop, warn_of_living
 from esper.training.held_out import Evaluate
 from esper.training.policy import Policy
 from esper.training.random_states import random_states, set_random_states
@@ -182,6 +182,11 @@ class GrowthCallback(pl.Callback):
         """Prune seeds that raised in validation, before anything is saved."""
         if self._driver is not None:
             self._driver.after_validation()
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Warn of seeds of which nothing is decided."""
+        if trainer.is_global_zero:
+            warn_of_living(self.slots)
 
     def _after_step(self, *_: Any) -> None:
         assert self._driver is not None

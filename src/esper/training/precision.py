@@ -1,8 +1,10 @@
 """Precision of a run: what autocast computes in, and matmuls, which are set once per process."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+
+from esper.compilation.process_settings import float32_matmul_precision
 
 Precision = Literal["float32", "bfloat16", "float16"]
 """What a step computes in."""
@@ -37,8 +39,9 @@ def set_matmul_precision(precision: MatmulPrecision) -> None:
 
 
 def matmul_settings() -> dict[str, str | bool]:
-    """Return what is in force now, whoever set it."""
+    """Return what is in force now, whoever set it, and by torch's older or newer names."""
+    newer: Any = torch.backends.cuda.matmul
     return {
-        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "float32_matmul_precision": float32_matmul_precision() or newer.fp32_precision,
         "cudnn_allow_tf32": bool(torch.backends.cudnn.allow_tf32),
     }

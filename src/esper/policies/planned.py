@@ -8,7 +8,7 @@ from esper.lifecycle.actions import Action, Germinate, GrowthState
 from esper.policies.tending import tend
 
 
-class SchedulePolicy:
+class PlannedPolicy:
     """Carries out given actions at given epochs, and tends what grows meanwhile.
 
     For code. The policy called "schedule" on the command line is `DepthSchedulePolicy`. Without
@@ -22,7 +22,7 @@ class SchedulePolicy:
         fade_steps: Steps over which a seed in the forward path is faded out.
     """
 
-    name = "actions"
+    name = "planned"
     reads_losses = False
 
     def __init__(
