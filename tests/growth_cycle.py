@@ -60,7 +60,7 @@ def grow(
 
     seeds = [Germinate(slot=path, blueprint=blueprint, options=options) for path in slots]
     optimizer = torch.optim.AdamW(slots.model.parameters(), lr=1e-3)
-    growth = esper.Growth(slots, optimizer, policy=esper.SchedulePolicy({1: seeds}))
+    growth = esper.Growth(slots, optimizer, policy=esper.PlannedPolicy({1: seeds}))
     trainer = esper.Trainer(
         growth,
         [(inputs, targets)] * 4,

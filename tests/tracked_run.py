@@ -112,7 +112,7 @@ def growing(sinks: list[Sink], *, epochs: int = 6) -> tuple[Problem, esper.Train
         update={"thresholds": TEST_CONFIG.thresholds.model_copy(update=LENIENT)}
     )
     problem = make_problem(config=config)
-    policy = esper.SchedulePolicy({1: [Germinate(slot="embed", blueprint="mlp")]})
+    policy = esper.PlannedPolicy({1: [Germinate(slot="embed", blueprint="mlp")]})
     trainer = problem.trainer(policy, epochs=epochs)
     trainer.growth.sinks.extend(sinks)
     return problem, trainer

@@ -234,6 +234,16 @@ def test_a_signed_description_of_something_else_is_refused(store: ArtefactStore)
             store.load(request)
 
 
+def test_an_artefact_of_another_version_is_refused(store: ArtefactStore) -> None:
+    request = request_for()
+    described = store.save(request, FILES, **TIMES).model_copy(update={"version": 2})
+    signed = described.model_dump_json(warnings=False).encode() + b"\n" + FILES
+    signature = KEYRING.signature(store.name_of(request).encode() + b"\n" + signed)
+    only_file(store).write_bytes(b"esper artefact " + signature.encode() + b"\n" + signed)
+    with pytest.raises(ArtefactError, match="written by another version"):
+        store.load(request)
+
+
 @pytest.mark.parametrize("folder", ["store", "runs [1]"])
 def test_what_was_made_elsewhere_is_told_apart(folder: str, tmp_path: Path) -> None:
     store = ArtefactStore(str(tmp_path / folder), KEYRING)

@@ -1,9 +1,11 @@
 """Seeds compiled in another process while training goes on; a real one, killed for real."""
 
 import dataclasses
+import importlib
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,18 +17,21 @@ from torch._dynamo.utils import counters
 
 from compiled_run import WIDTH, Run, Wrong, graphs
 from esper import SeedStage
-from esper.compilation import ArtefactStore, CompileService
+from esper.compilation import ArtefactStore, CompiledHost, CompileService
 from esper.compilation.alone import seed_alone
 from esper.compilation.compile_job import CompileJob
+from esper.compilation.compile_request import CompileRequest
 from esper.compilation.compile_service import WorkerError, _Worker
 from esper.compilation.compiled_host import seed_options
 from esper.compilation.feature_guards import FeatureGuards
 from esper.compilation.inductor_cache import CACHE_VARIABLE
+from esper.compilation.pipe import pack_object, unpack_object
 from esper.lifecycle.actions import Germinate
 from esper.lifecycle.events import ArtefactRefused, CompileFailed, SeedCompiled
 from esper.seeds import Seed, blueprints
 from esper.signing import Keyring
 from esper.slots.call_arguments import CallArguments
+from esper.slots.nested import tensors_in
 from processes import kill_after
 
 pytestmark = [
@@ -175,6 +180,15 @@ def test_a_seed_that_keeps_what_it_has_computed_can_be_compiled_elsewhere() -> N
     assert CompileJob.of(slot, features, {}).slot
 
 
+def test_a_job_says_which_arguments_of_a_call_require_a_gradient() -> None:
+    features = FeatureGuards.of(torch.randn(2, WIDTH, 4, 4, requires_grad=True))
+    learned = torch.ones(2, requires_grad=True)
+    call = CallArguments((2.0 * learned, torch.arange(2)), {"bias": learned.detach()})
+    job = CompileJob.of(seed_alone("norm", features), features, {}, call)
+    sent = unpack_object(pack_object(job)).call
+    assert [t.requires_grad for t in tensors_in((sent.args, sent.kwargs))] == [True, False, False]
+
+
 def test_what_is_foreseen_is_there_when_it_germinates(store: ArtefactStore) -> None:
     with CompileService(store, max_ahead=1) as service:
         run = Run(compiled=True, service=service)
@@ -197,6 +211,19 @@ def test_what_is_foreseen_is_there_when_it_germinates(store: ArtefactStore) -> N
         (failure, event) = run.events
         assert (failure.blueprint, type(failure)) == ("nonsense", CompileFailed)
         assert (event.blueprint, event.source) == ("norm", "worker")
+
+
+def test_options_that_a_worker_cannot_be_told_are_refused_before_a_step(
+    store: ArtefactStore,
+) -> None:
+    def mine(graph: torch.fx.GraphModule, _: object) -> Callable[..., Any]:
+        return graph.forward
+
+    run = Run(compiled=False)
+    with CompileService(store) as service, pytest.raises(ValueError, match=r"backend=<function .*"):
+        CompiledHost(run.slots, service=service, backend=mine)
+    assert not any("forward" in vars(part) for part in run.host.modules())
+    CompiledHost(run.slots, backend=mine).release()
 
 
 def test_what_failed_ahead_is_not_tried_in_the_run(store: ArtefactStore) -> None:
@@ -350,6 +377,95 @@ def test_an_order_that_cannot_be_opened_is_told_at_once(store: ArtefactStore) ->
     with CompileService(store, limit_seconds=60.0) as service:
         assert service.wait(job).error == "AttributeError: no such class"
         assert service.wait(job_for("noop")).error is None, "and the worker goes on"
+
+
+class Junk:
+    """Lets a worker answer what is no answer."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _answer_junk, (os.getpid(),)
+
+
+def _answer_junk(home: int) -> None:
+    if os.getpid() != home:
+        os.write(int(sys.argv[1]), b"\xff" * 8)
+
+
+def test_a_worker_whose_answer_is_none_is_replaced(store: ArtefactStore) -> None:
+    job = dataclasses.replace(job_for("norm"), call=CallArguments((Junk(),)))
+    with CompileService(store) as service:
+        assert "OverflowError" in service.wait(job).error
+        assert service.worker_pid is None
+        assert service.wait(job_for("noop")).error is None
+
+
+OWN_SEED = """
+from torch import nn
+from esper import Seed
+from esper.seeds import zero_initialise_
+
+print("imported")
+
+class Own(Seed):
+    def __init__(self, dim):
+        super().__init__()
+        self.layer = zero_initialise_(nn.Conv2d(dim, dim, 1))
+
+    @property
+    def output_layers(self):
+        return (self.layer,)
+
+    def increment(self, features):
+        return self.layer(features)
+"""
+
+
+@pytest.mark.parametrize("on_the_path", [False, True])
+def test_a_workers_own_modules_are_not_those_of_the_working_directory(
+    store: ArtefactStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_the_path: bool
+) -> None:
+    (tmp_path / "queue.py").write_text('print("my queue")')
+    (tmp_path / "own_seed.py").write_text(OWN_SEED)
+    monkeypatch.chdir(tmp_path)
+    job = job_for("noop")
+    if on_the_path:  # as code of one's own is found
+        monkeypatch.syspath_prepend(str(tmp_path))
+        with blueprints.temporarily():
+            blueprints.register("own", family="cnn")(importlib.import_module("own_seed").Own)
+            job = job_for("own")
+    with CompileService(store) as service:
+        assert service.wait(job).error is None
+
+
+def test_a_store_in_a_relative_folder_is_the_same_one_in_a_worker_started_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    store = ArtefactStore("store", Keyring([b"k" * 32]))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    with CompileService(store) as service:
+        assert service.wait(job_for("noop")).error is None
+    assert len(list((tmp_path / "store").iterdir())) == 1
+
+
+def test_closing_does_not_wait_for_a_store_that_does_not_answer(
+    store: ArtefactStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Hanging(ArtefactStore):
+        def load(self, request: CompileRequest) -> None:
+            loading.set()
+            answers.wait()
+
+    loading, answers = threading.Event(), threading.Event()
+    monkeypatch.setattr("esper.compilation.compile_service._CLOSING_SECONDS", 0.01)
+    service = CompileService(Hanging(store.url, store.keyring))
+    service.ask(job_for("noop"))
+    loading.wait()
+    service.close()
+    assert service._thread.is_alive()
+    answers.set()
+    service._thread.join()
 
 
 def test_a_worker_that_died_meanwhile_is_replaced(store: ArtefactStore) -> None:

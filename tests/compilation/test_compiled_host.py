@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
 
 import esper
@@ -355,6 +357,166 @@ def test_numbers_that_change_from_call_to_call_compile_nothing_in_a_step() -> No
         type(run.host).forward = forward
 
 
+class Reading(nn.Module):
+    """Reads a memory and a mask besides its features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, features: Tensor, memory: Tensor, mask: Tensor) -> Tensor:
+        masked = torch.stack([mask @ tokens for tokens in memory])
+        return features + torch.tanh(self.layer(features) + masked)
+
+
+class ReadingHost(nn.Module):
+    """Gives its layer what a function makes of two memories, a computed and a learned one."""
+
+    def __init__(self, passes: "Passes") -> None:
+        super().__init__()
+        self.encoder = nn.Linear(WIDTH, WIDTH)
+        self.learned = nn.Parameter(torch.randn(4, WIDTH, WIDTH))
+        self.layer = Reading()
+        self.passes = passes
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.layer(tokens, *self.passes(self.encoder(tokens), self.learned))
+
+
+Passes = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+class ReadingRun:
+    """A host whose layer, copied, is a seed that is watched but does not train yet."""
+
+    def __init__(self, passes: Passes, *, isolation: str = "none") -> None:
+        torch.manual_seed(0)
+        self.tokens = torch.randn(4, WIDTH, WIDTH)
+        self.host = ReadingHost(passes)
+        self.slots = esper.attach(
+            self.host, ["layer"], example=self.tokens, config=SlotConfig(isolation=isolation)
+        )
+        self.optimizer = torch.optim.SGD(self.host.parameters(), lr=0.1)
+        self.slots.bind(self.optimizer)
+        self.compiled = CompiledHost(self.slots, backend="aot_eager")
+        for region in self.compiled.regions:
+            region.release()
+        self.slot = self.slots["layer"]
+        self.slot.germinate("block", source="own")
+        self.compiled.prepare()
+        self.compiled_in_steps = 0
+
+    def step(self) -> list[Any]:
+        """Return what was compiled after it."""
+        before = graphs()
+        self.host(self.tokens).square().mean().backward()
+        self.compiled_in_steps += graphs() - before
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.slots.tick()
+        return self.compiled.prepare()
+
+
+EYE = torch.eye(WIDTH)
+
+
+@pytest.mark.parametrize("isolation", ["none", "shadowing"])
+@pytest.mark.parametrize(
+    "passes",
+    [
+        lambda memory, _: (memory, EYE),
+        lambda memory, _: (memory.detach(), EYE),
+        lambda memory, _: (memory[0],) * 2,
+        lambda _, learned: (learned, EYE),
+    ],
+    ids=["requires a gradient", "requires none", "comes twice", "is a parameter"],
+)
+def test_no_step_compiles_for_what_a_seed_reads_of_its_call(passes: Passes, isolation: str) -> None:
+    run = ReadingRun(passes, isolation=isolation)
+    run.slot.advance(force=True)
+    if isolation == "none":
+        run.slot.advance(force=True)
+    (event,) = run.step()
+    assert isinstance(event, SeedCompiled), event
+    run.step()
+    if isolation != "none":
+        run.slot.advance(force=True)
+    run.step()
+    assert run.slot.stage is SeedStage.BLENDING
+    assert run.compiled_in_steps == 0
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        (lambda memory, _: (memory[0], memory[1]), lambda memory, _: (memory[0],) * 2),
+        (lambda memory, _: (memory, EYE), lambda _, learned: (learned, EYE)),
+    ],
+    ids=["twice the same", "a parameter"],
+)
+def test_no_step_compiles_where_other_tensors_of_the_same_shapes_are_read(
+    first: Passes, then: Passes
+) -> None:
+    run = ReadingRun(first)
+    for _ in range(2):
+        run.slot.advance(force=True)
+    for passes in (first, then):
+        run.host.passes = passes
+        assert [type(event) for event in run.step()] == [SeedCompiled]
+    assert run.step() == []
+    assert run.compiled_in_steps == 0
+
+
+def test_the_gradient_of_what_a_seed_reads_of_its_call_is_compared() -> None:
+    run = ReadingRun(lambda memory, _: (memory, EYE))
+    for _ in range(2):
+        run.slot.advance(force=True)
+    run.compiled.release()
+    seed = CompiledSlot(run.slot)
+    kinds = seed.missing()
+    run.host(run.tokens)
+
+    def miscomputed(slot: SlotForward, features: Tensor, call: CallArguments) -> Tensor:
+        memory, mask = call.args
+        return SlotForward.forward(slot, features, CallArguments((memory.detach(), mask)))
+
+    assert seed.seen is not None
+    with pytest.raises(MiscompiledError, match="gradients arrive"):
+        seed.prepare(kinds, seed.seen, miscomputed)
+
+
+def test_a_seed_that_is_seen_before_it_trains_is_compiled_for_what_it_will_read() -> None:
+    (event,) = ReadingRun(lambda memory, _: (memory, EYE)).step()
+    assert isinstance(event, SeedCompiled), event
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+def test_a_seed_that_reads_a_sparse_tensor_runs_as_it_is() -> None:
+    run = ReadingRun(lambda memory, _: (memory, EYE.to_sparse_csr()))
+    for _ in range(2):
+        run.slot.advance(force=True)
+    (event,) = run.step()
+    assert isinstance(event, CompileFailed)
+    assert "something besides dense tensors and constants" in event.error
+    assert graphs() == 0
+    assert run.step() == []
+
+
+@pytest.mark.usefixtures("_picky")
+def test_a_part_of_a_seed_in_eval_mode_is_compiled_in_it_and_stays_there() -> None:
+    run = Run(compiled=True)
+    run.slots["first"].germinate("picky", drop=0.5)
+    for _ in range(2):
+        run.slots["first"].advance(force=True)
+    run.slots["first"].seed.dropout.eval()
+    run.step()
+    assert [type(event) for event in run.events] == [SeedCompiled]
+    run.compiled_in_steps = 0
+    run.step()
+    assert not run.slots["first"].seed.dropout.training
+    assert run.compiled_in_steps == 0
+
+
 def test_what_was_seen_with_other_seeds_is_not_compiled_for() -> None:
     run = Run(compiled=True)
     run.slots["first"].germinate("norm")
@@ -436,6 +598,25 @@ def test_a_module_of_the_host_that_does_not_compile_runs_as_it_is() -> None:
         assert run.step() == pytest.approx(plain.step(), rel=1e-4)
     (event,) = run.events
     assert (event.place, event.blueprint) == ("second", None)
+
+
+@pytest.mark.parametrize("samples", [5, 4], ids=["at once", "for another shape"])
+def test_a_module_of_the_host_whose_backward_does_not_compile_runs_as_it_is(samples: int) -> None:
+    def compiled(graph: torch.fx.GraphModule, _: object) -> Any:
+        return make_boxed_func(graph.forward)
+
+    def killed(graph: torch.fx.GraphModule, inputs: object) -> Any:
+        if run.samples == samples:
+            raise RuntimeError("the compiler was killed")
+        return compiled(graph, inputs)
+
+    backend = aot_autograd(fw_compiler=compiled, bw_compiler=killed)
+    run, plain = Run(compiled=True, backend=backend), Run(compiled=False)
+    for number in (5, 4, 5):
+        run.samples = plain.samples = number
+        assert run.step() == pytest.approx(plain.step(), rel=1e-4)
+    assert [event.place for event in run.events] == ["first", "second"]
+    assert "the compiler was killed" in run.events[0].error
 
 
 def tripled(_module: nn.Module, _inputs: object, output: Tensor) -> Tensor:
@@ -700,7 +881,7 @@ def test_the_trainer_compiles_ahead_and_counts_what_it_would_count(count_flops: 
     for compiled in (False, True):
         problem = make_problem(config=SlotConfig(ramp_steps=4))
         host = CompiledHost(problem.slots, backend="aot_eager") if compiled else None
-        policy = esper.SchedulePolicy({1: [Germinate(slot="embed", blueprint="mlp")]})
+        policy = esper.PlannedPolicy({1: [Germinate(slot="embed", blueprint="mlp")]})
         trainer = problem.trainer(policy, epochs=4, count_flops=count_flops, compiled=host)
         runs.append((problem, [report.train_loss for report in trainer.run()], trainer))
     (_, plain, eager), (problem, losses, trainer) = runs

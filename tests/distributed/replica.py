@@ -72,7 +72,7 @@ class Script:
             2: [Germinate(slot="second", blueprint="lora")],
             4: [Prune(slot="second", reason="test")],
         }
-        tending = esper.SchedulePolicy({}, patience_epochs=9)
+        tending = esper.PlannedPolicy({}, patience_epochs=9)
         return [*tending.decide(state), *plan.get(state.epoch, [])]
 
 

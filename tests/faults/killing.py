@@ -48,7 +48,7 @@ def make(losses: Losses) -> esper.Trainer:
     slots = esper.attach(model, ["0", "1"], example=inputs[:2])
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     plan = {epoch: [Germinate(slot=slot, blueprint="mlp")] for epoch, slot in ((1, "0"), (3, "1"))}
-    growth = esper.Growth(slots, optimizer, policy=esper.SchedulePolicy(plan), max_epochs=9)
+    growth = esper.Growth(slots, optimizer, policy=esper.PlannedPolicy(plan), max_epochs=9)
     batches = list(zip(inputs.split(16), labels.split(16), strict=True))
 
     def loss(output: Any, target: Any) -> Any:

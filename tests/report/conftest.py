@@ -18,7 +18,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "run"
     problem = make_problem()
     store = RunStore(folder, config={"task": "quadratic"}, environment={})
-    policy = esper.SchedulePolicy(
+    policy = esper.PlannedPolicy(
         {
             3: [Germinate(slot="embed", blueprint="mlp")],
             21: [Germinate(slot="embed", blueprint="noop")],

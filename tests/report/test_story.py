@@ -91,7 +91,7 @@ def told_of_a_seed(*, bad_after: int | None = None, snapshot_steps: int = 10) ->
             return value * math.nan
         return value
 
-    policy = esper.SchedulePolicy(
+    policy = esper.PlannedPolicy(
         {
             2: [Germinate(slot="embed", blueprint="mlp")],
             4: [Prune(slot="embed", over_steps=0, reason="seen enough")],

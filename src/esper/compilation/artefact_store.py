@@ -5,9 +5,10 @@ import secrets
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from typing import Annotated, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import fsspec
+from fsspec.implementations.local import LocalFileSystem
 from pydantic import Field, ValidationError
 
 from esper.compilation.compile_request import CompileRequest
@@ -15,7 +16,6 @@ from esper.compilation.fingerprint import Fingerprint
 from esper.lifecycle.record import Record
 from esper.signing import Keyring
 
-VERSION = 1
 _SUFFIX = ".artefact"
 _MAGIC = b"esper artefact "
 
@@ -27,7 +27,7 @@ class ArtefactError(ValueError):
 class Artefact(Record):
     """What is known of compiled graphs: what they are for, and how long making them took."""
 
-    version: int = VERSION
+    version: Literal[1] = 1
     request: CompileRequest
     fingerprint: Fingerprint
     checked: bool
@@ -77,11 +77,12 @@ class ArtefactStore:
         fingerprint: Fingerprint | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self.url = url
         self.keyring = keyring
         self.fingerprint = fingerprint or Fingerprint.here()
         self._clock = clock
         self._files, self._root = fsspec.core.url_to_fs(url)
+        self.url: str = self._root if type(self._files) is LocalFileSystem else url
+        """The same store for a process that works elsewhere."""
 
     def save(
         self,

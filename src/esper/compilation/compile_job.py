@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from esper.compilation.compile_request import CompileRequest
 from esper.compilation.compiled_functions import CompiledFunctions
@@ -15,7 +15,6 @@ from esper.compilation.feature_guards import FeatureGuards
 from esper.compilation.pipe import pack_object, unpack_object
 from esper.seeds.graph_free_copy import graph_free_copy
 from esper.slots.call_arguments import NO_ARGUMENTS, CallArguments
-from esper.slots.nested import map_tensors
 from esper.slots.slot import SeedSlot
 
 _WEIGHT_SCALE = 0.1
@@ -76,8 +75,7 @@ class CompileJob:
             raise JobError(
                 f"{request.living!r} cannot be compiled in another process: {error}"
             ) from error
-        kept = CallArguments(*map_tensors(Tensor.detach, (call.args, call.kwargs)))
-        return cls(request=request, slot=packed, call=kept, options=dict(options))
+        return cls(request=request, slot=packed, call=call.as_leaves(), options=dict(options))
 
     def run(self) -> Compiled:
         """Compile everything twice, with nothing there and with what the first time has left.

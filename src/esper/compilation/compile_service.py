@@ -8,6 +8,7 @@ import sys
 import tempfile
 import threading
 from collections import OrderedDict
+from pathlib import Path
 from typing import IO, Literal, NamedTuple, Self
 
 from esper.compilation.artefact_store import Artefact, ArtefactError, ArtefactStore
@@ -18,6 +19,9 @@ from esper.compilation.pipe import receive, send
 from esper.compilation.worker import WorkDone, WorkOrder
 from esper.lifecycle.events import ArtefactRefused, Event
 
+_WORK = "from esper.compilation.worker import main; main()"
+_CLOSING_SECONDS = 10.0
+"""For what the thread is doing; a store that does not answer must not hold up a run's end."""
 _TOLD_LINES = 3
 """Of what a worker that died has said last."""
 
@@ -131,14 +135,17 @@ class CompileService:
         return events
 
     def close(self) -> None:
-        """Stop the worker, whatever it does; nothing more is answered."""
+        """Stop the worker, whatever it does; nothing more is answered.
+
+        A store that does not answer is waited for a few seconds, and then left to its thread.
+        """
         with self._condition:
             self._closed = True
             self._jobs.clear()
             if self._worker is not None:
                 self._worker.kill()
             self._condition.notify_all()
-        self._thread.join()
+        self._thread.join(_CLOSING_SECONDS)
         worker, self._worker = self._worker, None
         if worker is not None:
             worker.close()
@@ -198,12 +205,12 @@ class CompileService:
             order = WorkOrder(job, self._store.url, self._store.keyring.keys, folder)
             try:
                 return worker.do(order, self._limit_seconds).error
-            except WorkerError as error:
+            except Exception as error:  # noqa: BLE001 – nobody knows what is in its pipes now
                 worker.kill()
                 with self._condition:
                     self._worker = None
                 worker.close()
-                return str(error)
+                return str(error) if isinstance(error, WorkerError) else told(error)
 
     def _tell(self, event: Event) -> None:
         with self._condition:
@@ -220,15 +227,20 @@ class _Worker:
 
     def __init__(self) -> None:
         self._told: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 – as long as the process
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", "from esper.compilation.worker import main; main()"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._told,
-            env=environment,
-            start_new_session=True,
-        )
+        answers, answering = os.pipe()
+        self._answers = os.fdopen(answers, "rb")
+        try:
+            self._process = subprocess.Popen(  # noqa: S603 – this very interpreter
+                [sys.executable, "-P", "-c", _WORK, str(answering), *sys.path],
+                stdin=subprocess.PIPE,
+                stdout=self._told,  # whatever prints, at import or later, answers nothing
+                stderr=self._told,
+                pass_fds=[answering],
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(_path_to_start_with())},
+                start_new_session=True,
+            )
+        finally:
+            os.close(answering)
 
     @property
     def pid(self) -> int:
@@ -246,7 +258,6 @@ class _Worker:
         """
         process = self._process
         assert process.stdin is not None
-        assert process.stdout is not None
         overdue = threading.Event()
 
         def end() -> None:
@@ -258,7 +269,7 @@ class _Worker:
         timer.start()
         try:
             send(process.stdin, order)
-            done: WorkDone = receive(process.stdout.read)
+            done: WorkDone = receive(self._answers.read)
         except (EOFError, OSError) as error:
             process.wait()
             if overdue.is_set():
@@ -283,9 +294,19 @@ class _Worker:
         """Close the pipes of a worker that was killed."""
         with contextlib.suppress(BrokenPipeError):
             self._process.__exit__(None, None, None)
+        self._answers.close()
         self._told.close()
 
     def _last_words(self) -> str:
         self._told.seek(0)
         lines = self._told.read().decode(errors="replace").splitlines()
         return " | ".join(lines[-_TOLD_LINES:]) or "it said nothing"
+
+
+def _path_to_start_with() -> list[str]:
+    """Return where a worker finds this very package, and no file of the working directory instead.
+
+    A `queue.py` there is none of Python's; here that was imported before the directory came first.
+    """
+    home, here = str(Path(__file__).parents[2]), str(Path.cwd())
+    return [path for path in sys.path if str(Path(path).absolute()) != here or path == home]

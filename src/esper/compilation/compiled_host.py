@@ -5,6 +5,7 @@ from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
 import torch
+from pydantic_core import PydanticSerializationError, to_json
 
 from esper.compilation.compile_job import CompileJob, told
 from esper.compilation.compile_service import CompileService
@@ -22,7 +23,7 @@ from esper.slots.slot_forward import ForwardKind
 from esper.slots.slot_set import SlotSet
 
 _NOT_COMPARABLE = (
-    "its calls pass something besides tensors and constants, or its features are an expanded "
+    "its calls pass something besides dense tensors and constants, or its features are an expanded "
     "tensor, so that nothing tells for which calls a graph would be right"
 )
 
@@ -53,7 +54,8 @@ class CompiledHost:
             of features that they meet, so `dynamic` is False for them unless it is given.
 
     Raises:
-        ValueError: The host is sharded.
+        ValueError: The host is sharded, or the service's worker cannot be told an option, as a
+            function is one.
         Exception: What torch.compile raises for options that it does not take.
 
     Example:
@@ -78,6 +80,8 @@ class CompiledHost:
                 "weights around each module's forward; leave it as it is, or replicate the host "
                 "with DDP instead"
             )
+        if service is not None:
+            _refuse_what_a_worker_cannot_be_told(options)
         settings = {**options, "fullgraph": True}
         torch.compile(run_module, **settings)  # refuses here what it would in the first step
         self._service = service
@@ -171,6 +175,7 @@ class CompiledHost:
                 if foreseen.contextual:  # what its calls will pass is not known yet
                     continue
                 job = CompileJob.of(foreseen, guards, self._options)
+                asked = self._service.ask(job, ahead=True)
             except IllegalTransition:  # not now
                 continue
             except Exception as error:  # noqa: BLE001 – whatever building raises, the run goes on
@@ -180,7 +185,7 @@ class CompiledHost:
                 )
                 self._events.append(failed)
                 continue
-            if not self._service.ask(job, ahead=True):
+            if not asked:
                 return  # enough waits; the policy will be asked again
             self._foreseen.add(key)
 
@@ -274,3 +279,14 @@ class CompiledHost:
 
     def _failed(self, path: str, error: Exception) -> None:
         self._events.append(CompileFailed(place=path, blueprint=None, error=told(error)))
+
+
+def _refuse_what_a_worker_cannot_be_told(options: dict[str, Any]) -> None:
+    for name, value in options.items():
+        try:
+            to_json(value)
+        except PydanticSerializationError as error:
+            raise ValueError(
+                f"{name}={value!r} cannot be told to the worker that compiles for a service: "
+                f"{error}; pass what JSON can hold, a backend by its name, or leave service= out"
+            ) from error

@@ -1,11 +1,12 @@
 """A host's module whose forward is compiled while it trains."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from types import MethodType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from esper.compilation.compiled_functions import CompiledFunctions
 from esper.compilation.structures import InnerHooks, structure_of_module
@@ -54,6 +55,8 @@ class CompiledRegion(StandIn):
         self._failed = failed
         self._compiled: Callable[..., Any] | None = None
         """None before the first step."""
+        self._met: set[Hashable] = set()
+        """Kinds of calls that were made, which compile nothing any more."""
         self._alone = self._refused = False
         self._inner_hooks = InnerHooks(module)
         self._compiled_with = self._inner_hooks.now()
@@ -65,17 +68,34 @@ class CompiledRegion(StandIn):
             compiled = self._function()
             if compiled is not None:
                 try:
-                    return compiled(module, *args, **kwargs)
+                    return self._run(compiled, args, kwargs)
                 except Exception as error:
                     if _is_limit_of_graphs(error) and not self._alone:
                         self._alone = True
                         self._compiled = self._functions.of(("alone", self.path))
+                        self._met.clear()
                         return self(*args, **kwargs)
                     if not _is_of_the_compiler(error):
                         raise
                     self._refused = True
                     self._failed(self.path, error)
         return type(module).forward(module, *args, **kwargs)
+
+    def _run(
+        self, compiled: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> Any:
+        kind = tuple(
+            (value.shape, value.dtype, value.requires_grad)
+            for value in (*args, *kwargs.values())
+            if isinstance(value, Tensor)
+        )
+        if kind in self._met:
+            return compiled(self._module, *args, **kwargs)
+        # An error of the backward's compiling would end the step if it came in loss.backward().
+        with _backward_compiled_in_forward():
+            result = compiled(self._module, *args, **kwargs)
+        self._met.add(kind)
+        return result
 
     def _function(self) -> Callable[..., Any] | None:
         """Return what to run compiled; None while that would leave out hooks."""
@@ -102,6 +122,15 @@ class CompiledRegion(StandIn):
 def own_forward(module: nn.Module) -> MethodType:
     """Return the forward that a module has by its class."""
     return MethodType(type(module).forward, module)
+
+
+def _backward_compiled_in_forward() -> AbstractContextManager[Any]:
+    from torch._functorch import config  # noqa: PLC0415 – importing it takes seconds
+
+    if not hasattr(config, "force_non_lazy_backward_lowering"):  # an older torch
+        return nullcontext()
+    patched: AbstractContextManager[Any] = config.patch(force_non_lazy_backward_lowering=True)
+    return patched
 
 
 def _is_of_the_compiler(error: Exception) -> bool:

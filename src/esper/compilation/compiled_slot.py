@@ -2,16 +2,19 @@
 
 import math
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from esper.compilation.comparable import comparable, kind_of
+from esper.compilation.comparable import comparable, kind_of, repeats_in
 from esper.compilation.compile_request import CompileRequest
 from esper.compilation.feature_guards import FeatureGuards
 from esper.lifecycle.stages import SeedStage
 from esper.slots.call_arguments import NO_ARGUMENTS, CallArguments
+from esper.slots.modes import training_mode
+from esper.slots.nested import tensors_in
 from esper.slots.slot import SeedSlot
 from esper.slots.slot_forward import ForwardKind, ForwardMode, SlotForward, stops_recomputation
 
@@ -38,6 +41,7 @@ class SeenCall(NamedTuple):
 
     features: Tensor
     call: CallArguments
+    """Of leaves, which hold nothing of the step's graph."""
     guards: FeatureGuards
     variant: Hashable
     """Equal ones run the same graphs; None if no graph could be told to be right for it."""
@@ -47,13 +51,13 @@ def variant_of(features: Tensor, call: CallArguments) -> Hashable:
     """Return what of a call graphs depend on; None if something in it cannot be compared."""
     device = features.device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    arguments: Hashable = ()
     if call.args or call.kwargs:
+        passed = call.args, call.kwargs
         try:
-            arguments = comparable((call.args, call.kwargs))
+            arguments = comparable(passed), repeats_in(passed)
         except TypeError:
             return None
-    else:
-        arguments = ()
     return (*kind_of(features), autocast, arguments)
 
 
@@ -130,7 +134,7 @@ class CompiledSlot:
         self.guards = FeatureGuards.of(features)
         # An expanded tensor has places that several of its values share.
         variant = None if 0 in features.stride() else variant_of(features, call)
-        self.seen = SeenCall(features.detach(), call.detached(), self.guards, variant)
+        self.seen = SeenCall(features.detach(), call.as_leaves(), self.guards, variant)
         self._seen_with = self.slot.branches
         self.slot.watched = False
 
@@ -220,18 +224,15 @@ class CompiledSlot:
 
         Effects: alpha's buffer is written, and the default random stream may be consumed.
         """
-        slot, training = self.slot, self.slot.training
+        slot = self.slot
         if not bool(torch.isfinite(seen.features).all()):
             seen = seen._replace(features=seen.guards.random())
         slot.blend_alpha.fill_(_CHECKED_ALPHA)
-        slot.train()
-        try:
-            with slot.unchanged_stream():
-                for kind in kinds:
-                    with slot.in_kind(kind):
-                        self._check(compiled, seen)
-        finally:
-            slot.train(training)
+        # In train mode a part of a seed may be in eval mode on purpose.
+        with nullcontext() if slot.training else training_mode(slot), slot.unchanged_stream():
+            for kind in kinds:
+                with slot.in_kind(kind):
+                    self._check(compiled, seen)
         graphs = {kind.graph for kind in kinds}
         self._variants.add(seen.variant)
         self._graphs |= graphs
@@ -262,19 +263,20 @@ def run_slot(slot: SlotForward, features: Tensor, call: CallArguments) -> Tensor
 
 
 def _outputs(function: Callable[..., Tensor], slot: SeedSlot, seen: SeenCall) -> list[Tensor]:
-    """Return the output, and the gradients of its features and of the seeds' parameters."""
+    """Return the output, and the gradients of what it was called with and of the parameters."""
     guards, autocast = seen.guards, seen.guards.autocast_dtype
     features = torch.empty_strided(
         guards.shape, guards.stride, dtype=seen.features.dtype, device=seen.features.device
     )
     features.copy_(seen.features).requires_grad_(guards.requires_grad)
-    learning = [p for p in slot.branches.parameters() if p.requires_grad]
-    sources = [*([features] if features.requires_grad else []), *learning]
+    call = seen.call.as_leaves()
+    read = (features, *tensors_in((call.args, call.kwargs)), *slot.branches.parameters())
+    sources = list(dict.fromkeys(source for source in read if source.requires_grad))
     with (
         torch.enable_grad(),
         torch.autocast(features.device.type, dtype=autocast, enabled=autocast is not None),
     ):
-        output = function(slot, features, seen.call)
+        output = function(slot, features, call)
     if not output.requires_grad:
         return [output]
     # The same for both, and without order: sums of an ordered one would cancel, up to rounding.

@@ -1,6 +1,6 @@
 """What of a slot's features a compiled graph depends on."""
 
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -50,6 +50,14 @@ class FeatureGuards(Record):
         return features.normal_().requires_grad_(self.requires_grad)
 
 
+_FLOATING_POINT = {
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """Return a dtype's name without the module's."""
     return str(dtype).removeprefix("torch.")
@@ -59,12 +67,11 @@ def dtype_named(name: str) -> torch.dtype:
     """Return the floating-point dtype of a name.
 
     Raises:
-        ValueError: There is none.
+        ValueError: There is none that seeds can compute with.
     """
-    dtype: Any = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+    if name not in _FLOATING_POINT:
         raise ValueError(
-            f"no floating-point dtype is called {name!r}; "
-            "known: float32, float64, bfloat16, float16"
+            f"no floating-point dtype to compute with is called {name!r}; "
+            f"known: {', '.join(_FLOATING_POINT)}"
         )
-    return dtype
+    return _FLOATING_POINT[name]

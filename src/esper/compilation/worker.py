@@ -1,7 +1,8 @@
 """The process that compiles for another; `main` is all that it runs.
 
 It reads jobs from its standard input, keeps what it has compiled in an artefact store, and answers
-on its standard output. When the process that has started it ends, it does too.
+on a descriptor of its own, since others print. When the process that has started it ends, it does
+too.
 """
 
 import os
@@ -42,9 +43,14 @@ class WorkDone(NamedTuple):
 
 
 def main() -> None:
-    """Work until the standard input ends, which is when the other process does."""
-    answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # whatever prints, prints to where errors go
+    """Work until the standard input ends, which is when the other process does.
+
+    Its arguments are the descriptor to answer on and the other process's module search path, which
+    holds from now on.
+    """
+    _, descriptor, *path = sys.argv
+    answers = os.fdopen(int(descriptor), "wb")
+    sys.path[:] = path
     os.nice(_NICENESS)
     orders: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(sys.stdin.buffer.read, orders), daemon=True).start()
