@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from esper.bus.mirror import Mirror
-from esper.experiments.config import RunConfig, load_run_config
-from esper.experiments.run import GrowingRun, build_setup, prepare
+from esper.experiments.config import CheckpointConfig, RunConfig, load_run_config
+from esper.experiments.run import GrowingRun, build_setup, num_steps, prepare
 from esper.experiments.settings import SettingsError
 from esper.experiments.stored_run import resumed_run, stored_run
 from esper.lifecycle.events import RunResumed
@@ -89,6 +89,33 @@ def test_a_run_that_cannot_go_on_is_left_as_it_was_and_goes_on_later(
     assert told[-1] == RunResumed(name=older.name)
     assert [event.type for event in told].count("run_started") == 1
     assert len(told) < len(before[2])
+
+
+def test_a_decision_after_the_newest_checkpoint_and_at_its_step_is_told_once(
+    tmp_path: Path,
+) -> None:
+    config = load_run_config("digits", None, [], {"trainer": {"epochs": 3}})
+    steps = num_steps(config, build_setup(config)) // 3
+    config = config.model_copy(update={"checkpoint": CheckpointConfig(interval_steps=steps)})
+
+    def told(folder: Path, *, epochs: int) -> None:
+        with stored_run(config, folder, build_setup(config)) as run:
+            for report in run.reports:
+                if report.epoch == epochs:
+                    raise KeyboardInterrupt
+
+    def written(folder: Path) -> list[tuple[int, int, str]]:
+        losses = (one for one in RunReader(folder).metrics() if one.name.endswith("loss"))
+        return [(one.epoch, one.step, one.name) for one in losses]
+
+    told(tmp_path / "whole", epochs=0)
+    with pytest.raises(KeyboardInterrupt):
+        told(tmp_path / "cut", epochs=2)
+    with resumed_run(tmp_path / "cut") as run:
+        assert run.resumed is not None
+        assert run.resumed.info.step == 2 * steps
+        assert list(run.reports)
+    assert written(tmp_path / "cut") == written(tmp_path / "whole")
 
 
 def test_a_mirror_is_refused_before_its_settings_are_looked_at(tmp_path: Path) -> None:

@@ -128,7 +128,7 @@ def _go_on(run: GrowingRun, store: ReopenedRunStore, config: RunConfig) -> int:
         run.trackers = opened_trackers(config, store.folder, after_step=after_step)
         for tracker in run.trackers:
             refused.callback(tracker.close, "failed")
-        store.go_on(after_step)
+        store.go_on(after_step, after_epoch=run.growth.epoch)
         refused.pop_all()
     return after_step
 

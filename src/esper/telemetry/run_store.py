@@ -2,6 +2,7 @@
 
 import secrets
 import sqlite3
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -30,8 +31,8 @@ _ID_BYTES = 4
 _ID_NAME_BYTES = 255 - 1 - 2 * _ID_BYTES
 """With the rest of the id it can be the name of a folder."""
 
-_FORGET_EVENTS = "DELETE FROM events WHERE step > ?"
-_FORGET_METRICS = "DELETE FROM metrics WHERE step > ?"
+_FORGET_EVENTS = "DELETE FROM events WHERE (step, epoch) > (?, ?)"
+_FORGET_METRICS = "DELETE FROM metrics WHERE (step, epoch) > (?, ?)"
 _HAS_BEGUN = "SELECT EXISTS (SELECT * FROM events WHERE type = 'run_started')"
 
 _SCHEMA = """
@@ -310,12 +311,18 @@ class ReopenedRunStore(RunStore):
             with self._let_go_on_error():
                 self.go_on(after_step)
 
-    def go_on(self, after_step: int) -> None:
-        """Forget what was written of steps after this one, and say that the run goes on."""
+    def go_on(self, after_step: int, *, after_epoch: int = sys.maxsize) -> None:
+        """Forget what was written of steps after this one, and say that the run goes on.
+
+        Args:
+            after_step: The last that the run still knows of; below 0 it knows of none.
+            after_epoch: The last decision that it still knows of, `Growth.epoch`: of that very step
+                a later one is forgotten too.
+        """
         with self._transaction():
             attempt = RunReader(self.folder).attempt
             for forget in (_FORGET_EVENTS, _FORGET_METRICS):
-                self._database.execute(forget, (after_step,))
+                self._database.execute(forget, (after_step, after_epoch))
             self._set("attempt", str(attempt + 1))
             self._set("status", "running")
             (self._has_begun,) = self._database.execute(_HAS_BEGUN).fetchone()
