@@ -68,6 +68,12 @@ time.sleep(600.0)
 
 
 @pytest.fixture(autouse=True)
+def _found_by_a_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a worker import the classes of this module: it searches where this process does."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[2])
+
+
+@pytest.fixture(autouse=True)
 def _fresh_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     folder = tmp_path / "inductor"
     folder.mkdir(mode=0o700)
