@@ -563,7 +563,11 @@ def fill(pipe: int) -> None:
 
 
 def has_open(pid: int, file: Path) -> bool:
-    return any(opened.resolve() == file for opened in Path(f"/proc/{pid}/fd").iterdir())
+    for opened in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):  # closed meanwhile
+            if opened.resolve() == file:
+                return True
+    return False
 
 
 def wait_until_stubborn_is_up(served: Served) -> None:
