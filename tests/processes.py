@@ -57,8 +57,9 @@ def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
             "OMP_NUM_THREADS": "1",
             "PYTHONFAULTHANDLER": "1",  # tells where a process was that gloo has aborted
             "GLOO_SOCKET_IFNAME": "lo",
-            # Started again by torchrun, gloo else connects to addresses of processes that died.
-            "TORCH_GLOO_LAZY_INIT": "1",
+            # Started again by torchrun, processes else read addresses of those that died
+            # (pytorch/pytorch#135712).
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
             "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS / "libraries")]),
         },
     )
