@@ -212,7 +212,7 @@ def test_what_is_no_evaluation_is_refused(wrong: dict[str, Any], words: str) -> 
 
 def test_a_policy_that_could_not_decide_is_told_before_anything_is_run(tmp_path: Path) -> None:
     check_policies(evaluation_config("none", "schedule"))
-    deep = run_config(depth_schedule={"min_layers": 9})
+    deep = run_config(growth_schedule={"min_layers": 9})
     with pytest.raises(SettingsError, match="grows from at least 9 layers"):
         check_policies(evaluation_config("none", "schedule", run=deep))
     falling = run_config(schedule="cosine")

@@ -397,6 +397,23 @@ def test_a_training_that_was_stopped_before_it_learned_begins_anew_to_the_bit(
 
 
 @pytest.mark.usefixtures("in_process")
+def test_a_training_whose_state_is_refused_stays_as_it_was(tmp_path: Path) -> None:
+    with new_policy_run(tiny(rollouts=1), tmp_path) as run:
+        trained(run)
+    reader = RunReader(tmp_path)
+    before = reader.status, list(reader.events()), reader.attempt
+    config = json.loads((tmp_path / "config.json").read_text("utf-8"))
+    config["policy_training"]["training"]["learning_rate"] *= 2.0
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with (
+        pytest.raises(ValueError, match="go on with the same settings"),
+        resumed_policy_run(tmp_path),
+    ):
+        pass
+    assert (reader.status, list(reader.events()), reader.attempt) == before
+
+
+@pytest.mark.usefixtures("in_process")
 def test_a_training_without_a_whole_state_or_of_another_version_is_refused(tmp_path: Path) -> None:
     with new_policy_run(tiny(rollouts=1), tmp_path) as run:
         trained(run)

@@ -1,6 +1,6 @@
 """The training of a policy that keeps itself in a folder, and goes on from there."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -87,18 +87,23 @@ def resumed_policy_run(
         RunFolderError: It is no folder of a run, or another process writes it.
         SettingsError: It holds no training of a policy, or the task's runs cannot be made.
         LearnerStateError: No state that it kept is whole.
+        ValueError: The state was kept with other settings, or is of another policy; the folder
+            stays as it was then.
         NotImitableError: As `new_policy_run`; the folder stays.
     """
     config = policy_run_config(folder, total_steps=total_steps)
     usable_device(config.training.device)
     options = _options(config)
     with _workers(config, options) as workers:
-        states = LearnerStates(folder / STATES_FOLDER)
-        has_learned = bool(states.names())
-        after = states.newest().info.num_timesteps if has_learned else _BEFORE_ALL_STEPS
-        store = ReopenedRunStore(folder, after_step=after)
-        with _in_folder(config, store, workers, options, sinks) as run:
-            run.resumed_at = run.training.resume() if has_learned else None
+        has_learned = bool(LearnerStates(folder / STATES_FOLDER).names())
+        store = ReopenedRunStore(folder, after_step=None)
+
+        def go_on(training: PolicyTraining) -> int | None:
+            resumed_at = training.resume() if has_learned else None
+            store.go_on(_BEFORE_ALL_STEPS if resumed_at is None else resumed_at)
+            return resumed_at
+
+        with _in_folder(config, store, workers, options, sinks, go_on=go_on) as run:
             yield run
 
 
@@ -149,11 +154,18 @@ def _in_folder(
     workers: Workers,
     options: Mapping[str, Any],
     sinks: Sequence[Sink],
+    *,
+    go_on: Callable[[PolicyTraining], int | None] | None = None,
 ) -> Iterator[PolicyRun]:
-    """Make a training that writes into its folder, and close that however it ends."""
+    """Make a training that writes into its folder, and close that however it ends.
+
+    `go_on` gives it what was learned before, and returns its timesteps; where that raises, the
+    folder's status stays.
+    """
     everything = [store, *sinks]
     status: RunStatus = "failed"
     run: PolicyRun | None = None
+    begun = go_on is None
     try:
         training = PolicyTraining(
             config.training,
@@ -163,12 +175,15 @@ def _in_folder(
             sinks=everything,
             keep=store.folder / STATES_FOLDER,
         )
+        resumed_at = None if go_on is None else go_on(training)
+        begun = True
         run = PolicyRun(
             config=config,
             folder=store.folder,
             training=training,
             workers=workers,
             sinks=everything,
+            resumed_at=resumed_at,
         )
         yield run
         status = "finished" if run.finished else "interrupted"
@@ -180,7 +195,8 @@ def _in_folder(
             run.tell_failure(error)
         raise
     finally:
-        store.set_status(status)
+        if begun:
+            store.set_status(status)
         store.close()
 
 
