@@ -137,3 +137,15 @@ class Wrong(Seed):
                 torch._dynamo.graph_break()
             features = 2.0 * features
         return self.layer(features)
+
+
+class WrongImaginary(Wrong):
+    """Computes the same when it is compiled, but another gradient of an imaginary part."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim, raises=False)
+        self.filter = nn.Parameter(torch.ones(dim, 1, 1, dtype=torch.complex64))
+
+    def increment(self, features: Tensor) -> Tensor:
+        factor = 3.0 if torch.compiler.is_compiling() else 1.0
+        return self.layer(features * (self.filter.real + factor * self.filter.imag))

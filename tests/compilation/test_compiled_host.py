@@ -14,7 +14,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
 
 import esper
-from compiled_run import BATCHES, WIDTH, Block, Host, Run, Wrong, graphs
+from compiled_run import BATCHES, WIDTH, Block, Host, Run, Wrong, WrongImaginary, graphs
 from esper import SeedStage, SlotConfig
 from esper.compilation import CompiledHost, MiscompiledError
 from esper.compilation.compiled_slot import CompiledSlot
@@ -557,14 +557,22 @@ def test_measuring_compiles_nothing_and_a_copy_runs_as_it_is() -> None:
     assert not any("forward" in vars(part) for part in run.host.modules())
 
 
-@pytest.mark.parametrize("raises", [False, True], ids=["miscomputes", "does not compile"])
-def test_what_the_compiler_cannot_do_runs_as_it_is(raises: bool) -> None:
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (lambda dim: Wrong(dim, raises=False), "differs by"),
+        (WrongImaginary, "differs by"),
+        (lambda dim: Wrong(dim, raises=True), "Unsupported"),
+    ],
+    ids=["miscomputes", "miscomputes a complex gradient", "does not compile"],
+)
+def test_what_the_compiler_cannot_do_runs_as_it_is(make: Callable[[int], Seed], told: str) -> None:
     with blueprints.temporarily():
 
         @blueprints.register("wrong", family="cnn")
         def wrong(dim: int) -> Seed:
             """Compiled, it is another one."""
-            return Wrong(dim, raises=raises)
+            return make(dim)
 
         plain, run = Run(compiled=False), Run(compiled=True)
         lives = [r.live("first", "wrong") for r in (plain, run)]
@@ -574,7 +582,7 @@ def test_what_the_compiler_cannot_do_runs_as_it_is(raises: bool) -> None:
         failures = [event for event in run.events if isinstance(event, CompileFailed)]
         assert failures
         assert failures[0].blueprint == "wrong"
-        assert ("differs by" in failures[0].error) is not raises
+        assert told in failures[0].error
         for number in range(4):
             path = ("second", "first")[number % 2]
             if run.slots[path].stage is not SeedStage.GERMINATED:

@@ -1,8 +1,8 @@
 """A slot whose seeds run compiled once they are ready, and until then as they are."""
 
 import math
-from collections.abc import Callable, Hashable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +22,12 @@ MAX_VARIANTS = 4
 """Kinds of calls for which a slot is compiled; in others it runs as it is."""
 
 _NOTHING: dict[Hashable, Callable[..., Any]] = {}
-_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
+_TOLERANCE = {
+    torch.float64: 1e-6,
+    torch.complex128: 1e-6,
+    torch.float32: 1e-3,
+    torch.complex64: 1e-3,
+}
 _LOW_TOLERANCE = 0.1
 """Of bfloat16 and float16, autocast included: compiled code fuses, and so rounds less often than
 eager code, and differences of some percent are what an honest seed shows."""
@@ -30,6 +35,7 @@ _GRADIENT_FACTOR = 10.0
 """Gradients may differ by so much more: a rectifier whose input was rounded to the other side of
 zero passes one or does not. Of a million values a few do, 0.1 to 0.4 % of an honest gradient."""
 _CHECKED_ALPHA = 0.5
+_CHECKED_OUTPUT_SCALE = 0.1
 
 
 class MiscompiledError(RuntimeError):
@@ -222,14 +228,16 @@ class CompiledSlot:
             MiscompiledError: The compiled code computes something else.
             Exception: What compiling raises, or the seed.
 
-        Effects: alpha's buffer is written, and the default random stream may be consumed.
+        Effects: alpha's buffer is written, output layers are for as long as it takes, and the
+        default random stream may be consumed.
         """
         slot = self.slot
         if not bool(torch.isfinite(seen.features).all()):
             seen = seen._replace(features=seen.guards.random())
         slot.blend_alpha.fill_(_CHECKED_ALPHA)
         # In train mode a part of a seed may be in eval mode on purpose.
-        with nullcontext() if slot.training else training_mode(slot), slot.unchanged_stream():
+        mode = nullcontext() if slot.training else training_mode(slot)
+        with mode, slot.unchanged_stream(), _computing_something(slot):
             for kind in kinds:
                 with slot.in_kind(kind):
                     self._check(compiled, seen)
@@ -262,6 +270,28 @@ def run_slot(slot: SlotForward, features: Tensor, call: CallArguments) -> Tensor
     return SlotForward.forward(slot, features, call)
 
 
+@contextmanager
+def _computing_something(slot: SeedSlot) -> Iterator[None]:
+    """Fill output layers of a fresh seed, which are zero, and put the zeros back.
+
+    Through them no gradient arrives at the rest of the seed, where nothing could be compared.
+    """
+    layers = () if slot.living is None else slot.living.seed.output_layers
+    zero = [layer for layer in layers if not any(bool(p.any()) for p in layer.parameters())]
+    born = [(p, p.detach().clone()) for layer in zero for p in layer.parameters()]
+    generator = torch.Generator().manual_seed(0)
+    try:
+        with torch.no_grad():
+            for parameter, _ in born:
+                values = torch.randn(parameter.shape, generator=generator)
+                parameter.copy_(_CHECKED_OUTPUT_SCALE * values)
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, values in born:
+                parameter.copy_(values)
+
+
 def _outputs(function: Callable[..., Tensor], slot: SeedSlot, seen: SeenCall) -> list[Tensor]:
     """Return the output, and the gradients of what it was called with and of the parameters."""
     guards, autocast = seen.guards, seen.guards.autocast_dtype
@@ -281,7 +311,8 @@ def _outputs(function: Callable[..., Tensor], slot: SeedSlot, seen: SeenCall) ->
         return [output]
     # The same for both, and without order: sums of an ordered one would cancel, up to rounding.
     generator = torch.Generator().manual_seed(0)
-    cotangent = torch.randn(output.shape, generator=generator).to(output)
+    drawn = torch.complex64 if output.is_complex() else torch.float32
+    cotangent = torch.randn(output.shape, dtype=drawn, generator=generator).to(output)
     gradients = torch.autograd.grad(output, sources, cotangent, allow_unused=True)
     return [output.detach(), *(g for g in gradients if g is not None)]
 
@@ -309,7 +340,7 @@ def _compare(found: list[Tensor], expected: list[Tensor], *, autocast: torch.dty
             f"compiled, {len(found) - 1} gradients arrive instead of {len(expected) - 1}"
         )
     low_precision = autocast is not None
-    sizes = [float(torch.linalg.vector_norm(tensor.double())) for tensor in expected]
+    sizes = [_norm(tensor) for tensor in expected]
     whole = math.hypot(*sizes[1:])
     for number, (one, other, size) in enumerate(zip(found, expected, sizes, strict=True)):
         tolerance = _LOW_TOLERANCE if low_precision else _TOLERANCE.get(other.dtype, _LOW_TOLERANCE)
@@ -318,9 +349,17 @@ def _compare(found: list[Tensor], expected: list[Tensor], *, autocast: torch.dty
             floor += torch.finfo(autocast or other.dtype).eps * whole
             if tolerance < _LOW_TOLERANCE:
                 tolerance *= _GRADIENT_FACTOR
-        difference = float(torch.linalg.vector_norm(one.double() - other.double()))
+        difference = _norm(one.to(_precise(one)) - other.to(_precise(other)))
         if not difference <= tolerance * size + floor:
             raise MiscompiledError(
                 f"compiled, a tensor of shape {tuple(other.shape)} differs by {difference:.3g} "
                 f"from what the module computes, which is {size:.3g} (both as norms)"
             )
+
+
+def _norm(tensor: Tensor) -> float:
+    return float(torch.linalg.vector_norm(tensor.to(_precise(tensor))))
+
+
+def _precise(tensor: Tensor) -> torch.dtype:
+    return torch.complex128 if tensor.is_complex() else torch.float64
