@@ -86,7 +86,7 @@ def make(arm: str, seed: int, epochs: int) -> Result:
         "random_seed": seed,
         "schedule": "constant",
         "trainer": {"epochs": epochs},
-        "depth_schedule": dict(GROWN.get(arm, {})),
+        "growth_schedule": dict(GROWN.get(arm, {})),
     }
     run = prepare(load_run_config("text", None, (), options))
     if arm == STATIC:

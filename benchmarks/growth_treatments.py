@@ -212,7 +212,7 @@ def make(arm: str, seed: int, epochs: int) -> Result:
         "random_seed": seed,
         "trainer": {"epochs": epochs},
         "slot": dict(treatment.slot),
-        "depth_schedule": {"fractions": (SHARE,), **treatment.schedule},
+        "growth_schedule": {"fractions": (SHARE,), **treatment.schedule},
     }
     run = prepare(load_run_config("text", None, (), settings))
     if arm in STATICS:

@@ -19,7 +19,7 @@ from esper.experiments.settings import known_keys
 from esper.lifecycle.events import Event
 from esper.lifecycle.gates import GATE_INTO, GateThresholds
 from esper.lifecycle.record import Record
-from esper.policies.depth_schedule import DepthScheduleConfig
+from esper.policies.growth_schedule import GrowthScheduleConfig
 from esper.policies.heuristic import HeuristicConfig
 from esper.slots.config import SlotConfig
 from esper.supervision.config import keys_and_defaults
@@ -90,7 +90,7 @@ SECTIONS: dict[str, tuple[str, type[Record]]] = {
     "slot.": ("loop.md", SlotConfig),
     "slot.thresholds.": ("gates.md", GateThresholds),
     "heuristic.": ("policies.md", HeuristicConfig),
-    "depth_schedule.": ("depth_growth.md", DepthScheduleConfig),
+    "growth_schedule.": ("growth_schedule.md", GrowthScheduleConfig),
 }
 """The settings of a run, by their prefix: which page has the table, and of what."""
 

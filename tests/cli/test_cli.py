@@ -261,8 +261,8 @@ def test_dry_run_prints_a_config_that_can_be_read_back_and_trains_nothing(tmp_pa
             "the run has 1600 steps: nothing would ever be decided",
         ),
         (
-            ("digits", "--policy", "schedule", "--set", "depth_schedule.min_layers=9"),
-            "depth_schedule: the schedule policy grows from at least 9 layers",
+            ("digits", "--policy", "schedule", "--set", "growth_schedule.min_layers=9"),
+            "growth_schedule: the schedule policy grows from at least 9 layers",
         ),
         (
             ("digits", "--set", 'heuristic.blueprints=["conv_lite"]'),

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from esper.cli.app import app
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
-NINE_LAYERS = ("--set", "depth_schedule.min_layers=9")
+NINE_LAYERS = ("--set", "growth_schedule.min_layers=9")
 
 
 @pytest.fixture(autouse=True)
@@ -78,7 +78,7 @@ def test_what_makes_no_comparison_is_refused(arguments: tuple[str, ...], words: 
 
 def test_a_plan_that_no_run_could_carry_out_leaves_no_folder() -> None:
     told = esper("compare", "digits", "--policy", "schedule", *NINE_LAYERS, fails=True)
-    assert "depth_schedule: the schedule policy grows from at least 9 layers" in told
+    assert "growth_schedule: the schedule policy grows from at least 9 layers" in told
     assert not any(Path().iterdir())
 
 

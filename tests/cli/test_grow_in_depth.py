@@ -65,7 +65,7 @@ def test_every_bundled_task_has_a_schedule_that_its_host_can_carry_out() -> None
 
 def test_settings_reach_the_policy() -> None:
     config = configured(
-        "depth_schedule.fractions=[0.2, 0.45]", 'depth_schedule.options.source="own"'
+        "growth_schedule.fractions=[0.2, 0.45]", 'growth_schedule.options.source="own"'
     )
     policy = prepare(config).growth.policy
     assert policy.config.fractions == (0.2, 0.45)
@@ -91,11 +91,11 @@ def test_the_policy_knows_how_many_decisions_will_come(setting: str, decisions: 
         (("schedule=cosine",), "schedule=cosine falls from the first step"),
         (
             ("decay_fraction=0.8",),
-            "depth_schedule.fractions: at 0.25 the learning rate is falling already, with "
+            "growth_schedule.fractions: at 0.25 the learning rate is falling already, with "
             "decay_fraction=0.8 it is stable up to 0.2 of the run",
         ),
-        (("depth_schedule.fractions=[0.5, 0.2]",), "depth_schedule: fractions must rise"),
-        (("depth_schedule.factors=2",), "did you mean 'depth_schedule.factor'"),
+        (("growth_schedule.fractions=[0.5, 0.2]",), "growth_schedule: fractions must rise"),
+        (("growth_schedule.factors=2",), "did you mean 'growth_schedule.factor'"),
         (("slot.thresholds.trial_epochs=6",), "every seed would be pruned before its trial"),
     ],
 )
@@ -112,17 +112,17 @@ def test_settings_that_cannot_work_are_refused(settings: tuple[str, ...], messag
     "settings", [("schedule=constant", "decay_fraction=0.8"), ("decay_fraction=0.75",)]
 )
 def test_growth_up_to_the_end_of_the_stable_phase_is_accepted(settings: tuple[str, ...]) -> None:
-    assert configured(*settings).depth_schedule.fractions == (0.25,)
+    assert configured(*settings).growth_schedule.fractions == (0.25,)
 
 
 def test_a_plan_that_does_not_fit_the_host_is_told_before_training() -> None:
-    settings = ("--set", "depth_schedule.blueprint=mlp", "--policy", "schedule")
+    settings = ("--set", "growth_schedule.blueprint=mlp", "--policy", "schedule")
     output = esper("grow", "text", *settings, "--out", "run", fails=True)
-    assert "depth_schedule: the schedule asks for 2 blocks in one seed, and blueprint" in output
+    assert "growth_schedule: the schedule asks for 2 blocks in one seed, and blueprint" in output
     assert not Path("run").exists()
 
 
 def test_the_policy_of_the_task_decides_where_none_is_named() -> None:
     printed = json.loads(esper("grow", "digits", "--dry-run"))
     assert printed["policy"] == "heuristic"
-    assert printed["depth_schedule"]["blueprint"] == "conv_heavy"
+    assert printed["growth_schedule"]["blueprint"] == "conv_heavy"

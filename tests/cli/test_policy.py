@@ -496,7 +496,7 @@ def test_a_dry_run_of_an_evaluation_prints_settings_and_leaves_nothing() -> None
         (("digits", "--policy", "nonesuch", "--dry-run"), "no policy 'nonesuch'"),
         (("digits", "--budget-of", "nonesuch"), "no policy 'nonesuch'"),
         (("digits", "--policy", "none", "--policy", "none"), "policies must differ"),
-        (("digits", "--set", "depth_schedule.min_layers=9"), "from at least 9 layers"),
+        (("digits", "--set", "growth_schedule.min_layers=9"), "from at least 9 layers"),
         (("digits", "--set", "trainer.epoch=3"), "did you mean 'trainer.epochs'"),
         (("digits", "--set", "training.gamma=1.0"), "an evaluation trains no policy"),
         (("digits", "--set", "tracking.wandb=true"), "run: tracking follows one run"),

@@ -26,7 +26,7 @@ from esper.experiments.comparison import (
 )
 from esper.experiments.comparison.runs import GrowthRecord, execute, random_times_policy, result_of
 from esper.experiments.series_folder import SeriesFolderError
-from esper.policies import DepthSchedulePolicy, FractionTiming, ReplayPolicy
+from esper.policies import FractionTiming, GrowthSchedulePolicy, ReplayPolicy
 from esper.tasks.digits import DIGITS
 from esper.training.run_cost import Cost, RunCost
 
@@ -128,12 +128,12 @@ def test_depth_grows_at_as_many_random_times_while_the_learning_rate_is_stable(
     policy: str, num_events: int
 ) -> None:
     settings = {"fractions": (0.2, 0.4), "verdict_fraction": 0.6}
-    run = load_run_config("text", None, (), {"policy": policy, "depth_schedule": settings})
+    run = load_run_config("text", None, (), {"policy": policy, "growth_schedule": settings})
     times = set()
     for seed in range(20):
         request = RunRequest(arm="random times", random_seed=seed, learning_rate=1.0, epochs=9)
         policy_then = random_times_policy(request, run, decisions=9)
-        assert isinstance(policy_then, DepthSchedulePolicy)
+        assert isinstance(policy_then, GrowthSchedulePolicy)
         assert isinstance(policy_then.timing, FractionTiming)
         due = policy_then.timing.fractions
         assert len(due) == num_events

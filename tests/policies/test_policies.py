@@ -26,7 +26,7 @@ from esper.lifecycle import (
 )
 from esper.policies import (
     POLICY_NAMES,
-    DepthSchedulePolicy,
+    GrowthSchedulePolicy,
     HeuristicConfig,
     HeuristicPolicy,
     PlannedPolicy,
@@ -351,8 +351,8 @@ def test_policies_are_made_by_name():
     assert {name: type(policy) for name, policy in made.items()} == {
         "heuristic": HeuristicPolicy,
         "ucb1": HeuristicPolicy,
-        "schedule": DepthSchedulePolicy,
-        "slope": DepthSchedulePolicy,
+        "schedule": GrowthSchedulePolicy,
+        "slope": GrowthSchedulePolicy,
         "random": RandomPolicy,
         "none": PlannedPolicy,
     }

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from esper.lifecycle.actions import GrowthState
-from esper.policies import DepthScheduleConfig, SlopeTiming, slope_policy
+from esper.policies import GrowthScheduleConfig, SlopeTiming, slope_policy
 from esper.policies.timing import power_law_exponent
 
 EPOCHS = 400
@@ -78,7 +78,7 @@ def test_limits_that_make_no_sense_are_refused(drop: float, earliest: float, lat
 
 
 def test_the_policy_by_slope_has_a_name_and_reads_no_held_out_loss() -> None:
-    policy = slope_policy(DepthScheduleConfig())
+    policy = slope_policy(GrowthScheduleConfig())
     assert policy.name == "slope"
     assert not policy.reads_losses
 

@@ -11,7 +11,7 @@ import esper
 from esper import SeedStage, SlotConfig
 from esper.lifecycle.events import ActionRefused, GateEvaluated, SeedCommitted, SeedPruned
 from esper.lifecycle.gates import Gate, GateThresholds
-from esper.policies import DepthScheduleConfig, DepthSchedulePolicy
+from esper.policies import GrowthScheduleConfig, GrowthSchedulePolicy
 from esper.tasks.text.host import TextHost
 from esper.tasks.text.task import mean_loss, window_losses
 from growth_problem import Recorder
@@ -80,7 +80,7 @@ def grown(thresholds: GateThresholds = ANY, **settings: Any) -> Grown:
         config=SlotConfig(thresholds=thresholds, max_committed=2),
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    policy = DepthSchedulePolicy(DepthScheduleConfig(**settings))
+    policy = GrowthSchedulePolicy(GrowthScheduleConfig(**settings))
     growth = esper.Growth(slots, optimizer, policy=policy, max_epochs=EPOCHS, sinks=[recorder])
     held_out = esper.HeldOut(model, batches()[:2], loss=window_losses)
     return Grown(model, slots, optimizer, growth, held_out, recorder)

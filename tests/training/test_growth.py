@@ -36,7 +36,7 @@ from esper.lifecycle.events import (
 from esper.lifecycle.gates import Gate, GateThresholds
 from esper.lifecycle.learning import Isolation
 from esper.lifecycle.stages import GROWTH_PATH, SeedStage
-from esper.policies import DepthSchedulePolicy, RandomPolicy, UCB1Chooser, ucb1_policy
+from esper.policies import GrowthSchedulePolicy, RandomPolicy, UCB1Chooser, ucb1_policy
 from esper.seeds import Family, Seed, blueprints
 from esper.slots.modes import evaluation_mode
 from esper.training import Checkpoints
@@ -848,7 +848,7 @@ POLICIES: dict[str, Callable[[], esper.Policy]] = {
     "other chooser": lambda: esper.HeuristicPolicy(chooser=UCB1Chooser()),
     "ucb1": ucb1_policy,
     "random": RandomPolicy,
-    "schedule": DepthSchedulePolicy,
+    "schedule": GrowthSchedulePolicy,
     "planned": lambda: esper.PlannedPolicy({}),
     "script": lambda: Script({}),
 }

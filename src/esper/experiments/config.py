@@ -11,10 +11,10 @@ from esper.bus.addresses import check_no_password
 from esper.bus.command_receiver import DEFAULT_WINDOW_SECONDS
 from esper.experiments.settings import SettingsError, explain, merge, parse_setting, read_settings
 from esper.lifecycle.record import Record
-from esper.policies.depth_schedule import (
+from esper.policies.growth_schedule import (
     SLOPE,
-    DepthScheduleConfig,
-    DepthSchedulePolicy,
+    GrowthScheduleConfig,
+    GrowthSchedulePolicy,
     slope_policy,
 )
 from esper.policies.heuristic import UCB1_POLICY, HeuristicConfig, HeuristicPolicy
@@ -136,7 +136,7 @@ class RunConfig(Record):
     trainer: TrainerConfig
     slot: SlotConfig
     heuristic: HeuristicConfig
-    depth_schedule: DepthScheduleConfig
+    growth_schedule: GrowthScheduleConfig
 
     @model_validator(mode="after")
     def _can_be_captured(self) -> "RunConfig":
@@ -173,8 +173,8 @@ class RunConfig(Record):
 
     @model_validator(mode="after")
     def _grows_in_the_stable_phase(self) -> "RunConfig":
-        schedule = self.depth_schedule
-        if self.policy == DepthSchedulePolicy.name:
+        schedule = self.growth_schedule
+        if self.policy == GrowthSchedulePolicy.name:
             _check_growth_times(self, "fractions", schedule.fractions[0], schedule.fractions[-1])
         elif self.policy == SLOPE:
             slope_policy(schedule)
@@ -183,8 +183,8 @@ class RunConfig(Record):
         patience = {
             HeuristicPolicy.name: ("heuristic", self.heuristic.patience_epochs),
             UCB1_POLICY: ("heuristic", self.heuristic.patience_epochs),
-            DepthSchedulePolicy.name: ("depth_schedule", schedule.patience_epochs),
-            SLOPE: ("depth_schedule", schedule.patience_epochs),
+            GrowthSchedulePolicy.name: ("growth_schedule", schedule.patience_epochs),
+            SLOPE: ("growth_schedule", schedule.patience_epochs),
         }
         if self.policy in patience:
             _check_patience(*patience[self.policy], self.slot.thresholds.trial_epochs)
@@ -216,13 +216,13 @@ def _check_growth_times(config: RunConfig, names: str, first: float, last: float
         )
     if config.schedule == "wsd" and last + config.decay_fraction > 1.0 + _ROUNDING:
         raise ValueError(
-            f"depth_schedule.{names}: at {last} the learning rate is falling already, with "
+            f"growth_schedule.{names}: at {last} the learning rate is falling already, with "
             f"decay_fraction={config.decay_fraction} it is stable up to "
             f"{1.0 - config.decay_fraction:.4g} of the run; grow earlier, or let it fall later"
         )
     if first < config.warmup_fraction:
         raise ValueError(
-            f"depth_schedule.{names}: at {first} the learning rate is rising still; it is stable "
+            f"growth_schedule.{names}: at {first} the learning rate is rising still; it is stable "
             f"from warmup_fraction={config.warmup_fraction} of the run on, grow later"
         )
 
@@ -251,7 +251,7 @@ def task_defaults(task: Task) -> dict[str, Any]:
         },
         "slot": task.slot.model_dump(mode="json"),
         "heuristic": task.heuristic.model_dump(mode="json"),
-        "depth_schedule": task.depth_schedule.model_dump(mode="json"),
+        "growth_schedule": task.growth_schedule.model_dump(mode="json"),
     }
 
 

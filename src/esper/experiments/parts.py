@@ -13,7 +13,7 @@ from esper.compilation.inductor_cache import CacheFolderError, user_cache_folder
 from esper.experiments.bus_connection import BusConnection
 from esper.experiments.config import CheckpointConfig, CompileConfig, RunConfig
 from esper.experiments.settings import SettingsError
-from esper.policies.depth_schedule import SLOPE, DepthSchedulePolicy, slope_policy
+from esper.policies.growth_schedule import SLOPE, GrowthSchedulePolicy, slope_policy
 from esper.policies.heuristic import UCB1_POLICY, HeuristicPolicy, ucb1_policy
 from esper.policies.learned.learned_policy import LearnedPolicy
 from esper.policies.named import is_policy_file, named_policy
@@ -53,10 +53,10 @@ def chosen_policy(config: RunConfig) -> Policy:
         return HeuristicPolicy(config.heuristic)
     if config.policy == UCB1_POLICY:
         return ucb1_policy(config.heuristic)
-    if config.policy == DepthSchedulePolicy.name:
-        return DepthSchedulePolicy(config.depth_schedule)
+    if config.policy == GrowthSchedulePolicy.name:
+        return GrowthSchedulePolicy(config.growth_schedule)
     if config.policy == SLOPE:
-        return slope_policy(config.depth_schedule)
+        return slope_policy(config.growth_schedule)
     try:
         if is_policy_file(config.policy):
             return LearnedPolicy.load(config.policy, random_seed=config.random_seed)

@@ -14,7 +14,7 @@ from esper.experiments.config import CompileConfig, RunConfig
 from esper.experiments.parts import chosen_policy, learning_rate_factor, usable_device
 from esper.experiments.settings import SettingsError
 from esper.lifecycle.events import RunFinished
-from esper.policies.depth_schedule import DepthSchedulePolicy
+from esper.policies.growth_schedule import GrowthSchedulePolicy
 from esper.policies.heuristic import HeuristicPolicy
 from esper.slots.attach import attach
 from esper.slots.nested import to_device
@@ -197,8 +197,8 @@ def prepare(
         compiled=_compiled_host(config.compile, slots, service),
         count_flops=config.count_flops,
     )
-    if isinstance(policy, (DepthSchedulePolicy, HeuristicPolicy)):
-        settings = "heuristic" if isinstance(policy, HeuristicPolicy) else "depth_schedule"
+    if isinstance(policy, (GrowthSchedulePolicy, HeuristicPolicy)):
+        settings = "heuristic" if isinstance(policy, HeuristicPolicy) else "growth_schedule"
         try:
             policy.check(growth.state())
         except ValueError as error:

@@ -1,7 +1,7 @@
 """Policies that decide when and where to grow (design names: Tamiyo, Simic)."""
 
 from esper.policies.chooser import Candidate, Chooser, EvenChooser, UCB1Chooser
-from esper.policies.depth_schedule import DepthScheduleConfig, DepthSchedulePolicy, slope_policy
+from esper.policies.growth_schedule import GrowthScheduleConfig, GrowthSchedulePolicy, slope_policy
 from esper.policies.heuristic import HeuristicConfig, HeuristicPolicy, ucb1_policy
 from esper.policies.learned import LearnedPolicy, PolicyFileError
 from esper.policies.named import POLICY_NAMES, named_policy
@@ -17,10 +17,10 @@ __all__ = [
     "UCB1",
     "Candidate",
     "Chooser",
-    "DepthScheduleConfig",
-    "DepthSchedulePolicy",
     "EvenChooser",
     "FractionTiming",
+    "GrowthScheduleConfig",
+    "GrowthSchedulePolicy",
     "GrowthTiming",
     "HeuristicConfig",
     "HeuristicPolicy",

@@ -5,10 +5,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from esper.own_code import OWN_SCHEME, is_own
-from esper.policies.depth_schedule import (
+from esper.policies.growth_schedule import (
     SLOPE,
-    DepthScheduleConfig,
-    DepthSchedulePolicy,
+    GrowthScheduleConfig,
+    GrowthSchedulePolicy,
     slope_policy,
 )
 from esper.policies.heuristic import UCB1_POLICY, HeuristicPolicy, ucb1_policy
@@ -23,8 +23,8 @@ NEVER = "none"
 _MAKERS: Mapping[str, Callable[[int], Policy]] = {
     "heuristic": lambda _: HeuristicPolicy(),
     UCB1_POLICY: lambda _: ucb1_policy(),
-    "schedule": lambda _: DepthSchedulePolicy(),
-    SLOPE: lambda _: slope_policy(DepthScheduleConfig()),
+    "schedule": lambda _: GrowthSchedulePolicy(),
+    SLOPE: lambda _: slope_policy(GrowthScheduleConfig()),
     "random": RandomPolicy,
     NEVER: lambda _: PlannedPolicy({}),
 }

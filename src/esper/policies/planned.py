@@ -11,7 +11,7 @@ from esper.policies.tending import tend
 class PlannedPolicy:
     """Carries out given actions at given epochs, and tends what grows meanwhile.
 
-    For code. The policy called "schedule" on the command line is `DepthSchedulePolicy`. Without
+    For code. The policy called "schedule" on the command line is `GrowthSchedulePolicy`. Without
     actions it begins nothing, and still takes a seed that somebody else has germinated through its
     stages; to decide everything by hand give `Growth` no policy.
 

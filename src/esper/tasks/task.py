@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from esper.policies.depth_schedule import DepthScheduleConfig
+from esper.policies.growth_schedule import GrowthScheduleConfig
 from esper.policies.heuristic import HeuristicConfig, HeuristicPolicy
 from esper.slots.config import SlotConfig
 from esper.training.held_out import HeldOut
@@ -69,7 +69,7 @@ class Task:
     learning_rate: float
     slot: SlotConfig
     heuristic: HeuristicConfig
-    depth_schedule: DepthScheduleConfig
+    growth_schedule: GrowthScheduleConfig
     policy: str = HeuristicPolicy.name
     warmup_fraction: float = 0.0
     max_gradient_norm: float | None = None

@@ -15,7 +15,7 @@ from esper.experiments.seed_counts import SeedCounts
 from esper.lifecycle.actions import Germinate
 from esper.lifecycle.events import EventRecord, SeedCommitted
 from esper.lifecycle.record import Record
-from esper.policies.depth_schedule import SLOPE, DepthSchedulePolicy
+from esper.policies.growth_schedule import SLOPE, GrowthSchedulePolicy
 from esper.policies.learned import LearnedPolicy
 from esper.policies.named import NEVER
 from esper.policies.replay import ReplayPolicy
@@ -26,8 +26,8 @@ from esper.training.policy import Policy
 from esper.training.run_cost import RunCost
 from esper.training.safeguard import TrainingDivergedError
 
-DEPTH_POLICIES = (DepthSchedulePolicy.name, SLOPE)
-"""Those that grow depth, and decide by the number of steps or the training loss alone."""
+SCHEDULED_POLICIES = (GrowthSchedulePolicy.name, SLOPE)
+"""Those that grow by schedule, and decide by the number of steps or the training loss alone."""
 
 _NAME_CHARACTERS = 60
 """Most that a file's name has of its arm, which a policy's file may have given a long one."""
@@ -206,17 +206,17 @@ def _deciding_every(config: RunConfig, steps: int) -> RunConfig:
 def random_times_policy(request: RunRequest, config: RunConfig, decisions: int) -> Policy:
     """Return a policy that grows at random times what the compared one does.
 
-    A depth schedule has its events while the learning rate is stable and before the verdict. For
+    A growth schedule has its events while the learning rate is stable and before the verdict. For
     any other policy the request's seeds are tried in their order, until they are committed or it
     is too late to germinate.
     """
     draw = random.Random(request.random_seed)  # noqa: S311 – no secret
-    if config.policy in DEPTH_POLICIES:
-        schedule = config.depth_schedule
+    if config.policy in SCHEDULED_POLICIES:
+        schedule = config.growth_schedule
         latest = min(1.0 - config.decay_fraction, schedule.verdict_fraction)
         num_events = 1 if config.policy == SLOPE else len(schedule.fractions)
         events = [draw.uniform(config.warmup_fraction, latest) for _ in range(num_events)]
-        return DepthSchedulePolicy(schedule, timing=FractionTiming(sorted(events)))
+        return GrowthSchedulePolicy(schedule, timing=FractionTiming(sorted(events)))
     heuristic = config.heuristic
     last = max(1, int(heuristic.last_germination_fraction * decisions))
     epochs = sorted(draw.randint(1, last) for _ in request.topology)

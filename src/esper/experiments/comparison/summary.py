@@ -17,7 +17,7 @@ from esper.experiments.comparison.intervals import (
     mean_interval,
 )
 from esper.experiments.comparison.plan import GROWN, HOST, RANDOM_TIMES, STATIC, Comparison
-from esper.experiments.comparison.runs import DEPTH_POLICIES, RunResult
+from esper.experiments.comparison.runs import SCHEDULED_POLICIES, RunResult
 from esper.experiments.comparison.search import at_edge
 
 Arm = TypeVar("Arm")
@@ -463,7 +463,7 @@ def _tell_timing(comparison: Comparison, summaries: Mapping[str, ArmSummary]) ->
         f"grown at random times, to {random.param_count / grown.param_count:.2f} of its size, its "
         f"loss is {abs(gap):.4f} {direction}, with {random.flops / grown.flops:.2f} of the FLOPs"
     )
-    if comparison.config.run.policy not in DEPTH_POLICIES:
+    if comparison.config.run.policy not in SCHEDULED_POLICIES:
         told += (
             "; evaluations are not counted at random times, and are where a policy decides by the "
             "loss"

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from esper.policies.depth_schedule import DepthScheduleConfig
+from esper.policies.growth_schedule import GrowthScheduleConfig
 from esper.policies.heuristic import HeuristicConfig
 from esper.slots.config import SlotConfig
 from esper.slots.modes import forked_random_state
@@ -52,7 +52,7 @@ def collection_task(name: str) -> Task:
         heuristic=HeuristicConfig(
             blueprints=("conv_heavy",), warmup_epochs=3, plateau_fraction=1.0, max_living=2
         ),
-        depth_schedule=DepthScheduleConfig(blueprint="conv_heavy", factor=2),
+        growth_schedule=GrowthScheduleConfig(blueprint="conv_heavy", factor=2),
     )
 
 

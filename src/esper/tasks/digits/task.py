@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from esper.lifecycle.gates import GateThresholds
-from esper.policies.depth_schedule import DepthScheduleConfig
+from esper.policies.growth_schedule import GrowthScheduleConfig
 from esper.policies.heuristic import HeuristicConfig
 from esper.slots.config import SlotConfig
 from esper.slots.modes import forked_random_state
@@ -64,7 +64,7 @@ DIGITS = Task(
         max_living=2,
         max_refusals=None,
     ),
-    depth_schedule=DepthScheduleConfig(blueprint="conv_heavy", factor=2),
+    growth_schedule=GrowthScheduleConfig(blueprint="conv_heavy", factor=2),
     threads=1,  # the steps are too short to share between cores
 )
 """Settings chosen on seeds 0 to 4 of the validation split. The gates' are the laxest of four that

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
-from esper.policies.depth_schedule import DepthScheduleConfig
+from esper.policies.growth_schedule import GrowthScheduleConfig
 from esper.policies.heuristic import HeuristicConfig
 from esper.slots.config import SlotConfig
 from esper.slots.modes import forked_random_state
@@ -70,7 +70,7 @@ TEACHER = Task(
     learning_rate=5e-3,
     slot=SlotConfig(),
     heuristic=HeuristicConfig(blueprints=("mlp",), max_living=4),
-    depth_schedule=DepthScheduleConfig(blueprint="mlp", factor=2),
+    growth_schedule=GrowthScheduleConfig(blueprint="mlp", factor=2),
     threads=1,  # the steps are too short to share between cores
 )
 """Made while looking at seeds 0 to 8; see benchmarks/useless_seeds.py for others."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from esper.lifecycle.gates import GateThresholds
-from esper.policies.depth_schedule import DepthScheduleConfig
+from esper.policies.growth_schedule import GrowthScheduleConfig
 from esper.policies.heuristic import HeuristicConfig
 from esper.slots.config import SlotConfig
 from esper.slots.modes import forked_random_state
@@ -152,7 +152,7 @@ TEXT = Task(
         patience_epochs=10,
         max_refusals=None,
     ),
-    depth_schedule=DepthScheduleConfig(),
+    growth_schedule=GrowthScheduleConfig(),
     threads=1,  # two threads that wait for each other stall where others use the machine
 )
 """Settings chosen on seed 0 of the validation split. A block that pays in the end saves little at

@@ -1,4 +1,4 @@
-"""Growth in depth by schedule: whole blocks, inserted at given times of the run."""
+"""Growth by schedule: whole blocks, or what else is chosen, at given times of the run."""
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -31,8 +31,8 @@ _SOURCE_OPTION = "source"
 ShareOfRun = Annotated[FiniteFloat, Field(gt=0.0, lt=1.0)]
 
 
-class DepthScheduleConfig(Record):
-    """Settings of growth in depth by schedule."""
+class GrowthScheduleConfig(Record):
+    """Settings of growth by schedule."""
 
     blueprint: str = "block"
     """What is inserted."""
@@ -67,7 +67,7 @@ class DepthScheduleConfig(Record):
     """Steps over which a seed in the forward path is faded out."""
 
     @model_validator(mode="after")
-    def _check(self) -> "DepthScheduleConfig":
+    def _check(self) -> "GrowthScheduleConfig":
         if any(later <= earlier for earlier, later in pairwise(self.fractions)):
             raise ValueError(f"fractions must rise, got {self.fractions}")
         if self.fractions[-1] >= self.verdict_fraction:
@@ -93,7 +93,7 @@ class DepthScheduleConfig(Record):
         return self
 
 
-class DepthSchedulePolicy:
+class GrowthSchedulePolicy:
     """Inserts the same number of blocks in every slot at each event, and judges them late.
 
     At an event a seed germinates in every slot of the plan that is free. Where a seed of an earlier
@@ -113,9 +113,9 @@ class DepthSchedulePolicy:
     name = "schedule"
 
     def __init__(
-        self, config: DepthScheduleConfig | None = None, *, timing: GrowthTiming | None = None
+        self, config: GrowthScheduleConfig | None = None, *, timing: GrowthTiming | None = None
     ) -> None:
-        self.config = config or DepthScheduleConfig()
+        self.config = config or GrowthScheduleConfig()
         self.timing = timing or FractionTiming(self.config.fractions)
         self._num_past = 0
         self._pending: list[str] = []
@@ -245,7 +245,7 @@ class DepthSchedulePolicy:
         )
 
 
-def slope_policy(config: DepthScheduleConfig) -> DepthSchedulePolicy:
+def slope_policy(config: GrowthScheduleConfig) -> GrowthSchedulePolicy:
     """Return the policy called "slope": the same growth, at the time that the loss tells.
 
     Raises:
@@ -261,7 +261,7 @@ def slope_policy(config: DepthScheduleConfig) -> DepthSchedulePolicy:
         earliest_fraction=config.earliest_fraction,
         latest_fraction=config.latest_fraction,
     )
-    policy = DepthSchedulePolicy(config, timing=timing)
+    policy = GrowthSchedulePolicy(config, timing=timing)
     policy.name = SLOPE
     return policy
 

@@ -1,4 +1,4 @@
-"""Growth in depth by schedule, as a function of states: when, where, how much, and the verdict."""
+"""Growth by schedule, as a function of states: when, where, how much, and the verdict."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -20,7 +20,7 @@ from esper.lifecycle import (
     SlotState,
     check_action,
 )
-from esper.policies import DepthScheduleConfig, DepthSchedulePolicy, FractionTiming
+from esper.policies import FractionTiming, GrowthScheduleConfig, GrowthSchedulePolicy
 
 EPOCHS = 40
 CHOICES = tuple(BlueprintChoice(name=name, param_count=9) for name in ("lora", "block"))
@@ -40,11 +40,11 @@ def state(*slots: SlotState, epoch: int, max_epochs: int | None = EPOCHS) -> Gro
     return GrowthState(epoch=epoch, step=10 * epoch, max_epochs=max_epochs, slots=slots)
 
 
-def policy(**settings: Any) -> DepthSchedulePolicy:
-    return DepthSchedulePolicy(DepthScheduleConfig(**settings))
+def policy(**settings: Any) -> GrowthSchedulePolicy:
+    return GrowthSchedulePolicy(GrowthScheduleConfig(**settings))
 
 
-def run(schedule: DepthSchedulePolicy, *slots: SlotState) -> dict[int, Sequence[Action]]:
+def run(schedule: GrowthSchedulePolicy, *slots: SlotState) -> dict[int, Sequence[Action]]:
     """Decide at every epoch of a run in which the slots stay as they are."""
     decided = {n: schedule.decide(state(*slots, epoch=n)) for n in range(1, EPOCHS + 1)}
     return {epoch: actions for epoch, actions in decided.items() if actions}
@@ -102,7 +102,7 @@ def test_when_to_grow_is_exchangeable():
         def due(self, state: GrowthState, *, num_past: int) -> bool:
             return bool(state.losses) and state.losses[-1] < (4.0, 2.0)[num_past]
 
-    schedule = DepthSchedulePolicy(timing=AfterLossesBelow())
+    schedule = GrowthSchedulePolicy(timing=AfterLossesBelow())
     assert schedule.reads_losses
     assert not policy().reads_losses
     seen = []
@@ -280,7 +280,7 @@ def test_a_run_of_unknown_length_is_refused():
 )
 def test_settings_that_contradict_each_other_are_refused(settings: dict[str, Any], message: str):
     with pytest.raises(ValidationError, match=message):
-        DepthScheduleConfig(**settings)
+        GrowthScheduleConfig(**settings)
 
 
 # What it wants weighed
