@@ -35,6 +35,7 @@ from esper.slots import (
 )
 from esper.slots.gradient_health import GradientHealth
 from esper.slots.isolation_monitor import IsolationMonitor
+from esper.training import running_statistics
 from waiting import waiting_raises
 
 STEP_PATH: dict[ModuleType, set[str] | None] = {
@@ -108,6 +109,7 @@ STEP_PATH: dict[ModuleType, set[str] | None] = {
     cnn: {"increment"},
     transformer: {"increment"},
     noop: None,
+    running_statistics: {"keep", "is_as_it_was"},
 }
 """Functions that run between two steps, by module; None is all of them."""
 

@@ -8,22 +8,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import esper
 from esper import SeedStage, SlotConfig
-from growth_problem import make_problem
+from esper.training.growth_driver import GrowthDriver
+from growth_problem import Problem, make_problem
 
 INPUTS = torch.linspace(-1.0, 1.0, 40).reshape(5, 8)
 DECAY = 0.8
 
 
 class Run:
-    def __init__(self) -> None:
+    def __init__(self, isolation: str = "none") -> None:
         torch.manual_seed(0)
         self.model = nn.Sequential(
             nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 8), nn.Linear(8, 2)
         )
-        config = SlotConfig(max_committed=3, embargo_epochs=0)
+        config = SlotConfig(max_committed=3, embargo_epochs=0, isolation=isolation)
         self.slots = esper.attach(self.model, ["0", "3"], example=INPUTS, config=config)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.05)
         self.slots.bind(self.optimizer)
@@ -82,6 +84,33 @@ def test_seeds_join_stay_when_they_are_committed_and_leave_when_they_are_pruned(
     run.check()
 
 
+@pytest.mark.parametrize("last_stage", [SeedStage.BLENDING, SeedStage.FOSSILIZED])
+def test_the_average_of_a_seed_is_rescaled_as_the_seed_is(last_stage: SeedStage) -> None:
+    """Else it would begin to blend many times too large, or too small."""
+    run = Run(isolation="shadowing")
+    run.grow("0", "mlp", SeedStage.TRAINING)
+    run.step(6)
+    slot = run.slots["0"]
+    before = {name: value.clone() for name, value in run.ema.averages().items()}
+    slot.measurements.best_amplitude = 0.25
+    parameters = {p for layer in slot.seed.output_layers for p in layer.parameters()}
+    names = [name for name, p in run.model.named_parameters() if p in parameters]
+    assert all(before[name].any() for name in names)
+    with slot.rescaled():  # where it is weighed, by an evaluation of the average perhaps
+        assert all(torch.equal(run.ema.averages()[name], 0.25 * before[name]) for name in names)
+    run.check()
+    while slot.stage is not last_stage:
+        slot.advance(force=True)
+    for name in names:
+        run.by_hand[name] *= 0.25
+    run.check()
+    kept = run.ema.state_dict()
+    run.step()
+    run.check()
+    run.ema.load_state_dict(kept)
+    assert all(torch.equal(run.ema.averages()[name], 0.25 * before[name]) for name in names)
+
+
 def test_a_seed_with_the_name_of_a_pruned_one_begins_its_own_average() -> None:
     run = Run()
     run.grow("3", "mlp", SeedStage.PROBATIONARY)
@@ -115,6 +144,59 @@ def test_the_model_has_the_averages_for_a_while() -> None:
     assert all(torch.equal(inside[name], run.ema.averages()[name]) for name in weights)
     assert all(torch.equal(p.detach(), weights[n]) for n, p in run.model.named_parameters())
     assert [p.data_ptr() for p in run.model.parameters()] == addresses
+
+
+class InterruptedCopies(TorchDispatchMode):
+    """Is interrupted, as by Ctrl-C, in the third copy."""
+
+    num_copies = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.num_copies += func is torch.ops.aten.copy_.default
+        if self.num_copies == 3:
+            self.num_copies += 1
+            raise KeyboardInterrupt
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_model_that_is_interrupted_on_its_way_to_the_averages_has_its_weights() -> None:
+    run = Run()
+    run.step(6)
+    weights = {name: p.detach().clone() for name, p in run.model.named_parameters()}
+    with pytest.raises(KeyboardInterrupt), InterruptedCopies(), run.ema.applied():
+        pass
+    assert all(torch.equal(p.detach(), weights[n]) for n, p in run.model.named_parameters())
+
+
+def test_a_callbacks_average_takes_in_no_step_that_a_loss_scaler_has_skipped() -> None:
+    problem = make_problem()
+    driver = driver_of(problem, esper.EMA(problem.slots, decay=DECAY))
+    for parameter in problem.model.parameters():
+        parameter.data.add_(1.0)
+    before = copy.deepcopy(driver.ema.averages())
+    driver.after_step()
+    assert all(map(torch.equal, before.values(), driver.ema.averages().values()))
+    problem.optimizer.step()
+    driver.after_step()
+    assert not any(map(torch.equal, before.values(), driver.ema.averages().values()))
+
+
+def test_a_callbacks_state_with_another_average_is_refused_before_anything_has_changed() -> None:
+    problem = make_problem()
+    driver = driver_of(problem, None)
+    other = make_problem()
+    state = driver_of(other, esper.EMA(other.slots)).state_dict()
+    state["growth"]["epoch"] = 7
+    with pytest.raises(ValueError, match="the run had an average of its weights"):
+        driver.load_state_dict(state)
+    assert driver.growth.epoch == 0
+
+
+def driver_of(problem: Problem, ema: esper.EMA | None) -> GrowthDriver:
+    growth = esper.Growth(problem.slots, problem.optimizer, policy=esper.PlannedPolicy({}))
+    return GrowthDriver(
+        growth, problem.model, evaluate=lambda: 1.0, decision_interval_steps=None, ema=ema
+    )
 
 
 def test_the_trainer_averages_steps_that_were_made() -> None:

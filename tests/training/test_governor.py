@@ -84,7 +84,8 @@ class Run:
         self.last_loss = math.nan
         self.tamper: dict[int, Any] = {}
         self.spoilt: set[int] = set()
-        """Steps, by how many were made, whose batch is NaN."""
+        """Steps, by how many were made, whose batch is multiplied by that factor."""
+        self.factor = math.nan
         features = torch.randn(STEPS * 8, 4)
         self.data = list(zip(features.split(8), features.prod(1).tanh().split(8), strict=True))
         slots = esper.attach(
@@ -123,7 +124,8 @@ class Run:
             self.made += 1
             if self.made in self.tamper:
                 self.tamper.pop(self.made)()
-            yield (features * math.nan if self.made in self.spoilt else features), targets
+            factor = self.factor if self.made in self.spoilt else 1.0
+            yield features * factor, targets * factor
 
     def loss(self, output: Tensor, target: Tensor) -> Tensor:
         value = mse_loss(output, target)
@@ -134,13 +136,30 @@ class Run:
         return self.recorder.of(*kinds)
 
 
-def test_a_single_bad_batch_is_skipped_and_nothing_else() -> None:
-    run = Run()
-    run.spoilt = {20}
+@pytest.mark.parametrize("snapshot_steps", [10, None])
+@pytest.mark.parametrize("factor", [math.nan, 1e6])
+def test_a_single_bad_batch_is_skipped_and_leaves_the_model_as_it_was(
+    factor: float, snapshot_steps: int | None
+) -> None:
+    """The running statistics of its forward included, and what is kept to go back to."""
+    run = Run("mlp", snapshot_steps=snapshot_steps)
+    run.spoilt, run.factor = {40}, factor
+    states: list[dict[str, Tensor]] = []
+
+    def note(_: esper.Trainer) -> None:
+        values = run.host.state_dict().items()
+        states.append({n: v.clone() for n, v in values if torch.is_tensor(v)})
+
+    run.after_step = note
     run.fit()
     assert len(run.of(StepSkipped)) == 1
     assert not run.of(RunWentBack)
     assert run.trainer.growth.step == 6 * STEPS
+    before, after = states[38:40]
+    counted = "norm.num_batches_tracked"
+    assert after.pop(counted) == before.pop(counted) + 1
+    assert all(torch.equal(value, before[name]) for name, value in after.items())
+    assert not torch.equal(after["norm.running_mean"], states[40]["norm.running_mean"])
 
 
 def test_a_bad_batch_is_over_where_the_optimizer_trains_a_part_of_the_host() -> None:

@@ -694,10 +694,10 @@ def test_loss_that_is_not_per_sample_is_refused_at_the_first_evaluation(
         evaluate()
 
 
-def test_weighing_seeds_leaves_the_random_streams_to_the_host() -> None:
+def test_evaluating_and_weighing_seeds_leave_the_random_streams_to_the_host() -> None:
     """Iterating a DataLoader draws from torch's; so does the next epoch's shuffle."""
 
-    def drawn_after(*blueprints: str) -> list[float]:
+    def drawn_after(*blueprints: str, evaluations: int = 1) -> list[float]:
         problem = make_problem()
         ((inputs, targets),) = problem.held_out.batches
         loader = DataLoader(TensorDataset(inputs, targets), batch_size=128)
@@ -722,11 +722,12 @@ def test_weighing_seeds_leaves_the_random_streams_to_the_host() -> None:
         torch.manual_seed(3)
         random.seed(3)
         np.random.seed(3)  # noqa: NPY002
-        growth.after_epoch(held_out)
+        for _ in range(evaluations):
+            growth.after_epoch(held_out)
         assert len(problem.recorder.of(AmplitudeSearched)) == len(blueprints)
         return [float(torch.rand(())), random.random(), np.random.random()]  # noqa: NPY002
 
-    assert drawn_after("mlp") == drawn_after()
+    assert drawn_after("mlp") == drawn_after() == drawn_after(evaluations=0)
 
 
 def test_a_seed_behind_a_host_that_is_frozen_can_get_in() -> None:

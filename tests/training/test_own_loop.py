@@ -88,6 +88,45 @@ def test_a_step_that_growth_was_not_told_of_is_an_error_at_the_decision(problem:
     growth.after_epoch(problem.held_out)
 
 
+def test_steps_that_growth_is_told_of_once_an_epoch_are_an_error_at_the_second_decision(
+    problem: Problem,
+) -> None:
+    growth = esper.Growth(problem.slots, problem.optimizer)
+    for _ in range(2):  # the first may be a loop that was broken off, and told properly afterwards
+        for _ in range(9):
+            step(problem)
+        growth.after_step()
+        growth.after_epoch(problem.held_out)
+        step(problem)
+        growth.after_step()
+        growth.after_epoch(problem.held_out)
+    for _ in range(9):
+        step(problem)
+    growth.after_step()
+    growth.after_epoch(problem.held_out)
+    for _ in range(9):
+        step(problem)
+    growth.after_step()
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"called once since .* Adam has made 9 steps"):
+            growth.after_epoch(problem.held_out)
+    assert growth.epoch == 5
+
+
+@pytest.mark.parametrize(("told", "steps"), [(1, 8), (2, 9)])
+def test_several_steps_on_a_batch_that_growth_is_told_of_together_are_no_error(
+    problem: Problem, told: int, steps: int
+) -> None:
+    growth = esper.Growth(problem.slots, problem.optimizer)
+    for _ in range(3):
+        for _ in range(told):
+            for _ in range(steps):
+                step(problem)
+            growth.after_step()
+        growth.after_epoch(problem.held_out)
+    assert growth.step == 3 * told
+
+
 def test_another_optimizer_than_growth_was_given_is_an_error(problem: Problem) -> None:
     other = torch.optim.SGD(problem.model.parameters(), lr=0.1)
     growth = esper.Growth(problem.slots, problem.optimizer)

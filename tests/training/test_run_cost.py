@@ -64,6 +64,15 @@ def test_counting_changes_no_bit() -> None:
         assert torch.equal(one, other)
 
 
+def test_asking_which_blueprints_fit_costs_nothing(problem: Problem) -> None:
+    """That is a forward of each on the meta device, remembered for an hour."""
+    growth = esper.Growth(
+        problem.slots, problem.optimizer, policy=esper.PlannedPolicy({}), count_flops=True
+    )
+    growth.after_epoch(lambda: 1.0)
+    assert growth.meter.cost.decision.flops == 0
+
+
 @pytest.mark.parametrize("reads_losses", [False, True])
 def test_flops_are_published_with_the_metrics(problem: Problem, *, reads_losses: bool) -> None:
     """Plain evaluations among them only where the policy decides by them."""

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from esper.blending.operators import SampleGate, operator_increment
 from esper.lifecycle.alpha import BlendOperator
+from esper.seeds.identity import scale_output_
 from esper.seeds.registry import Family
 from esper.seeds.seed import ContextualSeed, Seed
 from esper.slots.call_arguments import NO_ARGUMENTS, CallArguments
@@ -28,6 +29,9 @@ class SeedBranch(nn.Module):
         casts: The seed and its gate read the features and the call's arguments in the dtype of
             their own parameters. For hosts that autocast inside a module, and go on with its
             half-precision features outside.
+
+    Attributes:
+        rescaled: Product of the factors that `rescale` was given, for what follows the weights.
     """
 
     def __init__(
@@ -46,6 +50,7 @@ class SeedBranch(nn.Module):
         self.options = dict(options)
         self.blend_operator = blend_operator
         self.casts = casts
+        self.rescaled = 1.0
         self.seed = seed
         self.gate = (
             SampleGate(dim, channels_first=family is Family.CNN)
@@ -67,6 +72,12 @@ class SeedBranch(nn.Module):
     def param_count(self) -> int:
         """Parameters of the seed and its gate."""
         return sum(parameter.numel() for parameter in self.parameters())
+
+    def rescale(self, factor: float) -> None:
+        """Multiply the seed's output layers by a factor, in place."""
+        for layer in self.seed.output_layers:
+            scale_output_(layer, factor)
+        self.rescaled *= factor
 
     def forward(
         self,

@@ -66,7 +66,7 @@ def unchanged_buffers(model: nn.Module, *, besides: nn.Module | None = None) -> 
     # named_buffers() leaves out names without a tensor.
     tensors = [(module._buffers, dict(module._buffers)) for module in modules]  # noqa: SLF001
     kept = [
-        (buffer, _without_repeats(buffer).clone())
+        (buffer, without_repeats(buffer).clone())
         for _, buffers in tensors
         for buffer in buffers.values()
         if buffer is not None and not is_lazy(buffer)
@@ -76,7 +76,7 @@ def unchanged_buffers(model: nn.Module, *, besides: nn.Module | None = None) -> 
     finally:
         with torch.no_grad():
             for buffer, values in kept:
-                place = _without_repeats(buffer)
+                place = without_repeats(buffer)
                 if place.shape == values.shape:
                     place.copy_(values)
                 else:  # resized, as observers of quantisation are by their first features
@@ -152,7 +152,7 @@ def unchanged_parameters(model: nn.Module) -> Iterator[None]:
     are parameters that are no plain tensors: lazy, on the meta device, sparse, of another class.
     """
     kept = [
-        (parameter, parameter.data, _without_repeats(parameter.data).to("cpu", copy=True))
+        (parameter, parameter.data, without_repeats(parameter.data).to("cpu", copy=True))
         for parameter in model.parameters()
         if _has_plain_memory(parameter)
     ]
@@ -160,7 +160,7 @@ def unchanged_parameters(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for parameter, data, values in kept:
-            place = _without_repeats(data)
+            place = without_repeats(data)
             if not torch.equal(_bits(place.cpu()), _bits(values)):
                 place.copy_(values)
             if not parameter.is_set_to(data):
@@ -179,7 +179,7 @@ def _bits(tensor: Tensor) -> Tensor:
     return numbers.view(_INTEGERS[numbers.element_size()])
 
 
-def _without_repeats(tensor: Tensor) -> Tensor:
+def without_repeats(tensor: Tensor) -> Tensor:
     """Return a view of all memory of a tensor that `expand` may have made, each place once.
 
     torch refuses to write to a tensor in which a place is there twice.

@@ -96,7 +96,7 @@ class OptimizerBinding:
         """Slots that hold a living seed, with their groups; None after a change."""
         self._filled_of: list[dict[str, Any]] = []
         """The optimizer's groups that this was found in."""
-        self._stepped = False
+        self._untold_steps = 0
         before = len(optimizer.param_groups)
         for path in missing:
             self._add_group(path)
@@ -173,7 +173,7 @@ class OptimizerBinding:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from there."""
         self._steps = dict(state["steps"])
-        self._stepped = False
+        self._untold_steps = 0
 
     def regroup(self, removed: Sequence[SeedBranch]) -> None:
         """Bring the groups in step with slots that have become what they were.
@@ -201,13 +201,18 @@ class OptimizerBinding:
                     self._put(own[path] if lives else self._host_group(path), path, branch)
 
     @property
+    def untold_steps(self) -> int:
+        """How often the optimizer has stepped since a step was taken note of."""
+        return self._untold_steps
+
+    @property
     def has_stepped(self) -> bool:
-        """Whether the optimizer has stepped since a step was taken note of."""
-        return self._stepped
+        """Whether it has at all."""
+        return self._untold_steps > 0
 
     def take_step(self) -> bool:
         """Take note of a step, and return whether the optimizer has made it."""
-        stepped, self._stepped = self._stepped, False
+        stepped, self._untold_steps = self.has_stepped, 0
         return stepped
 
     def holds(self, parameter: Tensor) -> bool:
@@ -333,7 +338,7 @@ class OptimizerBinding:
             self._restore_learning_rates()
         if skips_step(optimizer):
             return
-        self._stepped = True
+        self._untold_steps += 1
         for slot, _ in self._filled_groups():
             if slot.stage is not SeedStage.GERMINATED:
                 self._steps[slot.path] += 1

@@ -33,7 +33,6 @@ from esper.lifecycle.stages import (
     next_stage,
 )
 from esper.seeds.graph_free_copy import graph_free_copy
-from esper.seeds.identity import scale_output_
 from esper.slots.branch import SeedBranch
 from esper.slots.committed_seed import CommittedSeed
 from esper.slots.config import choose, choose_curve
@@ -257,24 +256,24 @@ class SeedSlot(KeptSlot):
     @contextmanager
     def rescaled(self) -> Iterator[None]:
         """Run the block with the living seed scaled by its best amplitude, as blending will be."""
-        layers = self._living_branch().seed.output_layers
+        branch = self._living_branch()
+        layers, before = branch.seed.output_layers, branch.rescaled
         kept = [(p, p.detach().clone()) for layer in layers for p in layer.parameters()]
         self._rescale()
         try:
             yield
         finally:
+            branch.rescaled = before
             with torch.no_grad():
                 for parameter, values in kept:
                     parameter.copy_(values)
 
     def _rescale(self) -> list[Event]:
-        layers = self._living_branch().seed.output_layers
-        amplitude = self._life.measurements.best_amplitude
-        if amplitude in (None, 0.0, 1.0) or not layers:
+        branch, amplitude = self._living_branch(), self._life.measurements.best_amplitude
+        if amplitude in (None, 0.0, 1.0) or not branch.seed.output_layers:
             return []
         assert amplitude is not None
-        for layer in layers:
-            scale_output_(layer, amplitude)
+        branch.rescale(amplitude)
         return [SeedRescaled(slot=self.path, factor=amplitude)]
 
     def set_alpha_target(

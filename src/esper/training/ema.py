@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from esper.slots.branch import SeedBranch
 from esper.slots.sharded import local_part, sharded_like
 from esper.slots.slot_set import SlotSet
 
@@ -19,11 +20,12 @@ _FOREIGN = (
 class EMA:
     """Averages a growing model's parameters: `average = decay * average + (1 - decay) * weight`.
 
-    A seed's parameters join with the values that they have after their first step, stay when the
-    host takes the seed over, and leave with a seed that is pruned. They go where the weights go,
-    and have their dtype; of integers and of numbers of 8 bits the average is the value. Buffers, as
-    running statistics, are not averaged. Where other parameters take the names, as after
-    `load_state_dict(…, assign=True)`, their averages begin anew.
+    A seed's parameters join with the values that they have after their first step, are rescaled as
+    the seed is where it begins to blend, stay when the host takes the seed over, and leave with a
+    seed that is pruned. They go where the weights go, and have their dtype; of integers and of
+    numbers of 8 bits the average is the value. Buffers, as running statistics, are not averaged.
+    Where other parameters take the names, as after `load_state_dict(…, assign=True)`, their
+    averages begin anew.
 
     Args:
         slots: From `esper.attach`; their model is averaged.
@@ -61,10 +63,13 @@ class EMA:
         self._copied: list[tuple[Tensor, Tensor]] = []
         """Averages that are the value, with what that is."""
         self._structure: Hashable = None
+        self._scales = self._scales_now()
+        """By how much each seed was rescaled, when that was looked at last."""
         self._follow()
 
     def update(self) -> None:
         """Take the weights of a step into the average. No host–device synchronisation."""
+        self._scale_along()
         self._follow()
         with torch.no_grad():
             if self._mixed[0]:
@@ -81,8 +86,8 @@ class EMA:
         averages = self.averages()
         weights = dict(self.slots.model.named_parameters())
         kept = {name: weight.detach().clone() for name, weight in weights.items()}
-        _set(weights, averages)
         try:
+            _set(weights, averages)
             yield
         finally:
             _set(weights, kept)
@@ -92,6 +97,7 @@ class EMA:
 
         One that has not joined yet is there as it is.
         """
+        self._scale_along()
         return {
             name: self._averages[name] if self._weights.get(name) is weight else weight.detach()
             for name, weight in self.slots.model.named_parameters()
@@ -141,6 +147,7 @@ class EMA:
             for name, average in averages.items()
         }
         self._structure = None
+        self._scales = self._scales_now()
 
     def _names_of_living(self, weights: Mapping[str, nn.Parameter]) -> set[str]:
         """Return the names of what may not have joined yet."""
@@ -151,6 +158,22 @@ class EMA:
             for parameter in slot.living.parameters()
         }
         return {name for name, weight in weights.items() if weight in living}
+
+    def _scales_now(self) -> dict[SeedBranch, float]:
+        slots = self.slots.values()
+        branches = [slot.branch(index) for slot in slots for index in range(len(slot.branches))]
+        return {branch: branch.rescaled for branch in branches}
+
+    def _scale_along(self) -> None:
+        """Rescale the averages of seeds that were rescaled since."""
+        before, self._scales = self._scales, self._scales_now()
+        for branch, scale in self._scales.items():
+            factor = scale / before.get(branch, scale)
+            if factor != 1.0:
+                layers = branch.seed.output_layers
+                scaled = {parameter for layer in layers for parameter in layer.parameters()}
+                for name in [name for name, weight in self._weights.items() if weight in scaled]:
+                    self._averages[name].mul_(factor)
 
     def _follow(self) -> None:
         """Bring the averages in step with the parameters that the model has now."""

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from esper.slots.nested import tensors_in
+
 _Shape = Sequence[int]
 
 _ENCODER_LAYER_MASK = 15
@@ -19,8 +21,27 @@ _ENCODER_LAYER_MASK = 15
 
 
 def flop_counter() -> FlopCounterMode:
-    """Return torch's counter, which knows of these kernels too."""
-    return FlopCounterMode(display=False, custom_mapping=dict(_FORMULAS))
+    """Return torch's counter, which knows of these kernels too.
+
+    On the meta device, where it is asked which blueprints fit, nothing is computed, so that counts
+    as none.
+    """
+    counter = FlopCounterMode(display=False, custom_mapping=dict(_FORMULAS))
+    counter.flop_registry = {
+        operation: _none_on_meta(formula) for operation, formula in counter.flop_registry.items()
+    }
+    return counter
+
+
+def _none_on_meta(formula: Callable[..., int]) -> Callable[..., int]:
+    """Return a formula, as a counter calls it, that knows of the meta device."""
+
+    def counted(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
+        if any(tensor.is_meta for tensor in tensors_in(out_val)):
+            return 0
+        return formula(*args, out_val=out_val, **kwargs)
+
+    return counted
 
 
 def _attention_flops(query: _Shape, key: _Shape, value: _Shape, *_: Any, **__: Any) -> int:

@@ -165,7 +165,7 @@ class Growth:
         self._step_times.step()
         binding = self.slots.binding
         if binding is not None:
-            self._told_steps.add(made=binding.has_stepped)
+            self._told_steps.add(made=binding.untold_steps)
             if not binding.has_stepped:
                 self.meter.optimizer_has_skipped()
         events = self.slots.tick()
@@ -192,7 +192,7 @@ class Growth:
             RuntimeError: The optimizer has stepped without an `after_step` after it, or another one
                 than this is stepped.
 
-        Effects: waits for the device. Structure may change: the next backward must be a new step.
+        Effects: as `look`. Structure may change: the next backward must be a new step.
         """
         metrics = self.look(evaluate, train_loss=train_loss)
         try:
@@ -222,7 +222,7 @@ class Growth:
             RuntimeError: The last look was not concluded, or steps were not told of.
             Whatever is raised, the look counts for none.
 
-        Effects: waits for the device.
+        Effects: waits for the device. Random streams are left as they were.
         """
         if self.awaits_decision:
             raise RuntimeError(
@@ -283,7 +283,8 @@ class Growth:
         replication = self.slots.replication
         if replication is not None:  # before anything is attached
             replication.check_equal("the network", self._network())
-        with self.meter.evaluation():
+        # Iterating a DataLoader draws from torch's: how often a run evaluates would order its data.
+        with self.meter.evaluation(), forked_random_state(device_of(self.slots.model)):
             metrics = metrics_of(evaluate())
         if replication is not None:
             metrics = replication.from_first(metrics)
@@ -298,8 +299,7 @@ class Growth:
         for slot in self.slots.values():
             slot.measurements.host_learns = host_learns
         weighed = self._weighed()
-        device = device_of(self.slots.model)
-        with forked_random_state(device):  # a DataLoader draws from it whenever it is iterated
+        with forked_random_state(device_of(self.slots.model)):
             measured = probe_seeds(self.slots.model, weighed, evaluate, host_learns=host_learns)
         self.publish(measured)
         for path, slot in self.slots.items():

@@ -57,9 +57,12 @@ class GrowthDriver:
         self._losses.add(value.detach().float(), num_batches=num_batches)
 
     def after_step(self) -> None:
-        """Let one optimizer step pass."""
+        """Let one optimizer step pass; one that a loss scaler has skipped counts in no average."""
+        binding = self.growth.slots.binding
+        assert binding is not None
+        made = binding.has_stepped
         self.growth.after_step()
-        if self.ema is not None:
+        if self.ema is not None and made:
             self.ema.update()
 
     def decide(self, *, epoch_ends: bool) -> dict[str, float] | None:
@@ -116,11 +119,11 @@ class GrowthDriver:
         """
         binding = self.growth.slots.binding
         assert binding is not None
-        self.growth.load_state_dict(state["growth"])
-        order_parameters(binding.optimizer, self._model, state["trained"])
         if (state["ema"] is None) != (self.ema is None):
             had = "no average" if state["ema"] is None else "an average"
             raise ValueError(f"the run had {had} of its weights; make the callback as it was then")
+        self.growth.load_state_dict(state["growth"])
+        order_parameters(binding.optimizer, self._model, state["trained"])
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
         self._decided_at = state["decided_at"]

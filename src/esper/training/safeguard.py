@@ -3,9 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-from torch import nn
-
 from esper.lifecycle.events import RunWentBack, SeedBlamed
 from esper.lifecycle.stages import SeedStage
 from esper.slots.slot import SeedSlot
@@ -74,20 +71,6 @@ class Safeguard:
             )
         self._returns += 1
         return self._good, self._returns == 1
-
-    def mend_buffers(self, model: nn.Module) -> None:
-        """Give buffers that are not finite the values of the good snapshot.
-
-        A seed that emitted NaN has spoilt the running statistics behind it, though no step was
-        made.
-        """
-        if self._good is None:
-            return
-        kept = self._good["model"]
-        with torch.no_grad():
-            for name, buffer in model.named_buffers():
-                if name in kept and not torch.isfinite(buffer).all():
-                    buffer.copy_(kept[name])
 
 
 def suspects(slots: SlotSet) -> list[SeedSlot]:

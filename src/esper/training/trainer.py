@@ -444,7 +444,6 @@ class Trainer:
             growth.publish([event])
             reason = "steps are bad with it, and not without"
             growth.publish(growth.slots[event.slot].prune(reason=reason))
-            self._safeguard.mend_buffers(self.model)
             self.governor.begin_anew()
             return
         found = self._safeguard.way_back(growth.step)

@@ -20,6 +20,7 @@ from esper.training.governor import Governor
 from esper.training.growth import Growth
 from esper.training.loss_scaler import LossScaler
 from esper.training.precision import Precision, autocast
+from esper.training.running_statistics import RunningStatistics
 from esper.training.safeguard import blamed
 
 Batch = tuple[Any, Any]
@@ -64,6 +65,7 @@ class TrainingStep:
         self._slots = growth.slots
         self._governor = governor
         self._optimizer = binding.optimizer
+        self._statistics = RunningStatistics(growth.slots)
         self._max_gradient_norm = max_gradient_norm
         self._input_device = sole_device(model)
         self._autocast = functools.partial(autocast, device, precision)
@@ -84,13 +86,15 @@ class TrainingStep:
             batches: Whose gradients it takes together; each counts alike.
 
         Returns:
-            Their mean loss, 0-dim; None if the step was skipped, which is published.
+            Their mean loss, 0-dim; None if the step was skipped, which is published. Where the
+            governor refused it, running statistics are what they were before.
         """
         with self._growth.meter.step(batches):
             if self._under_way:  # the last one was interrupted, as by Ctrl-C in a notebook
                 self.scaler.drop()
                 self.drop_gradients()
             self._under_way = True
+            self._statistics.keep()
             total: Tensor | None = None
             for number, batch in enumerate(batches, start=1):
                 inputs, targets = to_device(batch, self._input_device)
@@ -114,6 +118,7 @@ class TrainingStep:
             if skipped is None:
                 skipped = self.scaler.step(self._optimizer)
             else:
+                self._statistics.put_back()
                 self.scaler.drop()
             self._governor.count(skipped)
             self.drop_gradients()
