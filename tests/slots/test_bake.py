@@ -222,6 +222,22 @@ def test_seeds_inside_a_transformer_layer_run_where_its_fast_path_would_pass_the
     assert model.activation_relu_or_gelu == 1, "of the copy alone"
 
 
+@pytest.mark.parametrize(
+    ("target", "seeds"), [("layers.0", ["mlp"]), ("layers.0", []), ("layers.0.self_attn", [])]
+)
+def test_a_transformer_layer_rounds_as_it_did_with_a_slot_in_it(
+    grown: Any, target: str, seeds: list[str]
+):
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0)
+    model, _ = grown(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), {target: seeds})
+    model.eval()
+    plain = esper.bake(model)
+    mask = nn.Transformer.generate_square_subsequent_mask(INPUTS.shape[1])
+    with torch.no_grad():
+        assert torch.equal(plain(INPUTS, mask=mask), model(INPUTS, mask=mask))
+    assert plain.layers[1].activation_relu_or_gelu == 1, "of the layer alone"
+
+
 @pytest.mark.parametrize("stage", [SeedStage.BLENDING, SeedStage.SHADOWING, SeedStage.PROBATIONARY])
 def test_an_undecided_seed_in_the_forward_path_is_refused(grown: Any, grow: Any, stage: SeedStage):
     model, slots = grown(Host(), {"layers.0": []})
@@ -383,6 +399,34 @@ def test_a_slot_inside_a_grown_module_is_baked_and_detached(grown: Any):
     esper.attach(fresh, "layers.0.module", example=INPUTS)
     esper.detach(fresh)
     assert torch.equal(fresh(INPUTS), model(INPUTS))
+
+
+class Part(nn.Sequential):
+    """Runs its children itself."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        return torch.tanh(self[0](features))
+
+
+def test_a_part_with_seeds_behind_itself_and_inside_is_baked(grown: Any):
+    model, _ = grown(
+        nn.Sequential(Part(nn.Linear(8, 8)), nn.Linear(8, 8)), {"0": ["mlp"], "0.0": ["lora"]}
+    )
+    model[0].register_forward_hook(lambda _module, _inputs, output: output * 2)
+    model[0]._ddp_params_and_buffers_to_ignore = ["0.weight"]  # the user's
+    plain = esper.bake(model[0])
+    assert torch.equal(plain(INPUTS), model[0](INPUTS))
+    assert plain._ddp_params_and_buffers_to_ignore == ["module.0.module.weight"]
+    assert isinstance(plain, GrownModule)
+    assert isinstance(plain.module[0], GrownModule)
+
+
+def test_what_is_baked_in_inference_mode_can_learn(grown: Any):
+    model, _ = grown(Host(), {"layers.0": ["mlp"]})
+    with torch.inference_mode():
+        plain = esper.bake(model)
+    plain(INPUTS).sum().backward()
+    assert all(parameter.grad is not None for parameter in plain.parameters())
 
 
 def test_a_pruned_linear_layer_is_not_folded(grown: Any):

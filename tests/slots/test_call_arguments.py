@@ -241,6 +241,20 @@ class Condition:
     embedding: Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class SlottedCondition:
+    """The same without a dictionary."""
+
+    embedding: Tensor
+
+
+@dataclass(frozen=True)
+class HalfSlottedCondition(SlottedCondition):
+    """The same with a dictionary, and the tensor beside it."""
+
+    scale: float = 1.0
+
+
 class AttributeDict(dict[str, Tensor]):
     """The same, by a common idiom, of which any attribute can be asked for."""
 
@@ -252,6 +266,36 @@ class Plain:
 
     def __init__(self, embedding: Tensor) -> None:
         self.embedding = embedding
+
+
+class SlottedPlain:
+    """The same without a dictionary."""
+
+    __slots__ = ("embedding",)
+
+    def __init__(self, embedding: Tensor) -> None:
+        self.embedding = embedding
+
+
+@dataclass
+class Holder:
+    """The same, one object farther in."""
+
+    held: Any
+
+    @property
+    def embedding(self) -> Tensor:
+        return self.held.embedding
+
+
+class PlainHolder(Plain):
+    """The same, in a circle."""
+
+    def __init__(self, embedding: Tensor) -> None:
+        self.held = Plain(embedding)
+        self.held.holders = [self]
+
+    embedding = Holder.embedding
 
 
 class Conditioned(nn.Module):
@@ -276,7 +320,16 @@ class ConditionedHost(nn.Module):
         return self.block(tokens, self.wrap(self.embed(condition)))
 
 
-@pytest.mark.parametrize("wrap", [Condition, lambda e: AttributeDict(embedding=e)])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        Condition,
+        SlottedCondition,
+        HalfSlottedCondition,
+        lambda e: Holder(Condition(e)),
+        lambda e: AttributeDict(embedding=e),
+    ],
+)
 def test_what_is_in_an_argument_is_detached_too(wrap: Callable[[Tensor], Any], bits_of: Any):
     torch.manual_seed(0)
     host, batch = ConditionedHost(wrap), (torch.randn(4, 4), torch.randn(4, 2))
@@ -294,17 +347,103 @@ def test_what_is_in_an_argument_is_detached_too(wrap: Callable[[Tensor], Any], b
         assert bits_of(with_seed[name].grad) == bits_of(parameter.grad)
 
 
-def test_an_argument_that_cannot_be_looked_into_is_refused_behind_the_host():
-    host, batch = ConditionedHost(Plain), (torch.randn(4, 4), torch.randn(1, 2))
+@pytest.mark.parametrize("wrap", [Plain, SlottedPlain, PlainHolder, lambda e: Holder(Plain(e))])
+def test_an_argument_that_cannot_be_looked_into_is_refused_behind_the_host(
+    wrap: Callable[[Tensor], Any],
+):
+    host, batch = ConditionedHost(wrap), (torch.randn(4, 4), torch.randn(1, 2))
     config = SlotConfig(isolation=Isolation.TRAINING)
     slot = esper.attach(host, "block", example=batch, config=config)["block"]
-    with pytest.raises(ValueError, match=r"reads argument 2, a Plain, whose tensors cannot be det"):
+    with pytest.raises(ValueError, match=r"reads argument 2, a \w+, whose tensors cannot be det"):
         slot.germinate("block", source="own")
     assert slot.seed is None
     slot.germinate("mlp")  # reads the features alone
-    live = ConditionedHost(Plain)
+    live = ConditionedHost(wrap)
     slots = esper.attach(live, "block", example=batch, config=SlotConfig(isolation="none"))
     slots["block"].germinate("block", source="own")
+
+
+class Biased(nn.Module):
+    """Adds a number to each head of its features, as attention does to its scores."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, tokens: Tensor, bias: Any) -> Tensor:
+        bias = bias.embedding if isinstance(bias, Plain) else bias
+        heads = tokens.unflatten(-1, (4, 2)).transpose(1, 2)
+        if len(bias) == len(heads) * 4:
+            bias = bias.unflatten(0, (-1, 4))
+        return self.linear((heads + bias).transpose(1, 2).flatten(2))
+
+
+class BiasedHost(nn.Module):
+    def __init__(self, bias: Callable[[int], Any]) -> None:
+        super().__init__()
+        self.block = Biased()
+        self.head = nn.Linear(8, 2)
+        self.bias = bias
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.block(tokens, self.bias(len(tokens))))
+
+
+@pytest.mark.parametrize(
+    ("bias", "batch"),
+    [
+        (lambda _: torch.ones(4, 3, 1), 4),
+        (lambda batch: torch.ones(4 * batch, 3, 1), 6),
+        (lambda batch: Plain(torch.ones(batch, 4, 3, 1)), 5),
+    ],
+    ids=["as many heads as samples", "each sample's heads", "in an object"],
+)
+def test_a_block_is_copied_whose_call_cannot_be_cut_to_some_samples(
+    bias: Callable[[int], Any], batch: int
+):
+    host, inputs = BiasedHost(bias), torch.randn(batch, 3, 8)
+    slot = esper.attach(host, "block", example=inputs)["block"]
+    slot.foreseen("block", source="own")
+    slot.germinate("block", source="own")
+    advance_to(slot, SeedStage.PROBATIONARY)
+    host(inputs).sum().backward()
+    assert not slot.failed
+
+
+class Propagating(nn.Module):
+    """A layer of a graph's network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, nodes: Tensor, adjacency: Tensor) -> Tensor:
+        return torch.sparse.mm(adjacency, self.linear(nodes))
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+@pytest.mark.parametrize("sparse", [Tensor.to_sparse, Tensor.to_sparse_csr])
+@pytest.mark.parametrize("order", [("mlp", {}), ("block", {"source": "own"})])
+def test_a_seed_grows_where_a_sparse_matrix_is_given(
+    order: tuple[str, dict[str, Any]], sparse: Callable[[Tensor], Tensor]
+):
+    class Graph(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = Propagating()
+            self.head = nn.Linear(4, 2)
+
+        def forward(self, nodes: Tensor, adjacency: Tensor) -> Tensor:
+            return self.head(torch.relu(self.layer(nodes, adjacency)))
+
+    host, example = Graph(), (torch.randn(5, 4), sparse(torch.eye(5)))
+    slot = esper.attach(host, "layer", example=example)["layer"]
+    assert "mlp" in [choice.name for choice in slot.state().choices]
+    blueprint, options = order
+    slot.germinate(blueprint, **options)
+    advance_to(slot, SeedStage.PROBATIONARY)
+    host(*example).sum().backward()
+    assert not slot.failed
 
 
 class StateCache(Cache):

@@ -1,5 +1,6 @@
 """Batches go to the model's device, and are left alone where there is nothing to move."""
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
 import pytest
@@ -16,6 +17,14 @@ CPU, META = torch.device("cpu"), torch.device("meta")
 class Pair(NamedTuple):
     tokens: Tensor
     mask: Tensor
+
+
+@dataclass(frozen=True)
+class Slotted:
+    """Has no dictionary, and no way to be copied but ours."""
+
+    __slots__ = ("tokens",)
+    tokens: Tensor
 
 
 class Encoding(dict[str, Any]):
@@ -40,6 +49,7 @@ BATCHES = [
     (torch.ones(2), [torch.zeros(1), "label"]),
     {"inputs": torch.ones(2), "number": 3},
     Pair(torch.ones(2), torch.zeros(2)),
+    Slotted(torch.ones(2)),
     Encoding(inputs=torch.ones(2)),
     (Encoding(inputs=torch.ones(2)), torch.zeros(2)),
 ]

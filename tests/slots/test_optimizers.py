@@ -580,6 +580,25 @@ def test_detaching_leaves_no_seed_in_the_optimizer() -> None:
     assert [len(group["params"]) for group in optimizer.param_groups] == [6, 0, 0]
 
 
+def test_detaching_a_part_leaves_the_optimizer_to_the_slots_that_stay(grow: Any) -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 2))
+    slots = esper.attach(model, ["0", "1"], example=torch.zeros(2, 4))
+    optimizer = OPTIMIZERS["SGD"](model.parameters())
+    slots.bind(optimizer)
+    slots["0"].germinate("mlp_small")
+    esper.detach(model[0])
+    assert list(slots) == ["1"]
+    grow(slots["1"], "mlp_small", SeedStage.PROBATIONARY)
+    before = copy.deepcopy(slots["1"].seed.state_dict())
+    model(torch.ones(2, 4)).sum().backward()
+    optimizer.step()
+    slots.tick()
+    after = slots["1"].seed.state_dict()
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    esper.detach(model)
+    assert slots.binding is None
+
+
 def test_groups_carry_parameter_names_where_the_optimizer_does(hosts: Any) -> None:
     case = hosts["mlp"]
     run = Run(case, lambda p: optim.SGD(case.build().parameters(), lr=0.1))

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import esper
 from esper import SeedStage, SlotConfig
@@ -229,6 +230,26 @@ def test_what_cannot_be_saved_leaves_nothing_behind(tmp_path: Path):
     assert [path.name for path in tmp_path.iterdir()] == ["learning"]
 
 
+def test_a_living_seed_is_left_out_where_its_weights_have_other_names_than_its_path(
+    tmp_path: Path,
+):
+    """As torch's wrapper for recomputing has them, which takes its own name out."""
+
+    def host() -> nn.Module:
+        return nn.Sequential(checkpoint_wrapper(nn.Sequential(nn.Linear(8, 8), nn.Tanh())))
+
+    path = "0._checkpoint_wrapped_module.0"
+    slots = esper.attach(host(), path, example=INPUTS)
+    for stage in (SeedStage.FOSSILIZED, SeedStage.GERMINATED):
+        slots[path].germinate("lora")
+        grow_to(slots[path], stage)
+    esper.save_pretrained(slots, tmp_path / "grown")
+    fresh = host()
+    again = esper.from_pretrained(fresh, tmp_path / "grown", example=INPUTS)
+    assert len(again[path].branches) == 1
+    assert torch.equal(fresh(INPUTS), slots.model(INPUTS))
+
+
 def test_a_folder_is_replaced_only_if_asked_and_kept_if_writing_fails(
     saved: tuple[esper.SlotSet, Path],
 ):
@@ -309,6 +330,13 @@ def test_views_strides_empty_and_odd_state_on_disk(tmp_path: Path):
     slots.model.register_buffer("edges", torch.eye(8).to_sparse())
     with pytest.raises(TypeError, match=r"'edges' in the state dict has the layout torch.sparse"):
         esper.save_pretrained(slots, tmp_path / "sparse")
+
+
+def test_a_dtype_that_no_file_can_hold_is_refused(tmp_path: Path):
+    slots = esper.attach(Host(), "first", example=INPUTS)
+    slots.model.register_buffer("scales", torch.ones(3, dtype=torch.complex128))
+    with pytest.raises(TypeError, match=r"'scales' in the state dict is of torch.complex128, wh"):
+        esper.save_pretrained(slots, tmp_path / "scaled")
 
 
 def test_only_saved_folders_are_replaced(

@@ -94,7 +94,8 @@ def detach(model: nn.Module) -> None:
     """Take every slot away; the model is bitwise what it would be without.
 
     Living seeds are pruned. Empty parameter groups stay in a bound optimizer, since schedulers
-    count them; a later `bind` uses them again.
+    count them; a later `bind` uses them again. Of a part of the model that was attached to, the
+    slots of the rest stay in their `SlotSet`, bound as they were.
 
     Raises:
         ValueError: The model has no slots, or a slot has committed seeds, which are the host's and
@@ -116,7 +117,10 @@ def detach(model: nn.Module) -> None:
             slot.prune(reason="detached")
     owners = [slot.owner for slot in slots if isinstance(slot.owner, SlotSet)]
     for owner in owners:  # afterwards, so that the optimizer has let go of every seed
-        owner.unbind()
+        if {slot for slot in find_slots(owner.model) if slot.owner is owner} <= set(slots):
+            owner.unbind()
+        else:
+            owner.drop(slots)
     for slot in slots:
         slot.release()
     remove_slots(model)

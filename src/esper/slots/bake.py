@@ -15,13 +15,15 @@ from esper.slots.placement import remove_slots, slot_behind, take_later_hooks
 from esper.slots.replication import rename_left_out
 
 
+@torch.inference_mode(mode=False)
 def bake(model: nn.Module, *, fold: bool = False) -> nn.Module:
     """Return a copy of a grown model that is an ordinary module again.
 
     A module with committed seeds behind it becomes a `GrownModule`; every other one is as it was,
     under the same state-dict keys. Seeds that are not in the forward path are left out. Of hooks
     there are the user's, and one on each GroupNorm of a library's own in a seed, a subclass of
-    torch's, whose backward could end the process on a CPU without it. The model itself is not
+    torch's, whose backward could end the process on a CPU without it. An encoder layer of torch's
+    that a slot stood in stays off its fast path, which rounds otherwise. The model itself is not
     changed and can go on growing.
 
     Args:
@@ -59,6 +61,7 @@ def bake(model: nn.Module, *, fold: bool = False) -> nn.Module:
         for path in grown
         if (slot := slot_behind(module := plain.get_submodule(path))) is not None
     }
+    _keep_off_fast_paths(plain)
     remove_slots(plain)
     give_forwards_back(plain)
     leave_no_hooks(plain)
@@ -74,13 +77,10 @@ def bake(model: nn.Module, *, fold: bool = False) -> nn.Module:
                 hook.function, with_kwargs=hook.with_kwargs, always_call=hook.always_call
             )
         if branches:
-            parent = plain.get_submodule(parent_path)
-            parent.add_module(name, whole)
             rename_left_out(plain, path, inner="module")
-            if isinstance(parent, nn.TransformerEncoderLayer):
-                # Its fast path would compute by its children's weights, and skip dropout and
-                # activation with what has grown behind them: a slot's hook has kept it off.
-                parent.activation_relu_or_gelu = 0
+            if not path:
+                return whole  # the last of them
+            plain.get_submodule(parent_path).add_module(name, whole)
     return plain
 
 
@@ -93,7 +93,18 @@ def _committed_branches(model: nn.Module) -> dict[str, list[SeedBranch]]:
             branches = list(slot.branches)[: slot.num_committed]
             found[path] = [branch for branch in branches if isinstance(branch, SeedBranch)]
     # An outer module is wrapped after those inside it, so that their paths still hold.
-    return dict(sorted(found.items(), key=lambda item: -item[0].count(".")))
+    return dict(sorted(found.items(), key=lambda item: (not item[0], -item[0].count("."))))
+
+
+def _keep_off_fast_paths(model: nn.Module) -> None:
+    """Let torch's encoder layers that a slot stands in compute without its hook as with it.
+
+    Their fast path rounds otherwise, and computes by its children's weights: it would skip dropout
+    and activation with what has grown behind them.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer) and find_slots(module):
+            module.activation_relu_or_gelu = 0
 
 
 def _fold(

@@ -1,6 +1,8 @@
 """What the host gave to the module in front of a slot, beyond the features."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import count
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +19,8 @@ class CallArguments(NamedTuple):
 
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] = {}
+    cut: frozenset[int] = frozenset()
+    """Places among its tensors of those that `kept` has taken the first samples of."""
 
     @classmethod
     def of_call(
@@ -120,12 +124,28 @@ class CallArguments(NamedTuple):
 
     def kept(self, batch: int, samples: int) -> "CallArguments":
         """Return copies on the CPU, of batched tensors the first samples only."""
+        places, cut = count(), set()
 
         def keep(tensor: Tensor) -> Tensor:
-            batched = tensor.ndim > 0 and tensor.shape[0] == batch
-            return (tensor[:samples] if batched else tensor).detach().cpu().clone()
+            place, dense = next(places), tensor.layout is torch.strided
+            if dense and tensor.ndim > 0 and tensor.shape[0] == batch:
+                cut.add(place)
+                tensor = tensor[:samples]
+            return tensor.detach().cpu().clone()
 
-        return CallArguments(*map_tensors(keep, (self.args, self.kwargs)))
+        args, kwargs = map_tensors(keep, (self.args, self.kwargs))
+        return CallArguments(args, kwargs, frozenset(cut))
+
+    def with_samples(self, number: int) -> "CallArguments":
+        """Return what `kept` returned with so many samples again; those it has come repeatedly."""
+        places = count()
+
+        def repeat(tensor: Tensor) -> Tensor:
+            if next(places) not in self.cut:
+                return tensor
+            return tensor[torch.arange(number) % len(tensor)]
+
+        return CallArguments(*map_tensors(repeat, (self.args, self.kwargs)))
 
 
 NO_ARGUMENTS = CallArguments()
@@ -176,12 +196,29 @@ def _is_cache(value: Any) -> bool:
     return hasattr(type(value), "get_seq_length")  # of a value it may be one of its keys
 
 
+_NOT_LOOKED_INTO = (Tensor, nn.Module, type, ModuleType)
+
+
 def _hides(value: Any) -> bool:
-    """Return whether an object that is no container has tensors with a gradient as attributes."""
-    if isinstance(value, (tuple, list)):
-        return any(map(_hides, value))
-    if isinstance(value, Mapping):
-        return any(map(_hides, value.values()))
-    if isinstance(value, (Tensor, nn.Module)) or is_record(value):
-        return False
-    return any(t.is_floating_point() for t in tensors_in(getattr(value, "__dict__", None)))
+    """Return whether an object that is no container holds floating-point tensors, however far in.
+
+    Modules, whose parameters are leaves, classes, and Python's own modules are not looked into.
+    """
+    waiting: list[tuple[Any, bool]] = [(value, False)]
+    seen: dict[tuple[int, bool], Any] = {}  # what was made here stays, or its id comes again
+    while waiting:
+        item, hidden = waiting.pop()
+        if isinstance(item, Tensor) and hidden and item.is_floating_point():
+            return True
+        if (id(item), hidden) in seen or isinstance(item, _NOT_LOOKED_INTO):
+            continue
+        seen[id(item), hidden] = item
+        if isinstance(item, (tuple, list)):
+            parts: Iterable[Any] = item
+        elif isinstance(item, Mapping):
+            parts = item.values()
+        else:
+            hidden = hidden or not is_record(item)
+            parts = [object.__getstate__(item)]  # its dictionary, its slots, or both
+        waiting += [(part, hidden) for part in parts]
+    return False

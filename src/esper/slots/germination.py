@@ -4,7 +4,7 @@ import time
 import warnings
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -225,6 +225,9 @@ def sprout(
 ) -> Sprout:
     """Build a branch, run it forward and backward once, and measure what G0 and G1 ask for.
 
+    A copy that fails on the samples that were kept of the call is tried on as many as there were:
+    not every argument has them in its first dimension, or is a tensor that can be cut.
+
     Args:
         order: What to build.
         random_seed: Fixes its initial weights.
@@ -233,6 +236,19 @@ def sprout(
     Effects: the random streams of CPU and device are left as they were; on a GPU the host waits
     for the device once.
     """
+    batch = order.layout.shape[0]
+    try:
+        return _sprout(order, random_seed, check_unshared)
+    except Exception:
+        if not order.copies_host or order.samples == batch:
+            raise
+    whole = replace(order, call=order.call.with_samples(batch), samples=batch)
+    return _sprout(whole, random_seed, check_unshared)
+
+
+def _sprout(
+    order: SeedOrder, random_seed: int, check_unshared: Callable[[nn.Module], None]
+) -> Sprout:
     with forked_random_state(order.device):
         seed_random_state(order.device, random_seed)
         branch = build_branch(order)

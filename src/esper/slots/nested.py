@@ -31,16 +31,24 @@ def _rebuilt(value: Any, part: Callable[[Any], Any]) -> Any:
             return type(value)(*items)
         return tuple(items) if isinstance(value, tuple) else items
     if is_record(value):
-        rebuilt = copy.copy(value)
-        for name, item in vars(value).items():
+        kind: Any = type(value)
+        rebuilt = kind.__new__(kind)  # copy() fails at a frozen one's slots
+        for name, item in _attributes(value).items():
             object.__setattr__(rebuilt, name, part(item))  # a frozen one too
         return rebuilt
     return value
 
 
 def is_record(value: Any) -> bool:
-    """Return whether a value is a dataclass's, with its fields in a dictionary."""
-    return dataclasses.is_dataclass(value) and hasattr(value, "__dict__")
+    """Return whether a value is a dataclass's."""
+    return dataclasses.is_dataclass(value) and not isinstance(value, type)
+
+
+def _attributes(record: Any) -> dict[str, Any]:
+    """Return a dataclass's fields, which may be slots, and what it has besides."""
+    names = [field.name for field in dataclasses.fields(record)]
+    fields = {name: getattr(record, name) for name in names if hasattr(record, name)}
+    return {**fields, **getattr(record, "__dict__", {})}
 
 
 def to_device(value: Any, device: torch.device | None) -> Any:
@@ -92,7 +100,7 @@ def _collect_leaves(value: Any, found: list[Any]) -> None:
         for item in value.values():
             _collect_leaves(item, found)
     elif is_record(value):
-        for item in vars(value).values():
+        for item in _attributes(value).values():
             _collect_leaves(item, found)
     else:
         found.append(value)

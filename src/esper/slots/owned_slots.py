@@ -2,7 +2,7 @@
 
 from __future__ import annotations  # so that help() says Event, and not all its classes
 
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from typing import Any
 from weakref import WeakSet
 
@@ -68,6 +68,13 @@ class OwnedSlots(Mapping[str, SeedSlot]):
     def add(self, slot: SeedSlot) -> None:
         """Take in a slot; `attach` does this."""
         self._slots[slot.path] = slot
+
+    def drop(self, slots: Iterable[SeedSlot]) -> None:
+        """Let go of those of the slots that are here; `detach` does this where others stay."""
+        for slot in slots:
+            if self._slots.get(slot.path) is slot:
+                del self._slots[slot.path]
+        self._note_seeds_changed()
 
     @property
     def sharded(self) -> bool:

@@ -353,15 +353,14 @@ def rename_left_out(model: nn.Module, path: str, inner: str) -> None:
 
     Args:
         model: That will be wrapped.
-        path: Of the outer one, which the module had.
+        path: Of the outer one, which the module had; empty where it is the model's.
         inner: Name of the module in it.
     """
     names = vars(model).get(_LEFT_OUT, [])
     if names:
+        prefix = f"{path}." if path else ""
         renamed = (
-            f"{path}.{inner}.{name.removeprefix(f'{path}.')}"
-            if name.startswith(f"{path}.")
-            else name
+            f"{prefix}{inner}.{name.removeprefix(prefix)}" if name.startswith(prefix) else name
             for name in names
         )
         setattr(model, _LEFT_OUT, type(names)(renamed))

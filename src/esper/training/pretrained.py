@@ -1,5 +1,6 @@
 """Grown models on disk: safetensors and JSON, the same topology in a fresh process."""
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,8 @@ def save_pretrained(slots: SlotSet, folder: str | Path, *, overwrite: bool = Fal
         DamagedFolderError: What is to be replaced is damaged; remove it, or choose another folder.
         ValueError: A living seed is in the forward path; commit or prune it first. Or the model is
             sharded.
-        TypeError: The state dict holds something that is no tensor, or a sparse one.
+        TypeError: The state dict holds something that is no tensor, a sparse one, or one of a dtype
+            that safetensors has not.
         pydantic_core.PydanticSerializationError: An option of a committed seed has no JSON form.
         In each case nothing is written.
     """
@@ -150,15 +152,16 @@ def _refuse_run_folder(folder: Path) -> None:
 
 def _weights_to_save(slots: SlotSet) -> dict[str, Tensor]:
     """Return the state dict without living seeds; of tied weights, the first name only."""
-    living = tuple(
-        f"{name}."
-        for name, module in slots.model.named_modules()
-        if any(module is slot.living for slot in slots.values())
-    )
+    living = {
+        id(tensor)  # not by name, as a hook on the host's state dict may rename
+        for slot in slots.values()
+        if slot.living is not None
+        for tensor in (*slot.living.parameters(), *slot.living.buffers())
+    }
     weights: dict[str, Tensor] = {}
     seen: set[tuple[int, torch.Size, tuple[int, ...]]] = set()
     storages: set[int] = set()
-    for name, tensor in slots.model.state_dict().items():
+    for name, tensor in slots.model.state_dict(keep_vars=True).items():
         if name == KEY:  # of a callback; what is committed is in the config
             continue
         if not isinstance(tensor, Tensor):
@@ -171,14 +174,30 @@ def _weights_to_save(slots: SlotSet) -> dict[str, Tensor]:
                 "are saved: register it with persistent=False, and make it in the host's __init__"
             )
         memory = (tensor.data_ptr(), tensor.shape, tensor.stride())
-        if (living and name.startswith(living)) or memory in seen:
+        if id(tensor) in living or memory in seen:
             continue
+        if not _can_be_kept(tensor.dtype):
+            raise TypeError(
+                f"{name!r} in the state dict is of {tensor.dtype}, which no safetensors file can "
+                "hold; let the host keep it in another dtype"
+            )
         seen.add(memory)
         storage = tensor.untyped_storage()
         alone = storage.nbytes() == tensor.nbytes and storage.data_ptr() not in storages
         storages.add(storage.data_ptr())
-        weights[name] = (tensor if alone else tensor.clone()).contiguous()
+        values = tensor.detach()
+        weights[name] = (values if alone else values.clone()).contiguous()
     return weights
+
+
+@functools.cache
+def _can_be_kept(dtype: torch.dtype) -> bool:
+    """Return whether safetensors writes and reads tensors of a dtype."""
+    try:
+        safetensors.torch.load(safetensors.torch.save({"": torch.empty(0, dtype=dtype)}))
+    except KeyError:
+        return False
+    return True
 
 
 def _read_config(file: Path) -> PretrainedConfig:
