@@ -19,7 +19,7 @@ from esper.lifecycle.events import (
 )
 from esper.lifecycle.stages import SeedStage
 from esper.telemetry import RunStore
-from served_runs import CONFIG, publish, skip, write_life
+from served_runs import CONFIG, publish, skip, write_life, write_run
 
 MARKUP = "[router] of [/tmp/sock] is :key:"
 
@@ -67,6 +67,15 @@ def test_what_a_run_in_somebodys_own_loop_did_not_tell_is_left_out(tmp_path: Pat
     head, life, _ = shown.output.split("\n\n")
     assert head == "my lm · killed"
     assert life.splitlines()[-1].split() == ["epoch", "4", "committed"]
+
+
+def test_a_run_that_decides_every_so_many_steps_is_told_in_decisions(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", trainer={"epochs": 3, "decision_interval_steps": 10})
+    shown = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["inspect", str(tmp_path / "run")])
+    assert shown.exit_code == 0, shown.output
+    assert "  decision   4  committed" in shown.output
+    assert "params  decisions  outcome" in shown.output
+    assert shown.output.count("epoch") == 1, "of the settings"
 
 
 def _at(store: RunStore, step: int, event: Event) -> None:

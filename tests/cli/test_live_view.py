@@ -6,10 +6,12 @@ import re
 import pytest
 from rich.console import Console
 
+from esper.cli.grow import choose_view
 from esper.cli.live_view import LiveView
 from esper.cli.views import Glance, slot_words
 from esper.experiments import load_run_config
 from esper.experiments.run import prepare
+from esper.lifecycle.events import EventRecord, RunResumed
 from esper.lifecycle.stages import SeedStage
 
 
@@ -20,7 +22,7 @@ class Watcher:
         self.now = 0.0
         self.pictures: list[str] = []
         self.console = Console(file=io.StringIO(), force_terminal=True, width=width)
-        self.view = LiveView(self.console, "digits", clock=lambda: self.now)
+        self.view = LiveView(self.console, "digits", unit="epoch", clock=lambda: self.now)
 
     def after_step(self, trainer: object) -> None:
         self.now += 1.0
@@ -42,6 +44,22 @@ def test_what_a_slot_holds_is_told_in_words() -> None:
         committed=1,
     )
     assert slot_words(glance) == "[stage1 FOSSILIZED, 1 committed]"
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+@pytest.mark.parametrize(
+    ("given", "unit"), [([], "epoch"), (["trainer.decision_interval_steps=5"], "decision")]
+)
+def test_an_event_is_told_by_what_its_epoch_counts(
+    given: list[str], unit: str, terminal: bool
+) -> None:
+    console = Console(file=io.StringIO(), force_terminal=terminal)
+    settings = load_run_config("digits", None, given, {})
+    view = choose_view(console, settings, quiet=False, as_json=False)
+    event = RunResumed(name="step-20")
+    view.publish(EventRecord(time_seconds=0.0, epoch=4, step=20, event=event))
+    told = str(view._events[0]) if isinstance(view, LiveView) else console.file.getvalue()
+    assert told.strip() == f"{unit} 4: goes on from checkpoint step-20"
 
 
 @pytest.mark.parametrize("width", [100, 60])

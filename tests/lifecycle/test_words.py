@@ -44,7 +44,7 @@ def test_a_commit_tells_what_the_seed_saves_or_that_nobody_weighed_it(
     )
     record = EventRecord(time_seconds=0.0, epoch=3, step=60, event=event)
     assert in_words(record) == f"norm committed in stage1, {told}"
-    assert notable(record) == f"epoch 3: norm committed in stage1, {told}"
+    assert notable(record, "decision") == f"decision 3: norm committed in stage1, {told}"
 
 
 @pytest.mark.parametrize(

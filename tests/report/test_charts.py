@@ -3,7 +3,9 @@
 import itertools
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,14 +14,28 @@ from esper.lifecycle.events import (
     ContributionMeasured,
     Event,
     EventRecord,
+    GateEvaluated,
+    GradientHealthMeasured,
     RunStarted,
     SeedGerminated,
+    StageChanged,
 )
+from esper.lifecycle.gates import Gate, GateInputs, GateThresholds, evaluate_gate
 from esper.lifecycle.learning import Isolation, SeedObjective
 from esper.lifecycle.stages import SeedStage
-from esper.report import Chart, Reference, RunStory, StoryTeller, draw_charts, run_charts, tell
+from esper.report import (
+    Chart,
+    Reference,
+    RunStory,
+    StoryTeller,
+    draw_charts,
+    new_figure,
+    png,
+    run_charts,
+    tell,
+)
 from esper.report.chart import STAGE_COLOURS, json_values, log_axis, si
-from esper.report.seed_charts import contribution_chart
+from esper.report.seed_charts import contribution_chart, gradient_chart
 from esper.report.story import AlphaRamp
 from esper.telemetry import RunReader
 from esper.telemetry.run_reader import MetricRow
@@ -123,42 +139,82 @@ def test_what_seeds_saved_is_what_was_measured(charts: dict[str, Chart], story: 
 def test_summary_names_who_saves_most_of_those_of_whom_it_is_known(
     fractions: tuple[float, ...], told: str
 ) -> None:
-    teller = StoryTeller()
-    teller.take(happened(RunStarted(slots=("a", "b", "c"), host_param_count=1)))
-    for slot, fraction in zip("abc", fractions, strict=False):
-        teller.take(
-            happened(
-                SeedGerminated(
-                    slot=slot,
-                    blueprint="norm",
-                    options={},
-                    param_count=1,
-                    blend_operator=BlendOperator.ADD,
-                    isolation=Isolation.NONE,
-                    objective=SeedObjective.PROXIMAL,
-                    prewarm_ms=0.0,
-                )
-            )
-        )
-        teller.take(
-            happened(
-                ContributionMeasured(
-                    slot=slot,
-                    stage=SeedStage.BLENDING,
-                    loss_with=1.0,
-                    loss_without=1.0,
-                    contribution_fraction=fraction,
-                    standard_error_fraction=None,
-                )
-            )
-        )
-    chart = contribution_chart(teller.story)
+    chart = contribution_chart(weighed(dict(zip("abc", fractions, strict=False))))
     assert chart is not None
     assert chart.summary.endswith(told)
 
 
-def happened(event: Event) -> EventRecord:
-    return EventRecord(time_seconds=0.0, epoch=0, step=0, event=event)
+@pytest.mark.parametrize(
+    ("limits", "told"),
+    [
+        (None, "per parameter. Here from 2 to 2."),
+        ((1e-4, 1e3), "below 0.0001 a seed learns nothing, above 1,000 it explodes. Here"),
+        ((0.5, 20.0), "below 0.5 a seed learns nothing, above 20 it explodes. Here"),
+    ],
+)
+def test_gradients_are_told_beside_what_the_run_asks_of_them(
+    limits: tuple[float, float] | None, told: str
+) -> None:
+    measured = GradientHealthMeasured(
+        slot="a",
+        host_norm=1.0,
+        seed_norm=2.0,
+        ratio=2.0,
+        nonfinite_steps=0,
+        vanishing=False,
+        exploding=False,
+    )
+    teller = StoryTeller()
+    for record in [*born("a"), happened(measured)]:
+        teller.take(record)
+    if limits is not None:
+        low, high = limits
+        thresholds = GateThresholds(min_gradient_ratio=low, max_gradient_ratio=high)
+        result = evaluate_gate(Gate.G2, GateInputs(), thresholds)
+        judged = GateEvaluated(
+            slot="a", blueprint="norm", to_stage=SeedStage.BLENDING, result=result
+        )
+        teller.take(happened(judged))
+    chart = gradient_chart(teller.story)
+    assert chart is not None
+    assert told in chart.summary
+
+
+def born(slot: str) -> list[EventRecord]:
+    stage = StageChanged(
+        slot=slot, blueprint="norm", from_stage=SeedStage.DORMANT, to_stage=SeedStage.GERMINATED
+    )
+    germinated = SeedGerminated(
+        slot=slot,
+        blueprint="norm",
+        options={},
+        param_count=1,
+        blend_operator=BlendOperator.ADD,
+        isolation=Isolation.NONE,
+        objective=SeedObjective.PROXIMAL,
+        prewarm_ms=0.0,
+    )
+    return [happened(stage), happened(germinated)]
+
+
+def weighed(fractions: Mapping[str, float]) -> RunStory:
+    """Return a story in which a seed in each slot saves a fraction of the loss."""
+    records = [happened(RunStarted(slots=tuple(fractions), host_param_count=1))]
+    for slot, fraction in fractions.items():
+        measured = ContributionMeasured(
+            slot=slot,
+            stage=SeedStage.BLENDING,
+            loss_with=1.0,
+            loss_without=1.0,
+            contribution_fraction=fraction,
+            standard_error_fraction=None,
+        )
+        records += [*born(slot), happened(measured, step=20)]
+    return tell(records)
+
+
+def happened(event: Event, step: int = 0) -> EventRecord:
+    return EventRecord(time_seconds=0.0, epoch=0, step=step, event=event)
 
 
 def test_size_follows_births_commits_and_prunings(story: RunStory) -> None:
@@ -308,3 +364,34 @@ def test_charts_are_drawn_as_one_png_too(charts: dict[str, Chart], tmp_path: Pat
     with pytest.raises(ValueError, match="nothing to draw"):
         draw_charts("nothing", [], tmp_path / "nothing.png")
     assert not (tmp_path / "nothing.png").exists()
+
+
+@pytest.mark.parametrize("num_slots", [2, 12])
+def test_a_png_names_each_slot_as_it_is_and_above_its_own_chart(
+    num_slots: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slots = ["_blocks.0", r"$\frac$", *(f"model.layers.{number}" for number in range(num_slots))]
+    drawn: list[Any] = []
+
+    def kept(width: float, height: float) -> Any:
+        drawn.append(new_figure(width, height))
+        return drawn[-1]
+
+    monkeypatch.setattr(png, "new_figure", kept)
+    grown, saving = run_charts(weighed(dict.fromkeys(slots, 0.1)), [])
+    draw_charts("a $run$", [grown, saving, saving], tmp_path / "run.png")
+    lanes, saved, _ = drawn[0].axes
+    assert [label.get_text() for label in lanes.get_yticklabels()] == slots
+    assert [text.get_text() for text in saved.get_legend().get_texts()] == slots
+    for axes in drawn[0].axes:
+        legend, under = axes.get_legend().get_window_extent(), axes.get_window_extent()
+        title = axes._left_title.get_window_extent()
+        assert legend.x1 <= under.x1
+        assert under.y1 <= legend.y0 < legend.y1 <= title.y0
+
+
+def test_slots_of_one_colour_have_marks_of_their_own() -> None:
+    chart = contribution_chart(weighed({f"layer.{number}": 0.1 for number in range(28)}))
+    assert chart is not None
+    marks = [(line["marker"]["color"], line["marker"]["symbol"]) for line in chart.figure["data"]]
+    assert len(set(marks)) == 28

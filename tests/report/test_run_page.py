@@ -27,7 +27,7 @@ from esper.lifecycle.words import CHECKS, needed
 from esper.report import RunStory, run_report
 from esper.report.run_page import duration
 from esper.telemetry import RunReader, RunStore
-from served_runs import publish, write_life
+from served_runs import publish, write_life, write_run
 
 WIDE, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
 
@@ -82,6 +82,16 @@ def test_every_check_of_every_gate_is_in_it(report: Path, story: RunStory) -> No
     for seed in story.seeds:
         assert f"{seed.blueprint} in {seed.slot}, epoch {seed.epoch}" in told
         assert seed.reason in told
+
+
+def test_a_run_that_decides_every_so_many_steps_is_told_in_decisions(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", trainer={"epochs": 3, "decision_interval_steps": 10})
+    content = run_report(RunReader(tmp_path / "run"))
+    words = Text(content).words
+    assert "conv_light in stage1, decision 2" in words
+    assert "decisions" in words
+    assert re.findall(r"\S*epochs?\b", " ".join(words)) == ["trainer.epochs"]
+    assert "epoch 2" not in content, "nor in a chart"
 
 
 def test_a_check_says_what_it_measures_to_who_points_at_it(report: Path) -> None:

@@ -10,7 +10,20 @@ from torch.nn.functional import mse_loss
 
 import esper
 from esper.lifecycle.actions import Germinate, Prune
-from esper.lifecycle.events import EventRecord, RunStarted, RunWentBack
+from esper.lifecycle.events import (
+    CheckpointDamaged,
+    Event,
+    EventRecord,
+    RunFailed,
+    RunFinished,
+    RunResumed,
+    RunStarted,
+    RunWentBack,
+    SeedCompiled,
+    SeedGerminated,
+    SinkLossesCounted,
+    TwinFinished,
+)
 from esper.lifecycle.gates import Gate
 from esper.lifecycle.stages import GROWTH_PATH, SeedStage
 from esper.report import RunStory, tell
@@ -130,6 +143,61 @@ def test_what_a_run_has_gone_back_behind_is_no_part_of_its_story(
     assert story.stages == untouched.stages
     assert story.param_counts == untouched.param_counts
     assert [met.step for met in story.interventions][-1] > to_step, "is told as what happened"
+
+
+@pytest.mark.parametrize(("bad_after", "snapshot_steps"), [(35, 10), (40, 16)])
+def test_a_seed_is_compiled_once_however_often_the_run_goes_back_behind_that(
+    bad_after: int, snapshot_steps: int
+) -> None:
+    records = []
+    for record in told_of_a_seed(bad_after=bad_after, snapshot_steps=snapshot_steps):
+        records.append(record)
+        if isinstance(record.event, SeedGerminated):
+            compiled = SeedCompiled(
+                slot="embed",
+                blueprint="mlp",
+                kinds=2,
+                checked=True,
+                source="store",
+                milliseconds=1.0,
+            )
+            records.append(record.model_copy(update={"event": compiled}))
+    assert sum(isinstance(record.event, SeedCompiled) for record in records) == 2
+    (seed,) = tell(records).seeds
+    assert len(seed.compiled) == 1
+
+
+TWIN = TwinFinished(
+    metrics={"loss": 0.5}, param_count=1, epochs=1, shared_steps=1, flops_fraction=1.0
+)
+
+
+@pytest.mark.parametrize(
+    ("events", "seconds"),
+    [
+        ([], None),
+        ([(5.0, RunStarted(slots=(), host_param_count=1))], 0.0),
+        (
+            [
+                (5.0, RunStarted(slots=(), host_param_count=1)),
+                (65.0, RunFailed(error="no")),
+                (50_000.0, CheckpointDamaged(name="step-2", error="no")),
+                (50_001.0, RunResumed(name="step-1")),
+                (50_031.0, RunFinished(metrics={"loss": 0.5}, param_count=1)),
+                (50_131.0, TWIN),
+                (50_132.0, SinkLossesCounted(sink="WandbSink", lost_calls=1)),
+            ],
+            90.0,
+        ),
+    ],
+)
+def test_a_run_took_neither_the_time_of_its_pauses_nor_that_of_its_twin(
+    events: list[tuple[float, Event]], seconds: float | None
+) -> None:
+    records = [
+        EventRecord(time_seconds=time, epoch=1, step=1, event=event) for time, event in events
+    ]
+    assert tell(records).seconds == seconds
 
 
 def test_a_seed_that_was_taken_out_for_another_reason_than_a_refusal_has_that_one() -> None:

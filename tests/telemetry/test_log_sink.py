@@ -7,6 +7,7 @@ import pytest
 from esper.lifecycle.events import (
     Event,
     GateEvaluated,
+    GradientHealthMeasured,
     IsolationViolated,
     RunWentBack,
     SeedCommitted,
@@ -42,8 +43,8 @@ def test_a_run_is_told_by_its_notable_events_and_nothing_by_the_step(
     told = [("esper", INFO, line) for line in caplog.messages]
     assert caplog.record_tuples == told
     (germinated, committed) = problem.recorder.of(SeedGerminated, SeedCommitted)
-    assert caplog.messages[0] == f"epoch 1: {germinated}"
-    assert caplog.messages[-1] == f"epoch 7: {committed}"
+    assert caplog.messages[0] == f"decision 1: {germinated}"
+    assert caplog.messages[-1] == f"decision 7: {committed}"
     assert len(told) < 10 < trainer.growth.step
 
 
@@ -59,9 +60,38 @@ def test_a_refusal_is_told_again_only_when_something_has_changed(
     for epoch, event in enumerate([both, still_both, first, still_first, pruned, first]):
         sink.publish(record(1, event, epoch))
     assert caplog.messages == [
-        "epoch 0: mlp in fc: G4 refused: a 0, needs >= 1; b 0, needs >= 1",
-        "epoch 2: mlp in fc: G4 refused: a 0.5, needs >= 1",
-        "epoch 5: mlp in fc: G4 refused: a 0.5, needs >= 1",
+        "decision 0: mlp in fc: G4 refused: a 0, needs >= 1; b 0, needs >= 1",
+        "decision 2: mlp in fc: G4 refused: a 0.5, needs >= 1",
+        "decision 5: mlp in fc: G4 refused: a 0.5, needs >= 1",
+    ]
+
+
+def health(ratio: float, *, nonfinite_steps: int = 0) -> GradientHealthMeasured:
+    return GradientHealthMeasured(
+        slot="fc",
+        host_norm=1.0,
+        seed_norm=ratio,
+        ratio=ratio,
+        nonfinite_steps=nonfinite_steps,
+        vanishing=False,
+        exploding=ratio > 1000.0,
+    )
+
+
+def test_a_gradient_that_is_not_as_it_should_be_warns_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    sink = LogSink()
+    for epoch, event in enumerate(
+        [health(2e4), health(3e4), health(1.0), health(4e4), health(5e4, nonfinite_steps=3)]
+    ):
+        sink.publish(record(1, event, epoch))
+    assert {level for _, level, _ in caplog.record_tuples} == {WARNING}
+    grown = "the gradient of the seed in fc is"
+    assert caplog.messages == [
+        f"decision 0: {grown} 2e+04 times the host's",
+        f"decision 3: {grown} 4e+04 times the host's",
+        f"decision 4: {grown} 5e+04 times the host's and was not finite in 3 steps",
     ]
 
 

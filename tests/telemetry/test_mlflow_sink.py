@@ -47,6 +47,14 @@ def test_run_is_read_back_from_the_local_store(tmp_path: Path) -> None:
     assert "epoch 1, step 20: norm pruned from layer.0: no use" in told
 
 
+def test_a_run_that_decides_every_so_many_steps_is_told_in_decisions(tmp_path: Path) -> None:
+    config = {"trainer": {"epochs": 3, "decision_interval_steps": 5}}
+    with MlflowSink(tmp_path, config=config) as sink:
+        tell_run(sink, PRUNED)
+    (file,) = tmp_path.rglob("events.txt")
+    assert "decision 1, step 20: norm pruned from layer.0: no use" in file.read_text()
+
+
 def test_what_was_flushed_is_in_the_store_while_the_run_goes_on(tmp_path: Path) -> None:
     sink = MlflowSink(tmp_path)
     sink.measure(1, 10, {"loss": 1.0})

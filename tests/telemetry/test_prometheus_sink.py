@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from esper.lifecycle.events import RunWentBack
 from esper.lifecycle.stages import SeedStage
 from esper.telemetry import PrometheusSink, TrackerError
-from tracked_run import COMMITTED, PRUNED, SLOT, alpha_reached, stage, tell_run
+from tracked_run import COMMITTED, PRUNED, SLOT, alpha_reached, health, record, stage, tell_run
 
 Series = tuple[str, frozenset[tuple[str, str]]]
 
@@ -71,6 +72,24 @@ def test_an_ended_seed_is_counted_and_its_values_are_gone(
     assert samples[series(f"esper_seeds_{word}_total", **IN_SLOT)] == 1.0
     assert series("esper_alpha", **IN_SLOT) not in samples
     assert series("esper_gradient_ratio", **IN_SLOT) not in samples
+
+
+def test_a_slot_is_served_as_it_stood_at_the_step_that_a_run_goes_back_to(
+    endpoint: PrometheusSink,
+) -> None:
+    for told in (
+        *(stage(10, SeedStage.TRAINING, SeedStage.BLENDING), alpha_reached(10, 0.25)),
+        *(stage(14, SeedStage.BLENDING, SeedStage.SHADOWING), alpha_reached(14), health(14)),
+        PRUNED,
+    ):
+        endpoint.publish(told)
+    for to_step, there, alpha in ((12, "blending", 0.25), (5, "training", None)):
+        went_back = RunWentBack(from_step=20, to_step=to_step, same_batches=True)
+        endpoint.publish(record(to_step, went_back))
+        samples = scrape(endpoint)
+        assert samples[series("esper_stage", **IN_SLOT, esper_stage=there)] == 1.0
+        assert samples.get(series("esper_alpha", **IN_SLOT)) == alpha
+        assert series("esper_gradient_ratio", **IN_SLOT) not in samples
 
 
 def test_the_number_of_series_does_not_grow_with_the_run(endpoint: PrometheusSink) -> None:

@@ -21,8 +21,9 @@ from esper.experiments.comparison import holds_comparison, read_comparison
 from esper.experiments.series_folder import SeriesFolderError
 from esper.lifecycle.events import EventSchemaError
 from esper.lifecycle.stages import GROWTH_PATH
-from esper.report.story import GateVisit, RunStory, SeedStory, StageVisit, tell
+from esper.report.story import GateVisit, RunStory, SeedStory, StageVisit, tell_run
 from esper.report.training_story import setting, tell_training
+from esper.telemetry.progress import Unit
 from esper.telemetry.run_folder import RunFolderError
 from esper.telemetry.run_kind import EVALUATION_FILE, training_settings
 from esper.telemetry.run_reader import RunReader
@@ -68,15 +69,14 @@ def inspect(
         if training_settings(reader.config()) is not None:
             _inspect_training(console, reader, as_json=as_json)
             return
-        records = reader.events()
         if as_json:
-            for record in records:
+            for record in reader.events():
                 print_json_line(console, record.model_dump(mode="json"))
             return
-        story = tell(records)
+        story = tell_run(reader)
         _print_head(console, reader, story)
         for seed in story.seeds:
-            _print_life(console, seed)
+            _print_life(console, seed, story.unit)
         console.print()
         print_seeds(console, story)
         if story.finished is not None and story.twin is not None:
@@ -185,14 +185,14 @@ def _order(visit: GateVisit | StageVisit) -> tuple[int, int, bool]:
     return visit.step, place, is_stage
 
 
-def _print_life(console: Console, seed: SeedStory) -> None:
+def _print_life(console: Console, seed: SeedStory, unit: Unit) -> None:
     blueprint, slot = (seed.blueprint, "bold"), (seed.slot, "bold")
     console.print()
     console.print(Text.assemble(blueprint, " in ", slot, f", {seed.param_count:,} parameters"))
     visits: list[GateVisit | StageVisit] = [*seed.gates, *seed.stages]
     visits.sort(key=_order)
     for visit in visits:
-        when = f"  epoch {visit.epoch:>3}  "
+        when = f"  {unit} {visit.epoch:>3}  "
         if isinstance(visit, StageVisit):
             console.print(Text(when) + Text(visit.stage.name, style=STAGE_STYLES[visit.stage]))
         else:
@@ -201,11 +201,11 @@ def _print_life(console: Console, seed: SeedStory) -> None:
     for measured in seed.contributions[-1:]:
         event = measured.event
         console.print(
-            f"  epoch {measured.epoch:>3}  held-out loss {event.loss_with:.4f} with it, "
+            f"  {unit} {measured.epoch:>3}  held-out loss {event.loss_with:.4f} with it, "
             f"{event.loss_without:.4f} without",
             highlight=False,
         )
     if seed.committed:
-        console.print(f"  epoch {seed.end_epoch:>3}  committed", style="green")
+        console.print(f"  {unit} {seed.end_epoch:>3}  committed", style="green")
     if seed.pruned_because is not None:
-        console.print(f"  epoch {seed.end_epoch:>3}  pruned: {seed.pruned_because}", style="red")
+        console.print(f"  {unit} {seed.end_epoch:>3}  pruned: {seed.pruned_because}", style="red")

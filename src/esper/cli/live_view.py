@@ -28,6 +28,7 @@ from esper.lifecycle.stages import LIVING_STAGES
 from esper.lifecycle.words import percent
 from esper.report.run_page import duration
 from esper.slots.slot_set import SlotSet
+from esper.telemetry.progress import Unit
 from esper.training.trainer import EpochReport
 
 _BAR_CELLS = 10
@@ -44,13 +45,20 @@ class LiveView(QuietView):
     Args:
         console: To draw on.
         title: Of the run.
+        unit: What its events' epochs count.
         clock: Monotonic seconds.
     """
 
     def __init__(
-        self, console: Console, title: str, *, clock: Callable[[], float] = time.monotonic
+        self,
+        console: Console,
+        title: str,
+        *,
+        unit: Unit,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._title = title
+        self._unit = unit
         self._clock = clock
         self._events: deque[Text] = deque(maxlen=_EVENT_LINES)
         self._last: EpochReport | None = None
@@ -80,7 +88,7 @@ class LiveView(QuietView):
 
     def publish(self, record: EventRecord) -> None:
         """Show the event if it is notable."""
-        words = notable(record)
+        words = notable(record, self._unit)
         if words is not None:
             style = {Priority.CRITICAL: "bold red", Priority.WARNING: "yellow"}
             self._events.append(Text(words, style=style.get(record.event.priority, "")))

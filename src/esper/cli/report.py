@@ -24,7 +24,7 @@ from esper.report import (
     draw_charts,
     run_charts,
     run_report,
-    tell,
+    tell_run,
     tell_training,
     training_charts,
     training_report,
@@ -82,7 +82,7 @@ def report(
             title, charts = _pictures(run, beside)
             _draw(title, _chosen(charts, only), png)
         target = out or run / REPORT_FILE
-        target.write_text(content, encoding="utf-8")
+        _write(target, content)
     except _CANNOT_SHOW as error:
         raise typer.BadParameter(str(error)) from error
     console.print(f"report   {target}", soft_wrap=True)
@@ -113,10 +113,15 @@ def leave_report(folder: Path) -> str:
     """Write the report into a folder of whatever kind, and tell where, or why not."""
     target = folder / REPORT_FILE
     try:
-        target.write_text(_page(folder), encoding="utf-8")
+        _write(target, _page(folder))
     except _CANNOT_SHOW as error:
         return f"no report: {error}"
     return f"report      {target}"
+
+
+def _write(target: Path, page: str) -> None:
+    """Write a page, with a ? for each byte of a folder's name that is no text."""
+    target.write_bytes(page.encode("utf-8", "replace"))
 
 
 def _page(folder: Path, beside: Path | None = None) -> str:
@@ -140,7 +145,7 @@ def _pictures(folder: Path, beside: Path | None) -> tuple[str, list[Chart]]:
     if training_settings(reader.config()) is not None:
         training = tell_training(reader)
         return training_title(task, training), training_charts(training)
-    story = tell(reader.events())
+    story = tell_run(reader)
     charts = run_charts(story, reader.metrics(), references=_references(reader, beside))
     return f"{task} · {growth_words(story)}", charts
 

@@ -72,7 +72,7 @@ def _seeds_table(story: RunStory) -> Table:
     for name in ("slot", "seed"):
         table.add_column(name, no_wrap=True, overflow="ellipsis")
     table.add_column("params", justify="right", no_wrap=True)
-    table.add_column("epochs", no_wrap=True)
+    table.add_column(f"{story.unit}s", no_wrap=True)
     table.add_column("outcome", no_wrap=True)
     table.add_column("saves", justify="right", no_wrap=True)
     table.add_column("why", overflow="fold", ratio=1)
@@ -105,8 +105,8 @@ def networks_table(rows: Mapping[str, tuple[int, Mapping[str, float]]]) -> Table
 
 def print_compiled(console: Console, story: RunStory) -> None:
     """Print how many seeds ran compiled, and what to do if none was ready in its time."""
-    ready, seeds = len(story.compiled), len(story.seeds)
-    if ready == 0 and seeds > 0:
+    ready, seeds = [seed for seed in story.seeds if seed.compiled], len(story.seeds)
+    if not ready and seeds > 0:
         console.print(
             "no seed ran compiled: none was ready before it ended, or compiling failed; esper "
             "compile does it before a run, and --set compile.ahead=false waits for the compiler",
@@ -114,13 +114,13 @@ def print_compiled(console: Console, story: RunStory) -> None:
             highlight=False,
         )
         return
-    counts = Counter(event.source for event in story.compiled)
+    counts = Counter(seed.compiled[0].source for seed in ready)
     told = ", ".join(
         f"{counts[source]} {words}" for source, words in _COMPILED_BY.items() if counts[source]
     )
-    held_up = sum(event.milliseconds for event in story.compiled) / 1e3
+    held_up = sum(event.milliseconds for seed in ready for event in seed.compiled) / 1e3
     console.print(
-        f"compiled     {ready} of {seeds} seeds ({told}); held up {held_up:.1f} s in all"
+        f"compiled     {len(ready)} of {seeds} seeds ({told}); held up {held_up:.1f} s in all"
         if ready
         else "compiled     the host; nothing germinated",
         highlight=False,

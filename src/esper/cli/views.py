@@ -14,6 +14,7 @@ from esper.lifecycle.notable import notable
 from esper.lifecycle.stages import LIVING_STAGES, SeedStage
 from esper.slots.slot import SeedSlot
 from esper.slots.slot_set import SlotSet
+from esper.telemetry.progress import Unit
 from esper.training.trainer import EpochReport
 
 STAGE_STYLES = {
@@ -128,10 +129,16 @@ class QuietView:
 
 
 class LinesView(QuietView):
-    """One line per epoch and one per notable event, for pipes and logs."""
+    """One line per epoch and one per notable event, for pipes and logs.
 
-    def __init__(self, console: Console) -> None:
+    Args:
+        console: To print to.
+        unit: What the events' epochs count.
+    """
+
+    def __init__(self, console: Console, *, unit: Unit) -> None:
         self._console = console
+        self._unit = unit
 
     def epoch(self, report: EpochReport, slots: SlotSet) -> None:
         """Print the epoch."""
@@ -141,7 +148,7 @@ class LinesView(QuietView):
 
     def publish(self, record: EventRecord) -> None:
         """Print the event if it is notable."""
-        words = notable(record)
+        words = notable(record, self._unit)
         if words is not None:
             self._console.print(f"  {words}", soft_wrap=True)
 

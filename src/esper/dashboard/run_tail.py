@@ -6,19 +6,19 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from esper.dashboard.progress import progress_of
 from esper.dashboard.run_folders import as_text
 from esper.lifecycle.events import EventRecord, Priority, RunFinished, RunStarted
 from esper.lifecycle.notable import in_words
 from esper.lifecycle.stages import LIVING_STAGES, SeedStage
 from esper.report.chart import STAGE_COLOURS, Chart
 from esper.report.charts import run_charts
-from esper.report.story import RunStory, SeedStory, StoryTeller
+from esper.report.story import SeedStory, StoryTeller
 from esper.report.training_charts import training_charts
 from esper.report.training_page import training_figures
 from esper.report.training_story import TrainingStory
+from esper.telemetry.progress import Unit, progress_of
 from esper.telemetry.run_kind import training_settings
 from esper.telemetry.run_reader import MetricRow, RunGlance, RunReader
 
@@ -75,7 +75,7 @@ class Figures:
         params: Of the network as it stands, living seeds included; None if that is not known.
         metrics: The last of each that was measured.
         test_metrics: Once the run has finished.
-        seconds: From the first event to the last.
+        seconds: That the run went on, as `RunStory` has it.
     """
 
     host_params: int | None
@@ -109,7 +109,7 @@ class TailState:
     version: str
     telling: str
     unread: int
-    unit: Literal["epoch", "decision", "rollout"]
+    unit: Unit
     config: Mapping[str, Any]
     figures: Figures | None
     training_figures: list[tuple[str, str, str]]
@@ -139,7 +139,7 @@ class RunTail:
         self._life = life
         settings = training_settings(self._config)
         self._training = None if settings is None else TrainingStory(settings=settings)
-        self._teller = StoryTeller()
+        self._teller = StoryTeller(progress_of(self._config).unit)
         self._lines: deque[EventLine] = deque(maxlen=_MAX_LINES)
         self._metrics: list[MetricRow] = []
         self._last_values: dict[str, float] = {}
@@ -215,7 +215,7 @@ class RunTail:
                 version=self._version,
                 telling=self._telling,
                 unread=self._unread,
-                unit=progress_of(self._config).unit,
+                unit=self._teller.story.unit,
                 config=self._config,
                 figures=self._figures() if self._training is None else None,
                 training_figures=(
@@ -262,7 +262,7 @@ class RunTail:
             params=counts[0] if counts else None,
             epoch=last.epoch if last is not None else 0,
             step=max(story.last_step, last.step if last is not None else 0),
-            seconds=_span(story),
+            seconds=story.seconds if math.isfinite(story.seconds or 0.0) else None,
             metrics=dict(self._last_values),
             test_metrics=finished.metrics if finished is not None else None,
             twin_metrics=twin.metrics if twin is not None else None,
@@ -315,13 +315,6 @@ def _refused(seed: SeedStory, since_epoch: int) -> str | None:
     if visit is None or visit.event.result.passed or visit.epoch < since_epoch:
         return None
     return seed.reason
-
-
-def _span(story: RunStory) -> float | None:
-    if story.first_seconds is None or story.last_seconds is None:
-        return None
-    span = story.last_seconds - story.first_seconds
-    return span if math.isfinite(span) else None
 
 
 def _words(record: EventRecord) -> str | None:

@@ -10,12 +10,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from esper.dashboard.progress import progress_of, whole_number
 from esper.dashboard.run_folders import as_text
 from esper.dashboard.seed_story import seed_story
 from esper.dashboard.trend import Trend
 from esper.lifecycle.events import EventSchemaError
 from esper.report.training_story import RETURN, TRAINING_WORDS, planned_steps
+from esper.telemetry.progress import progress_of, whole_number
 from esper.telemetry.run_folder import CONFIG_FILE, DATABASE_FILE, RunFolderError, is_written
 from esper.telemetry.run_kind import training_settings
 from esper.telemetry.run_reader import RunReader, standing

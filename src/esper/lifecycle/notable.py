@@ -44,13 +44,17 @@ _TOLD = (
 )
 
 
-def notable(record: EventRecord) -> str | None:
+def notable(record: EventRecord, unit: str) -> str | None:
     """Return an event with its epoch if a person at the terminal would want to know, else None.
 
     Of an error that ends the run the program itself tells.
+
+    Args:
+        record: The event.
+        unit: What its epoch counts.
     """
     words = None if isinstance(record.event, RunFailed) else in_words(record)
-    return None if words is None else f"epoch {record.epoch}: {words}"
+    return None if words is None else f"{unit} {record.epoch}: {words}"
 
 
 def in_words(record: EventRecord) -> str | None:

@@ -6,7 +6,7 @@ from esper.report.cost_charts import Reference
 from esper.report.figure import new_figure
 from esper.report.png import draw_charts
 from esper.report.run_page import run_report
-from esper.report.story import RunStory, SeedStory, StoryTeller, tell
+from esper.report.story import RunStory, SeedStory, StoryTeller, tell, tell_run
 from esper.report.training_charts import training_charts
 from esper.report.training_page import training_report
 from esper.report.training_story import TrainingStory, tell_training
@@ -23,6 +23,7 @@ __all__ = [
     "run_charts",
     "run_report",
     "tell",
+    "tell_run",
     "tell_training",
     "training_charts",
     "training_report",

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from esper.lifecycle.stages import SeedStage
 from esper.report.story import RunStory, SeedStory
+from esper.telemetry.progress import Unit
 
 Trace = dict[str, Any]
 Point = TypeVar("Point")
@@ -154,9 +155,9 @@ def thinned(points: Sequence[Point]) -> list[Point]:
     return [points[round(index * stride)] for index in range(_MAX_POINTS)]
 
 
-def seed_name(seed: SeedStory) -> str:
+def seed_name(seed: SeedStory, unit: Unit) -> str:
     """Return what tells a seed from others: its blueprint, its slot, and when it germinated."""
-    return f"{seed.blueprint} in {seed.slot}, epoch {seed.epoch}"
+    return f"{seed.blueprint} in {seed.slot}, {unit} {seed.epoch}"
 
 
 def si(value: float) -> str:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import accumulate, pairwise
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -33,6 +34,14 @@ _PIXELS_PER_INCH = 100.0
 _POINTS_PER_PIXEL = 0.62
 _WIDTH_INCHES = 10.4
 _TITLE_INCHES = 0.75
+_POINTS_PER_INCH = 72.0
+_NAME_POINTS = 7.5
+"""Size of the letters of a legend."""
+_NAME_ROW_POINTS = 11.6
+_BESIDE_NAME_POINTS, _BETWEEN_NAMES_POINTS = 13.5, 9.0
+"""What a legend has left of each name, and between its columns, with the sizes that it is given."""
+_HALF_POINTS, _WHOLE_POINTS = 290.0, 600.0
+"""Room for a legend above a chart that has a neighbour, and above one that has none."""
 _EARLY, _LATE = "#a9c3e0", "#3470ad"
 
 
@@ -55,20 +64,62 @@ def draw_charts(title: str, charts: Sequence[Chart], target: Path) -> None:
     """
     if not charts:
         raise NothingToDrawError("there is nothing to draw: nothing was measured yet")
-    rows = _rows(charts)
-    heights = [
-        max(chart.figure["layout"]["height"] for chart in row) / _PIXELS_PER_INCH + _TITLE_INCHES
-        for row in rows
-    ]
-    figure = new_figure(_WIDTH_INCHES, sum(heights) + 0.5)
+    figure = new_figure(_WIDTH_INCHES, 1.0)
+    from matplotlib import rc_context  # noqa: PLC0415 – an extra, which new_figure has asked for
+
+    with rc_context({"text.parse_math": False}):  # a $ in a name is one
+        _draw_rows(figure, title, _rows(charts))
+        figure.savefig(target, metadata={"Software": None})
+
+
+def _draw_rows(figure: Any, title: str, rows: Sequence[Sequence[Chart]]) -> None:
+    columns = [[_legend_columns(chart, alone=len(row) == 1) for chart in row] for row in rows]
+    heights = [max(map(_inches, row, counts)) for row, counts in zip(rows, columns, strict=True)]
+    figure.set_size_inches(_WIDTH_INCHES, sum(heights) + 0.5)
     figure.set_layout_engine("constrained", h_pad=0.12, w_pad=0.14, hspace=0.05, wspace=0.03)
     figure.suptitle(title, x=0.016, ha="left", color=_INK, fontsize=14, weight="bold")
     grid = figure.add_gridspec(len(rows), 2, height_ratios=heights)
     for index, row in enumerate(rows):
         for column, chart in enumerate(row):
             place = grid[index, :] if len(row) == 1 else grid[index, column]
-            _draw(figure.add_subplot(place), chart)
-    figure.savefig(target, metadata={"Software": None})
+            _draw(figure.add_subplot(place), chart, columns[index][column])
+
+
+def _named(chart: Chart) -> list[str]:
+    """Return the names in a chart's legend."""
+    traces: Sequence[Trace] = chart.figure["data"]
+    return [trace["name"] for trace in traces if trace.get("showlegend", True)]
+
+
+def _legend_columns(chart: Chart, *, alone: bool) -> int:
+    """Return in how many columns, filled one after the other, a chart's legend has room."""
+    from matplotlib.font_manager import FontProperties  # noqa: PLC0415 – an extra
+    from matplotlib.textpath import text_to_path  # noqa: PLC0415
+
+    font = FontProperties(size=_NAME_POINTS)
+    measure = text_to_path.get_text_width_height_descent
+    sizes = [measure(name, font, ismath=False) for name in _named(chart)]
+    widths = [width + _BESIDE_NAME_POINTS for width, _, _ in sizes]
+    room = _WHOLE_POINTS if alone else _HALF_POINTS
+    for columns in range(len(widths), 1, -1):
+        short, longer = divmod(len(widths), columns)
+        ends = list(accumulate(short + (index < longer) for index in range(columns)))
+        widest = [max(widths[start:end]) for start, end in pairwise([0, *ends])]
+        if sum(widest) + (columns - 1) * _BETWEEN_NAMES_POINTS <= room:
+            return columns
+    return 1
+
+
+def _lines_above(chart: Chart, columns: int) -> float:
+    """Return the height of a legend without its first line, in points."""
+    lines = math.ceil(len(_named(chart)) / columns)
+    return max(0, lines - 1) * _NAME_ROW_POINTS
+
+
+def _inches(chart: Chart, columns: int) -> float:
+    """Return the height of a chart with its title and its legend."""
+    height: float = chart.figure["layout"]["height"] / _PIXELS_PER_INCH
+    return height + _TITLE_INCHES + _lines_above(chart, columns) / _POINTS_PER_INCH
 
 
 def _rows(charts: Sequence[Chart]) -> list[list[Chart]]:
@@ -82,14 +133,13 @@ def _rows(charts: Sequence[Chart]) -> list[list[Chart]]:
     return rows
 
 
-def _draw(axes: Any, chart: Chart) -> None:
+def _draw(axes: Any, chart: Chart, legend_columns: int) -> None:
     layout = chart.figure["layout"]
-    traces: Sequence[Trace] = chart.figure["data"]
-    for trace in traces:
-        if trace["type"] == "bar":
-            _draw_bars(axes, trace)
-        else:
-            _draw_points(axes, trace)
+    shown: list[Any] = []
+    for trace in chart.figure["data"]:
+        drawn = (_draw_bars if trace["type"] == "bar" else _draw_points)(axes, trace)
+        if trace.get("showlegend", True):
+            shown.append(drawn)
     _set_axis(axes, "x", layout["xaxis"])
     _set_axis(axes, "y", layout["yaxis"])
     for side in ("top", "right"):
@@ -98,23 +148,33 @@ def _draw(axes: Any, chart: Chart) -> None:
         axes.spines[side].set_color(_LINE)
     axes.tick_params(colors=_INK, labelsize=8, which="both", length=0)
     axes.set_axisbelow(True)
-    axes.set_title(chart.title, loc="left", color=_INK, fontsize=10.5, weight="bold", pad=22)
-    axes.legend(
+    pad = 22 + _lines_above(chart, legend_columns)
+    axes.set_title(chart.title, loc="left", color=_INK, fontsize=10.5, weight="bold", pad=pad)
+    _draw_legend(axes, shown, _named(chart), legend_columns)
+
+
+def _draw_legend(axes: Any, shown: Sequence[Any], names: Sequence[str], columns: int) -> None:
+    legend = axes.legend(
+        shown,
+        [""] * len(shown),  # one that begins with _ would be left out
         frameon=False,
-        fontsize=7.5,
-        ncols=max(1, len(traces)),
+        fontsize=_NAME_POINTS,
+        ncols=columns,
         loc="lower left",
-        bbox_to_anchor=(-0.01, 0.99),
+        bbox_to_anchor=(-0.01, 1.0),
         borderaxespad=0.0,
         columnspacing=1.2,
         handletextpad=0.4,
         handlelength=1.4,
         labelcolor=_INK,
     )
+    legend.set_in_layout(False)  # the title above it makes room
+    for text, name in zip(legend.get_texts(), names, strict=True):
+        text.set_text(name)
 
 
-def _draw_bars(axes: Any, trace: Trace) -> None:
-    axes.barh(
+def _draw_bars(axes: Any, trace: Trace) -> Any:
+    return axes.barh(
         trace["y"],
         trace["x"],
         left=trace["base"],
@@ -122,14 +182,12 @@ def _draw_bars(axes: Any, trace: Trace) -> None:
         color=_colour(trace["marker"]["color"]),
         alpha=trace.get("opacity", 1.0),
         linewidth=0,
-        label=trace["name"],
     )
 
 
-def _draw_points(axes: Any, trace: Trace) -> None:
+def _draw_points(axes: Any, trace: Trace) -> Any:
     x, y = _numbers(trace["x"]), _numbers(trace["y"])
     mode, marker, line = trace["mode"], trace.get("marker", {}), trace.get("line", {})
-    shown = {"label": trace["name"] if trace.get("showlegend", True) else None}
     colour = marker.get("color", line.get("color"))
     size = marker.get("size", 6) * _POINTS_PER_PIXEL
     symbol = _MARKERS[marker.get("symbol", "circle")]
@@ -137,9 +195,8 @@ def _draw_points(axes: Any, trace: Trace) -> None:
         from matplotlib.colors import LinearSegmentedColormap  # noqa: PLC0415 – an extra
 
         by_time = LinearSegmentedColormap.from_list("time", [_EARLY, _LATE])
-        axes.scatter(x, y, c=colour, cmap=by_time, s=size**2, linewidths=0, **shown)
-        return
-    axes.plot(
+        return axes.scatter(x, y, c=colour, cmap=by_time, s=size**2, linewidths=0)
+    (drawn,) = axes.plot(
         x,
         y,
         color=_colour(line.get("color", colour)),
@@ -151,7 +208,6 @@ def _draw_points(axes: Any, trace: Trace) -> None:
         markeredgecolor=_colour(colour),
         markeredgewidth=2.0 if symbol == "x" else 0.8,
         zorder=3 if mode == "markers" else 2,
-        **shown,
     )
     _draw_errors(axes, x, y, trace)
     if "text" in mode:
@@ -165,6 +221,7 @@ def _draw_points(axes: Any, trace: Trace) -> None:
                 fontsize=7.5,
                 color=_colour(trace["textfont"]["color"]),
             )
+    return drawn
 
 
 def _draw_errors(axes: Any, x: Sequence[float], y: Sequence[float], trace: Trace) -> None:

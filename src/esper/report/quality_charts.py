@@ -16,7 +16,7 @@ from esper.report.chart import (
     log_axis,
     seed_name,
 )
-from esper.report.story import RunStory, SeedStory
+from esper.report.story import RunStory
 
 
 def loss_chart(story: RunStory, series: Series) -> Chart | None:
@@ -62,9 +62,10 @@ def _event_marks(story: RunStory, points: Sequence[tuple[int, float]]) -> list[T
     }
     marks: dict[str, list[tuple[int, float, str]]] = {}
     for seed in story.seeds:
-        marks.setdefault("germinated", []).append(_on_curve(points, seed.step, seed))
+        name = seed_name(seed, story.unit)
+        marks.setdefault("germinated", []).append((*_on_curve(points, seed.step), name))
         if seed.end_step is not None:
-            marks.setdefault(seed.outcome, []).append(_on_curve(points, seed.end_step, seed))
+            marks.setdefault(seed.outcome, []).append((*_on_curve(points, seed.end_step), name))
     return [
         {
             "type": "scatter",
@@ -86,18 +87,16 @@ def _event_marks(story: RunStory, points: Sequence[tuple[int, float]]) -> list[T
     ]
 
 
-def _on_curve(
-    points: Sequence[tuple[int, float]], step: int, seed: SeedStory
-) -> tuple[int, float, str]:
+def _on_curve(points: Sequence[tuple[int, float]], step: int) -> tuple[int, float]:
     """Return a step with the curve's value there, or at its nearest end."""
     before = points[0]
     for point in points:
         if point[0] >= step:
             span = point[0] - before[0]
             share = (step - before[0]) / span if span > 0 and step > before[0] else 1.0
-            return step, before[1] + share * (point[1] - before[1]), seed_name(seed)
+            return step, before[1] + share * (point[1] - before[1])
         before = point
-    return step, points[-1][1], seed_name(seed)
+    return step, points[-1][1]
 
 
 def _course(what: str, points: Sequence[tuple[int, float]]) -> str:

@@ -13,7 +13,8 @@ from esper.report.charts import quality_names, run_charts
 from esper.report.cost_charts import Reference
 from esper.report.markup import chip, figures, settings_table, table, text
 from esper.report.page import Section, page
-from esper.report.story import GateVisit, RunStory, SeedStory, tell
+from esper.report.story import GateVisit, RunStory, SeedStory, tell_run
+from esper.telemetry.progress import Unit
 from esper.telemetry.run_reader import MetricRow, RunReader
 
 _CHECK = re.compile(rf"(?<=[:;] )(?:{'|'.join(CHECKS)})(?= )")
@@ -41,7 +42,7 @@ def run_report(reader: RunReader, *, references: Sequence[Reference] = ()) -> st
         EventSchemaError: An event was written by another version.
         RunFolderError: The folder is damaged.
     """
-    story, metrics = tell(reader.events()), reader.metrics()
+    story, metrics = tell_run(reader), reader.metrics()
     config, environment = reader.config(), reader.environment()
     task = str(config.get("task", "run"))
     standing = reader.standing
@@ -91,8 +92,8 @@ def _key_figures(story: RunStory, metrics: Sequence[MetricRow]) -> Iterable[tupl
     steps = max([story.last_step, *(row.step for row in metrics)])
     epochs = max((row.epoch for row in metrics), default=0)
     yield "steps", f"{steps:,}", f"{epochs:,} decisions"
-    if story.first_seconds is not None and story.last_seconds is not None:
-        yield "time", duration(story.last_seconds - story.first_seconds), "wall clock"
+    if story.seconds is not None:
+        yield "time", duration(story.seconds), "wall clock"
 
 
 def _parameters(story: RunStory) -> Iterable[tuple[str, str, str]]:
@@ -187,7 +188,7 @@ def _seeds(story: RunStory) -> str:
         )
         for seed in story.seeds
     ]
-    columns = ("slot", "seed", "parameters", "epochs", "outcome", "saves", "why")
+    columns = ("slot", "seed", "parameters", f"{story.unit}s", "outcome", "saves", "why")
     return table(columns, rows, caption="Every seed and what became of it", numbers=(2, 5))
 
 
@@ -210,22 +211,22 @@ def _span(seed: SeedStory) -> str:
 def _decisions(story: RunStory) -> str:
     if not story.seeds:
         return "<p>Nothing was judged.</p>"
-    return "".join(_life(seed) for seed in story.seeds)
+    return "".join(_life(seed, story.unit) for seed in story.seeds)
 
 
-def _life(seed: SeedStory) -> str:
+def _life(seed: SeedStory, unit: Unit) -> str:
     passed = [visit.event.result.gate for visit in seed.gates if visit.event.result.passed]
     refused = sum(not visit.event.result.passed for visit in seed.gates)
     times = {0: "never refused", 1: "refused once"}.get(refused, f"refused {refused:,} times")
     words = f"passed {', '.join(passed) or 'none'}; {times}"
     rows = [row for visit in seed.gates for row in _checks(visit)]
-    columns = ("epoch", "gate", "check", "measured", "needed", "verdict")
-    caption = f"Gates of {seed_name(seed)}"
+    columns = (unit, "gate", "check", "measured", "needed", "verdict")
+    name = seed_name(seed, unit)
     return (
-        f"<details><summary><h3>{escape(seed_name(seed))}</h3> "
+        f"<details><summary><h3>{escape(name)}</h3> "
         f"{chip(seed.outcome, _OUTCOMES[seed.outcome])} "
         f'<span class="quiet">{escape(words)}</span></summary>'
-        f"{table(columns, rows, caption=caption, numbers=(0, 3))}</details>"
+        f"{table(columns, rows, caption=f'Gates of {name}', numbers=(0, 3))}</details>"
     )
 
 
@@ -249,5 +250,8 @@ def _interventions(story: RunStory) -> str:
         return "<p>Nothing: no step was refused, and no seed harmed the run.</p>"
     rows = [(text(met.step), text(met.epoch), escape(met.words)) for met in story.interventions]
     return table(
-        ("step", "epoch", "what"), rows, caption="What the run was protected from", numbers=(0, 1)
+        ("step", story.unit, "what"),
+        rows,
+        caption="What the run was protected from",
+        numbers=(0, 1),
     )

@@ -6,6 +6,9 @@ from collections.abc import Callable, Sequence
 from esper.report.chart import SEED_COLOURS, Chart, Trace, layout_of, log_axis, seed_name
 from esper.report.story import RunStory, SeedStory
 
+_SYMBOLS = ("circle", "diamond", "triangle-up", "x")
+"""Of slots that have the same colour."""
+
 Measurement = tuple[int, float | None, float | None]
 """A step, a value, and its standard error."""
 
@@ -19,7 +22,7 @@ def contribution_chart(story: RunStory) -> Chart | None:
         "How much lower the held-out loss is with the seed than without it, in percent of the loss "
         "without it; bars are one standard error."
     )
-    last = [(_percent(seed.contribution_fraction), seed_name(seed)) for seed in weighed]
+    last = [(_percent(seed.contribution_fraction), seed_name(seed, story.unit)) for seed in weighed]
     known = [(share, name) for share, name in last if math.isfinite(share)]
     if known:
         share, name = max(known)
@@ -58,13 +61,28 @@ def gradient_chart(story: RunStory) -> Chart | None:
     return Chart(
         key="gradient",
         title="Gradients of seeds, over the host's",
-        summary="Ratio of gradient norms per parameter; below 0.0001 a seed learns nothing, above "
-        f"1,000 it explodes. Here from {min(ratios):.3g} to {max(ratios):.3g}.",
+        summary=f"Ratio of gradient norms per parameter{_limits(story)}. "
+        f"Here from {min(ratios):.3g} to {max(ratios):.3g}.",
         figure={
             "data": _by_slot(story, read, unit=""),
             "layout": layout_of(y=log_axis("ratio", ratios)),
         },
     )
+
+
+def _limits(story: RunStory) -> str:
+    """Return what ratios the gates ask for, as far as one has judged a seed by it."""
+    results = (visit.event.result for seed in story.seeds for visit in seed.gates)
+    limits = {
+        check.comparison: check.threshold
+        for result in results
+        for check in result.checks
+        if check.name == "gradient_ratio"
+    }
+    if not limits:
+        return ""
+    low, high = limits[">="], limits["<="]
+    return f"; below {low:,g} a seed learns nothing, above {high:,g} it explodes"
 
 
 def _percent(fraction: float | None) -> float:
@@ -87,9 +105,10 @@ def _by_slot(
                     steps.append(step)
                     values.append(value)
                     errors.append(error)
-                    names.append(seed_name(seed))
+                    names.append(seed_name(seed, story.unit))
         if any(value is not None for value in values):
-            colour = SEED_COLOURS[index % len(SEED_COLOURS)]
+            turn, place = divmod(index, len(SEED_COLOURS))
+            colour, symbol = SEED_COLOURS[place], _SYMBOLS[turn % len(_SYMBOLS)]
             traces.append(
                 {
                     "type": "scatter",
@@ -102,7 +121,7 @@ def _by_slot(
                     "hovertemplate": f"%{{y:.3g}}{unit} at step %{{x}}<br>%{{customdata}}"
                     "<extra></extra>",
                     "line": {"color": colour, "width": 2},
-                    "marker": {"size": 5, "color": colour},
+                    "marker": {"size": 5, "color": colour, "symbol": symbol},
                     "showlegend": True,
                 }
             )

@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 
 from esper.blending.schedule import curve_value
 from esper.lifecycle.alpha import AlphaCurve
 from esper.lifecycle.events import (
     AlphaTargetReached,
     AlphaTargetSet,
+    CheckpointDamaged,
     ContributionMeasured,
     EventRecord,
     GateEvaluated,
@@ -30,12 +32,16 @@ from esper.lifecycle.gates import Gate
 from esper.lifecycle.notable import in_words
 from esper.lifecycle.stages import SeedStage
 from esper.lifecycle.words import is_refusal, refusal
+from esper.telemetry.progress import Unit, progress_of
+from esper.telemetry.run_reader import RunReader
 
 INTERVENTIONS = frozenset(
     {"step_skipped", "seed_blamed", "run_went_back", "seed_failed", "isolation_violated"}
 )
 """Types of the events in which the run was protected from something."""
 
+_AFTER_A_PAUSE = (CheckpointDamaged, RunResumed)
+"""Events with which a run that was resumed begins."""
 _RAMP_POINTS = 16
 
 
@@ -137,6 +143,7 @@ class SeedStory:
     ramps: list[AlphaRamp] = field(default_factory=list)
     contributions: list[ContributionVisit] = field(default_factory=list)
     gradient_ratios: list[GradientVisit] = field(default_factory=list)
+    compiled: list[SeedCompiled] = field(default_factory=list)
     error: str | None = None
     pruned_because: str | None = None
     committed: bool = False
@@ -188,6 +195,8 @@ class SeedStory:
 class RunStory:
     """A run as a person would tell it."""
 
+    unit: Unit = "epoch"
+    """What the epochs of all that is told count."""
     slots: tuple[str, ...] = ()
     """In the order in which they are drawn; those that the run named come first."""
     host_param_count: int | None = None
@@ -200,8 +209,9 @@ class RunStory:
     last_step: int = 0
     first_seconds: float | None = None
     """Unix time of the first event."""
-    last_seconds: float | None = None
-    compiled: list[SeedCompiled] = field(default_factory=list)
+    seconds: float | None = None
+    """That it went on, without the pauses before it was resumed, and without its twin; None before
+    the first event."""
     finished: RunFinished | None = None
     failure: str | None = None
     """The error that has ended it, unless it has gone on since."""
@@ -238,10 +248,15 @@ class RunStory:
 
 
 class StoryTeller:
-    """Tells the story as events come in, oldest first."""
+    """Tells the story as events come in, oldest first.
 
-    def __init__(self) -> None:
-        self.story = RunStory()
+    Args:
+        unit: What the epochs of the events count.
+    """
+
+    def __init__(self, unit: Unit = "epoch") -> None:
+        self.story = RunStory(unit=unit)
+        self._last_seconds = 0.0
         self._of_slots: list[EventRecord] = []
         """What is told of slots, as far as the run has not gone back behind it."""
         self._living: dict[str, SeedStory] = {}
@@ -251,9 +266,7 @@ class StoryTeller:
         """Go on with one event."""
         story, event = self.story, record.event
         story.last_step = max(story.last_step, record.step)
-        story.last_seconds = record.time_seconds
-        if story.first_seconds is None:
-            story.first_seconds = record.time_seconds
+        self._count_seconds(record)
         if event.type in INTERVENTIONS:
             story.interventions.append(
                 Intervention(
@@ -273,13 +286,19 @@ class StoryTeller:
             story.failure = event.error if isinstance(event, RunFailed) else None
         elif isinstance(event, TwinFinished):
             story.twin = event
-        elif isinstance(event, SeedCompiled):
-            story.compiled.append(event)
         elif isinstance(event, RunWentBack):
             self._go_back(event.to_step)
         elif getattr(event, "slot", None) is not None:
             self._of_slots.append(record)
             self._follow(record)
+
+    def _count_seconds(self, record: EventRecord) -> None:
+        story = self.story
+        if story.first_seconds is None or story.seconds is None:
+            story.first_seconds, story.seconds = record.time_seconds, 0.0
+        elif story.finished is None and not isinstance(record.event, _AFTER_A_PAUSE):
+            story.seconds += record.time_seconds - self._last_seconds
+        self._last_seconds = record.time_seconds
 
     def _go_back(self, to_step: int) -> None:
         """Tell of the slots anew, up to a step."""
@@ -305,11 +324,22 @@ class StoryTeller:
         self.story.seeds.append(seed)
         self._living[event.slot] = seed
 
+    def _compiled(self, event: SeedCompiled) -> None:
+        seeds = (seed for seed in reversed(self.story.seeds) if seed.slot == event.slot)
+        for newest in islice(seeds, 1):
+            newest.compiled.append(event)
+
     def _follow(self, record: EventRecord) -> None:
         event = record.event
         if isinstance(event, SeedGerminated):
             self._germinated(record, event)
-            return
+        elif isinstance(event, SeedCompiled):
+            self._compiled(event)
+        else:
+            self._go_on(record)
+
+    def _go_on(self, record: EventRecord) -> None:
+        event = record.event
         slot = getattr(event, "slot", None)
         seed = self._living.get(slot) if slot is not None else None
         if seed is not None and isinstance(event, GateEvaluated) and event.result.gate is Gate.G0:
@@ -332,12 +362,27 @@ class StoryTeller:
                 self._living.pop(seed.slot)
 
 
-def tell(records: Sequence[EventRecord]) -> RunStory:
-    """Return the story that events tell, oldest first."""
-    teller = StoryTeller()
+def tell(records: Sequence[EventRecord], *, unit: Unit = "epoch") -> RunStory:
+    """Return the story that events tell, oldest first.
+
+    Args:
+        records: Of the run.
+        unit: What their epochs count.
+    """
+    teller = StoryTeller(unit)
     for record in records:
         teller.take(record)
     return teller.story
+
+
+def tell_run(reader: RunReader) -> RunStory:
+    """Return the story of a run's folder.
+
+    Raises:
+        EventSchemaError: An event was written by another version.
+        RunFolderError: The folder is damaged.
+    """
+    return tell(reader.events(), unit=progress_of(reader.config()).unit)
 
 
 def _take_over(seed: SeedStory, visits: list[GateVisit | StageVisit]) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
 from esper.lifecycle.events import EventRecord, StageChanged
+from esper.telemetry.progress import progress_of
 from esper.telemetry.run_folder import RunStatus
 from esper.telemetry.tracked_values import named_values, told
 from esper.telemetry.tracker import (
@@ -88,6 +89,7 @@ class MlflowSink(Tracker):
         self.tracking_uri = tracking_uri or self.folder.absolute().as_uri()
         self._entities = entities
         self._limit_seconds = limit_seconds
+        self._unit = progress_of(config or {}).unit
         known = None if after_step is None else read_run_id(self.folder)
         try:
             self._client = MlflowClient(tracking_uri=self.tracking_uri)
@@ -131,7 +133,7 @@ class MlflowSink(Tracker):
             self._stages[_accepted(f"slots/{event.slot}/stage")] = event.to_stage.value
         text = told(record)
         if text is not None:
-            self._lines.append(f"epoch {record.epoch}, step {record.step}: {text}")
+            self._lines.append(f"{self._unit} {record.epoch}, step {record.step}: {text}")
             self._lines_changed = True
 
     def measure(self, epoch: int, step: int, metrics: Mapping[str, float]) -> None:

@@ -3,6 +3,7 @@
 import itertools
 import re
 import time
+from collections import deque
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, final
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, final
 from esper.lifecycle.events import (
     Event,
     EventRecord,
+    RunWentBack,
     SeedCommitted,
     SeedGerminated,
     SeedPruned,
@@ -40,6 +42,8 @@ _OF_A_SEED = (
     "seed_param_count",
 )
 """Gauges by slot, gone when the seed is."""
+_KEPT_RECORDS = 1000
+"""Of each slot: a run that goes back does so by some hundred steps."""
 
 
 @final
@@ -99,6 +103,8 @@ class PrometheusSink(Tracker):
                 (SeedPruned, "pruned"),
             )
         }
+        self._told: dict[str, deque[EventRecord]] = {}
+        """By slot, what its gauges and its stage are set by."""
         self._measured: dict[str, Gauge] = {}
         """By the name that they are measured under."""
         try:
@@ -124,9 +130,14 @@ class PrometheusSink(Tracker):
         self._step.set(record.step)
         for name, value in run_values(event).items():
             self._gauge(name).set(value)
-        if isinstance(event, StageChanged):
-            self._stage.labels(event.slot).state(event.to_stage.value)
-        self._publish_seed(event)
+        for kind, counter in self._seeds.items():
+            if isinstance(event, kind):
+                counter.labels(event.slot).inc()
+        if isinstance(event, RunWentBack):
+            self._go_back(event.to_step)
+        elif (slot := getattr(event, "slot", None)) is not None:
+            self._told.setdefault(slot, deque(maxlen=_KEPT_RECORDS)).append(record)
+            self._follow(slot, event)
 
     def measure(self, epoch: int, step: int, metrics: Mapping[str, float]) -> None:
         """Set named values; NaN is a value to Prometheus."""
@@ -145,19 +156,34 @@ class PrometheusSink(Tracker):
         self._server.server_close()
         self._thread.join()
 
-    def _publish_seed(self, event: Event) -> None:
-        for kind, counter in self._seeds.items():
-            if isinstance(event, kind):
-                counter.labels(event.slot).inc()
-        slot = getattr(event, "slot", None)
+    def _follow(self, slot: str, event: Event) -> None:
+        if isinstance(event, StageChanged):
+            self._stage.labels(slot).state(event.to_stage.value)
         if isinstance(event, (SeedCommitted, SeedPruned)):
-            for gauge in self._of_a_seed.values():
-                with suppress(KeyError):  # old clients raise where it was never set
-                    gauge.remove(slot)
+            self._forget_seed(slot)
             return
         for name, value in slot_values(event).items():
             if name in self._of_a_seed:
                 self._of_a_seed[name].labels(slot).set(value)
+
+    def _forget_seed(self, slot: str) -> None:
+        for gauge in self._of_a_seed.values():
+            with suppress(KeyError):  # old clients raise where it was never set
+                gauge.remove(slot)
+
+    def _go_back(self, to_step: int) -> None:
+        """Serve of each slot what was told of it up to a step."""
+        for slot, told in self._told.items():
+            undone = [record.event for record in told if record.step > to_step]
+            stages = [event.from_stage for event in undone if isinstance(event, StageChanged)]
+            for stage in stages[:1]:
+                self._stage.labels(slot).state(stage.value)
+            if undone:
+                self._forget_seed(slot)
+                while told and told[-1].step > to_step:
+                    told.pop()
+                for record in told:
+                    self._follow(slot, record.event)
 
     def _gauge(self, name: str) -> "Gauge":
         """Return the gauge of a measured value."""

@@ -173,6 +173,16 @@ class GradientHealthMeasured(BaseEvent):
         unhealthy = self.exploding or self.nonfinite_steps > 0
         return Priority.WARNING if unhealthy else Priority.NORMAL
 
+    def __str__(self) -> str:
+        wrong = []
+        if self.exploding and self.ratio is not None:
+            wrong.append(f"is {self.ratio:.4g} times the host's")
+        if self.nonfinite_steps > 0:
+            wrong.append(f"was not finite in {self.nonfinite_steps:,} steps")
+        if not wrong:
+            return super().__str__()
+        return f"the gradient of the seed in {self.slot} {' and '.join(wrong)}"
+
 
 class IsolationChecked(BaseEvent):
     """What the isolation monitor did in a slot since it was last read."""

@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 from esper.telemetry.run_kind import training_settings
 
+Unit = Literal["epoch", "decision", "rollout"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
@@ -17,7 +19,7 @@ class Progress:
         total: Of them; None where it is not known beforehand.
     """
 
-    unit: Literal["epoch", "decision", "rollout"] = "epoch"
+    unit: Unit = "epoch"
     total: int | None = None
 
 
