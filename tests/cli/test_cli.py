@@ -2,6 +2,7 @@
 
 import json
 import os
+import pty
 import re
 import signal
 import subprocess
@@ -189,6 +190,35 @@ def test_a_run_that_diverges_says_so_in_a_line_and_how_to_look_back(
         assert told.count(f"the run ended: TrainingDivergedError: {reason}\n") == 1
 
 
+ONLY_ONCE = """
+import itertools, math
+from dataclasses import replace
+from esper.tasks.digits import DIGITS
+
+builds = itertools.count()
+
+def build(random_seed):
+    setup, steps, again = DIGITS.build(random_seed), itertools.count(), next(builds) > 0
+    def loss(output, target):
+        return setup.loss(output, target) * (math.nan if again and next(steps) > 3 else 1.0)
+    return replace(setup, loss=loss)
+
+TASK = replace(DIGITS, name="only once", build=build)
+"""
+
+
+def test_a_run_is_concluded_though_what_it_is_compared_with_diverges(tmp_path: Path) -> None:
+    (tmp_path / "once.py").write_text(ONLY_ONCE)
+    beside = ("--audit", "--control", "--out", "run")
+    done = run_esper("grow", "python:once:TASK", *SHORT, *beside, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    twin, alone = done.stderr.splitlines()
+    assert twin.startswith("its twin is left out: training diverged at step ")
+    assert alone.startswith("host alone is left out: training diverged at step ")
+    assert "\ngrown " in done.stdout
+    assert (tmp_path / "run" / "report.html").exists()
+
+
 def test_quiet_output_is_the_folder(tmp_path: Path) -> None:
     output = esper("grow", "digits", "--epochs", "1", "--quiet", cwd=tmp_path)
     (line,) = output.splitlines()
@@ -374,8 +404,47 @@ def test_interrupted_run_says_so_and_keeps_its_epochs(
     assert (tmp_path / "a run" / GROWN_FOLDER).exists() is (status == "finished")
 
 
+@pytest.mark.parametrize(
+    ("where", "errors"),
+    [
+        ("a full disk", subprocess.PIPE),
+        ("a full disk", subprocess.STDOUT),
+        ("a pipe", subprocess.PIPE),
+        ("a terminal", subprocess.PIPE),
+    ],
+)
+def test_a_run_whose_output_nobody_takes_any_more_comes_to_its_end(
+    where: str, errors: int, tmp_path: Path
+) -> None:
+    reading, writing = pty.openpty() if where == "a terminal" else os.pipe()
+    if where == "a full disk":
+        os.dup2(os.open("/dev/full", os.O_WRONLY), writing)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "esper", "grow", "digits", *SHORT, "--out", "run"],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "100", "TERM": "xterm"},
+        stdin=subprocess.DEVNULL,
+        stdout=writing,
+        stderr=errors,
+        text=True,
+        start_new_session=True,  # else a terminal that goes away takes it along
+    )
+    os.close(writing)
+    shown = b""
+    while where != "a full disk" and b"epoch " not in shown:
+        shown += os.read(reading, 1 << 16)
+    os.close(reading)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 0, told
+    if errors == subprocess.PIPE:
+        assert re.match(r"what is printed cannot be written any more: .*; all goes on\n$", told)
+    assert RunReader(tmp_path / "run").status == "finished"
+    assert (tmp_path / "run" / GROWN_FOLDER).exists()
+
+
 def test_blueprints_lists_every_blueprint_with_cost_and_options(tmp_path: Path) -> None:
-    rows = json.loads(esper("blueprints", "--json", "--dim", "16", cwd=tmp_path))
+    lines = esper("blueprints", "--json", "--dim", "16", cwd=tmp_path).splitlines()
+    rows = [strict_json(line) for line in lines]
     names = {(row["family"], row["name"]) for row in rows}
     assert {("cnn", "conv_heavy"), ("transformer", "lora"), ("cnn", "noop")} <= names
     lora = next(row for row in rows if row["name"] == "lora")

@@ -139,7 +139,8 @@ def own_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]
 def test_a_blueprint_of_a_module_of_ones_own_is_listed_and_compiled(own_module: str) -> None:
     listed = CliRunner().invoke(app, ["blueprints", "--json", "--import", own_module])
     assert listed.exit_code == 0, listed.output
-    (row,) = [row for row in json.loads(listed.stdout) if row["name"] == "doubled"]
+    rows = [json.loads(line) for line in listed.stdout.splitlines()]
+    (row,) = [row for row in rows if row["name"] == "doubled"]
     assert row["options"] == {"scale": 2.0}
     asked = ["compile", "--blueprint", "doubled", "--shape", "2,5,4", "--json"]
     run = CliRunner().invoke(app, [*asked, "--import", own_module])

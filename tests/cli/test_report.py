@@ -1,5 +1,6 @@
 """`esper report` at the command line."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -44,6 +45,14 @@ def test_the_files_that_are_written_are_named_as_they_are(run_folder: Path, tmp_
     assert code == 0, told
     assert told == f"report {odd}/story.html picture {odd}/picture.png"
     assert sorted(odd.iterdir()) == [odd / "picture.png", odd / "story.html"]
+
+
+def test_a_folder_whose_name_is_no_text_has_a_report_too(run_folder: Path, tmp_path: Path) -> None:
+    odd, out = tmp_path / os.fsdecode(b"caf\xe9"), tmp_path / "story.html"
+    shutil.copytree(run_folder, odd)
+    code, told = invoke(str(odd), "--out", str(out))
+    assert code == 0, told
+    assert "<title>digits: caf?</title>" in out.read_text(encoding="utf-8")
 
 
 def test_a_comparison_says_whether_growth_pays(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import AbstractContextManager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ def kept(folder: Path) -> tuple[object, ...]:
 @pytest.mark.parametrize(
     ("changed", "error", "why"),
     [
-        ({"policy": "none"}, CheckpointError, "policy"),
+        ({"policy": "none"}, CheckpointError, "'heuristic', and is 'none' here"),
         ({"bus": {"commands": "nowhere"}}, SettingsError, "bus"),
         ({"tracking": {"tensorboard": True}}, SettingsError, "tensorboard"),
     ],
@@ -123,3 +124,66 @@ def test_a_mirror_is_refused_before_its_settings_are_looked_at(tmp_path: Path) -
     Mirror(tmp_path / "run").close()
     with pytest.raises(RunFolderError, match="is a mirror"), resumed_run(tmp_path / "run"):
         pass
+
+
+def begin(folder: Path) -> None:
+    """Begin a run in a folder, and break it off at once."""
+    config = load_run_config("digits", None, [], {"trainer": {"epochs": 1}})
+    with stored_run(config, folder, build_setup(config)):
+        raise RuntimeError("it has begun")
+
+
+def test_a_run_does_not_begin_beside_checkpoints_of_another_and_would_go_on_from_them(
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        stop(tmp_path)
+    for name in ("run.sqlite", "config.json", "environment.json"):
+        (tmp_path / name).unlink()
+    before = {path: path.is_dir() or path.read_bytes() for path in tmp_path.rglob("*")}
+    with pytest.raises(RunFolderError, match=r"checkpoints holds step-0+20 of another run, .*"):
+        begin(tmp_path)
+    assert {path: path.is_dir() or path.read_bytes() for path in tmp_path.rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("there", "error", "why"),
+    [
+        ({"checkpoints": "mine"}, CheckpointError, "cannot be written"),
+        ({"grown/notes.txt": "mine"}, RunFolderError, "grown network: .* not saved by esper"),
+        ({"grown/manifest.json": "mine"}, RunFolderError, "grown network: .* is damaged"),
+    ],
+)
+def test_what_stands_where_a_run_would_write_is_refused_before_it_begins_and_stays_alone(
+    there: dict[str, str], error: type[Exception], why: str, tmp_path: Path
+) -> None:
+    for name, text in there.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    with pytest.raises(error, match=why):
+        begin(tmp_path)
+    files = (path for path in tmp_path.rglob("*") if path.is_file())
+    assert {path.relative_to(tmp_path).as_posix(): path.read_text() for path in files} == there
+
+
+def end(opened: AbstractContextManager[GrowingRun], *, notes: Path | None = None) -> None:
+    """Train a run to its end, where there may be notes by then."""
+    with opened as run:
+        assert list(run.reports)
+        if notes is not None:
+            notes.parent.mkdir()
+            notes.write_text("mine")
+        run.finish()
+
+
+def test_a_run_whose_network_cannot_be_kept_says_so_and_ends_once_it_can(tmp_path: Path) -> None:
+    config = load_run_config("digits", None, [], {"trainer": {"epochs": 1}})
+    notes = tmp_path / "grown" / "notes.txt"
+    with pytest.raises(RunFolderError, match=r"cannot be kept: .* not saved by .*esper resume"):
+        end(stored_run(config, tmp_path, build_setup(config)), notes=notes)
+    assert RunReader(tmp_path).status == "failed"
+    with pytest.raises(RunFolderError, match="the grown network: "):
+        end(resumed_run(tmp_path))
+    notes.parent.rename(tmp_path / "mine")
+    end(resumed_run(tmp_path))
+    assert RunReader(tmp_path).status == "finished"

@@ -1,13 +1,13 @@
 """`esper blueprints`: what can grow."""
 
-import json
 from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from esper.cli.options import Imports, import_modules
+from esper.cli.options import AsJson, Imports, import_modules
+from esper.cli.printing import print_json_line
 from esper.seeds.registry import Blueprint, Family
 from esper.seeds.registry import blueprints as registry
 
@@ -16,7 +16,7 @@ def blueprints(
     family: Annotated[str | None, typer.Option(help="cnn or transformer.")] = None,
     dim: Annotated[int, typer.Option(min=1, help="Width to count parameters at.")] = 64,
     imports: Imports = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """List every blueprint with its cost and options."""
     console = Console()
@@ -28,17 +28,15 @@ def blueprints(
         raise typer.BadParameter(f"no family {family!r}; families: {known}") from error
     found = [registry.get(kind, name) for kind in families for name in registry.names(kind)]
     if as_json:
-        rows = [
-            {
+        for blueprint in found:
+            row = {
                 "family": blueprint.family.value,
                 "name": blueprint.name,
                 "param_count": _param_count(blueprint, dim),
                 "options": blueprint.options,
                 "summary": blueprint.summary,
             }
-            for blueprint in found
-        ]
-        console.out(json.dumps(rows), highlight=False)
+            print_json_line(console, row)
         return
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column("family")

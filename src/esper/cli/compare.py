@@ -33,7 +33,7 @@ from esper.cli.options import (
     run_settings,
     settings_asked,
 )
-from esper.cli.printing import plain_console, print_json_line
+from esper.cli.printing import lasting_console, plain_console, print_json_line
 from esper.cli.report import leave_report
 from esper.cli.stopping import EXIT_INTERRUPTED, tell_interrupted
 from esper.experiments.comparison import (
@@ -136,10 +136,10 @@ def compare(
         )
     else:
         settings = _kept(context, out)
-    console = plain_console()
     if dry_run:
-        print_settings(console, settings)
+        print_settings(plain_console(), settings)
         return
+    console = lasting_console()
     folder = _open(new_folder(out, settings.run.task, kind="compare-"), settings)
     view = _view(console, settings, quiet=quiet, as_json=as_json)
     try:

@@ -24,7 +24,7 @@ from esper.cli.options import (
     run_settings,
     settings_asked,
 )
-from esper.cli.printing import plain_console, print_json_line
+from esper.cli.printing import lasting_console, plain_console, print_json_line
 from esper.cli.report import leave_report
 from esper.cli.stopping import ended_at_once_by_sigterm, stops_told
 from esper.cli.tables import networks_table, print_compiled, print_seeds, print_twin
@@ -37,14 +37,16 @@ from esper.experiments.settings import SettingsError
 from esper.experiments.stored_run import stored_run
 from esper.own_code import OWN_SCHEME
 from esper.policies.named import NEVER, POLICY_NAMES
-from esper.report.story import RunStory, tell
+from esper.report.story import RunStory, tell_run
 from esper.tasks.collection.address import SCHEMES, SETTINGS_HELP
 from esper.tasks.named import TASKS
 from esper.tasks.task import TaskDataError
+from esper.telemetry.progress import progress_of
 from esper.telemetry.run_folder import RunFolderError
 from esper.telemetry.run_reader import RunReader
 from esper.training.checkpoints import CheckpointError
 from esper.training.run_cost import RunCost
+from esper.training.safeguard import TrainingDivergedError
 
 _KNOWN_TASKS = (*TASKS, *SCHEMES, OWN_SCHEME)
 
@@ -115,19 +117,19 @@ def grow(
         asked["compile"] = {"enabled": True}
     settings = run_settings(only_task(task, task_option), config, set_, asked)
     _check(settings, audit=audit)
-    console = plain_console()
     if dry_run:
-        print_settings(console, settings)
+        print_settings(plain_console(), settings)
         return
+    console = lasting_console()
     folder = new_folder(out, settings.task)
-    view = choose_view(console, settings.task, quiet=quiet, as_json=as_json)
-    beside = views_beside(console, settings.task, silent=quiet or as_json)
+    view = choose_view(console, settings, quiet=quiet, as_json=as_json)
+    beside = views_beside(console, settings, silent=quiet or as_json)
     with stops_told(folder, quiet=quiet, as_json=as_json):
         networks = _train_grown(settings, folder, view, beside if audit else None)
         if control:
-            networks = {"host alone": train_control(settings, beside), **networks}
+            networks = {**train_control(settings, beside), **networks}
     told = leave_report(folder) if report else None
-    story = tell(RunReader(folder).events())
+    story = tell_run(RunReader(folder))
     conclude(console, folder, story, networks, settings, told, quiet=quiet, as_json=as_json)
 
 
@@ -153,24 +155,25 @@ def only_task(argument: str | None, option: str | None) -> str:
     return argument or option or ""
 
 
-def choose_view(console: Console, task: str, *, quiet: bool, as_json: bool) -> RunView:
+def choose_view(console: Console, settings: RunConfig, *, quiet: bool, as_json: bool) -> RunView:
     """Return what shows a run on this console."""
     if quiet:
         return QuietView()
     if as_json:
         return JsonView(console)
+    unit = progress_of(settings.model_dump()).unit
     if console.is_terminal:
-        return LiveView(console, task)
-    return LinesView(console)
+        return LiveView(console, settings.task, unit=unit)
+    return LinesView(console, unit=unit)
 
 
-def views_beside(console: Console, task: str, *, silent: bool) -> Beside:
+def views_beside(console: Console, settings: RunConfig, *, silent: bool) -> Beside:
     """Return what announces runs beside the grown one, in lines and never in JSON."""
 
     def announce(words: str) -> RunView:
         if not silent:
             console.print(words)
-        return choose_view(console, task, quiet=silent, as_json=False)
+        return choose_view(console, settings, quiet=silent, as_json=False)
 
     return announce
 
@@ -202,29 +205,41 @@ def _train_grown(
                 except ValueError as error:
                     beside(f"no twin: {error}")
                 else:
-                    networks = {"its twin": _train_twin(twin, run, beside), **networks}
+                    networks = {**_train_twin(twin, run, beside), **networks}
         return networks
 
 
-def train_control(settings: RunConfig, beside: Beside) -> Network:
-    """Train the same host with the same data and steps, without growth."""
+def train_control(settings: RunConfig, beside: Beside) -> dict[str, Network]:
+    """Train the same host with the same data and steps, without growth; nothing if it diverges."""
     view = beside("the same host without growth, for comparison")
     run = prepare(settings.model_copy(update={"policy": NEVER}))
-    with view:
-        train(run, view)
-    return run.param_count(), run.finish()
+    try:
+        with view:
+            train(run, view)
+    except TrainingDivergedError as error:
+        return _left_out("host alone", error)
+    return {"host alone": (run.param_count(), run.finish())}
 
 
-def _train_twin(twin: Twin, grown: GrowingRun, beside: Beside) -> Network:
-    """Train a host that never grows for as many operations as growth took."""
+def _train_twin(twin: Twin, grown: GrowingRun, beside: Beside) -> dict[str, Network]:
+    """Train a host that never grows for as many operations as growth took, as `train_control`."""
     view = beside(
         "its twin for comparison: never grown, as many operations "
         f"(epochs: {twin.config.trainer.epochs}), the same run up to step {twin.shared_steps}"
     )
-    with view:
-        cost = train(twin.run, view)
+    try:
+        with view:
+            cost = train(twin.run, view)
+    except TrainingDivergedError as error:
+        return _left_out("its twin", error)
     finished = twin.finish(cost, grown)
-    return finished.param_count, finished.metrics
+    return {"its twin": (finished.param_count, finished.metrics)}
+
+
+def _left_out(name: str, error: TrainingDivergedError) -> dict[str, Network]:
+    """Tell that a run beside the grown one has come to nothing, which is no fault of that one."""
+    typer.echo(f"{name} is left out: {error}", err=True)
+    return {}
 
 
 def note_trackers(run: GrowingRun, view: RunView) -> None:

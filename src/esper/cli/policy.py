@@ -30,7 +30,7 @@ from esper.cli.policy_views import (
     print_evaluation,
     print_training,
 )
-from esper.cli.printing import plain_console, print_json_line
+from esper.cli.printing import lasting_console, plain_console, print_json_line
 from esper.cli.stopping import EXIT_INTERRUPTED, tell_interrupted
 from esper.experiments.parts import chosen_policy
 from esper.experiments.settings import SettingsError, explain
@@ -114,7 +114,6 @@ def train(
     with policy_errors():
         from esper.rl import policy_run_config, stored_policy_run  # noqa: PLC0415 – an extra
 
-        console = plain_console()
         if task is None:
             folder = _begun_folder(out, of_its_own)
             settings = policy_run_config.policy_run_config(folder, total_steps=steps)
@@ -130,8 +129,9 @@ def train(
             folder = new_folder(out, settings.run.task, kind="policy-")
             opened = stored_policy_run.new_policy_run(settings, folder)
         if dry_run:
-            print_settings(console, settings)
+            print_settings(plain_console(), settings)
             return
+        console = lasting_console()
         view = TrainingView(console, quiet=quiet, as_json=as_json)
         run = _train(opened, folder, view)
     _print_trained(console, run, quiet=quiet, as_json=as_json)
@@ -282,7 +282,6 @@ def eval_(
 ) -> None:
     """Let policies decide for the same runs of TASK with as many operations, and compare."""
     refuse_both(quiet=quiet, as_json=as_json)
-    console = plain_console()
     with policy_errors():
         settings = _evaluation_settings(
             task,
@@ -294,8 +293,9 @@ def eval_(
             budget_of=policy_of_anywhere(budget_of),
         )
         if dry_run:
-            print_settings(console, settings)
+            print_settings(plain_console(), settings)
             return
+        console = lasting_console()
         folder = _open_evaluation(new_folder(out, settings.run.task, kind="policy-eval-"), settings)
         view = EvaluationView(console, settings, quiet=quiet, as_json=as_json)
         done = _evaluate(folder, settings, view, processes or os.cpu_count() or 1)

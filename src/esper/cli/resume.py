@@ -18,14 +18,14 @@ from esper.cli.grow import (
 )
 from esper.cli.kept_settings import kept_settings
 from esper.cli.options import AsJson, Report, bad_parameter, refuse_both
-from esper.cli.printing import plain_console
+from esper.cli.printing import lasting_console
 from esper.cli.report import leave_report
 from esper.cli.stopping import ended_at_once_by_sigterm, stops_told
 from esper.cli.views import RunView
 from esper.experiments.run import GrowingRun
 from esper.experiments.settings import SettingsError
 from esper.experiments.stored_run import resumed_run
-from esper.report.story import tell
+from esper.report.story import tell_run
 from esper.seeds.registry import BlueprintError
 from esper.tasks.task import TaskDataError
 from esper.telemetry.run_folder import RunFolderError
@@ -58,10 +58,10 @@ def resume(
     On a CPU the rest of the run is the same, to the bit, as if it had never stopped.
     """
     refuse_both(quiet=quiet, as_json=as_json)
-    console = plain_console()
+    console = lasting_console()
     with bad_parameter(*_CANNOT_GO_ON):
         settings = kept_settings(RunReader(run))
-    view = choose_view(console, settings.task, quiet=quiet, as_json=as_json)
+    view = choose_view(console, settings, quiet=quiet, as_json=as_json)
     with stops_told(run, quiet=quiet, as_json=as_json):
         with bad_parameter(*_CANNOT_GO_ON), resumed_run(run, [view]) as growing:
             with view:
@@ -70,9 +70,9 @@ def resume(
             with ended_at_once_by_sigterm():
                 networks: dict[str, Network] = {"grown": (growing.param_count(), growing.finish())}
         if control:
-            beside = views_beside(console, settings.task, silent=quiet or as_json)
-            networks = {"host alone": train_control(settings, beside), **networks}
-    story = tell(RunReader(run).events())
+            beside = views_beside(console, settings, silent=quiet or as_json)
+            networks = {**train_control(settings, beside), **networks}
+    story = tell_run(RunReader(run))
     told = leave_report(run) if report else None
     conclude(console, run, story, networks, settings, told, quiet=quiet, as_json=as_json)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import typer
 
 from esper.cli.command_line import command_line
-from esper.cli.printing import plain_console, print_json_line
+from esper.cli.printing import lasting_console, print_json_line
 from esper.telemetry.run_folder import CHECKPOINTS_FOLDER, RunFolderError
 from esper.telemetry.run_reader import RunReader
 from esper.training.control import RunStoppedError
@@ -78,7 +78,7 @@ def _tell_diverged(
     error: TrainingDivergedError, folder: Path, *, quiet: bool, as_json: bool
 ) -> None:
     """Tell why, and where to look: going on would come to the same."""
-    console = plain_console()
+    console = lasting_console()
     if as_json:
         diverged = {"kind": "diverged", "reason": str(error), "folder": str(folder)}
         print_json_line(console, diverged)
@@ -88,7 +88,7 @@ def _tell_diverged(
 
 
 def _tell_stopped(stopped: RunStoppedError, folder: Path, *, quiet: bool, as_json: bool) -> None:
-    console = plain_console()
+    console = lasting_console()
     if as_json:
         told = {"kind": "stopped", "by": stopped.by, "step": stopped.step, "folder": str(folder)}
         print_json_line(console, {**told, "saved": stopped.saved})

@@ -21,6 +21,7 @@ from esper.slots.nested import to_device
 from esper.slots.slot_set import SlotSet
 from esper.tasks.named import named_task
 from esper.tasks.task import TaskDataError, TaskSetup
+from esper.telemetry.run_folder import RunFolderError
 from esper.telemetry.sink import Sink
 from esper.telemetry.tracker import Tracker
 from esper.training.checkpoints import FoundCheckpoint
@@ -29,6 +30,7 @@ from esper.training.policy import Policy
 from esper.training.pretrained import save_pretrained
 from esper.training.random_states import seed_random_streams
 from esper.training.run_cost import Cost, RunCost
+from esper.training.sealed_folder import DamagedFolderError
 from esper.training.trainer import EpochReport, Trainer
 
 
@@ -81,14 +83,25 @@ class GrowingRun:
 
         Both are of the host with what was committed, as `judged` has it; `esper.from_pretrained`
         brings the network back.
+
+        Raises:
+            RunFolderError: The network cannot be kept; the run has not finished then.
         """
         with self.growth.slots.as_committed():
             metrics = dict(self.setup.test())
             if self.grown_folder is not None:
-                save_pretrained(self.growth.slots, self.grown_folder, overwrite=True)
+                self._keep_grown(self.grown_folder)
         self.growth.publish([RunFinished(metrics=metrics, param_count=self.param_count())])
         self.finished = True
         return metrics
+
+    def _keep_grown(self, folder: Path) -> None:
+        try:
+            save_pretrained(self.growth.slots, folder, overwrite=True)
+        except (DamagedFolderError, OSError) as error:
+            raise RunFolderError(
+                f"the grown network cannot be kept: {error}; once it can, esper resume ends the run"
+            ) from error
 
 
 def build_setup(config: RunConfig) -> TaskSetup:

@@ -20,15 +20,21 @@ from esper.lifecycle.events import RunFailed
 from esper.tasks.task import TaskSetup
 from esper.telemetry.environment import describe_environment
 from esper.telemetry.heartbeat import Heartbeat
-from esper.telemetry.run_folder import GROWN_FOLDER, RUN_FILES, RunFolderError, RunStatus
+from esper.telemetry.run_folder import (
+    CHECKPOINTS_FOLDER,
+    GROWN_FOLDER,
+    RUN_FILES,
+    RunFolderError,
+    RunStatus,
+)
 from esper.telemetry.run_reader import RunReader
 from esper.telemetry.run_store import ReopenedRunStore, RunStore, check_own, check_unfinished
 from esper.telemetry.sink import Sink
-from esper.telemetry.tracker import Tracker
 from esper.telemetry.tracking import TRACKER_FOLDERS
-from esper.training.checkpoints import CheckpointError, FoundCheckpoint
+from esper.training.checkpoints import CheckpointError, Checkpoints, FoundCheckpoint
 from esper.training.control import RunControl, RunStoppedError
 from esper.training.precision import matmul_settings, set_matmul_precision
+from esper.training.sealed_folder import DamagedFolderError, check_replaceable
 from esper.training.trainer import Trainer
 
 
@@ -47,10 +53,12 @@ def stored_run(
     Effects: sets the process's matmul precision and number of threads.
 
     Raises:
-        RunFolderError: The folder holds a run already.
+        RunFolderError: The folder holds a run already, or checkpoints of another one, which would
+            be gone on from, or what the grown network cannot replace.
         SettingsError: As `prepare`, compiled graphs cannot be kept, the bus is set wrongly, or a
-            tracker cannot be opened; there is no folder then.
+            tracker cannot be opened.
         CheckpointError: Checkpoints cannot be written.
+        In each case nothing is left in the folder that was not there.
     """
     _set_process(config)
     environment = {
@@ -62,9 +70,8 @@ def stored_run(
     with compile_service(config.compile) as service:
         run = prepare(config, setup=setup, service=service)
         run.connection = connection_with_bus(config)
-        store, run.trackers = _new_folder(config, folder, environment)
+        store = _new_folder(run, config, folder, environment)
         with _in_folder(run, store, sinks, after_step=-1):
-            run.trainer.keeper = checkpoints_in(config.checkpoint, folder)
             yield run
 
 
@@ -84,8 +91,8 @@ def resumed_run(folder: Path, sinks: Sequence[Sink] = ()) -> Iterator[GrowingRun
     error before the block the run stands as it did.
 
     Raises:
-        RunFolderError: It is no run folder or a mirror, the run is finished, or a process writes
-            it.
+        RunFolderError: It is no run folder or a mirror, the run is finished, a process writes it,
+            or it holds what the grown network cannot replace.
         CheckpointError: Every checkpoint is damaged, or of another version; or something is not as
             it was then, as the task's host.
         BlueprintError: A blueprint that has grown is not registered here.
@@ -116,6 +123,7 @@ def _go_on(run: GrowingRun, store: ReopenedRunStore, config: RunConfig) -> int:
     """
     with ExitStack() as refused:
         refused.callback(store.close)
+        _check_room(store.folder)
         checkpoints = checkpoints_in(config.checkpoint, store.folder)
         found = checkpoints.newest() if checkpoints is not None and checkpoints.names() else None
         if found is not None:
@@ -219,27 +227,54 @@ def _close(run: GrowingRun, store: RunStore, status: RunStatus) -> None:
 
 
 def _new_folder(
-    config: RunConfig, folder: Path, environment: Mapping[str, Any]
-) -> tuple[RunStore, list[Tracker]]:
-    """Make a run folder, and open what is to follow the run; there is no folder if that fails.
+    run: GrowingRun, config: RunConfig, folder: Path, environment: Mapping[str, Any]
+) -> RunStore:
+    """Make a run folder, and open what keeps and follows the run; nothing is made if that fails.
 
     Raises:
-        RunFolderError: The folder holds a run already.
+        RunFolderError: The folder holds a run already, or what is in the way of one.
+        CheckpointError: Checkpoints cannot be written.
         SettingsError: A tracker cannot be opened.
     """
     before = contents(folder)
-    try:
-        store = RunStore(folder, config=config.model_dump(mode="json"), environment=environment)
+    with ExitStack() as refused:
+        refused.callback(undo, folder, before)
         try:
-            return store, opened_trackers(config, folder)
-        except BaseException:
-            store.close()
+            store = RunStore(folder, config=config.model_dump(mode="json"), environment=environment)
+        except RunFolderError:
+            refused.pop_all()  # nothing was made, and what is there may be another process's
             raise
-    except RunFolderError:
-        raise  # nothing was made
-    except BaseException:
-        undo(folder, before)
-        raise
+        refused.callback(store.close)
+        _check_room(folder)
+        run.trainer.keeper = _new_checkpoints(config, folder)
+        run.trackers = opened_trackers(config, folder)
+        refused.pop_all()
+    return store
+
+
+def _check_room(folder: Path) -> None:
+    """Raise a `RunFolderError` if a run folder holds what its grown network cannot replace."""
+    try:
+        check_replaceable(folder / GROWN_FOLDER)
+    except (DamagedFolderError, FileExistsError) as error:
+        raise RunFolderError(f"there is no room for the grown network: {error}") from error
+
+
+def _new_checkpoints(config: RunConfig, folder: Path) -> Checkpoints | None:
+    """Return where a run that begins keeps its checkpoints; None if it is to keep none.
+
+    Raises:
+        RunFolderError: There are some of another run.
+        CheckpointError: They cannot be written.
+    """
+    checkpoints = checkpoints_in(config.checkpoint, folder)
+    left = [] if checkpoints is None else checkpoints.names()
+    if checkpoints is not None and left:
+        raise RunFolderError(
+            f"{checkpoints.folder} holds {left[-1]} of another run, which esper resume would go on "
+            "from; choose another folder, or remove that one"
+        )
+    return checkpoints
 
 
 def contents(folder: Path) -> set[Path] | None:
@@ -249,7 +284,8 @@ def contents(folder: Path) -> set[Path] | None:
 
 def undo(folder: Path, before: set[Path] | None) -> None:
     """Remove what a run makes in a folder, and the folder too if it was not there."""
-    made = {folder / name for name in (*RUN_FILES, *TRACKER_FOLDERS)} - (before or set())
+    names = (*RUN_FILES, *TRACKER_FOLDERS, CHECKPOINTS_FOLDER)
+    made = {folder / name for name in names} - (before or set())
     for path in made:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)

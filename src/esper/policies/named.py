@@ -20,13 +20,20 @@ from esper.training.policy import Policy
 NEVER = "none"
 """The policy that never grows anything."""
 
+
+def _never(_: int) -> Policy:
+    policy = PlannedPolicy({})
+    policy.name = NEVER
+    return policy
+
+
 _MAKERS: Mapping[str, Callable[[int], Policy]] = {
     "heuristic": lambda _: HeuristicPolicy(),
     UCB1_POLICY: lambda _: ucb1_policy(),
     "schedule": lambda _: GrowthSchedulePolicy(),
     SLOPE: lambda _: slope_policy(GrowthScheduleConfig()),
     "random": RandomPolicy,
-    NEVER: lambda _: PlannedPolicy({}),
+    NEVER: _never,
 }
 POLICY_NAMES: tuple[str, ...] = tuple(_MAKERS)
 """Names of the policies that need no further arguments."""

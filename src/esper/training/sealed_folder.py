@@ -31,8 +31,11 @@ def sealed_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
         DamagedFolderError: Its manifest is damaged, so that what was sealed cannot be told.
     """
     folder = folder.resolve()
-    if folder.exists():
-        _refuse_to_replace(folder, overwrite=overwrite)
+    if folder.exists() and not overwrite:
+        raise FileExistsError(
+            f"{folder} exists already; choose another folder, or pass overwrite=True"
+        )
+    check_replaceable(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}-{uuid.uuid4().hex}")
     temporary.mkdir()
@@ -47,6 +50,29 @@ def sealed_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
         _flush(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_replaceable(folder: Path) -> None:
+    """Raise if a folder could not be overwritten; where there is none, it can be made.
+
+    Raises:
+        FileExistsError: It holds anything that was not sealed.
+        DamagedFolderError: Its manifest is damaged, so that what was sealed cannot be told.
+    """
+    folder = folder.resolve()
+    if not folder.exists():
+        return
+    if not (folder / MANIFEST_FILE).is_file():
+        raise FileExistsError(
+            f"{folder} has no {MANIFEST_FILE}: it was not saved by esper, and is not replaced; "
+            "choose another folder"
+        )
+    foreign = foreign_names(folder, _read_manifest(folder / MANIFEST_FILE))
+    if foreign:
+        raise FileExistsError(
+            f"{folder} holds {', '.join(foreign[:5])} besides what was saved, and is not replaced; "
+            "move that elsewhere, or choose another folder"
+        )
 
 
 def check_sealed(folder: Path) -> None:
@@ -156,21 +182,3 @@ def _replace(temporary: Path, folder: Path) -> None:
         aside.rename(folder)
         raise
     shutil.rmtree(aside)
-
-
-def _refuse_to_replace(folder: Path, *, overwrite: bool) -> None:
-    if not overwrite:
-        raise FileExistsError(
-            f"{folder} exists already; choose another folder, or pass overwrite=True"
-        )
-    if not (folder / MANIFEST_FILE).is_file():
-        raise FileExistsError(
-            f"{folder} has no {MANIFEST_FILE}: it was not saved by esper, and is not replaced; "
-            "choose another folder"
-        )
-    foreign = foreign_names(folder, _read_manifest(folder / MANIFEST_FILE))
-    if foreign:
-        raise FileExistsError(
-            f"{folder} holds {', '.join(foreign[:5])} besides what was saved, and is not replaced; "
-            "move that elsewhere, or choose another folder"
-        )
