@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
 
 from esper.blending.schedule import curve_value
 from esper.lifecycle.alpha import AlphaCurve
@@ -326,7 +325,8 @@ class StoryTeller:
 
     def _compiled(self, event: SeedCompiled) -> None:
         seeds = (seed for seed in reversed(self.story.seeds) if seed.slot == event.slot)
-        for newest in islice(seeds, 1):
+        newest = next(seeds, None)
+        if newest is not None:
             newest.compiled.append(event)
 
     def _follow(self, record: EventRecord) -> None:
