@@ -14,6 +14,9 @@ without esper:
   function of the plain kind (gradient to both, no proximal term);
 - training, pulled: training once more, against a straight-through function that has that term;
 - training, plain: a seed without that term, against a function without it;
+- training, guarded: that against one by hand which keeps what isolation promises, too: the seed's
+  gradients are looked at as they arrive, and it has a parameter group, and so a learning rate, of
+  its own;
 - host plus seed: and again, against the host with the seed inlined, which it must not
   exceed;
 - blended, of a seed that was behind the host: `h + a * f(h.detach())` with a in a 0-dim buffer;
@@ -58,6 +61,7 @@ from speed_hosts import (
     Behind,
     Blended,
     BlockWithSeed,
+    GuardedBehind,
     Inlined,
     Mix,
     PulledBehind,
@@ -99,6 +103,7 @@ STAGES = {
     "training": Stage(advances=1, mix=Behind),
     "training, pulled": Stage(advances=1, mix=PulledBehind),
     "training, plain": Stage(advances=1, mix=Behind, objective="plain"),
+    "training, guarded": Stage(advances=1, mix=GuardedBehind, objective="plain"),
     "host plus seed": Stage(advances=1, mix=Inlined),
     "blended": Stage(advances=2, mix=Blended, alpha=0.5),
     "committed": Stage(advances=5, mix=Inlined),
@@ -152,7 +157,8 @@ class Side:
         self.compiled = compiled
         self._forward = model if forward is None else forward
         fused = host.inputs.is_cuda  # else each parameter group is a dozen launches more
-        self._optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=fused)
+        groups = [{"params": list(parameters)} for parameters in owned_parameters(model)]
+        self._optimizer = torch.optim.AdamW(groups, lr=1e-4, fused=fused)
         if slots is not None:
             slots.bind(self._optimizer)
         self._passes: Callable[[Tensor, Tensor], object] = self._eagerly
@@ -187,6 +193,15 @@ class Side:
                 raise RuntimeError(f"{failed[0].place} does not compile: {failed[0].error}")
         if host.inputs.is_cuda:
             torch.cuda.synchronize()
+
+
+def owned_parameters(model: nn.Module) -> list[list[nn.Parameter]]:
+    """Return the parameters of the host, and apart from them those of a guarded seed by hand."""
+    guarded = [mix for mix in model.modules() if isinstance(mix, GuardedBehind)]
+    apart = [parameter for mix in guarded for parameter in mix.parameters()]
+    own = set(apart)
+    host = [parameter for parameter in model.parameters() if parameter not in own]
+    return [host, apart] if apart else [host]
 
 
 class CaptureByHand:

@@ -6,6 +6,7 @@ Legend: B batch, C channels, H height, W width, T tokens, D features, V symbols.
 """
 
 import copy
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -197,6 +198,22 @@ class Behind(Mix):
 
     def forward(self, features: Tensor) -> Tensor:
         return PlainStraightThrough.apply(features, self.seed.increment(features.detach()))
+
+
+class GuardedBehind(Behind):
+    """The same, and a gradient of the seed that is not finite becomes zero as it arrives."""
+
+    def __init__(self, seed: Seed) -> None:
+        super().__init__(seed)
+        for parameter in seed.parameters():
+            parameter.register_post_accumulate_grad_hook(zero_unless_finite)
+
+
+def zero_unless_finite(parameter: Tensor) -> None:
+    """Drop a broken gradient, at the price of one look at each; waits for a GPU."""
+    gradient = parameter.grad
+    if gradient is not None and not math.isfinite(gradient.sum().item()):
+        gradient.zero_()
 
 
 class PlainStraightThrough(torch.autograd.Function):

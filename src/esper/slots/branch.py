@@ -100,10 +100,11 @@ class SeedBranch(nn.Module):
             dtype = next((p.dtype for p in self.parameters()), seed_input.dtype)
             seed_input, call = seed_input.to(dtype), call.to(seed_input.device, dtype)
         gate = None if self.gate is None else self.gate(seed_input)
-        if isinstance(self.seed, ContextualSeed):
-            increment = self.seed.increment(seed_input, *call.args, **call.kwargs)
+        seed = self.seed
+        if isinstance(seed, ContextualSeed):
+            increment = seed.increment(seed_input, *call.args, **call.kwargs)
         else:
-            increment = self.seed.increment(seed_input)
+            increment = seed.increment(seed_input)
         if severed:
             increment = increment.detach()
             gate = None if gate is None else gate.detach()

@@ -85,4 +85,5 @@ def _through_slot(
         if slot.contextual
         else NO_ARGUMENTS
     )
-    return replace_first(output, slot(features, call))
+    result = slot(features, call)
+    return result if features is output else replace_first(output, result)

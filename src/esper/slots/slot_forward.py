@@ -187,7 +187,15 @@ class SlotForward(nn.Module):
             if increment is not None:
                 features = blend(features, increment, self.blend_alpha)
         elif self.mode is ForwardMode.STRAIGHT_THROUGH and self.training:
-            features = self._learn_behind(branch, features, call.detached())
+            increment = self._increment_behind(branch, features.detach(), call.detached())
+            if increment is not None:
+                features = straight_through(
+                    features,
+                    increment,
+                    objective=self.config.objective,
+                    trust_fraction=self.config.trust_fraction,
+                    overwritten=self.layout.overwritten,
+                )
         elif self.mode is ForwardMode.SHADOWED:
             features = features.detach()
             increment = self._increment_behind(branch, features, call.detached())
@@ -279,18 +287,6 @@ class SlotForward(nn.Module):
             return self._try(branch, detached, detached, call)
         with self._stream.active(detached.device):
             return self._try(branch, detached, detached, call)
-
-    def _learn_behind(self, branch: nn.Module, features: Tensor, call: CallArguments) -> Tensor:
-        increment = self._increment_behind(branch, features.detach(), call)
-        if increment is None:
-            return features
-        return straight_through(
-            features,
-            increment,
-            objective=self.config.objective,
-            trust_fraction=self.config.trust_fraction,
-            overwritten=self.layout.overwritten,
-        )
 
     def _try(
         self,
