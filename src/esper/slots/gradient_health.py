@@ -83,7 +83,7 @@ class GradientHealth:
         ValueError: `interval_steps` is below 1.
     """
 
-    def __init__(self, interval_steps: int = 50) -> None:
+    def __init__(self, interval_steps: int = 100) -> None:
         if interval_steps < 1:
             raise ValueError(f"interval_steps must be at least 1, got {interval_steps}")
         self.interval_steps = interval_steps

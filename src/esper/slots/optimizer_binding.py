@@ -212,7 +212,7 @@ class OptimizerBinding:
 
     def take_step(self) -> bool:
         """Take note of a step, and return whether the optimizer has made it."""
-        stepped, self._untold_steps = self.has_stepped, 0
+        stepped, self._untold_steps = self._untold_steps > 0, 0
         return stepped
 
     def holds(self, parameter: Tensor) -> bool:

@@ -165,8 +165,9 @@ class Growth:
         self._step_times.step()
         binding = self.slots.binding
         if binding is not None:
-            self._told_steps.add(made=binding.untold_steps)
-            if not binding.has_stepped:
+            made = binding.untold_steps
+            self._told_steps.add(made=made)
+            if made == 0:
                 self.meter.optimizer_has_skipped()
         events = self.slots.tick()
         if events:
