@@ -300,7 +300,11 @@ def test_dry_run_prints_a_config_that_can_be_read_back_and_trains_nothing(tmp_pa
         ),
         (
             ("digits", "--set", "heuristic.blueprints=conv_light"),
-            'heuristic.blueprints is a list; write heuristic.blueprints=["conv_light"]',
+            """is a list; write --set 'heuristic.blueprints=["conv_light"]'""",
+        ),
+        (
+            ("digits", "--set", "heuristic.blueprints=[conv_light, norm]"),  # as a shell leaves it
+            """is a list; write --set 'heuristic.blueprints=["conv_light", "norm"]'""",
         ),
         (("digits", "--set", "heuristic.blueprints=[]"), "heuristic.blueprints: Tuple should have"),
         (("digits", "--policy", "none", "--audit"), "the policy never grows"),

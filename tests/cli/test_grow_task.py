@@ -252,6 +252,40 @@ def test_help_and_doctor_name_the_kinds_of_tasks() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        (
+            ("heuristic.warmup_epochs=5",),
+            "heuristic lets nothing germinate before epoch 5 (heuristic.warmup_epochs=5), and the "
+            "run had 2; train for more --epochs, or --set other values\n",
+        ),
+        (
+            ("policy=ucb1", "heuristic.warmup_epochs=0", "heuristic.plateau_epochs=1"),
+            "ucb1 lets nothing germinate before epoch 2 (heuristic.plateau_epochs=1) nor after "
+            "epoch 1 (heuristic.last_germination_fraction=0.7); ",
+        ),
+        (
+            ("policy=ucb1", "trainer.decision_interval_steps=4", "heuristic.plateau_fraction=-9"),
+            "ucb1 waits until the held-out loss falls by less than heuristic.plateau_fraction"
+            "=-9 in heuristic.plateau_epochs=3 decisions\n",
+        ),
+        (("policy=none",), "the policy 'none' never grows\n"),
+    ],
+)
+def test_why_nothing_germinated_is_said(settings: tuple[str, ...], why: str) -> None:
+    asked = [part for setting in settings for part in ("--set", setting)]
+    assert f"nothing germinated: {why}" in grow("digits", *SHORT, *asked, "--no-report").output
+
+
+def test_a_network_that_was_tested_without_living_seeds_says_so() -> None:
+    eager = ("heuristic.warmup_epochs=0", "heuristic.plateau_epochs=1", "trainer.epochs=3")
+    settings = [part for setting in eager for part in ("--set", setting)]
+    plateau = ("--set", "heuristic.plateau_fraction=1", "--set", "threads=1", "--no-report")
+    output = grow("digits", *settings, *plateau).output
+    assert "grown was tested without 1 seed still growing: only what is committed" in output
+
+
 def test_a_run_whose_seeds_were_refused_as_linear_says_what_to_turn() -> None:
     eager = (
         *("slot.isolation=none", "slot.ramp_steps=1", "slot.thresholds.min_steps_at_target=1"),

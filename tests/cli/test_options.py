@@ -1,5 +1,6 @@
 """What several commands are asked in the same words, they answer in the same words."""
 
+import json
 import os
 from pathlib import Path
 
@@ -112,3 +113,21 @@ def test_settings_of_another_version_are_named(command: tuple[str, ...]) -> None
     assert "run holds no settings that this version of esper reads: " in told
     assert "learning_rate: Field required" in told
     assert "unknown key 'of_tomorrow'" in told
+
+
+@pytest.mark.parametrize("command", [("resume", "run"), ("send", "run", "pause")])
+def test_the_run_of_a_loop_of_ones_own_is_called_that(command: tuple[str, ...]) -> None:
+    RunStore(Path("run"), config={"task": "mine"}, environment={}).close()
+    told = refused(*command)
+    assert "run was written by a loop of your own, not by esper grow" in told
+    assert "start your script again (docs/checkpoints.md)" in told
+    assert "Field required" not in told
+
+
+@pytest.mark.parametrize("command", [*WRITERS, ("bench",)])
+def test_a_dry_run_is_one_line_of_json_where_lines_of_json_are_asked_for(
+    command: tuple[str, ...],
+) -> None:
+    result = esper(*command, "digits", "--dry-run", "--json")
+    (line,) = result.output.splitlines()
+    assert json.loads(line) == json.loads(esper(*command, "digits", "--dry-run").output)

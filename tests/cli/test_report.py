@@ -1,7 +1,9 @@
 """`esper report` at the command line."""
 
 import os
+import resource
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -45,6 +47,38 @@ def test_the_files_that_are_written_are_named_as_they_are(run_folder: Path, tmp_
     assert code == 0, told
     assert told == f"report {odd}/story.html picture {odd}/picture.png"
     assert sorted(odd.iterdir()) == [odd / "picture.png", odd / "story.html"]
+
+
+@pytest.mark.parametrize("option", ["--out", "--png"])
+def test_what_cannot_be_written_leaves_what_there_was(
+    option: str, run_folder: Path, tmp_path: Path
+) -> None:
+    """As on a full disk."""
+    target = tmp_path / f"there{'.html' if option == '--out' else '.png'}"
+    target.write_text("of last time", encoding="utf-8")
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limit[1]))
+    try:
+        code, told = invoke(str(run_folder), option, str(target))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert code == 2, told
+    assert f"File too large: '{target}'" in told
+    assert target.read_text(encoding="utf-8") == "of last time"
+    assert [*tmp_path.iterdir()] == [target]
+
+
+def test_a_report_goes_where_a_link_leads_and_into_a_pipe(run_folder: Path, tmp_path: Path) -> None:
+    link, linked, pipe = (tmp_path / name for name in ("link.html", "linked.html", "pipe"))
+    link.symlink_to(linked)
+    os.mkfifo(pipe)
+    assert invoke(str(run_folder), "--out", str(link))[0] == 0
+    assert link.is_symlink()
+    with ThreadPoolExecutor() as readers:
+        reading = readers.submit(pipe.read_bytes)
+        assert invoke(str(run_folder), "--out", str(pipe))[0] == 0
+    assert pipe.is_fifo()
+    assert reading.result() == linked.read_bytes()
 
 
 def test_a_folder_whose_name_is_no_text_has_a_report_too(run_folder: Path, tmp_path: Path) -> None:

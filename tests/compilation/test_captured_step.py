@@ -17,7 +17,8 @@ from esper.compilation.placements import Placements
 from esper.lifecycle.events import CompileFailed, StepCaptured
 from esper.policies.named import named_policy
 from esper.training.growth import Growth
-from esper.training.trainer import Trainer, TrainerConfig
+from esper.training.trainer import Trainer
+from esper.training.trainer_config import TrainerConfig
 from waiting import waiting_raises
 
 

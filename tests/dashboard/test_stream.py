@@ -211,7 +211,7 @@ def test_port_that_is_taken_is_named(tmp_path: Path) -> None:
 
 
 def test_port_is_taken_before_it_is_served(tmp_path: Path) -> None:
-    first = DashboardServer(tmp_path)
+    first = DashboardServer(str(tmp_path))
     port = int(first.address.url.rstrip("/").rpartition(":")[2])
     with pytest.raises(AddressError, match=f"port {port} of 127.0.0.1 is taken"):
         DashboardServer(tmp_path, port=port)

@@ -109,7 +109,7 @@ def test_tools_leave_random_streams_as_they_are(tmp_path: Path) -> None:
     chosen = config(*ALL, FREE_PORT)
     before = random.getstate(), str(np.random.get_state()), torch.get_rng_state()  # noqa: NPY002
     settings = chosen.model_dump(mode="json")
-    for tracker in open_trackers(chosen.tracking, tmp_path, config=settings):
+    for tracker in open_trackers(chosen.tracking, str(tmp_path), config=settings):
         tell_run(tracker)
         tracker.close()
     assert random.getstate() == before[0]

@@ -331,7 +331,43 @@ def test_the_schedule_does_what_it_is_told_when_it_is_told():
     policy = PlannedPolicy(plan, tend_seeds=False)
     living = slot("a", SeedStage.TRAINING, epochs_in_stage=9, refusals_in_stage=9)
     for epoch in range(6):
-        assert list(policy.decide(state(living, epoch=epoch))) == plan.get(epoch, [])
+        assert list(policy.decide(state(living, slot("b"), epoch=epoch))) == plan.get(epoch, [])
+
+
+@pytest.mark.parametrize(
+    ("plan", "error", "told"),
+    [
+        ({0: [Wait()]}, ValueError, "counted from 1, got 0"),
+        ({"1": [Wait()]}, TypeError, "counted from 1, to lists of actions, got '1' as an epoch"),
+        ({1.5: [Wait()]}, TypeError, "got 1.5 as an epoch"),
+        ({1: "mlp"}, TypeError, r"as {1: \[Germinate\(.*, got 'mlp' for epoch 1"),
+        ({2: ["mlp"]}, TypeError, r"got \['mlp'\] for epoch 2"),
+        ({1: Prune(slot="a")}, TypeError, r"got Prune\(.* for epoch 1"),
+        ({1: {"a": Wait()}}, TypeError, r"got {'a': Wait\(.* for epoch 1"),
+    ],
+)
+def test_what_is_no_plan_is_refused_at_once(plan: Any, error: type[Exception], told: str):
+    with pytest.raises(error, match=told):
+        PlannedPolicy(plan)
+
+
+@pytest.mark.parametrize(
+    ("action", "told"),
+    [
+        (Prune(slot="c"), "there is no slot 'c'; slots: 'a', 'b'"),
+        (Germinate(slot="a", blueprint="nrom"), "'nrom' does not fit slot 'a'; fitting: noop, nor"),
+    ],
+)
+def test_a_plan_that_cannot_be_carried_out_is_refused_at_the_first_decision_and_not_when_it_is_past(
+    action: Action, told: str
+):
+    policy = PlannedPolicy({5: [Wait(), action]})
+    for epoch in (1, 5):
+        with pytest.raises(ValueError, match=told):
+            policy.decide(state(slot("a"), slot("b"), epoch=epoch))
+    assert policy.decide(state(slot("a"), slot("b"), epoch=6)) == []
+    with_options = Germinate(slot="a", blueprint="block", options={"source": "a"})
+    assert PlannedPolicy({1: [with_options]}).decide(state(slot("a"), epoch=1)) == [with_options]
 
 
 def test_the_schedule_tends_seeds_first_unless_told_not_to():

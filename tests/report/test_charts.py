@@ -357,7 +357,7 @@ def test_charts_are_drawn_as_one_png_too(charts: dict[str, Chart], tmp_path: Pat
     content = target.read_bytes()
     assert content.startswith(b"\x89PNG\r\n\x1a\n")
     width, height = (int.from_bytes(content[at : at + 4], "big") for at in (16, 20))
-    draw_charts("a run", [charts["loss"]], tmp_path / "loss.png")
+    draw_charts("a run", [charts["loss"]], f"{tmp_path}/loss.png")
     alone = (tmp_path / "loss.png").read_bytes()
     assert int.from_bytes(alone[16:20], "big") == width
     assert int.from_bytes(alone[20:24], "big") < height / 2

@@ -14,6 +14,7 @@ from esper.lifecycle.events import (
     CheckpointDamaged,
     Event,
     EventRecord,
+    GateEvaluated,
     RunFailed,
     RunFinished,
     RunResumed,
@@ -24,9 +25,11 @@ from esper.lifecycle.events import (
     SinkLossesCounted,
     TwinFinished,
 )
-from esper.lifecycle.gates import Gate
+from esper.lifecycle.gates import Gate, GateResult, compare
 from esper.lifecycle.stages import GROWTH_PATH, SeedStage
+from esper.lifecycle.words import refused_for
 from esper.report import RunStory, tell
+from esper.report.story import GateVisit, SeedStory
 from esper.telemetry import RunReader
 from growth_problem import make_problem
 
@@ -204,3 +207,33 @@ def test_a_seed_that_was_taken_out_for_another_reason_than_a_refusal_has_that_on
     (seed,) = tell(told_of_a_seed()).seeds
     assert not seed.gates[-1].event.result.passed, "a gate has refused it before"
     assert seed.reason == seed.pruned_because == "seen enough"
+
+
+@pytest.mark.parametrize(
+    ("contribution", "linear", "told"),
+    [(0.1, 1.0, True), (0.0, 1.0, False), (0.0, 0.5, False), (0.1, 0.5, False)],
+)
+def test_a_seed_was_refused_as_linear_only_where_nothing_else_was_wrong_with_it(
+    contribution: float, linear: float, told: bool
+) -> None:
+    checks = (
+        compare("contribution_fraction", contribution, ">=", 0.01),
+        compare("linear_share", linear, "<=", 0.99),
+        compare("over_linear_fraction", contribution * (1.0 - linear), ">=", 0.02),
+    )
+    judged = GateEvaluated(
+        slot="0",
+        blueprint="mlp",
+        to_stage=SeedStage.PROBATIONARY,
+        result=GateResult(gate=Gate.G4, checks=checks),
+    )
+    seed = SeedStory(
+        slot="0",
+        blueprint="mlp",
+        param_count=1,
+        epoch=1,
+        step=1,
+        gates=[GateVisit(epoch=2, step=2, event=judged)],
+        pruned_because=refused_for(6, SeedStage.SHADOWING),
+    )
+    assert seed.refused_as_linear == told

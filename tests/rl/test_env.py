@@ -21,8 +21,15 @@ from esper.experiments import load_run_config
 from esper.lifecycle.actions import Action, Advance, Commit, Germinate, Operation, Prune, Wait
 from esper.lifecycle.events import RewardGiven
 from esper.policies.learned import Head, ObservationConfig, WatchedLoss, features
-from esper.rl import GrowthEnv, GrowthEpisode, HostRun, RewardConfig, TaskRuns
-from esper.rl.growth_episode import DivergedAtOnceError, reference_of
+from esper.rl import (
+    DivergedAtOnceError,
+    GrowthEnv,
+    GrowthEpisode,
+    HostRun,
+    RewardConfig,
+    TaskRuns,
+)
+from esper.rl.growth_episode import reference_of
 from esper.rl.rewards import Potential
 from esper.training.random_states import random_streams_apart
 from growth_problem import Recorder

@@ -125,6 +125,7 @@ def test_later_ones_win_the_file_first_and_options_last(tmp_path: Path) -> None:
         ("rewards.compute_rent=1", "operations, which are not counted; add count_flops=true"),
         ("training.batch_size=7", "leaves a batch of one step"),
         ("network.width=5", "width 5 is no multiple of 4 attention heads"),
+        (f"episodes.first_random_seed={2**64}", "first_random_seed: Input should be less than"),
         ("training.device=gpu", "training.device: a device is cpu, cuda or cuda:N, got 'gpu'"),
     ],
 )

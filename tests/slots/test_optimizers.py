@@ -4,6 +4,7 @@ import copy
 import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -567,6 +568,52 @@ def test_a_seed_committed_while_unbound_is_trained_where_the_same_optimizer_is_b
     other = OPTIMIZERS["SGD"](run.model.head.parameters())
     run.slots.bind(other)
     assert not any(map(run.slots.binding.holds, seed.parameters())), "left out on purpose"
+
+
+NEVER_MOVE = r"SGD trains what is around the committed seeds 'lora' in '0', and not these: unless"
+
+
+@pytest.mark.parametrize(
+    ("without", "warns"),
+    [
+        (lambda seed, host: seed, True),
+        (lambda seed, host: [*seed, *host[2:]], True),  # the slot's module is trained
+        (lambda seed, host: [*seed, host[0]], False),
+        (lambda seed, host: [seed[0]], False),
+        (lambda seed, host: [], False),
+    ],
+)
+@pytest.mark.parametrize("frozen", [False, True])
+def test_binding_warns_of_committed_seeds_that_an_optimizer_was_made_before(
+    without: Any, warns: bool, frozen: bool, grow: Any
+) -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+    host = list(model.parameters())
+    slots = esper.attach(model, "0", example=torch.randn(2, 4))
+    grow(slots["0"], "lora", SeedStage.FOSSILIZED)
+    seed = list(slots["0"].branches.requires_grad_(not frozen).parameters())
+    missing = without(seed, host)
+    optimizer = optim.SGD([p for p in [*host, *seed] if not any(p is q for q in missing)], lr=0.1)
+    with pytest.warns(UserWarning, match=NEVER_MOVE) if warns and not frozen else nullcontext():
+        slots.bind(optimizer)
+    slots.unbind()
+    slots.bind(optimizer)  # which has its groups, and commits and prunes are followed
+
+
+@pytest.mark.parametrize(
+    "body", [nn.Tanh, lambda: nn.Linear(8, 8).requires_grad_(requires_grad=False)]
+)
+def test_binding_warns_where_what_a_committed_seed_stands_behind_has_nothing_to_train(
+    body: Callable[[], nn.Module], grow: Any
+) -> None:
+    model = nn.Sequential(OrderedDict(stem=nn.Linear(4, 8), body=body(), head=nn.Linear(8, 2)))
+    host = [p for p in model.parameters() if p.requires_grad]
+    slots = esper.attach(model, "body", example=torch.randn(2, 4))
+    grow(slots["body"], "lora", SeedStage.FOSSILIZED)
+    with pytest.warns(UserWarning, match="'lora' in 'body'"):
+        slots.bind(optim.SGD(host, lr=0.1))
+    slots.unbind()
+    slots.bind(optim.SGD(model.head.parameters(), lr=0.1))
 
 
 def test_detaching_leaves_no_seed_in_the_optimizer() -> None:

@@ -424,6 +424,17 @@ def _few_images(root: Path, image_folder: ImageFolder) -> str:
     return "2 rows are too few"
 
 
+def _one_class(root: Path, image_folder: ImageFolder) -> str:
+    image_folder(root, classes=("cat",))
+    return "'label' has the same class in all 10 rows of split 'train', and it takes 2"
+
+
+def _one_class_of_two(root: Path, image_folder: ImageFolder) -> str:
+    image_folder(root / "train", classes=("cat",))
+    image_folder(root / "test", classes=("cat", "dog"))
+    return "'label' has the same class in all 10 rows of split 'train', and it takes 2"
+
+
 def _short_text(root: Path, _: ImageFolder) -> str:
     root.mkdir()
     (root / "a.txt").write_text("short", encoding="utf-8")
@@ -459,6 +470,8 @@ def _unknown_class_in_test(root: Path, image_folder: ImageFolder) -> str:
         _broken_image,
         _deep_image,
         _few_images,
+        _one_class,
+        _one_class_of_two,
         _short_text,
         _labels_that_are_no_classes,
         _unknown_class_in_test,

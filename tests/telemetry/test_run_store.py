@@ -95,6 +95,20 @@ def test_what_was_published_is_read_back_in_order(tmp_path: Path) -> None:
     )
 
 
+def test_a_folder_may_be_named_as_text(tmp_path: Path) -> None:
+    folder = str(tmp_path / "run")
+    RunStore(folder, config={}, environment={}).close()
+    ReopenedRunStore(folder, after_step=0).close()
+    assert RunReader(folder).folder == Path(folder)
+
+
+@pytest.mark.parametrize("document", ["config", "environment"])
+def test_what_json_has_no_word_for_is_named(document: str, tmp_path: Path) -> None:
+    given = {"config": {}, "environment": {}, document: {"device": "cpu", "of": {"layer": object}}}
+    with pytest.raises(TypeError, match=rf"^'of' cannot be kept in {document}\.json: .* type"):
+        RunStore(tmp_path, **given)
+
+
 @pytest.mark.parametrize(
     "name",
     [255 * "x", 127 * "é", 85 * "試", ".hidden", "...", "a\\b", "a\nb", os.fsdecode(b"caf\xe9")],

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
+from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader, TensorDataset
 
 import esper
@@ -206,6 +207,22 @@ def test_a_loop_of_ones_own_tells_its_start_with_its_first_step() -> None:
     growth.after_step()
     assert [record.event.type for record in problem.recorder.records] == ["run_started"]
     assert problem.recorder.records[0].step == 0
+
+
+def test_fit_warns_of_seeds_that_still_live_and_where_nothing_is_left_to_train(
+    problem: Problem,
+) -> None:
+    trainer = problem.trainer(grow_mlp(1), epochs=3)
+    told = r"ended with living seeds: 'mlp' in 'embed' \(TRAINING\)"
+    with pytest.warns(UserWarning, match=told) as warned:
+        assert len(trainer.fit()) == 3
+    with pytest.warns(UserWarning, match="all 3 epochs are trained, .* Trainer with more") as again:
+        assert trainer.fit() == []
+    assert [warning.filename for warning in (*warned, *again)] == [__file__] * 2
+    problem.slots.unbind()
+    longer = problem.trainer(grow_mlp(1), epochs=4)
+    longer.load_state_dict(trainer.state_dict())
+    assert [report.epoch for report in longer.run()] == [4], "the trainer's own loop warns of none"
 
 
 def test_run_is_deterministic_under_a_seed() -> None:
@@ -617,6 +634,25 @@ def test_plateau_scheduler_sees_the_held_out_loss(problem: Problem) -> None:
     assert problem.optimizer.param_groups[0]["lr"] == pytest.approx(1e-4)
 
 
+@pytest.mark.parametrize("accumulation_steps", [1, 2])
+def test_a_scheduler_for_all_steps_is_refused_where_it_would_step_once_in_an_epoch(
+    accumulation_steps: int,
+) -> None:
+    def made(total_steps: int, **settings: Any) -> esper.Trainer:
+        problem = make_problem()
+        scheduler = OneCycleLR(problem.optimizer, 0.1, total_steps=total_steps)
+        return problem.trainer(Script({}), epochs=3, scheduler=scheduler, **settings)
+
+    steps = {"accumulation_steps": accumulation_steps}
+    for total_steps in {3 * 16, 3 * 16 // accumulation_steps}:
+        told = f'planned for {total_steps} steps, .* once in each of 3 epochs; .*="step"'
+        with pytest.raises(ValueError, match=told):
+            made(total_steps, **steps)
+        made(total_steps, scheduler_interval="step", **steps)
+    for total_steps in (3, 10):  # of its epochs, and of more that are to come
+        made(total_steps, **steps)
+
+
 @pytest.mark.parametrize("result", [np.float32(0.5), torch.tensor(0.5), {"loss": 0.5}])
 def test_a_held_out_loss_may_be_any_kind_of_number(result: Any) -> None:
     assert metrics_of(result) == {"loss": 0.5}
@@ -653,6 +689,13 @@ def test_evaluation_without_a_loss_is_refused(problem: Problem, result: Any, mes
     trainer = problem.trainer(Script({}), epochs=1, evaluate=lambda: result)
     with pytest.raises(TypeError, match=message):
         trainer.fit()
+
+
+def test_what_cannot_evaluate_is_refused(problem: Problem) -> None:
+    growth = problem.trainer(Script({}), epochs=1).growth
+    with pytest.raises(TypeError, match=r"evaluate must be a function .*, got 0.5"):
+        growth.after_epoch(0.5)
+    assert growth.epoch == 0
 
 
 def test_held_out_without_batches_is_refused(problem: Problem) -> None:
@@ -898,6 +941,56 @@ def test_a_state_of_the_same_policys_run_is_taken_unless_its_slots_are_others(po
     fresh.load_state_dict(state)
     assert fresh.state_dict()["policy"] == state["policy"]
     assert fresh.slots["embed"].stage is SeedStage.TRAINING
+
+
+class Unhashable(Counting):
+    """As a dataclass is that compares by value."""
+
+    __hash__ = None
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Unhashable)
+
+
+class Slotted:
+    """Cannot be referred to weakly, so that nobody could tell when it is gone."""
+
+    __slots__ = ("counted",)
+    name, decide = "slotted", Script({}).decide
+
+    state_dict, load_state_dict = Counting.state_dict, Counting.load_state_dict
+
+
+def concluded(policy: esper.Policy, problem: Problem) -> esper.training.Growth:
+    growth = problem.trainer(policy, epochs=1).growth
+    growth.after_epoch(lambda: 1.0)
+    return growth
+
+
+@pytest.mark.parametrize("policy", [esper.HeuristicPolicy, RandomPolicy, Counting, Unhashable])
+def test_a_policy_that_remembers_another_run_is_refused_unless_it_is_told_to_forget(
+    policy: Callable[[], esper.Policy],
+) -> None:
+    used, problem, other = policy(), make_problem(), make_problem()
+    state = concluded(used, problem).state_dict()
+    problem.slots.unbind()
+    concluded(used, problem)  # the same model with another Growth
+    with pytest.raises(ValueError, match=f"this {policy.__name__} has decided for another model"):
+        concluded(used, other)
+    concluded(policy(), make_problem())
+    other.slots.unbind()
+    resumed = other.trainer(used, epochs=1).growth
+    resumed.load_state_dict(state)
+    resumed.after_epoch(lambda: 1.0)
+
+
+@pytest.mark.parametrize("policy", [lambda: esper.PlannedPolicy({}), lambda: Script({}), Slotted])
+def test_a_policy_that_remembers_nothing_or_is_never_seen_to_go_decides_for_several_runs(
+    policy: Callable[[], esper.Policy],
+) -> None:
+    used = policy()
+    for _ in range(2):
+        concluded(used, make_problem())
 
 
 @pytest.mark.parametrize(("budget", "committed"), [(1e6, 1), (1e-6, 0)])

@@ -1,5 +1,6 @@
 """Held-out evaluation leaves a host that trains on, and can be repeated."""
 
+import copy
 from itertools import islice
 from typing import Any
 
@@ -7,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, TensorDataset
 
 import esper
+from growth_problem import make_problem
 
 INPUTS = torch.randn(4, 5, 8, generator=torch.Generator().manual_seed(0))
 LABELS = torch.zeros(4, dtype=torch.long)
@@ -71,3 +74,59 @@ def test_no_batches_are_named_where_seeds_are_weighed_too() -> None:
     held_out = esper.HeldOut(model, [], loss=sample_losses)
     with pytest.raises(ValueError, match="held-out data has no batches"):
         held_out.variant_losses(slots, [{}])
+
+
+def test_a_loader_that_draws_its_order_by_a_generator_has_the_same_order_each_time() -> None:
+    generator = torch.Generator().manual_seed(0)
+    data = TensorDataset(torch.randn(64, 5, 8), torch.zeros(64, dtype=torch.long))
+    loader = DataLoader(data, batch_size=4, shuffle=True, generator=generator)
+    model, seen = Tabled(), []
+    model.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    esper.HeldOut(model, loader, loss=sample_losses)()
+    first = torch.cat(seen)
+    seen.clear()
+    esper.HeldOut(model, loader, loss=sample_losses)()
+    assert torch.equal(torch.cat(seen), first)
+    assert torch.equal(generator.get_state(), torch.Generator().manual_seed(0).get_state())
+
+
+@pytest.mark.parametrize(
+    "other",
+    [copy.deepcopy, lambda _: make_problem().model, lambda model: model.head],
+    ids=["copy", "made anew", "part"],
+)
+def test_held_out_of_another_model_than_grows_is_refused_before_anything_is_judged_by_it(
+    other: Any,
+) -> None:
+    problem = make_problem()
+    growth = esper.Growth(problem.slots, problem.optimizer)
+    model = other(problem.model)
+    held_out = esper.HeldOut(model, problem.held_out.batches, loss=problem.held_out.loss)
+    with pytest.raises(
+        ValueError,
+        match=rf"HeldOut is of a {type(model).__name__} that does not contain slot 'embed'.*"
+        r"give it growth\.slots\.model",
+    ):
+        growth.after_epoch(held_out)
+    assert growth.losses == []
+    growth.after_epoch(problem.held_out)
+    assert growth.epoch == 1
+
+
+def with_target_replaced(model: Any) -> nn.Module:
+    """The slot is in nobody's model then, and it is for `germinate` to say so."""
+    model.embed = nn.Linear(4, 16)
+    return model
+
+
+@pytest.mark.parametrize(
+    "around",
+    [nn.Sequential, lambda model: torch.compile(model, backend="eager"), with_target_replaced],
+    ids=["whole", "compiled", "target replaced"],
+)
+def test_held_out_may_be_of_all_that_contains_what_growths_model_does(around: Any) -> None:
+    problem = make_problem()
+    growth = esper.Growth(problem.slots, problem.optimizer)
+    model = around(problem.model)
+    held_out = esper.HeldOut(model, problem.held_out.batches, loss=problem.held_out.loss)
+    assert growth.after_epoch(held_out)["loss"] == pytest.approx(problem.held_out()["loss"])

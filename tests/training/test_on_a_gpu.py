@@ -14,7 +14,8 @@ from esper.experiments.config import load_run_config
 from esper.lifecycle.events import EventRecord, SeedCommitted, SeedGerminated
 from esper.policies.named import named_policy
 from esper.training.growth import Growth
-from esper.training.trainer import Trainer, TrainerConfig
+from esper.training.trainer import Trainer
+from esper.training.trainer_config import TrainerConfig
 from waiting import waiting_raises
 
 pytestmark = [

@@ -1,14 +1,17 @@
 """A training loop of one's own: growing by hand, and what a loop gets wrong."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn.functional import mse_loss
+from torch.optim.lr_scheduler import ExponentialLR
 
 import esper
 from esper.lifecycle.events import GateEvaluated, SeedGerminated, StageChanged
-from growth_problem import Problem, make_problem
+from growth_problem import Problem, Recorder, make_problem
 
 
 @pytest.fixture
@@ -63,13 +66,77 @@ def test_what_cannot_decide_is_no_policy_and_leaves_the_optimizer_alone(
         esper.save_pretrained(problem.model, "nowhere")  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("batch", [torch.zeros(2, 4), (torch.zeros(2, 4),), {"x": 1, "y": 2}])
-def test_a_held_out_batch_that_is_no_pair_is_named(problem: Problem, batch: Any) -> None:
+@pytest.mark.parametrize(
+    ("argument", "value", "error", "told"),
+    [
+        ("sinks", Recorder(), TypeError, r"a list of sinks, got Recorder; pass sinks=\[…\]"),
+        ("max_epochs", "3", TypeError, "a whole number of decisions, got '3'"),
+        ("max_epochs", 2.5, TypeError, "a whole number of decisions, got 2.5"),
+        ("max_epochs", -1, ValueError, "at least 0, got -1"),
+        ("scheduler", "cosine", TypeError, "must be a learning-rate scheduler .* got 'cosine'"),
+        ("scheduler", ExponentialLR, TypeError, "must be a learning-rate scheduler .* got <class"),
+    ],
+)
+def test_an_argument_that_growth_could_not_use_is_refused_and_leaves_the_optimizer_alone(
+    problem: Problem, argument: str, value: Any, error: type[Exception], told: str
+) -> None:
+    with pytest.raises(error, match=told):
+        esper.Growth(problem.slots, problem.optimizer, **{argument: value})
+    assert len(problem.optimizer.param_groups) == 1
+
+
+class Wrapper(torch.optim.Optimizer):
+    """An optimizer around another one, with its groups, as accelerate's."""
+
+    def __init__(self, wrapped: torch.optim.Optimizer) -> None:
+        self.param_groups = wrapped.param_groups
+
+
+def test_a_scheduler_of_another_optimizer_is_refused_and_one_of_a_wrapped_one_is_not(
+    problem: Problem,
+) -> None:
+    others = ExponentialLR(torch.optim.Adam(problem.model.parameters()), 0.9)
+    told = "the ExponentialLR is of another optimizer than the Adam that trains"
+    with pytest.raises(ValueError, match=told):
+        esper.Growth(problem.slots, problem.optimizer, scheduler=others)
+    scheduler = ExponentialLR(problem.optimizer, 0.9)
+    with pytest.raises(ValueError, match=r"pass it .* esper\.Growth\(…, scheduler=…\)"):
+        esper.Growth(problem.slots, problem.optimizer)
+    scheduler.optimizer = Wrapper(problem.optimizer)
+    growth = esper.Growth(problem.slots, problem.optimizer, scheduler=scheduler)
+    made_of = {"loss": mse_loss, "evaluate": problem.held_out}
+    config = esper.TrainerConfig(epochs=1)
+    with pytest.raises(ValueError, match=told):
+        esper.Trainer(growth, problem.batches, config=config, scheduler=others, **made_of)
+    with pytest.raises(TypeError, match=r"takes the growth .* got LinearHost"):
+        esper.Trainer(problem.model, problem.batches, config=config, **made_of)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "batch", [torch.zeros(2, 4), (torch.zeros(2, 4),), {"x": 1, "y": 2}, (1, 2, 3)]
+)
+def test_a_batch_that_is_no_pair_is_named(problem: Problem, batch: Any) -> None:
     held_out = esper.HeldOut(problem.model, [batch], loss=problem.held_out.loss)
-    with pytest.raises(
-        TypeError, match=f"pairs of inputs and targets, got a {type(batch).__name__}"
-    ):
+    told = f"batches are pairs of inputs and targets, got a {type(batch).__name__}"
+    with pytest.raises(TypeError, match=f"held-out {told}"):
         held_out()
+    problem.batches = [batch]
+    with pytest.raises(TypeError, match=f"training {told}"):
+        problem.trainer(esper.PlannedPolicy({}), 1).fit()
+
+
+@pytest.mark.parametrize(
+    ("loss", "got"),
+    [
+        (lambda outputs, targets: outputs - targets, r"a tensor of shape \(32,\); .* the mean"),
+        (lambda outputs, targets: 0.5, "got 0.5"),
+    ],
+)
+def test_a_loss_that_is_not_one_number_is_named(
+    problem: Problem, loss: Callable[[Tensor, Tensor], Any], got: str
+) -> None:
+    with pytest.raises(TypeError, match=f"loss must be one number for a batch, .* {got}"):
+        problem.trainer(esper.PlannedPolicy({}), 1, loss=loss).fit()
 
 
 def test_a_step_that_growth_was_not_told_of_is_an_error_at_the_decision(problem: Problem) -> None:

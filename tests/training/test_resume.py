@@ -225,7 +225,7 @@ def go_on(case: Case, state: Mapping[str, Any], watch: Watch) -> esper.Trainer:
     trainer.load_state_dict(state)
     watch.stop_at = trainer.growth.step + FURTHER_STEPS
     with suppress(KeyboardInterrupt):
-        trainer.fit()
+        list(trainer.run())  # at the end nothing
     return trainer
 
 

@@ -5,9 +5,11 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from torch.nn.functional import mse_loss
+from torch.utils.data import DataLoader, TensorDataset
 
 import esper
-from esper.lifecycle.events import ContributionMeasured
+from esper.lifecycle.events import AmplitudeSearched, ContributionMeasured
 from esper.lifecycle.stages import SeedStage
 from esper.slots import SeedSlot
 from esper.training.held_out import Evaluate
@@ -119,6 +121,12 @@ def test_a_plain_evaluation_weighs_the_same(blueprint: str) -> None:
 def test_growth_asks_whether_the_host_learns(*, freeze: bool, first_committed: bool) -> None:
     """What was committed is the host's now, and no reason to take it for one that learns."""
     problem = make_problem()
+    growth = esper.Growth(
+        problem.slots,
+        problem.optimizer,
+        policy=esper.PlannedPolicy({}, tend_seeds=False),
+        sinks=[problem.recorder],
+    )
     slot = problem.slots["embed"]
     if first_committed:
         slot.germinate("mlp")
@@ -127,12 +135,6 @@ def test_growth_asks_whether_the_host_learns(*, freeze: bool, first_committed: b
     fill(slot, "gain_and_shift", SeedStage.SHADOWING)
     problem.model.embed.requires_grad_(requires_grad=not freeze)
     problem.model.head.requires_grad_(requires_grad=not freeze)
-    growth = esper.Growth(
-        problem.slots,
-        problem.optimizer,
-        policy=esper.PlannedPolicy({}, tend_seeds=False),
-        sinks=[problem.recorder],
-    )
     growth.after_epoch(problem.held_out)
     (event,) = problem.recorder.of(ContributionMeasured)
     expected = event.loss_without if freeze else event.loss_with
@@ -166,6 +168,44 @@ def test_a_linear_map_that_no_gate_asks_about_costs_no_evaluation() -> None:
         assert evaluations == asked
         assert (event.linear_loss is None) == (least is None)
         assert event.linear_share is not None
+
+
+@pytest.mark.parametrize("stage", [SeedStage.TRAINING, SeedStage.SHADOWING])
+@pytest.mark.parametrize("generator", [None, torch.Generator()], ids=["global", "own"])
+def test_savings_are_of_the_same_samples_in_whatever_order_they_come(
+    generator: torch.Generator | None, stage: SeedStage
+) -> None:
+    """Else the standard error would be that of the differences between two samples' losses."""
+    problem, slot = grown("mlp", stage)
+    data = TensorDataset(*problem.held_out.batches[0])
+    judged = []
+    for loader in (DataLoader(data, 32), DataLoader(data, 32, shuffle=True, generator=generator)):
+        weighed(problem, esper.HeldOut(problem.model, loader, loss=problem.held_out.loss))
+        measured = slot.measurements
+        judged.append(
+            [measured.line_search_gain_fraction]
+            if stage is SeedStage.TRAINING
+            else [measured.contribution_fraction, measured.over_linear_fraction]
+        )
+    in_order, shuffled = judged
+    assert shuffled == pytest.approx(in_order, rel=1e-4)
+
+
+@pytest.mark.parametrize("stage", [SeedStage.TRAINING, SeedStage.SHADOWING])
+def test_an_evaluation_that_draws_samples_weighs_all_on_the_same_ones(stage: SeedStage) -> None:
+    problem, _ = grown("noop", stage)
+    ((inputs, targets),) = problem.held_out.batches
+
+    def evaluate() -> float:
+        drawn = torch.randperm(len(inputs))[:20]
+        return float(mse_loss(problem.model(inputs[drawn]), targets[drawn]))
+
+    event = weighed(problem, evaluate)
+    if isinstance(event, AmplitudeSearched):
+        losses = {*event.losses, event.host_loss, event.rescaled_loss}
+    else:
+        losses = {event.loss_with, event.loss_without, event.linear_loss}
+    assert len(losses) == 1
 
 
 @pytest.mark.parametrize("most", [1, 2, 8])

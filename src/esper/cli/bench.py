@@ -68,7 +68,7 @@ def bench(
     settings = run_settings(task, config, set_, asked)
     console = plain_console()
     if dry_run:
-        print_settings(console, settings)
+        print_settings(console, settings, as_json=as_json)
         return
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)

@@ -39,9 +39,9 @@ def blueprints(
             print_json_line(console, row)
         return
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    table.add_column("family")
-    table.add_column("blueprint", style="bold")
-    table.add_column(f"params at {dim}", justify="right")
+    table.add_column("family", overflow="fold")
+    table.add_column("blueprint", style="bold", overflow="fold")
+    table.add_column(f"params at {dim}", justify="right", overflow="fold")
     table.add_column("options", overflow="fold")
     table.add_column("what it is", overflow="fold", ratio=1)
     for blueprint in found:

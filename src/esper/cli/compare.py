@@ -137,7 +137,7 @@ def compare(
     else:
         settings = _kept(context, out)
     if dry_run:
-        print_settings(plain_console(), settings)
+        print_settings(plain_console(), settings, as_json=as_json)
         return
     console = lasting_console()
     folder = _open(new_folder(out, settings.run.task, kind="compare-"), settings)

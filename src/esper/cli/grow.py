@@ -12,6 +12,7 @@ from rich.console import Console
 
 from esper.cli.command_line import command_line
 from esper.cli.live_view import LiveView
+from esper.cli.nothing_germinated import why_nothing_germinated
 from esper.cli.options import (
     AsJson,
     ConfigFile,
@@ -38,6 +39,7 @@ from esper.experiments.stored_run import stored_run
 from esper.own_code import OWN_SCHEME
 from esper.policies.named import NEVER, POLICY_NAMES
 from esper.report.story import RunStory, tell_run
+from esper.report.training_story import several
 from esper.tasks.collection.address import SCHEMES, SETTINGS_HELP
 from esper.tasks.named import TASKS
 from esper.tasks.task import TaskDataError
@@ -118,7 +120,7 @@ def grow(
     settings = run_settings(only_task(task, task_option), config, set_, asked)
     _check(settings, audit=audit)
     if dry_run:
-        print_settings(plain_console(), settings)
+        print_settings(plain_console(), settings, as_json=as_json)
         return
     console = lasting_console()
     folder = new_folder(out, settings.task)
@@ -300,7 +302,7 @@ def conclude(
     elif as_json:
         print_json_line(console, _summary(folder, story, networks))
     else:
-        _print_end(console, story, networks, settings)
+        _print_end(console, folder, story, networks, settings)
         _print_places(console, folder, report)
 
 
@@ -327,13 +329,25 @@ def _summary(folder: Path, story: RunStory, networks: Mapping[str, Network]) -> 
 
 
 def _print_end(
-    console: Console, story: RunStory, networks: Mapping[str, Network], settings: RunConfig
+    console: Console,
+    folder: Path,
+    story: RunStory,
+    networks: Mapping[str, Network],
+    settings: RunConfig,
 ) -> None:
     """Print what grew, and how each network did."""
     console.print()
-    print_seeds(console, story)
+    num_decisions = RunReader(folder).glance().epoch
+    print_seeds(console, story, why_none=why_nothing_germinated(settings, num_decisions))
     console.print()
     console.print(networks_table(networks))
+    living = sum(seed.end_step is None for seed in story.seeds)
+    if living:
+        console.print(
+            f"grown was tested without {several(living, 'seed')} still growing: only what is "
+            "committed is part of it",
+            style="yellow",
+        )
     if settings.compile.enabled:
         console.print()
         print_compiled(console, story)

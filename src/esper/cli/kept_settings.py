@@ -14,13 +14,19 @@ def kept_settings(reader: RunReader) -> RunConfig:
 
     Raises:
         RunFolderError: They cannot be read.
-        SettingsError: The folder holds the training of a policy, or settings of another version.
+        SettingsError: The folder holds the training of a policy, a run in a loop of one's own, or
+            settings of another version.
     """
     kept = reader.config()
     if training_settings(kept) is not None:
         raise SettingsError(
             f"{reader.folder} holds the training of a policy, and no run of a network; go on with "
             f"it by: {command_line('policy', 'train', '--out', reader.folder)}"
+        )
+    if "trainer" not in kept:
+        raise SettingsError(
+            f"{reader.folder} was written by a loop of your own, not by esper grow, and only that "
+            "can go on with it: start your script again (docs/checkpoints.md)"
         )
     try:
         return RunConfig.model_validate(kept)

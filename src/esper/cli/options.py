@@ -90,9 +90,9 @@ def run_settings(
         return load_run_config(task, file, settings or (), asked)
 
 
-def print_settings(console: Console, settings: BaseModel) -> None:
-    """Print settings for a dry run, so that a program can read them."""
-    console.out(settings.model_dump_json(indent=2), highlight=False)
+def print_settings(console: Console, settings: BaseModel, *, as_json: bool) -> None:
+    """Print settings for a dry run, so that a program can read them; in one line if asked to."""
+    console.out(settings.model_dump_json(indent=None if as_json else 2), highlight=False)
 
 
 def new_folder(out: Path | None, task: str, *, kind: str = "") -> Path:

@@ -129,7 +129,7 @@ def train(
             folder = new_folder(out, settings.run.task, kind="policy-")
             opened = stored_policy_run.new_policy_run(settings, folder)
         if dry_run:
-            print_settings(plain_console(), settings)
+            print_settings(plain_console(), settings, as_json=as_json)
             return
         console = lasting_console()
         view = TrainingView(console, quiet=quiet, as_json=as_json)
@@ -293,7 +293,7 @@ def eval_(
             budget_of=policy_of_anywhere(budget_of),
         )
         if dry_run:
-            print_settings(plain_console(), settings)
+            print_settings(plain_console(), settings, as_json=as_json)
             return
         console = lasting_console()
         folder = _open_evaluation(new_folder(out, settings.run.task, kind="policy-eval-"), settings)

@@ -32,7 +32,7 @@ from esper.report import (
 from esper.report.chart import growth_words
 from esper.report.png import NothingToDrawError
 from esper.report.training_page import training_title
-from esper.telemetry.run_folder import RunFolderError
+from esper.telemetry.run_folder import RunFolderError, replace_file
 from esper.telemetry.run_kind import training_settings
 from esper.telemetry.run_reader import RunReader
 
@@ -121,7 +121,7 @@ def leave_report(folder: Path) -> str:
 
 def _write(target: Path, page: str) -> None:
     """Write a page, with a ? for each byte of a folder's name that is no text."""
-    target.write_bytes(page.encode("utf-8", "replace"))
+    replace_file(target, page.encode("utf-8", "replace"))
 
 
 def _page(folder: Path, beside: Path | None = None) -> str:

@@ -41,10 +41,17 @@ def metric_of(task: str, measured: Iterable[str]) -> str:
     return next((name for name in measured if name != "loss"), "loss")
 
 
-def print_seeds(console: Console, story: RunStory) -> None:
-    """Print what each seed contributed and why it ended as it did: a table, or lines if narrow."""
+def print_seeds(console: Console, story: RunStory, *, why_none: str | None = None) -> None:
+    """Print what each seed contributed and why it ended as it did: a table, or lines if narrow.
+
+    Args:
+        console: To print to.
+        story: Of the run.
+        why_none: What is said of a run in which nothing germinated; None if that is not known.
+    """
     if not story.seeds:
-        console.print("nothing germinated")
+        told = "nothing germinated" if why_none is None else f"nothing germinated: {why_none}"
+        console.print(told, highlight=False)
     elif console.width >= WIDE_COLUMNS:
         console.print(_seeds_table(story))
     else:

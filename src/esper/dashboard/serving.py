@@ -57,7 +57,7 @@ class DashboardServer:
 
     def __init__(
         self,
-        root: Path,
+        root: str | Path,
         *,
         host: str = "127.0.0.1",
         port: int = 0,
@@ -72,7 +72,7 @@ class DashboardServer:
         self.address = Address(
             url=f"http://{_shown(host, address)}:{port}/", token=token, generated=generated
         )
-        self._dashboard = Dashboard(root, Access(token, port=port), channel)
+        self._dashboard = Dashboard(Path(root), Access(token, port=port), channel)
         config = uvicorn.Config(
             self._dashboard.app(),
             log_level="warning",

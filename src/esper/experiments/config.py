@@ -24,7 +24,7 @@ from esper.tasks.collection.address import address_of_anywhere
 from esper.tasks.named import named_task
 from esper.tasks.task import Task
 from esper.telemetry.tracking import TrackingConfig
-from esper.training.trainer import TrainerConfig
+from esper.training.trainer_config import TrainerConfig
 
 _ROUNDING = 1e-9
 

@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import shlex
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -93,10 +94,17 @@ def explain(error: ValidationError, record: type[Record]) -> str:
             message = str(issue["ctx"]["error"])
             lines.append(f"{path}: {message}" if path else message)
         elif issue["type"] == "tuple_type" and isinstance(issue["input"], str):
-            lines.append(f"{path} is a list; write {path}={json.dumps([issue['input']])}")
+            setting = shlex.quote(f"{path}={_as_list(issue['input'])}")
+            lines.append(f"{path} is a list; write --set {setting}")
         else:
             lines.append(f"{path}: {issue['msg']} (got {issue['input']!r})")
     return "; ".join(lines)
+
+
+def _as_list(text: str) -> str:
+    """Return the list that is meant by words with commas, as one that a shell took quotes from."""
+    words = text.strip().removeprefix("[").removesuffix("]").split(",")
+    return json.dumps([word.strip(" '\"") for word in words])
 
 
 def known_keys(record: type[Record], prefix: str = "") -> list[str]:

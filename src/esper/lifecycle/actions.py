@@ -235,9 +235,18 @@ def check_action(state: GrowthState, action: Action) -> None:
             f"legal: {allowed}"
         )
     if isinstance(action, Germinate):
-        names = [choice.name for choice in slot.choices]
-        if action.blueprint not in names and not action.options:  # it may fit with these
-            raise IllegalAction(
-                f"blueprint {action.blueprint!r} does not fit slot {slot.path!r}; "
-                f"fitting: {', '.join(names)}"
-            )
+        check_blueprint(slot, action)
+
+
+def check_blueprint(slot: SlotState, action: Germinate) -> None:
+    """Raise unless a blueprint may fit its slot; with options, the slot tells when it builds.
+
+    Raises:
+        IllegalAction: It does not; the message lists what does.
+    """
+    names = [choice.name for choice in slot.choices]
+    if action.blueprint not in names and not action.options:
+        raise IllegalAction(
+            f"blueprint {action.blueprint!r} does not fit slot {slot.path!r}; "
+            f"fitting: {', '.join(names)}"
+        )

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from io import BytesIO
 from itertools import accumulate, pairwise
 from pathlib import Path
 from types import MappingProxyType
@@ -9,6 +10,7 @@ from typing import Any
 
 from esper.report.chart import Chart, Trace, si
 from esper.report.figure import new_figure
+from esper.telemetry.run_folder import replace_file
 
 _ON_PAPER: Mapping[str, str] = MappingProxyType(
     {
@@ -49,7 +51,7 @@ class NothingToDrawError(ValueError):
     """There is no chart to draw."""
 
 
-def draw_charts(title: str, charts: Sequence[Chart], target: Path) -> None:
+def draw_charts(title: str, charts: Sequence[Chart], target: str | Path) -> None:
     """Write charts as one PNG, two in a row where neither is wide.
 
     Args:
@@ -69,7 +71,9 @@ def draw_charts(title: str, charts: Sequence[Chart], target: Path) -> None:
 
     with rc_context({"text.parse_math": False}):  # a $ in a name is one
         _draw_rows(figure, title, _rows(charts))
-        figure.savefig(target, metadata={"Software": None})
+        picture, target = BytesIO(), Path(target)
+        figure.savefig(picture, format=target.suffix[1:], metadata={"Software": None})
+    replace_file(target, picture.getvalue())
 
 
 def _draw_rows(figure: Any, title: str, rows: Sequence[Sequence[Chart]]) -> None:

@@ -183,11 +183,11 @@ class SeedStory:
 
     @property
     def refused_as_linear(self) -> bool:
-        """Whether it ended where it was no better than a linear map in its place."""
+        """Whether it ended where nothing else was wrong with it than to be like a linear map."""
         if self.committed or self.pruned_because is None or not is_refusal(self.pruned_because):
             return False
         failures = self.gates[-1].event.result.failures if self.gates else ()
-        return any("linear" in check.name for check in failures)
+        return bool(failures) and all("linear" in check.name for check in failures)
 
 
 @dataclass(kw_only=True)

@@ -33,7 +33,7 @@ class EpisodeConfig(Record):
     num_runs: Annotated[int, Field(ge=1)] = 32
     """How many different runs there are, by random seed. They are other ones than those that
     policies are evaluated with by default, 0 to 4, where `first_random_seed` is left as it is."""
-    first_random_seed: Annotated[int, Field(ge=0)] = 1000
+    first_random_seed: Annotated[int, Field(ge=0, lt=2**32)] = 1000
     referenced: bool = True
     """Whether the return is what growth has brought beyond the same run without it. Runs differ
     more by their seeds than by what is decided; each worker makes each reference once."""

@@ -26,6 +26,7 @@ from esper.slots.replication import let_wrappers_in
 from esper.slots.slot import SeedSlot
 from esper.slots.slot_set import SlotSet
 from esper.slots.state_hooks import remove_state_hooks
+from esper.slots.unread import unread_features
 
 
 @torch.inference_mode(mode=False)
@@ -44,12 +45,13 @@ def attach(
         targets: Module paths or patterns, matched part by part (`"layer[23]"`, `"blocks.*"`). What
             is a module's path names that module alone, whatever it would match as a pattern.
         example: One batch as the model takes it: a tensor, a tuple of positional arguments, a dict
-            of keyword arguments, or a batch whose first element is the input. Run without gradient
-            twice in eval mode and once in train mode, and where features have another dimension as
-            large as the batch once more, with all samples twice. Random streams, parameters,
-            buffers and attributes of modules are left as they were, with a copy of the parameters
-            in main memory until then; what is inside an attribute, as the items of a list, is not
-            looked at.
+            of keyword arguments, or a batch whose first element is the input. Run twice in eval
+            mode, the second time with gradient, for which nothing is saved, and once in train mode;
+            where features have another dimension as large as the batch once more, with all samples
+            twice, and where they seem to be read by nobody some times more. Random streams,
+            parameters, buffers and attributes of modules are left as they were, with a copy of the
+            parameters in main memory until then; what is inside an attribute, as the items of a
+            list, is not looked at.
         config: For all slots, or by path; None is the default `SlotConfig`.
         family: None reads it off the features: `B C H W` is CNN, `B T D` and `B D` TRANSFORMER.
             Or one by path, for those that it names.
@@ -59,9 +61,9 @@ def attach(
 
     Raises:
         ValueError: A target matches nothing, the model already has slots, cannot run on the example
-            or makes parameters when it does, a target was not run or ran several times, or its
-            features have a layout that slots do not take, as one whose first dimension is not the
-            batch.
+            or makes parameters when it does, a target was not run or ran several times, nobody
+            reads its output, or its features have a layout that slots do not take, as one whose
+            first dimension is not the batch.
         TypeError: A target is no path, its output no floating-point tensor, or it has no forward.
         RuntimeError: The model is compiled, wrapped or scripted.
         In each case the model is as it was.
@@ -211,7 +213,7 @@ def _slots_behind(
             )
             place(slot, location)
             slots.add(slot)
-        _refuse_chained(model, slots, example)
+        _refuse_useless(model, locations, slots, example)
     except BaseException:
         remove_slots(model)
         raise
@@ -304,8 +306,10 @@ def _refuse_unless_once(path: str, calls: int) -> None:
         )
 
 
-def _refuse_chained(model: nn.Module, slots: SlotSet, example: Any) -> None:
-    """Refuse a target that runs its children in a loop: the slot would run as one of them."""
+def _refuse_useless(
+    model: nn.Module, locations: Mapping[str, nn.Module], slots: SlotSet, example: Any
+) -> None:
+    """Refuse a target that would run the slot as one of its children, and one that nobody reads."""
     calls = dict.fromkeys(slots, 0)
 
     def count(path: str) -> Any:
@@ -316,7 +320,7 @@ def _refuse_chained(model: nn.Module, slots: SlotSet, example: Any) -> None:
 
     handles = [slot.register_forward_pre_hook(count(path)) for path, slot in slots.items()]
     try:
-        observe_features(model, {}, example)
+        unread = unread_features(model, locations, example)
     finally:
         for handle in handles:
             handle.remove()
@@ -325,6 +329,13 @@ def _refuse_chained(model: nn.Module, slots: SlotSet, example: Any) -> None:
             raise ValueError(
                 f"module {path!r} runs all its children itself, and would run the slot as one of "
                 "them; name its last child instead"
+            )
+        if path in unread:
+            raise ValueError(
+                f"module {path!r} ran on the example, and nobody read what a seed there would "
+                "change: its output, or the first element of it; it would never learn. Name a "
+                "module whose output is used, as the head that takes an RNN's last state, or give "
+                "an example with which the model uses this one's"
             )
 
 

@@ -13,6 +13,7 @@ from esper.slots.forwards import give_forwards_back
 from esper.slots.grown_module import GrownModule
 from esper.slots.placement import remove_slots, slot_behind, take_later_hooks
 from esper.slots.replication import rename_left_out
+from esper.slots.undecided import refuse_undecided
 
 
 @torch.inference_mode(mode=False)
@@ -32,8 +33,8 @@ def bake(model: nn.Module, *, fold: bool = False) -> nn.Module:
             directly behind. Saves their cost; equal within rounding instead of to the bit.
 
     Raises:
-        ValueError: The model has no slots, or a living seed is in the forward path and must be
-            committed or pruned first.
+        ValueError: The model has no slots, or a living seed is in the forward path; the message
+            says how to keep or remove it.
         RuntimeError: The model is compiled or wrapped.
 
     Example:
@@ -48,12 +49,7 @@ def bake(model: nn.Module, *, fold: bool = False) -> nn.Module:
     slots = find_slots(model)
     if not slots:
         raise ValueError(f"{type(model).__name__} has no slots; it is a plain module already")
-    undecided = [f"{slot.path!r} ({slot.stage.name})" for slot in slots if slot.in_forward_path]
-    if undecided:
-        raise ValueError(
-            f"slots {', '.join(undecided)} hold living seeds in the forward path; commit or prune "
-            "them before baking"
-        )
+    refuse_undecided(slots, "baking")
     plain = graph_free_copy(model)
     grown = _committed_branches(plain)
     later_hooks = {

@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from esper.lifecycle.stages import SeedStage
 from esper.slots.branch import SeedBranch
+from esper.slots.left_out_seeds import warn_of_left_out
 from esper.slots.slot import SeedSlot
 
 GROUP_KEY = "slot"
@@ -53,6 +54,8 @@ class OptimizerBinding:
         ValueError: The host learns, and the optimizer holds no parameter of it; it trains other
             slots' seeds already, or a scheduler exists that was not passed.
         TypeError: The optimizer takes one parameter group only, or matrices only.
+
+    Effects: warns of committed seeds that the optimizer lacks though it trains all around them.
     """
 
     def __init__(
@@ -84,8 +87,10 @@ class OptimizerBinding:
         if missing and scheduler is None and "initial_lr" in optimizer.param_groups[0]:
             raise ValueError(
                 "the optimizer already has a learning-rate scheduler, which counts its groups; "
-                "pass it: bind(optimizer, scheduler=…), or make the scheduler after binding"
+                "pass it to what binds: esper.Growth(…, scheduler=…) or slots.bind(optimizer, "
+                "scheduler=…), or make the scheduler afterwards"
             )
+        warn_of_left_out(optimizer, model, slots, unbound=missing)
         self._slots = slots
         self._host_groups = _host_groups(optimizer, model, slots)
         """Index of the group that a slot's is like, by path; the host's own are never moved."""

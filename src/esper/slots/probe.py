@@ -97,13 +97,16 @@ def first_tensor(output: Any, path: str) -> Tensor:
     return features
 
 
-def run_on_example(model: nn.Module, example: Any, *, training: bool = False) -> Any:
-    """Run the model once without gradient; all that it is stays, but for values of parameters.
+def run_on_example(
+    model: nn.Module, example: Any, *, training: bool = False, gradient: bool = False
+) -> Any:
+    """Run the model once; all that it is stays, but for values of parameters.
 
     Args:
         model: The host.
         example: As `attach` takes it.
         training: In train mode, else in eval mode.
+        gradient: Let autograd follow it.
 
     Returns:
         Its output.
@@ -125,7 +128,7 @@ def run_on_example(model: nn.Module, example: Any, *, training: bool = False) ->
             unchanged_buffers(model),
             training_mode(model) if training else evaluation_mode(model),
             forked_random_state(device),
-            torch.no_grad(),
+            torch.set_grad_enabled(gradient),
         ):
             return model(*args, **kwargs)
     except (_NoFeaturesError, MadeParametersError):

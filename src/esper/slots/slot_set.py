@@ -44,7 +44,8 @@ class SlotSet(OwnedSlots):
         """Make the optimizer train what grows: one parameter group per slot, for good.
 
         Args:
-            optimizer: Built from the model's parameters; of a host that is frozen it may hold none.
+            optimizer: Built from the model's parameters, after committed seeds were loaded into it;
+                of a host that is frozen it may hold none.
             scheduler: A learning-rate scheduler that was made before; one made afterwards needs
                 nothing.
 

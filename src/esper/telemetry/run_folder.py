@@ -4,6 +4,7 @@ import json
 import os
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -158,22 +159,51 @@ def is_written(folder: Path) -> bool:
 
 
 def write_whole(file: Path, text: str) -> None:
-    """Write a file as a whole: a kill leaves the old one or the new one."""
+    """Write a file as `replace_file` does, in a folder that is made if it is missing."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    replace_file(file, text.encode())
+
+
+def replace_file(file: Path, content: bytes) -> None:
+    """Write a file as a whole: a kill or a full disk leaves the old one or the new one.
+
+    A link leads to what is replaced. What is no file, as a pipe, is written to.
+
+    Raises:
+        OSError: It cannot be written; the file is named.
+    """
+    place = Path(os.path.realpath(file))
+    temporary = place.with_name(f".{place.name}.{os.getpid()}")
     try:
-        with temporary.open("w", encoding="utf-8") as stream:
-            stream.write(text)
+        if file.exists() and not file.is_file():
+            file.write_bytes(content)
+            return
+        with temporary.open("wb") as stream:
+            stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
-        temporary.replace(file)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+        temporary.replace(place)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(file)) from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink()  # nothing is left of it where it has become the file
 
 
 def write_json(path: Path, document: Mapping[str, Any]) -> None:
-    """Write a folder's config or environment."""
+    """Write a folder's config or environment.
+
+    Raises:
+        TypeError: A value is none that JSON has.
+    """
+    for key, value in document.items():
+        try:
+            json.dumps(value)
+        except TypeError as error:
+            raise TypeError(
+                f"{key!r} cannot be kept in {path.name}: {error}; give it as text, or as what "
+                "else JSON has"
+            ) from error
     path.write_text(json.dumps(document, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 

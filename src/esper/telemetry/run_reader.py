@@ -99,8 +99,8 @@ class RunReader:
         RunFolderError: It is no run folder, or was written by another version.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = folder = Path(folder)
         if not (folder / DATABASE_FILE).is_file():
             raise RunFolderError(
                 f"{folder} is no run folder: it has no {DATABASE_FILE}; esper grow prints the path "

@@ -77,11 +77,13 @@ class RunStore:
     Raises:
         RunFolderError: The folder holds a run, or another process has begun to make one there.
         OSError: It cannot be written; no run is in the folder then.
+        TypeError: A value of the config or the environment is none that JSON has.
     """
 
     def __init__(
-        self, folder: Path, *, config: Mapping[str, Any], environment: Mapping[str, Any]
+        self, folder: str | Path, *, config: Mapping[str, Any], environment: Mapping[str, Any]
     ) -> None:
+        folder = Path(folder)
         _check_no_run(folder)  # before anything is made in it
 
         def begin(undoing: ExitStack) -> None:
@@ -295,7 +297,10 @@ class ReopenedRunStore(RunStore):
             or the run is finished, perhaps since it was looked at, and is to be left alone then.
     """
 
-    def __init__(self, folder: Path, *, after_step: int | None, unfinished: bool = False) -> None:
+    def __init__(
+        self, folder: str | Path, *, after_step: int | None, unfinished: bool = False
+    ) -> None:
+        folder = Path(folder)
         RunReader(folder)  # before anything is made where there is no run
 
         def begin(_: ExitStack) -> None:

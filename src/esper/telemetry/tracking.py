@@ -49,7 +49,7 @@ class TrackingConfig(Record):
 
 def open_trackers(
     tracking: TrackingConfig,
-    folder: Path,
+    folder: str | Path,
     *,
     config: Mapping[str, Any],
     after_step: int | None = None,
@@ -67,7 +67,7 @@ def open_trackers(
     """
     opened: list[Tracker] = []
     with ExitStack() as on_error:
-        for tool, open_one in _chosen(tracking, folder, config, after_step):
+        for tool, open_one in _chosen(tracking, Path(folder), config, after_step):
             try:
                 tracker = open_one()
             except (ModuleNotFoundError, OSError, TrackerError) as error:

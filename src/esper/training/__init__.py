@@ -13,7 +13,8 @@ from esper.training.pretrained import from_pretrained, save_pretrained
 from esper.training.probing import AMPLITUDES, probe_seeds
 from esper.training.safeguard import TrainingDivergedError
 from esper.training.sealed_folder import DamagedFolderError
-from esper.training.trainer import DecisionDue, EpochReport, Keeper, Trainer, TrainerConfig
+from esper.training.trainer import DecisionDue, EpochReport, Keeper, Trainer
+from esper.training.trainer_config import TrainerConfig
 
 __all__ = [
     "AMPLITUDES",

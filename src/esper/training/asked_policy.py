@@ -8,14 +8,19 @@ from typing import Any
 
 from esper.lifecycle.actions import Action, Germinate, GrowthState, action_from_dump
 from esper.slots.replication import Replication
+from esper.slots.slot_set import SlotSet
 from esper.training.policy import ForesightedPolicy, FrugalPolicy, Policy
+from esper.training.policy_state import note_decision
 
 
-def decided(
-    policy: Policy, state: GrowthState, replication: Replication | None
-) -> Sequence[Action]:
-    """Return what is to be done now."""
-    return _actions(lambda: policy.decide(state), replication)
+def decided(policy: Policy, state: GrowthState, slots: SlotSet) -> Sequence[Action]:
+    """Return what is to be done now.
+
+    Raises:
+        ValueError: The policy remembers what it has decided for another model.
+    """
+    note_decision(policy, slots.model)
+    return _actions(lambda: policy.decide(state), slots.replication)
 
 
 def upcoming(

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any, Protocol, TypeGuard, runtime_checkable
 
@@ -126,34 +127,51 @@ class DataPosition:
         if _remembers(self._batches):
             own = copy.deepcopy(self._batches.state_dict())
         else:
-            own = [generator.get_state() for generator in self._generators()]
+            own = [generator.get_state() for generator in _generators_of(self._batches)]
         return {"random": random_states(), "batches": own}
 
     def _load(self, own: Any) -> None:
         if _remembers(self._batches):
             self._batches.load_state_dict(copy.deepcopy(own))
         else:
-            for generator, state in zip(self._generators(), own, strict=True):
+            for generator, state in zip(_generators_of(self._batches), own, strict=True):
                 generator.set_state(state)
 
     def _tell(self, number: int) -> None:
         """Tell the epoch's number to what orders batches by it."""
-        for part in self._parts():
+        for part in _parts_of(self._batches):
             set_epoch = getattr(part, "set_epoch", None)
             if callable(set_epoch):
                 set_epoch(number)
 
-    def _generators(self) -> list[torch.Generator]:
-        found = (getattr(part, "generator", None) for part in self._parts())
-        return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
 
-    def _parts(self) -> list[Any]:
-        """Return the batches, and the parts of a DataLoader that they are drawn by."""
-        sampler, batch_sampler, data = (
-            getattr(self._batches, name, None) for name in ("sampler", "batch_sampler", "dataset")
-        )
-        inner = getattr(batch_sampler, "sampler", None)
-        return [self._batches, sampler, batch_sampler, inner, data]
+@contextmanager
+def unchanged_generators(batches: Iterable[Any]) -> Iterator[None]:
+    """Let batches be drawn the same again, as far as the generators go that they have themselves.
+
+    Args:
+        batches: As `DataPosition` finds their generators.
+    """
+    kept = [(generator, generator.get_state()) for generator in _generators_of(batches)]
+    try:
+        yield
+    finally:
+        for generator, state in kept:
+            generator.set_state(state)
+
+
+def _generators_of(batches: Iterable[Any]) -> list[torch.Generator]:
+    found = (getattr(part, "generator", None) for part in _parts_of(batches))
+    return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
+
+
+def _parts_of(batches: Iterable[Any]) -> list[Any]:
+    """Return the batches, and the parts of a DataLoader that they are drawn by."""
+    sampler, batch_sampler, data = (
+        getattr(batches, name, None) for name in ("sampler", "batch_sampler", "dataset")
+    )
+    inner = getattr(batch_sampler, "sampler", None)
+    return [batches, sampler, batch_sampler, inner, data]
 
 
 def _remembers(batches: Any) -> TypeGuard[StatefulBatches]:

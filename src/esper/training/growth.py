@@ -37,7 +37,8 @@ from esper.telemetry.sink import Sink, as_floats
 from esper.telemetry.sink_guard import SinkGuard
 from esper.training.action_runner import ActionRunner
 from esper.training.asked_policy import decided, upcoming, weighed
-from esper.training.held_out import Evaluate, metrics_of
+from esper.training.growth_arguments import check_arguments
+from esper.training.held_out import Evaluate, check_evaluates, metrics_of
 from esper.training.policy import ForesightedPolicy, FrugalPolicy, Policy, checked_policy
 from esper.training.policy_state import policy_remembering, policy_state
 from esper.training.probing import probe_seeds
@@ -73,9 +74,9 @@ class Growth:
             structure then runs slower, and so do decisions.
 
     Raises:
-        TypeError: `slots` or `policy` is something else.
-        ValueError: The host learns, and the optimizer holds none of its parameters, or a scheduler
-            exists that was not passed.
+        TypeError: `slots`, `policy`, `scheduler`, `max_epochs` or `sinks` is something else.
+        ValueError: The host learns, and the optimizer holds none of its parameters; a scheduler
+            exists that was not passed, or it is another optimizer's; `max_epochs` is below 0.
     """
 
     def __init__(
@@ -91,10 +92,7 @@ class Growth:
         clock: Callable[[], float] = time.time,
         count_flops: bool = False,
     ) -> None:
-        if not isinstance(slots, SlotSet):
-            raise TypeError(
-                f"Growth takes the slots that esper.attach returned, got {type(slots).__name__}"
-            )
+        check_arguments(slots, optimizer, scheduler=scheduler, max_epochs=max_epochs, sinks=sinks)
         self.slots = slots
         self.policy = checked_policy(policy)
         self.max_epochs = max_epochs
@@ -190,6 +188,7 @@ class Growth:
 
         Raises:
             TypeError: `evaluate` returned no loss.
+            ValueError: It is a `HeldOut` of another model.
             RuntimeError: The optimizer has stepped without an `after_step` after it, or another one
                 than this is stepped.
 
@@ -220,6 +219,7 @@ class Growth:
 
         Raises:
             TypeError: `evaluate` returned no loss.
+            ValueError: It is a `HeldOut` of another model.
             RuntimeError: The last look was not concluded, or steps were not told of.
             Whatever is raised, the look counts for none.
 
@@ -232,6 +232,7 @@ class Growth:
             )
         if self.slots.binding is not None:
             self._told_steps.check(self.slots.binding)
+        check_evaluates(evaluate, self.slots)
         self.sink_guard.begin()
         before = self.epoch, list(self.losses), list(self.train_losses)
         if train_loss is not None:
@@ -254,6 +255,7 @@ class Growth:
 
         Raises:
             RuntimeError: There was no look since the last time.
+            ValueError: The policy is asked, and remembers what it has decided for another model.
 
         Effects: structure may change: the next backward must be a new step.
         """
@@ -268,7 +270,7 @@ class Growth:
                 replication.share_failures(self.slots)
             self._readings.share()
             if actions is None:
-                actions = decided(self.policy, self.state(), replication)
+                actions = decided(self.policy, self.state(), self.slots)
             for action in actions:
                 self.apply(action)
             self._prune_failed()
@@ -300,9 +302,7 @@ class Growth:
         for slot in self.slots.values():
             slot.measurements.host_learns = host_learns
         weighed = self._weighed()
-        with forked_random_state(device_of(self.slots.model)):
-            measured = probe_seeds(self.slots.model, weighed, evaluate, host_learns=host_learns)
-        self.publish(measured)
+        self.publish(probe_seeds(self.slots.model, weighed, evaluate, host_learns=host_learns))
         for path, slot in self.slots.items():
             ratio = self._step_times.ratio_with_seed(path)
             if slot.living is not None and ratio is not None:

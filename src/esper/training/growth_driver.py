@@ -1,6 +1,5 @@
 """Growth driven from the hooks of a training loop that is someone else's."""
 
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -128,23 +127,6 @@ class GrowthDriver:
             self.ema.load_state_dict(state["ema"])
         self._decided_at = state["decided_at"]
         self._losses.load_state_dict(state["losses"], device=device_of(self._model))
-
-
-def warn_of_living(slots: SlotSet) -> None:
-    """Warn once if training ends with seeds of which nothing is decided."""
-    living = [
-        f"{slot.living.blueprint!r} in {path!r} ({slot.stage.name})"
-        for path, slot in slots.items()
-        if slot.living is not None
-    ]
-    if living:
-        warnings.warn(
-            f"training has ended with living seeds: {', '.join(living)}. esper.bake and "
-            "esper.save_pretrained refuse those that are in the forward path, and leave the others "
-            "out: call slots[path].commit() to keep one that is PROBATIONARY, "
-            "slots[path].prune() to remove one; any other needs longer training to be judged",
-            stacklevel=3,
-        )
 
 
 def check_loop(slots: SlotSet, *, joint_clipping: bool, several: bool, scaled: bool) -> None:

@@ -7,6 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from esper.slots.attach import find_slots
 from esper.slots.counterfactual import (
     Variant,
     batch_size,
@@ -17,7 +18,9 @@ from esper.slots.counterfactual import (
 from esper.slots.modes import evaluation_mode, sole_device
 from esper.slots.nested import to_device
 from esper.slots.slot import SeedSlot
+from esper.slots.slot_set import SlotSet
 from esper.telemetry.sink import as_floats
+from esper.training.data_position import unchanged_generators
 
 Evaluate = Callable[[], float | Mapping[str, float]]
 """Returns the held-out loss, or metrics with a "loss" among them."""
@@ -33,7 +36,7 @@ class VariantEvaluator(Protocol):
     def variant_losses(
         self, slots: Mapping[str, SeedSlot], variants: Sequence[Variant]
     ) -> Sequence[Tensor]:
-        """Return each variant's losses per sample, all in the same order of samples."""
+        """Return each variant's losses per sample, in the same order of samples at each call."""
 
 
 class HeldOut:
@@ -42,9 +45,10 @@ class HeldOut:
     Calling it gives the mean loss and metrics. The model's modes are restored afterwards.
 
     Args:
-        batches: Pairs of inputs and targets, iterated anew at each evaluation, always in the same
-            order, and moved to the model's device if it has but one. Inputs are a tensor, a tuple
-            of arguments or a mapping of keyword arguments.
+        batches: Pairs of inputs and targets, iterated anew at each evaluation, always the same in
+            the same order, and moved to the model's device if it has but one. Inputs are a tensor,
+            a tuple of arguments or a mapping of keyword arguments. A `generator` that they draw by,
+            as a DataLoader's, is put back after each evaluation.
         loss: `(outputs, targets)` to one loss per sample, shape `B`.
         metrics: By name, `(outputs, targets)` to one value per sample, shape `B`; "loss" is taken.
         max_copies: How many variants run in one forward, each on a copy of the batch: what memory
@@ -103,7 +107,7 @@ class HeldOut:
         """
         columns: dict[str, list[Tensor]] = {name: [] for name in self.metrics}
         # Not in inference mode: a host may keep a table that its longest forward so far has made.
-        with evaluation_mode(self.model), torch.no_grad():
+        with evaluation_mode(self.model), torch.no_grad(), unchanged_generators(self.batches):
             for inputs, targets in self._batches_on_device():
                 outputs, samples = call_model(self.model, inputs), batch_size(inputs)
                 for name, metric in self.metrics.items():
@@ -123,7 +127,7 @@ class HeldOut:
         """
         starts = range(0, len(variants), self.max_copies)
         together = [variants[start : start + self.max_copies] for start in starts]
-        with evaluation_mode(self.model):
+        with evaluation_mode(self.model), unchanged_generators(self.batches):
             parts = [
                 torch.cat(
                     [
@@ -139,16 +143,46 @@ class HeldOut:
         device, found = sole_device(self.model), False
         for batch in self.batches:
             found = True
-            if not (isinstance(batch, (tuple, list)) and len(batch) == 2):
-                raise TypeError(
-                    "held-out batches are pairs of inputs and targets, got a "
-                    f"{type(batch).__name__}"
-                    + (f" of {len(batch)}" if isinstance(batch, (tuple, list)) else "")
-                )
+            check_pair(batch, of="held-out batches")
             inputs, targets = to_device(batch, device)
             yield inputs, targets
         if not found:
             raise ValueError("held-out data has no batches; a growing model needs some to judge by")
+
+
+def check_evaluates(evaluate: Evaluate, slots: SlotSet) -> None:
+    """Raise if an evaluation cannot be called, or is known to be of another model than the slots'.
+
+    Raises:
+        TypeError: It is no function.
+        ValueError: It is a `HeldOut` of a model without one of the slots.
+    """
+    if not callable(evaluate):
+        raise TypeError(
+            f"evaluate must be a function that returns the held-out loss, or a HeldOut, got "
+            f"{evaluate!r}"
+        )
+    if not isinstance(evaluate, HeldOut):
+        return
+    evaluated = set(find_slots(evaluate.model))
+    missing = [slot.path for slot in find_slots(slots.model) if slot not in evaluated]
+    if missing:
+        raise ValueError(
+            f"the HeldOut is of a {type(evaluate.model).__name__} that does not contain slot "
+            f"{missing[0]!r}: it is another model than growth's, or a copy or a part of that; give "
+            "it growth.slots.model, or a module that contains it"
+        )
+
+
+def check_pair(batch: Any, *, of: str) -> None:
+    """Raise TypeError unless a batch is a pair of inputs and targets."""
+    several = isinstance(batch, (tuple, list))
+    if not (several and len(batch) == 2):
+        raise TypeError(
+            f"{of} are pairs of inputs and targets, got a {type(batch).__name__}"
+            + (f" of {len(batch)}" if several else "")
+            + "; inputs may be a tuple of arguments or a mapping of keyword arguments"
+        )
 
 
 def metrics_of(result: float | Mapping[str, float]) -> dict[str, float]:

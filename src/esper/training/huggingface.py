@@ -10,8 +10,9 @@ from transformers.training_args import ParallelMode
 
 from esper.training.carried_state import CarriedState
 from esper.training.ema import EMA
+from esper.training.end_of_training import warn_of_living
 from esper.training.growth import Growth
-from esper.training.growth_driver import GrowthDriver, check_loop, warn_of_living
+from esper.training.growth_driver import GrowthDriver, check_loop
 from esper.training.held_out import Evaluate
 
 

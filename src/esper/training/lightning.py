@@ -14,8 +14,9 @@ from esper.slots.slot_set import SlotSet
 from esper.telemetry.sink import Sink
 from esper.training.carried_state import CarriedState
 from esper.training.ema import EMA, check_average
+from esper.training.end_of_training import warn_of_living
 from esper.training.growth import Growth
-from esper.training.growth_driver import GrowthDriver, check_loop, warn_of_living
+from esper.training.growth_driver import GrowthDriver, check_loop
 from esper.training.held_out import Evaluate
 from esper.training.policy import Policy
 from esper.training.random_states import random_states, set_random_states

@@ -91,7 +91,8 @@ class ForesightedPolicy(Policy, Protocol):
 class StatefulPolicy(Policy, Protocol):
     """A policy that remembers something between decisions, which a checkpoint must hold.
 
-    It decides for one run: given to another, it would go by what it remembers of the first.
+    It decides for one run: given to another, it would go by what it remembers of the first, so that
+    a model after the first one is refused unless `load_state_dict` has made it another's.
 
     A policy without these methods is taken to decide by the state that it is given alone.
     """

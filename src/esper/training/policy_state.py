@@ -1,12 +1,40 @@
 """What a policy remembers, kept with a run and given back to it."""
 
 import copy
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from torch import nn
+
 from esper.slots.state_fields import check_fields
 from esper.training.policy import Policy, StatefulPolicy
+
+_decides_for: dict[int, weakref.ref[nn.Module]] = {}
+"""The model that a policy has decided for, by the policy's id: it may have no hash."""
+
+
+def note_decision(policy: Policy, model: nn.Module) -> None:
+    """Take note that a policy is asked to decide for a model.
+
+    Raises:
+        ValueError: It remembers what it has decided for another one.
+    """
+    if not isinstance(policy, StatefulPolicy):
+        return
+    known = _decides_for.get(id(policy))
+    if known is not None and known() is not model:
+        raise ValueError(
+            f"this {type(policy).__name__} has decided for another model, and would go by what it "
+            "remembers of it; make a new one for each run"
+        )
+    if known is None:
+        try:
+            weakref.finalize(policy, _decides_for.pop, id(policy), None)
+        except TypeError:  # its class has __slots__, and nothing could tell when it is gone
+            return
+        _decides_for[id(policy)] = weakref.ref(model)
 
 
 def policy_state(policy: Policy) -> dict[str, Any]:
@@ -49,3 +77,4 @@ def policy_remembering(policy: Policy, state: Mapping[str, Any]) -> Iterator[Non
     except BaseException:
         policy.load_state_dict(own)
         raise
+    _decides_for.pop(id(policy), None)  # whatever it remembered is gone

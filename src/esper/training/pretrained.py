@@ -21,6 +21,7 @@ from esper.slots.placement import remove_slots
 from esper.slots.slot import SeedSlot
 from esper.slots.slot_set import SlotSet
 from esper.slots.slot_snapshot import LifeSnapshot, SlotSnapshot
+from esper.slots.undecided import refuse_undecided
 from esper.telemetry.run_folder import DATABASE_FILE, GROWN_FOLDER, RunFolderError
 from esper.training.carried_state import KEY
 from esper.training.sealed_folder import DamagedFolderError, check_sealed, sealed_folder
@@ -59,8 +60,8 @@ def save_pretrained(slots: SlotSet, folder: str | Path, *, overwrite: bool = Fal
     Raises:
         FileExistsError: The folder exists and `overwrite` is not set.
         DamagedFolderError: What is to be replaced is damaged; remove it, or choose another folder.
-        ValueError: A living seed is in the forward path; commit or prune it first. Or the model is
-            sharded.
+        ValueError: A living seed is in the forward path; the message says how to keep or remove it.
+            Or the model is sharded.
         TypeError: The state dict holds something that is no tensor, a sparse one, or one of a dtype
             that safetensors has not.
         pydantic_core.PydanticSerializationError: An option of a committed seed has no JSON form.
@@ -76,12 +77,7 @@ def save_pretrained(slots: SlotSet, folder: str | Path, *, overwrite: bool = Fal
             "the model is sharded over several processes; keep the run with esper.training."
             "Checkpoints, let one process go on from that, and save there"
         )
-    undecided = [path for path, slot in slots.items() if slot.in_forward_path]
-    if undecided:
-        raise ValueError(
-            f"slots {', '.join(map(repr, undecided))} hold living seeds in the forward path; "
-            "commit or prune them before saving"
-        )
+    refuse_undecided(slots.values(), "saving")
     config = PretrainedConfig(
         host=type(slots.model).__name__,
         slots={
@@ -109,7 +105,7 @@ def from_pretrained(model: nn.Module, folder: str | Path, *, example: Any) -> Sl
         example: One batch as the model takes it, as in `esper.attach`.
 
     Returns:
-        The slots, with the committed seeds in them.
+        The slots, with the committed seeds in them, which an optimizer that was made before lacks.
 
     Raises:
         FileNotFoundError: There is no such folder.

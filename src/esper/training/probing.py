@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from esper.lifecycle.events import AmplitudeSearched, ContributionMeasured, Event
 from esper.lifecycle.stages import SeedStage
 from esper.slots.counterfactual import Imitated, Variant, fitting_imitations, weigh
-from esper.slots.modes import evaluation_mode
+from esper.slots.modes import device_of, evaluation_mode, forked_random_state
 from esper.slots.slot import SeedSlot
 from esper.training.held_out import Evaluate, VariantEvaluator, metrics_of
 
@@ -62,9 +62,14 @@ def losses_of(
     evaluate: Evaluate,
     variants: Sequence[Variant],
 ) -> list[Losses]:
-    """Return the held-out losses of each variant, fused where the evaluation can."""
+    """Return the held-out losses of each variant, fused where the evaluation can.
+
+    Each evaluation draws the same from the global random streams, which stay where they are:
+    variants whose data differ could not be compared.
+    """
     if isinstance(evaluate, VariantEvaluator):
-        samples = evaluate.variant_losses(slots, variants)
+        with forked_random_state(device_of(model)):
+            samples = evaluate.variant_losses(slots, variants)
         means = [float(losses.mean()) for losses in samples]
         return [
             Losses(mean=mean, per_sample=losses)
@@ -73,6 +78,7 @@ def losses_of(
     results = []
     for variant in variants:
         with ExitStack() as stack:
+            stack.enter_context(forked_random_state(device_of(model)))
             stack.enter_context(evaluation_mode(model))
             stack.enter_context(torch.no_grad())  # an evaluation may differentiate inside
             for path, choice in variant.items():

@@ -4,29 +4,28 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol
+from typing import Any, Protocol
 
-from pydantic import Field, FiniteFloat
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from esper.lifecycle.record import Record
-from esper.slots.isolation_monitor import DEFAULT_INTERVAL_STEPS
 from esper.slots.modes import device_of
 from esper.slots.state_fields import check_slot_states
 from esper.training.control import RunControl
 from esper.training.data_position import DataPosition
 from esper.training.ema import EMA, check_average
-from esper.training.governor import Governor, GovernorConfig
+from esper.training.end_of_training import warn_of_living, warn_of_no_epochs_left
+from esper.training.governor import Governor
 from esper.training.growth import Growth
-from esper.training.held_out import Evaluate
+from esper.training.growth_arguments import check_scheduler, check_scheduler_interval
+from esper.training.held_out import Evaluate, check_pair
 from esper.training.model_state import check_model_state, load_model_state, model_state
 from esper.training.optimizer_state import (
     check_optimizer_state,
     load_optimizer_state,
     optimizer_state,
 )
-from esper.training.precision import MatmulPrecision, Precision, set_matmul_precision
+from esper.training.precision import set_matmul_precision
 from esper.training.run_cost import RunCost
 from esper.training.safeguard import Safeguard, TrainingDivergedError, suspects, went_back
 from esper.training.scheduler_state import (
@@ -35,36 +34,9 @@ from esper.training.scheduler_state import (
     scheduler_state,
 )
 from esper.training.step_losses import StepLosses
+from esper.training.trainer_config import TrainerConfig
 from esper.training.trainer_state import check_trainer_state
 from esper.training.training_step import Batch, TrainingStep
-
-Positive = Annotated[FiniteFloat, Field(gt=0.0)]
-AtLeastOne = Annotated[int, Field(ge=1)]
-
-
-class TrainerConfig(Record):
-    """Settings of the loop."""
-
-    epochs: AtLeastOne
-    precision: Precision = "float32"
-    """Autocast dtype; float16 also scales gradients."""
-    accumulation_steps: AtLeastOne = 1
-    """Batches per optimizer step. A shorter last group still steps."""
-    max_gradient_norm: Positive | None = None
-    """Clips host and seeds each on their own; None does not clip."""
-    decision_interval_steps: AtLeastOne | None = None
-    """Optimizer steps between growth decisions; None decides after each epoch."""
-    isolation_check_steps: AtLeastOne | None = DEFAULT_INTERVAL_STEPS
-    """Optimizer steps between two checks that no gradient of an isolated seed reaches the host;
-    None makes none."""
-    governor: GovernorConfig = GovernorConfig()
-    matmul_precision: MatmulPrecision = "highest"
-    scheduler_interval: Literal["step", "epoch"] = "epoch"
-    """When the learning-rate scheduler steps. ReduceLROnPlateau steps at neither: at each growth
-    decision, by the held-out loss that was just evaluated."""
-    cuda_graphs: bool = False
-    """Whether forward and backward are replayed as CUDA graphs while nothing but values changes;
-    see `esper.compilation.CapturedStep`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +97,9 @@ class Trainer:
             attaching, compiled or not, where several processes train it; docs/distributed.md.
 
     Raises:
-        ValueError: `growth` is not bound any more, or several processes run and nothing in
+        TypeError: `growth` or `scheduler` is something else.
+        ValueError: `growth` is not bound any more, the scheduler is another optimizer's or
+            planned for steps where it steps by epochs, or several processes run and nothing in
             `forward` makes one model of theirs.
 
     Effects: sets the process's matmul precision, and how often `growth` checks isolation.
@@ -144,11 +118,18 @@ class Trainer:
         ema: EMA | None = None,
         forward: nn.Module | None = None,
     ) -> None:
+        if not isinstance(growth, Growth):
+            raise TypeError(
+                "Trainer takes the growth that esper.Growth(slots, optimizer, policy=…) makes, got "
+                f"{type(growth).__name__}"
+            )
         check_average(ema, growth.slots)
         set_matmul_precision(config.matmul_precision)
         binding = growth.slots.binding
         if binding is None:
             raise ValueError("growth is not bound to an optimizer any more; make a new Growth")
+        check_scheduler(scheduler, binding.optimizer)
+        check_scheduler_interval(scheduler, config, batches)
         growth.isolation_monitor.interval_steps = config.isolation_check_steps
         self.growth = growth
         self.model = growth.slots.model
@@ -187,9 +168,16 @@ class Trainer:
         """Train for all epochs.
 
         Returns:
-            One report per epoch.
+            One report per epoch that was trained.
+
+        Effects: warns of seeds that still live at the end, and if there was nothing left to train.
         """
-        return list(self.run())
+        if self.epoch >= self.config.epochs:
+            warn_of_no_epochs_left(self.config.epochs)
+            return []
+        reports = list(self.run())
+        warn_of_living(self.growth.slots)
+        return reports
 
     def run(self) -> Iterator[EpochReport]:
         """Train, yielding after each epoch, so that the caller can show progress.
@@ -481,6 +469,7 @@ class Trainer:
     def _accumulation_groups(self) -> Iterator[list[Batch]]:
         group: list[Batch] = []
         for batch in self.data.epoch(self.epoch):
+            check_pair(batch, of="training batches")
             group.append(batch)
             if len(group) == self.config.accumulation_steps:
                 yield group

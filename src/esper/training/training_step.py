@@ -212,11 +212,22 @@ class TrainingStep:
     def _loss_of(self, model: nn.Module, inputs: Any, targets: Any, num_batches: int) -> Tensor:
         """Return one batch's share of the step's loss."""
         with self._autocast():
-            return self.loss(call_model(model, inputs), targets) / num_batches
+            loss = self.loss(call_model(model, inputs), targets)
+            _check_scalar(loss)
+            return loss / num_batches
 
     def _scaled(self, loss: Callable[[], Tensor]) -> Tensor:
         """Return the loss as the step's backward will see it."""
         return self.scaler.scale(loss())
+
+
+def _check_scalar(loss: object) -> None:
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
+        raise TypeError(
+            "loss must be one number for a batch, a tensor that leads back to the model, got "
+            f"{got}; of one loss per sample take the mean"
+        )
 
 
 def _replicate(slots: SlotSet, forward: nn.Module) -> None:

@@ -22,6 +22,7 @@ BATCH_IMAGES = 64
 EPOCH_BATCHES = 40
 MAX_SIZE = 64
 MIN_SIZE = 4
+MIN_CLASSES = 2
 MAX_TRAIN_BYTES = 1 << 30
 MAX_VALIDATION_IMAGES = 1000
 """What gates judge by is evaluated after each epoch."""
@@ -118,9 +119,15 @@ def _classes(rows: Any, label: str) -> dict[Any, int]:
     """Return the label of each value in the column; a class label's names stand for themselves."""
     names = getattr(rows.features[label], "names", None)
     if names is not None:
+        if len(rows.unique(label)) < MIN_CLASSES:
+            raise TaskDataError(
+                f"column {label!r} has the same class in all {len(rows):,} rows of split 'train', "
+                f"and it takes {MIN_CLASSES} to classify; put the images of each class into a "
+                "folder of its own, or choose the label with ,label=COLUMN"
+            )
         return {name: index for index, name in enumerate(names)}
     values = sorted(value for value in rows.unique(label) if value is not None)
-    if not 2 <= len(values) <= max(2, len(rows) // 2):
+    if not MIN_CLASSES <= len(values) <= max(MIN_CLASSES, len(rows) // 2):
         raise TaskDataError(
             f"column {label!r} has {len(values):,} different values in {len(rows):,} rows, which "
             "is no classification; choose the label with ,label=COLUMN"
