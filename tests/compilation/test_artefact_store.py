@@ -5,6 +5,7 @@ import io
 import os
 import pickle
 import sys
+import tempfile
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -360,5 +361,25 @@ def test_the_compilers_folder_is_ones_own(tmp_path: Path, monkeypatch: pytest.Mo
     assert folder == tmp_path / "esper" / "inductor"
     assert os.environ[CACHE_VARIABLE] == str(folder)
     folder.chmod(0o777)
-    with pytest.raises(CacheFolderError, match="can be written by others"):
+    with pytest.raises(CacheFolderError, match=r"can be written by others.* remove it"):
         inductor_folder()
+
+
+@pytest.mark.parametrize("place", ["torchinductor_*", "torchinductor_*/precompiled_headers"])
+def test_so_is_torchs_own_where_headers_are_precompiled_all_the_same(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "inductor"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    inductor_folder()
+    (folder,) = tmp_path.glob(place)
+    assert folder.stat().st_mode & 0o777 == 0o700
+    folder.chmod(0o777)
+    with pytest.raises(CacheFolderError, match=r"can be written by others.* set TMPDIR"):
+        inductor_folder()
+
+
+def test_a_clock_before_1980_is_no_hindrance(tmp_path: Path) -> None:
+    (tmp_path / "kernel.py").write_bytes(b"1")
+    os.utime(tmp_path / "kernel.py", (0, 0))
+    assert unpack(pack(tmp_path), tmp_path / "other") == 1

@@ -24,7 +24,7 @@ from esper.compilation.compile_request import CompileRequest
 from esper.compilation.compile_service import WorkerError, _Worker
 from esper.compilation.compiled_host import seed_options
 from esper.compilation.feature_guards import FeatureGuards
-from esper.compilation.inductor_cache import CACHE_VARIABLE
+from esper.compilation.inductor_cache import CACHE_VARIABLE, LEFTOVER_SECONDS
 from esper.compilation.pipe import pack_object, unpack_object
 from esper.lifecycle.actions import Germinate
 from esper.lifecycle.events import ArtefactRefused, CompileFailed, SeedCompiled
@@ -251,6 +251,43 @@ def test_what_failed_ahead_is_not_tried_in_the_run(store: ArtefactStore) -> None
         assert graphs() == before
 
 
+def test_what_failed_in_one_life_is_tried_again_in_the_next(store: ArtefactStore) -> None:
+    class Away(ArtefactStore):
+        tried = 0
+
+        def load(self, request: CompileRequest) -> None:
+            self.tried += 1
+            raise ConnectionResetError(f"the network is away, {self.tried}")
+
+    with CompileService(Away(store.url, store.keyring)) as service:
+        run = Run(compiled=True, service=service)
+        slot = run.slots["first"]
+        for life in (1, 2):
+            slot.germinate("norm")
+            assert step_until_an_event(run).error.endswith(f"the network is away, {life}")
+            slot.prune()
+            while slot.stage is not SeedStage.DORMANT:
+                slot.advance(force=True)
+
+
+@pytest.mark.slow
+def test_what_a_process_compiles_again_is_in_the_second_folder_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    features = FeatureGuards.of(torch.randn(2, 4, 3, 3, requires_grad=True))
+    job = CompileJob.of(seed_alone("norm", features), features, seed_options(mode="default"))
+    kept = []
+    for number in range(2):
+        folder = tmp_path / f"order-{number}"
+        folder.mkdir()
+        monkeypatch.setenv(CACHE_VARIABLE, str(folder))
+        compiled = job.run()
+        kept.append(sorted(path.name for path in folder.rglob("*.main.*")))
+    assert compiled.warm_ms < compiled.cold_ms
+    assert kept[0] == kept[1]
+    assert {name.partition(".")[2] for name in kept[0]} == {"main.cpp", "main.so"}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [1_000, 1_000_000])
 def test_a_worker_that_reads_no_order_is_ended_in_time(size: int) -> None:
@@ -345,13 +382,38 @@ def ended(pid: int) -> bool:
         return True
 
 
-def test_a_worker_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
+def test_a_worker_ends_with_the_process_that_started_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     output = kill_after("worker", ["-c", BUSY, str(tmp_path)])
     pid = int(output.split("worker ")[1].split()[0])
     deadline = time.monotonic() + 60.0
     while not ended(pid):
         assert time.monotonic() < deadline, "the worker is an orphan"
         time.sleep(0.05)
+    assert list(tmp_path.glob("esper-compiling-*")) == []
+
+
+def test_what_killed_processes_have_left_is_removed(store: ArtefactStore, tmp_path: Path) -> None:
+    name = store.name_of(job_for("noop").request)
+    files = {}
+    for kind, age in (("0", LEFTOVER_SECONDS + 60.0), ("1", 0.0)):
+        aside = Path(store.url) / f"{name}-{16 * kind}"
+        incoming = tmp_path / "inductor" / "incoming" / (32 * kind)
+        kept = Path(store.url) / f"{kind}.artefact"
+        for file in (aside, incoming, kept):
+            file.parent.mkdir(exist_ok=True)
+            file.write_bytes(b"half")
+            os.utime(file, 2 * (time.time() - age,))
+        files[kind] = aside, incoming, kept
+    with CompileService(store):
+        deadline = time.monotonic() + 60.0
+        while any(file.exists() for file in files["0"][:2]):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    assert files["0"][2].exists()
+    assert all(file.exists() for file in files["1"])
 
 
 def test_what_is_needed_comes_before_what_may_be(store: ArtefactStore) -> None:
@@ -528,3 +590,21 @@ def test_closing_ends_a_worker_that_is_busy(store: ArtefactStore) -> None:
         os.kill(pid, signal.SIGCONT)
     with pytest.raises(RuntimeError, match="closed"):
         service.wait(job)
+
+
+@pytest.mark.parametrize("waits", [False, True], ids=["before", "while it waits"])
+def test_a_seed_for_which_the_service_was_closed_runs_as_it_is(
+    store: ArtefactStore, waits: bool
+) -> None:
+    with CompileService(store) as service:
+        run = Run(compiled=True, service=service)
+        run.step()
+        if waits:
+            run.slots["first"].germinate("norm")
+            run.step()
+    if not waits:
+        run.slots["first"].germinate("norm")
+    event = step_until_an_event(run)
+    assert event.error == "CompileError: the compile service was closed"
+    assert run.compiled is not None
+    assert not run.compiled.pending

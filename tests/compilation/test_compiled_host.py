@@ -107,6 +107,17 @@ def test_features_of_another_shape_are_compiled_for_once_they_were_seen_up_to_a_
     assert not run.compiled.pending
 
 
+def test_what_may_grow_next_is_foreseen_for_whole_batches_after_a_smaller_last_one() -> None:
+    run = Run(compiled=True, backend="eager")
+    run.slots["first"].germinate("norm")
+    run.slots["first"].advance(force=True)
+    for samples in (5, 5, 3):
+        run.samples = samples
+        run.step()
+    assert len(run.events) == 2, "the smaller one was compiled for, too"
+    assert run.compiled.seeds["first"].guards.shape[0] == 5
+
+
 class Picky(Seed):
     """Raises when it is told to; draws random numbers if it is to."""
 
@@ -608,8 +619,14 @@ def test_a_module_of_the_host_that_does_not_compile_runs_as_it_is() -> None:
     assert (event.place, event.blueprint) == ("second", None)
 
 
-@pytest.mark.parametrize("samples", [5, 4], ids=["at once", "for another shape"])
-def test_a_module_of_the_host_whose_backward_does_not_compile_runs_as_it_is(samples: int) -> None:
+@pytest.mark.parametrize(
+    ("samples", "counted"),
+    [(5, False), (4, False), (5, True)],
+    ids=["at once", "for another shape", "after a step that was counted"],
+)
+def test_a_module_of_the_host_whose_backward_does_not_compile_runs_as_it_is(
+    samples: int, *, counted: bool
+) -> None:
     def compiled(graph: torch.fx.GraphModule, _: object) -> Any:
         return make_boxed_func(graph.forward)
 
@@ -620,6 +637,10 @@ def test_a_module_of_the_host_whose_backward_does_not_compile_runs_as_it_is(samp
 
     backend = aot_autograd(fw_compiler=compiled, bw_compiler=killed)
     run, plain = Run(compiled=True, backend=backend), Run(compiled=False)
+    if counted:
+        with torch.compiler.set_stance("force_eager"), flop_counter():
+            run.step()
+        plain.step()
     for number in (5, 4, 5):
         run.samples = plain.samples = number
         assert run.step() == pytest.approx(plain.step(), rel=1e-4)

@@ -63,7 +63,10 @@ def compile_(
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or float64.")] = "float32",
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N.")] = "cpu",
     threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads of the run; default torch's choice.")
+        int | None,
+        typer.Option(
+            min=1, help="As threads of the run: 1 for bundled tasks; default torch's choice."
+        ),
     ] = None,
     isolation: Annotated[
         str, typer.Option(help=f"{', '.join(Isolation)}: as slot.isolation of the run.")
@@ -83,7 +86,8 @@ def compile_(
 ) -> None:
     """Compile seeds ahead of a run, in another process, and keep the result signed.
 
-    A run with --compile, the same torch and the same machine then finds them ready.
+    A run with --compile, the same torch and the same machine then finds them ready, if its
+    settings that they depend on are the default ones but for the options here.
     """
     console = plain_console()
     import_modules(imports)

@@ -116,7 +116,8 @@ def print_compiled(console: Console, story: RunStory) -> None:
     if not ready and seeds > 0:
         console.print(
             "no seed ran compiled: none was ready before it ended, or compiling failed; esper "
-            "compile does it before a run, and --set compile.ahead=false waits for the compiler",
+            "compile does it before a run, told the run's threads (--threads 1 for bundled tasks), "
+            "and --set compile.ahead=false waits for the compiler",
             style="yellow",
             highlight=False,
         )

@@ -16,7 +16,7 @@ _PLACE = "place"
 
 
 class _Host(nn.Module):
-    """Hands its input on, through the place of a slot."""
+    """Hands its input on, through the place of a slot in the middle of it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -24,7 +24,7 @@ class _Host(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         placed: Tensor = self.place(features)
-        return placed
+        return placed.clone()  # features that a host hands out may be overwritten by others
 
 
 def seed_alone(

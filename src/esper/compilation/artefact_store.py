@@ -1,6 +1,7 @@
 """Compiled graphs that outlive a run: signed when they are kept, verified before they are used."""
 
 import hashlib
+import re
 import secrets
 import time
 from collections.abc import Callable, Iterator
@@ -13,11 +14,13 @@ from pydantic import Field, ValidationError
 
 from esper.compilation.compile_request import CompileRequest
 from esper.compilation.fingerprint import Fingerprint
+from esper.compilation.inductor_cache import LEFTOVER_SECONDS
 from esper.lifecycle.record import Record
 from esper.signing import Keyring
 
 _SUFFIX = ".artefact"
 _MAGIC = b"esper artefact "
+_ASIDE = re.compile(r"[0-9a-f]{64}-[0-9a-f]{16}-[0-9a-f]{16}")
 
 
 class ArtefactError(ValueError):
@@ -152,6 +155,21 @@ class ArtefactStore:
                 name = path.rpartition("/")[2]
                 if name.endswith(_SUFFIX):
                     yield name.removesuffix(_SUFFIX)
+
+    def remove_leftovers(self) -> None:
+        """Remove what a process that was killed has left of `save`, an hour ago or earlier.
+
+        Raises:
+            OSError: The store cannot be read.
+        """
+        if not self._files.exists(self._root):
+            return
+        for path in self._files.ls(self._root, detail=False, refresh=True):
+            if _ASIDE.fullmatch(path.rpartition("/")[2]):
+                with suppress(FileNotFoundError):  # another process may have come first
+                    age = self._clock() - self._files.modified(path).timestamp()
+                    if age > LEFTOVER_SECONDS:
+                        self._files.rm_file(path)
 
     def describe(self, name: str) -> Artefact:
         """Return what is known of an artefact, verified as for use.

@@ -104,7 +104,10 @@ class CompileJob:
         return Compiled(not slot.draws_random_numbers, cold_ms, warm_ms)
 
     def _prepare(self, slot: SeedSlot, seen: SeenCall) -> float:
+        from torch._inductor.utils import clear_caches  # noqa: PLC0415 – importing takes seconds
+
         torch.compiler.reset()
+        clear_caches()  # libraries that are loaded are not written into another job's folder
         functions = CompiledFunctions(run_slot, options=dict(self.options))
         seed = CompiledSlot(slot)
         started = time.perf_counter()

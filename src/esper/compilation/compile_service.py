@@ -14,7 +14,7 @@ from typing import IO, Literal, NamedTuple, Self
 from esper.compilation.artefact_store import Artefact, ArtefactError, ArtefactStore
 from esper.compilation.compile_job import CompileJob, told
 from esper.compilation.compile_request import CompileRequest
-from esper.compilation.inductor_cache import inductor_folder, unpack
+from esper.compilation.inductor_cache import inductor_folder, remove_leftovers, unpack
 from esper.compilation.pipe import receive, send
 from esper.compilation.worker import WorkDone, WorkOrder
 from esper.lifecycle.events import ArtefactRefused, Event
@@ -22,6 +22,7 @@ from esper.lifecycle.events import ArtefactRefused, Event
 _WORK = "from esper.compilation.worker import main; main()"
 _CLOSING_SECONDS = 10.0
 """For what the thread is doing; a store that does not answer must not hold up a run's end."""
+_CLOSED = "the compile service was closed"
 _TOLD_LINES = 3
 """Of what a worker that died has said last."""
 
@@ -70,7 +71,7 @@ class CompileService:
         self._worker: _Worker | None = None
         self._closed = False
         self.version = 0
-        """Rises with every answer and every event."""
+        """Rises with every answer and every event, and when it is closed."""
         self._thread = threading.Thread(target=self._serve, name="esper-compile", daemon=True)
         self._thread.start()
 
@@ -87,12 +88,12 @@ class CompileService:
             return None if self._worker is None else self._worker.pid
 
     def ask(self, job: CompileJob, *, ahead: bool = False) -> bool:
-        """Let a job be done; one that was asked for before is not done again, even if it failed.
+        """Let a job be done; one that was asked for before is not done again, unless it failed.
 
         Args:
             job: What to compile.
-            ahead: Nobody needs it yet: it comes after what is needed, and if too many wait already,
-                it is left out.
+            ahead: Nobody needs it yet: it comes after what is needed, if too many wait already, it
+                is left out, and what has failed is not tried again.
 
         Returns:
             Whether it will be done, or was.
@@ -101,6 +102,10 @@ class CompileService:
         with self._condition:
             if self._closed or (ahead and len(self._jobs) >= self._max_ahead):
                 return digest in self._known
+            answer = self._answers.get(digest)
+            if not ahead and answer is not None and answer.error is not None:
+                del self._answers[digest]
+                self._known.remove(digest)
             if digest not in self._known:
                 self._known.add(digest)
                 self._jobs[digest] = job
@@ -110,8 +115,12 @@ class CompileService:
         return True
 
     def answer(self, request: CompileRequest) -> CompileAnswer | None:
-        """Return how a request ended; None while it has not, or was never made."""
-        return self._answers.get(request.digest)
+        """Return how a request ended; None while it has not, or was never made.
+
+        What was not answered when the service was closed has failed.
+        """
+        closed = CompileAnswer(None, "worker", _CLOSED) if self._closed else None
+        return self._answers.get(request.digest, closed)
 
     def wait(self, job: CompileJob) -> CompileAnswer:
         """Let a job be done, and return how it ended; for those who have nothing else to do.
@@ -125,7 +134,7 @@ class CompileService:
             while digest not in self._answers and not self._closed:
                 self._condition.wait()
             if self._closed:
-                raise RuntimeError("the compile service was closed")
+                raise RuntimeError(_CLOSED)
             return self._answers[digest]
 
     def events(self) -> list[Event]:
@@ -135,12 +144,13 @@ class CompileService:
         return events
 
     def close(self) -> None:
-        """Stop the worker, whatever it does; nothing more is answered.
+        """Stop the worker, whatever it does; nothing more is compiled, and seeds run as they are.
 
         A store that does not answer is waited for a few seconds, and then left to its thread.
         """
         with self._condition:
             self._closed = True
+            self.version += 1  # whoever waits hears it
             self._jobs.clear()
             if self._worker is not None:
                 self._worker.kill()
@@ -151,6 +161,10 @@ class CompileService:
             worker.close()
 
     def _serve(self) -> None:
+        # What fails here fails when something is asked for, too, and is told then.
+        with contextlib.suppress(Exception):
+            remove_leftovers(self._folder)
+            self._store.remove_leftovers()
         while True:
             with self._condition:
                 while not self._jobs and not self._closed:
@@ -158,12 +172,16 @@ class CompileService:
                 if self._closed:
                     return
                 digest, job = self._jobs.popitem(last=False)
-            answer = self._do(job)
-            with self._condition:
-                self._answers[digest] = answer
-                self.version += 1
-                self._condition.notify_all()
+            self._settle(digest, self._do(job))
             del job
+
+    def _settle(self, digest: str, answer: CompileAnswer) -> None:
+        with self._condition:
+            if self._closed:  # and the worker was killed, which says nothing about the job
+                return
+            self._answers[digest] = answer
+            self.version += 1
+            self._condition.notify_all()
 
     def _do(self, job: CompileJob) -> CompileAnswer:
         try:
@@ -193,7 +211,7 @@ class CompileService:
     def _have_made(self, job: CompileJob) -> str | None:
         with self._condition:
             if self._closed:
-                return "the service was closed"
+                return _CLOSED
             if self._worker is not None and self._worker.ended:
                 self._worker.close()
                 self._worker = None
@@ -201,7 +219,7 @@ class CompileService:
                 self._worker = _Worker()
             worker = self._worker
         # A worker that is killed leaves its files, so the folder is not its own.
-        with tempfile.TemporaryDirectory(prefix="esper-compiling-") as folder:
+        with tempfile.TemporaryDirectory(dir=worker.folder) as folder:
             order = WorkOrder(job, self._store.url, self._store.keyring.keys, folder)
             try:
                 return worker.do(order, self._limit_seconds).error
@@ -227,11 +245,12 @@ class _Worker:
 
     def __init__(self) -> None:
         self._told: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 – as long as the process
+        self._folder = tempfile.TemporaryDirectory(prefix="esper-compiling-")
         answers, answering = os.pipe()
         self._answers = os.fdopen(answers, "rb")
         try:
             self._process = subprocess.Popen(  # noqa: S603 – this very interpreter
-                [sys.executable, "-P", "-c", _WORK, str(answering), *sys.path],
+                [sys.executable, "-P", "-c", _WORK, str(answering), self.folder, *sys.path],
                 stdin=subprocess.PIPE,
                 stdout=self._told,  # whatever prints, at import or later, answers nothing
                 stderr=self._told,
@@ -245,6 +264,11 @@ class _Worker:
     @property
     def pid(self) -> int:
         return self._process.pid
+
+    @property
+    def folder(self) -> str:
+        """Where those of its orders are; the worker removes it if this process is killed."""
+        return self._folder.name
 
     @property
     def ended(self) -> bool:
@@ -291,11 +315,12 @@ class _Worker:
         self._process.wait()
 
     def close(self) -> None:
-        """Close the pipes of a worker that was killed."""
+        """Close the pipes of a worker that was killed, and remove what it has left."""
         with contextlib.suppress(BrokenPipeError):
             self._process.__exit__(None, None, None)
         self._answers.close()
         self._told.close()
+        self._folder.cleanup()
 
     def _last_words(self) -> str:
         self._told.seek(0)

@@ -1,5 +1,6 @@
 """Compiled functions, one for each structure that they compute."""
 
+import logging
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from types import FunctionType
@@ -8,6 +9,8 @@ from typing import Any
 import torch
 
 MAX_STRUCTURES = 32
+
+_LOG = logging.getLogger(__name__)
 
 
 class CompiledFunctions:
@@ -36,8 +39,6 @@ class CompiledFunctions:
         self._options = options
         self._compiled: OrderedDict[Hashable, Callable[..., Any]] = OrderedDict()
         self._number = 0
-        self.dropped = 0
-        """Structures that were dropped."""
 
     def __len__(self) -> int:
         return len(self._compiled)
@@ -52,7 +53,12 @@ class CompiledFunctions:
             self._compiled[structure] = compiled
             if len(self._compiled) > self._max_structures:
                 self._compiled.popitem(last=False)
-                self.dropped += 1
+                _LOG.info(
+                    "%s: of more than %d structures the one unused for longest is dropped, and "
+                    "compiled anew should it return",
+                    self._function.__name__,
+                    self._max_structures,
+                )
         self._compiled.move_to_end(structure)
         return compiled
 

@@ -243,12 +243,14 @@ class CompiledHost:
         if seen is None:
             if seed.waits_for is None and seed.guards is not None and not slot.contextual:
                 # What the next step will show, most likely.
-                self._service.ask(CompileJob.of(slot, seed.guards, self._options))
+                job = CompileJob.of(slot, seed.guards, self._options)
+                if self._service.answer(job.request) is None:
+                    self._service.ask(job)
             return None
         job = CompileJob.of(slot, seen.guards, self._options, seen.call)
+        self._service.ask(job)
         answer = self._service.answer(job.request)
         if answer is None:
-            self._service.ask(job)
             seed.wait_for(job.request)
             return None
         if answer.error is not None:

@@ -56,7 +56,7 @@ class CompiledRegion(StandIn):
         self._compiled: Callable[..., Any] | None = None
         """None before the first step."""
         self._met: set[Hashable] = set()
-        """Kinds of calls that were made, which compile nothing any more."""
+        """Kinds of calls that ran compiled, which compile nothing any more."""
         self._alone = self._refused = False
         self._inner_hooks = InnerHooks(module)
         self._compiled_with = self._inner_hooks.now()
@@ -90,11 +90,13 @@ class CompiledRegion(StandIn):
             if isinstance(value, Tensor)
         )
         if kind in self._met:
-            return compiled(self._module, *args, **kwargs)
+            result, _ = compiled(self._module, *args, **kwargs)
+            return result
         # An error of the backward's compiling would end the step if it came in loss.backward().
         with _backward_compiled_in_forward():
-            result = compiled(self._module, *args, **kwargs)
-        self._met.add(kind)
+            result, has_run_compiled = compiled(self._module, *args, **kwargs)
+        if has_run_compiled:  # torch's stance may be to run everything as it is
+            self._met.add(kind)
         return result
 
     def _function(self) -> Callable[..., Any] | None:
@@ -145,9 +147,9 @@ def _is_limit_of_graphs(error: Exception) -> bool:
     return type(error).__name__ in ("FailOnRecompileLimitHit", "FailOnCacheLimitHit")
 
 
-def run_module(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Run a module's own forward; what regions compile."""
-    return type(module).forward(module, *args, **kwargs)
+def run_module(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, bool]:
+    """Run a module's own forward, which is what regions compile; return whether compiled, too."""
+    return type(module).forward(module, *args, **kwargs), torch.compiler.is_compiling()
 
 
 def regions_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -84,7 +84,7 @@ class CompiledSlot:
         self.seen: SeenCall | None = None
         """The last call in a step that did not run compiled and could."""
         self.guards: FeatureGuards | None = None
-        """Of the features that were seen last."""
+        """Of the features that its seeds meet first, and most likely next; not of the odd call."""
         self.waits_for: CompileRequest | None = None
         """What is being compiled elsewhere; None if nothing is."""
         self.failure: Exception | None = None
@@ -137,12 +137,14 @@ class CompiledSlot:
         return variant not in self._variants and len(self._variants) < MAX_VARIANTS
 
     def _see(self, features: Tensor, call: CallArguments) -> None:
-        self.guards = FeatureGuards.of(features)
+        slot, guards = self.slot, FeatureGuards.of(features)
+        if slot.watched or slot.branches is not self._branches:
+            self.guards = guards
         # An expanded tensor has places that several of its values share.
         variant = None if 0 in features.stride() else variant_of(features, call)
-        self.seen = SeenCall(features.detach(), call.as_leaves(), self.guards, variant)
-        self._seen_with = self.slot.branches
-        self.slot.watched = False
+        self.seen = SeenCall(features.detach(), call.as_leaves(), guards, variant)
+        self._seen_with = slot.branches
+        slot.watched = False
 
     @property
     def settled(self) -> bool:

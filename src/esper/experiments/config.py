@@ -70,7 +70,8 @@ class CompileConfig(Record):
     key_file: KeyFile | None = None
     """Signs and verifies it; None is the user's own."""
     limit_seconds: Annotated[FiniteFloat, Field(gt=0.0)] = 600.0
-    """For the graphs of one seed; then it is given up and the seed runs as it is."""
+    """For the graphs of one seed, compiled ahead; then it is given up and the seed runs as it is.
+    Without `ahead` the run waits as long as it takes."""
     mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = (
         "default"
     )
