@@ -184,7 +184,7 @@ def replace_file(file: Path, content: bytes) -> None:
             os.fsync(stream.fileno())
         temporary.replace(place)
     except OSError as error:
-        raise OSError(error.errno, error.strerror, str(file)) from error
+        raise OSError(error.errno, error.strerror or str(error), str(file)) from error
     finally:
         with suppress(OSError):
             temporary.unlink()  # nothing is left of it where it has become the file
