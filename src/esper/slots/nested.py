@@ -95,10 +95,7 @@ def _collect_leaves(value: Any, found: list[Any]) -> None:
         found.append(value)
     elif isinstance(value, (tuple, list)):  # asked first: of a mapping it takes longer
         for item in value:
-            if isinstance(item, Tensor):  # one call less in a step, which takes 3 µs
-                found.append(item)
-            else:
-                _collect_leaves(item, found)
+            _collect_leaves(item, found)
     elif isinstance(value, Mapping):
         for item in value.values():
             _collect_leaves(item, found)

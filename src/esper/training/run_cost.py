@@ -4,7 +4,6 @@ import time
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -16,7 +15,6 @@ from esper.slots.state_fields import check_fields
 from esper.training.flop_formulas import flop_counter
 
 _NOT_COUNTED = nullcontext()
-_shape_of = attrgetter("shape")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,7 +161,7 @@ class CostMeter:
         """
         if not self._count:
             return _NOT_COUNTED
-        key = (self._slots.structure(), tuple(map(_shape_of, tensors_in(batches))))
+        key = (self._slots.structure(), tuple([tensor.shape for tensor in tensors_in(batches)]))
         known = self._known.get(key)
         if known is None:
             return self._counted_first(key)
